@@ -1,0 +1,39 @@
+"""`python -m gru_any`: what is installed, what answers, and what `auto` would choose."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+
+from . import __version__
+from .backend import BackendError, select
+from .backend.cuda import WHEELS, problem
+from .backend.select import VARIABLE
+
+OTHERS = ("numpy", "array-api-compat", "safetensors", "numba", "torch", "jax", "array-api-strict")
+
+
+def main() -> int:
+    """Print the report; 1 where the backend chosen by the environment cannot be used."""
+    print(f"gru_any {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for name in (*OTHERS, *WHEELS):
+        try:
+            print(f"  {name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    why = problem()
+    print(f"cupy: {why or 'a kernel and a matrix product ran on device 0'}")
+    print(f"auto: {'numpy' if why else 'cupy'}, because {why or 'a CUDA device answers'}")
+    chosen = os.environ.get(VARIABLE)
+    print(f"{VARIABLE}: {chosen or 'not set, so backend=None means numpy'}")
+    try:
+        backend = select(None)
+    except BackendError as e:
+        print(f"backend=None: {e}")
+        return 1
+    print(f"backend=None: {backend.name} on {backend.device}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

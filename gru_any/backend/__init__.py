@@ -1,0 +1,6 @@
+"""Devices: which array library, where, and how it runs a block of steps."""
+
+from .run import runner
+from .select import NUMPY, Backend, BackendError, asarray, of, select, to_numpy
+
+__all__ = ["NUMPY", "Backend", "BackendError", "asarray", "of", "runner", "select", "to_numpy"]

@@ -1,0 +1,95 @@
+"""How any array library runs a block of steps: the equations as they stand, one call a step.
+
+Nothing is assigned into an array, so immutable arrays work too; the steps are collected and
+stacked. This is the definition that every faster way of running a block is tested against.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Plain:
+    """Runs blocks of steps on the namespace `xp`."""
+
+    def __init__(self, xp: Any, device: Any) -> None:
+        self.xp, self.device = xp, device
+
+    def affine(self, x: Any, W: Any, b: Any) -> Any:
+        """X (K, B, I), W (N, I), b (N,) or None -> x W^T + b (K, B, N)."""
+        a = self.xp.reshape(x, (x.shape[0] * x.shape[1], x.shape[2])) @ W.T
+        return self.xp.reshape(a if b is None else a + b, (x.shape[0], x.shape[1], W.shape[0]))
+
+    def forward(
+        self, step: Any, a: Any, h: Any, recurrent: Any, alive: list[Any], reverse: bool, keep: bool
+    ) -> tuple[Any, Any]:
+        """Walk one block of K steps.
+
+        a (K, B, 3H); h (B, H) the state before the first step walked; alive a list of K entries,
+        None or (B, 1) of bool. Returns the path (K + 1, B, H), in which step t leads from
+        path[t] to path[t + 1] (from path[t + 1] to path[t] in reverse), and what `step` saved,
+        each (K, B, H), or None.
+        """
+        xp, states, saved = self.xp, [h], []
+        for t in _order(a.shape[0], reverse):
+            new, extra = step(xp, a[t, :, :], h, *recurrent)
+            h = new if alive[t] is None else xp.where(alive[t], new, h)
+            states.append(h)
+            saved.append(extra)
+        if reverse:
+            states.reverse()
+            saved.reverse()
+        return xp.stack(states), self._stack(saved) if keep else None
+
+    def backward(
+        self,
+        step: Any,
+        dy: Any,
+        dh: Any,
+        previous: Any,
+        saved: Any,
+        U: Any,
+        alive: list[Any],
+        reverse: bool,
+    ) -> tuple[Any, Any, Any]:
+        """Walk the block back. dy (K, B, H) or None; dh (B, H); previous (K, B, H).
+
+        Returns the gradients of the pre-activations, each (K, B, .), the new dh, and g = dL/dh'
+        of every step (K, B, H).
+        """
+        xp, parts, gs = self.xp, [], []
+        for t in _order(previous.shape[0], not reverse):
+            g = dh if dy is None else dh + dy[t, :, :]
+            new, part = step(xp, g, previous[t, :, :], [s[t, :, :] for s in saved], U)
+            dh = new if alive[t] is None else xp.where(alive[t], new, dh)
+            parts.append(part)
+            gs.append(g)
+        if not reverse:
+            parts.reverse()
+            gs.reverse()
+        return self._stack(parts), dh, xp.stack(gs)
+
+    def output(self, shape: tuple[int, ...], dtype: Any) -> "_Output":
+        """Collect blocks of steps into an array of the shape."""
+        return _Output(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
+
+    def _stack(self, tuples: list[Any]) -> tuple[Any, ...]:
+        return tuple(self.xp.stack(column) for column in zip(*tuples, strict=True))
+
+
+class _Output:
+    """Pieces of an array, put together along axis 0 at the end."""
+
+    def __init__(self, xp: Any, nothing: Callable[[], Any]) -> None:
+        self.xp, self.nothing = xp, nothing
+        self.pieces: list[tuple[int, Any]] = []
+
+    def put(self, block: slice, piece: Any) -> None:
+        self.pieces.append((block.start, piece))
+
+    def array(self) -> Any:
+        pieces = [a for _, a in sorted(self.pieces, key=lambda piece: piece[0])]
+        return self.xp.concat(pieces, axis=0) if pieces else self.nothing()
+
+
+def _order(K: int, reverse: bool) -> range:
+    return range(K - 1, -1, -1) if reverse else range(K)

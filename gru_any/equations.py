@@ -1,0 +1,120 @@
+"""The GRU: one step and its gradient, with the reset gate after or before the matrix product.
+
+A step takes the state h of each row of a batch to the next state h'. The part that comes from the
+input, a = x W^T + b, is computed outside, for many steps at once. `*` is element by element.
+
+    reset after                              reset before
+    Cho et al. 2014, first version;          Cho et al. 2014, third version;
+    PyTorch, cuDNN, Keras' default           ONNX's default; the default here
+
+    r  = sigmoid(a_r + h U_r^T)              r  = sigmoid(a_r + h U_r^T)           reset gate
+    z  = sigmoid(a_z + h U_z^T)              z  = sigmoid(a_z + h U_z^T)           update gate
+    m  = h U_n^T + c                         s  = r * h
+    n  = tanh(a_n + r * m)                   n  = tanh(a_n + s U_n^T)              candidate
+    h' = z * h + (1 - z) * n                 h' = z * h + (1 - z) * n              z near 1 keeps h
+
+The gradient walks back through the same lines. dv stands for dL/dv, and g for dL/dh':
+
+    da_n = g * (1 - z) * (1 - n^2)           da_n = g * (1 - z) * (1 - n^2)        through tanh
+    da_z = g * (h - n) * z * (1 - z)         da_z = g * (h - n) * z * (1 - z)      through sigmoid
+    dm   = da_n * r                          ds   = da_n U_n
+    da_r = da_n * m * r * (1 - r)            da_r = ds * h * r * (1 - r)
+    dh   = g * z + (da_r, da_z, dm) U        dh   = g * z + ds * r + (da_r, da_z) U_rz
+
+Shapes, for B rows and H units: h (B, H); a (B, 3H), the thirds r, z, n side by side; U (3H, H), the
+thirds r, z, n on top of each other; c (H,). Everything is arithmetic of the Python Array API, and
+`xp` is the namespace it runs in.
+"""
+
+from typing import Any, NamedTuple
+
+
+def sigmoid(xp: Any, v: Any) -> Any:
+    """1 / (1 + exp(-v)), written so that nothing overflows."""
+    return 0.5 + 0.5 * xp.tanh(0.5 * v)
+
+
+def thirds(v: Any) -> tuple[Any, Any, Any]:
+    """(..., 3H) -> r, z, n, each (..., H)."""
+    H = v.shape[-1] // 3
+    return v[..., :H], v[..., H : 2 * H], v[..., 2 * H :]
+
+
+def halves(v: Any) -> tuple[Any, Any]:
+    """(..., 2H) -> r, z, each (..., H)."""
+    H = v.shape[-1] // 2
+    return v[..., :H], v[..., H:]
+
+
+def reset_after(xp: Any, a: Any, h: Any, U: Any, c: Any) -> tuple[Any, Any]:
+    """One step: h' (B, H), and what its gradient needs."""
+    a_r, a_z, a_n = thirds(a)
+    q_r, q_z, q_n = thirds(h @ U.T)
+    r = sigmoid(xp, a_r + q_r)
+    z = sigmoid(xp, a_z + q_z)
+    m = q_n + c
+    n = xp.tanh(a_n + r * m)
+    return z * h + (1.0 - z) * n, (r, z, n, m)
+
+
+def reset_after_backward(xp: Any, g: Any, h: Any, saved: Any, U: Any) -> tuple[Any, Any]:
+    """Its gradient: dh (B, H); da and dq, each (B, 3H), where q = h U^T."""
+    r, z, n, m = saved
+    da_n = g * (1.0 - z) * (1.0 - n * n)
+    da_z = g * (h - n) * z * (1.0 - z)
+    dm = da_n * r
+    da_r = da_n * m * r * (1.0 - r)
+    da = xp.concat((da_r, da_z, da_n), axis=-1)
+    dq = xp.concat((da_r, da_z, dm), axis=-1)
+    return g * z + dq @ U, (da, dq)
+
+
+def reset_after_weights(xp: Any, h: Any, saved: Any, da: Any, dq: Any) -> tuple[Any, ...]:
+    """The gradient to U (3H, H) and to the bias of h U^T (3H,), summed over the rows given."""
+    return dq.T @ h, xp.sum(dq, axis=0)
+
+
+def reset_before(xp: Any, a: Any, h: Any, U: Any) -> tuple[Any, Any]:
+    """One step: h' (B, H), and what its gradient needs."""
+    H = h.shape[-1]
+    a_r, a_z, a_n = thirds(a)
+    q_r, q_z = halves(h @ U[: 2 * H, :].T)
+    r = sigmoid(xp, a_r + q_r)
+    z = sigmoid(xp, a_z + q_z)
+    s = r * h
+    n = xp.tanh(a_n + s @ U[2 * H :, :].T)
+    return z * h + (1.0 - z) * n, (r, z, n, s)
+
+
+def reset_before_backward(xp: Any, g: Any, h: Any, saved: Any, U: Any) -> tuple[Any, Any]:
+    """Its gradient: dh (B, H); da (B, 3H)."""
+    H = h.shape[-1]
+    r, z, n, _ = saved
+    da_n = g * (1.0 - z) * (1.0 - n * n)
+    da_z = g * (h - n) * z * (1.0 - z)
+    ds = da_n @ U[2 * H :, :]
+    da_r = ds * h * r * (1.0 - r)
+    da = xp.concat((da_r, da_z, da_n), axis=-1)
+    return g * z + ds * r + da[..., : 2 * H] @ U[: 2 * H, :], (da,)
+
+
+def reset_before_weights(xp: Any, h: Any, saved: Any, da: Any) -> tuple[Any, ...]:
+    """The gradient to U (3H, H), summed over the rows given."""
+    H = h.shape[-1]
+    s = saved[3]
+    return (xp.concat((da[:, : 2 * H].T @ h, da[:, 2 * H :].T @ s), axis=0),)
+
+
+class Variant(NamedTuple):
+    """What the sweep over time needs to know of a variant."""
+
+    step: Any
+    backward: Any
+    weights: Any
+
+
+def variant(after: bool) -> Variant:
+    """The equations with the reset gate after (True) or before (False) the product."""
+    if after:
+        return Variant(reset_after, reset_after_backward, reset_after_weights)
+    return Variant(reset_before, reset_before_backward, reset_before_weights)

@@ -1,0 +1,34 @@
+"""Errors in the letters of the package.
+
+T time, B batch, I input size, H hidden size, L layers, D directions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class ShapeError(ValueError):
+    """An array has another shape than the one expected; the text says at which axis."""
+
+
+def check_shape(name: str, array: Any, letters: str, sizes: Mapping[str, int]) -> None:
+    """Raise ShapeError where `array` does not have the shape that `letters` and `sizes` say.
+
+    letters : such as "(T, B, I)" or "(..., I)"; a letter that is not in `sizes` may be any size.
+    """
+    wanted = [letter.strip() for letter in letters.strip("()").split(",") if letter.strip()]
+    shape = tuple(array.shape)
+    if wanted[0] == "...":
+        wanted = [str(n) for n in shape[: 1 - len(wanted)]] + wanted[1:]
+    if len(shape) != len(wanted):
+        raise ShapeError(f"{name} is {shape}, expected {letters}, {_known(wanted, sizes)}")
+    for axis, (size, letter) in enumerate(zip(shape, wanted, strict=True)):
+        if size != sizes.get(letter, size):
+            raise ShapeError(
+                f"{name} is {shape}, expected {letters} with {_known(wanted, sizes)}: "
+                f"axis {axis} is {size}, {letter} is {sizes[letter]}"
+            )
+
+
+def _known(wanted: list[str], sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{letter} = {sizes[letter]}" for letter in wanted if letter in sizes)

@@ -1,0 +1,432 @@
+"""The GRU over whole sequences: layers, directions, lengths, dropout between layers."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import equations
+from .backend import runner, to_numpy
+from .errors import check_shape
+from .init import uniform
+from .params import Layer, check_rng, check_sizes, refuse_stale
+from .sweep import Padding, Sweep, Weights
+
+
+class GRU(Layer):
+    """A gated recurrent unit over sequences, with the conventions of `torch.nn.GRU`.
+
+    Letters: T time, B batch, I input size, H hidden size, L layers, D directions (1 or 2).
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int
+        L. Layer l > 0 reads the outputs of layer l - 1.
+    bias : bool
+        With bias or without.
+    batch_first : bool
+        x and y are (B, T, .) in place of (T, B, .). States keep their shape.
+    dropout : float
+        Probability with which an output between two layers becomes 0 in `vjp` with `rng`; what is
+        left is divided by 1 - dropout. Needs num_layers > 1.
+    bidirectional : bool
+        A second GRU reads from each sequence's end; y holds both, side by side.
+    reset_after : bool
+        Reset gate after the matrix product (PyTorch, cuDNN, Keras' default) or before it
+        (Cho et al. 2014, ONNX's default; the default here).
+    backend : str, module or None
+        "numpy", "cupy", "auto", or any array-API library by name or module. None means the
+        environment variable GRU_ANY_BACKEND, else "numpy".
+    device : str, int or None
+        Such as "cuda:1" or 1.
+    dtype : str
+        Of parameters, inputs and outputs: "float32", "float64", and "float16" or "bfloat16" where
+        the backend has them (their arithmetic is float32). "complex128" serves complex-step
+        differentiation, for the forward call alone.
+    seed : int or None
+        Of the weights, uniform in +-1/sqrt(H) as in PyTorch; the same on every backend.
+    recompute : None, "sqrt" or int
+        None keeps about 5 numbers a step and unit for the way back. "sqrt" keeps a state every
+        sqrt(T) steps, an int one every so many (rounded up to whole blocks), and computes the rest
+        again in the pullback, with the same gradients bit for bit.
+
+    Attributes
+    ----------
+    params : dict
+        `weight_ih_l0` (3H, I), `weight_hh_l0` (3H, H), `bias_ih_l0` (3H,) and, with reset_after,
+        `bias_hh_l0` (3H,); then `_l1`... and `_reverse`. The thirds are r, z, n.
+
+    Notes
+    -----
+    The equations and their source are in `gru_any.equations`. Do not write into x, h0 or the
+    parameters between `vjp` and the call of its pullback.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        reset_after: bool = False,
+        backend: Any = None,
+        device: Any = None,
+        dtype: str = "float32",
+        seed: int | None = None,
+        recompute: str | int | None = None,
+    ) -> None:
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        _check_dropout(dropout, num_layers)
+        _check_recompute(recompute)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
+        self.reset_after, self.recompute = reset_after, recompute
+        self.suffixes = ["", "_reverse"] if bidirectional else [""]
+        self._create(
+            {
+                "input_size": input_size,
+                "hidden_size": hidden_size,
+                "num_layers": num_layers,
+                "bias": bias,
+                "batch_first": batch_first,
+                "dropout": dropout,
+                "bidirectional": bidirectional,
+                "reset_after": reset_after,
+                "recompute": recompute,
+            },
+            backend,
+            device,
+            dtype,
+            self._initial(np.random.default_rng(seed)),
+        )
+
+    def _initial(self, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and first value of each parameter, in the order they are drawn."""
+        H, bound = self.hidden_size, 1 / math.sqrt(self.hidden_size)
+        for layer in range(self.num_layers):
+            width = H * len(self.suffixes) if layer else self.input_size
+            for suffix in self.suffixes:
+                shapes = parameter_shapes(width, H, self.bias, self.reset_after)
+                for name, shape in shapes.items():
+                    yield f"{name}_l{layer}{suffix}", uniform(rng, shape, bound)
+
+    def _advice(self, missing: set[str], unused: set[str]) -> str:
+        return variant_advice(missing, unused)
+
+    # the public calls ----------------------------------------------------------------------------
+
+    def __call__(self, x: Any, h0: Any = None, lengths: Any = None) -> tuple[Any, Any]:
+        """Run the sequences, keeping nothing for a way back; no dropout.
+
+        Parameters
+        ----------
+        x : array (T, B, I), (B, T, I) with `batch_first`, or (T, I) without a batch
+        h0 : array (L*D, B, H), or (L*D, H) without a batch; zeros if None
+        lengths : B integers in 0..T, as a list, a host array or a device array, in any order
+            Steps from a row's length on are padding: whatever x holds there changes nothing, and y
+            is 0. A device array is read once, which waits for the device.
+
+        Returns
+        -------
+        y : array (T, B, D*H), laid out like x: the states of the last layer, forward then reverse.
+        h_n : array (L*D, B, H): each row's own last state, forward before reverse, layer by layer.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument of wrong shape, dtype, library or device; the text says what to do.
+        """
+        return self._forward(x, h0, lengths, outputs=True)
+
+    def last(self, x: Any, h0: Any = None, lengths: Any = None) -> Any:
+        """Return h_n alone; the outputs of the last layer are not kept."""
+        return self._forward(x, h0, lengths, outputs=False)[1]
+
+    def vjp(self, x: Any, h0: Any = None, lengths: Any = None, rng: Any = None) -> Any:
+        """Run the sequences and keep what the way back needs.
+
+        Parameters are those of a plain call, and
+
+        rng : numpy.random.Generator or None
+            Given, dropout acts between the layers. Its numbers are drawn on the host.
+
+        Returns
+        -------
+        (y, h_n) : as in a plain call.
+        pullback : callable
+            `grads, dx, dh0 = pullback(dy, dh_n=None)`: given dL/dy and dL/dh_n, one of which may be
+            None, it returns dL/d of the parameters (a dict), of x and of h0. It may be called
+            again. `pullback.taps(dy, dh_n)` returns dL/dh (L*D, T, B, H) of every step.
+        """
+        check_rng(rng)
+        self._refuse_complex()
+        entry = self._enter(x, h0, lengths)
+        y, h_n, tapes = self._layers(entry, keep=True, rng=rng)
+        return self._leave(entry, y, h_n), Pullback(self, entry, tapes, self.params.version)
+
+    def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
+        """Advance by one step, for streams.
+
+        x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
+        new state; the one given is not written.
+        """
+        if len(self.suffixes) == 2:
+            raise ValueError("a bidirectional GRU cannot run step by step: it reads from the end")
+        self.backend.check("x_t", x_t, self.dtype)
+        if x_t.ndim not in (1, 2):
+            check_shape("x_t", x_t, "(B, I)", {"I": self.input_size})
+        xp = self.backend.xp
+        x = xp.reshape(x_t, (1, -1, x_t.shape[-1]) if x_t.ndim == 2 else (1, x_t.shape[-1]))
+        x = x if x_t.ndim == 1 or not self.batch_first else xp.permute_dims(x, (1, 0, 2))
+        y, state = self(x, state)
+        return xp.reshape(y, (*x_t.shape[:-1], self.hidden_size)), state
+
+    def taps(self, x: Any, h0: Any = None, lengths: Any = None) -> dict[str, Any]:
+        """Return the gates r and z, the candidate n and the state h of every step.
+
+        Each is (L*D, T, B, H), time first whatever `batch_first` says; at padded steps 0.
+        """
+        entry = self._enter(x, h0, lengths)
+        _, _, tapes = self._layers(entry, keep=True, rng=None, segment=False)
+        xp = self.backend.xp
+        rows = [sweep.gates(tape) for layer in tapes for sweep, tape in layer.sweeps]
+        names = ("r", "z", "n", "h")
+        return {k: self._stored(xp.stack([row[i] for row in rows])) for i, k in enumerate(names)}
+
+    # from the user's arrays to time-major ones, and back -----------------------------------------
+
+    def _enter(self, x: Any, h0: Any, lengths: Any) -> "Entry":
+        xp, rank = self.backend.xp, getattr(x, "ndim", 3)
+        self.backend.check("x", x, self.dtype)
+        letters = "(T, I)" if rank == 2 else "(B, T, I)" if self.batch_first else "(T, B, I)"
+        check_shape("x", x, letters, {"I": self.input_size})
+        x = self._time_major(x, rank == 2)
+        B, states = x.shape[1], self.num_layers * len(self.suffixes)
+        if h0 is None:
+            h0 = self.backend.zeros((states, B, self.hidden_size), self.arithmetic)
+        else:
+            self.backend.check("h0", h0, self.dtype)
+            sizes = {"L*D": states, "B": B, "H": self.hidden_size}
+            check_shape("h0", h0, "(L*D, H)" if rank == 2 else "(L*D, B, H)", sizes)
+            h0 = self._compute(xp.reshape(h0, (states, B, self.hidden_size)), copy=True)
+        if lengths is not None and rank == 2:
+            raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
+        return Entry(x, h0, self._padding(lengths, x.shape[0], B), rank == 2)
+
+    def _time_major(self, v: Any, single: bool) -> Any:
+        if single:
+            return self.backend.xp.expand_dims(v, axis=1)
+        return self.backend.xp.permute_dims(v, (1, 0, 2)) if self.batch_first else v
+
+    def _leave(self, entry: "Entry", y: Any, h_n: Any) -> tuple[Any, Any]:
+        if entry.single:
+            return (None if y is None else y[:, 0, :]), h_n[:, 0, :]
+        if self.batch_first and y is not None:
+            y = self.backend.xp.permute_dims(y, (1, 0, 2))
+        return y, h_n
+
+    def _padding(self, lengths: Any, T: int, B: int) -> Padding | None:
+        """Read lengths on the host; None where there is nothing to pad."""
+        if lengths is None:
+            return None
+        n = np.asarray(lengths) if isinstance(lengths, (list, tuple)) else to_numpy(lengths)
+        if n.shape != (B,):
+            raise ValueError(f"lengths is {n.shape}, expected (B,) = ({B},), one for each row of x")
+        if n.dtype.kind not in "iu" and n.size:
+            raise TypeError(f"lengths has dtype {n.dtype}, expected integers")
+        if n.size and (n.min() < 0 or n.max() > T):
+            wrong = n[(n < 0) | (n > T)][0]
+            raise ValueError(f"lengths holds {wrong}, expected 0 to T = {T}, the steps of x")
+        if (n == T).all():
+            return None
+        alive = np.arange(T)[:, None, None] < n.astype(np.int64)[None, :, None]
+        return Padding(self.backend.put(alive, "bool"), int(n.min()))
+
+    # the stack of layers -------------------------------------------------------------------------
+
+    def _sweep(self, layer: int, suffix: str, padding: Padding | None) -> Sweep:
+        def get(name: str) -> Any:
+            return self._compute(self.params[f"{name}_l{layer}{suffix}"])
+
+        return Sweep(
+            runner(self.backend),
+            equations.variant(self.reset_after),
+            weights(self.backend.xp, get, self.bias, self.reset_after),
+            padding,
+            suffix == "_reverse",
+            self.backend.dtype(self.arithmetic),
+        )
+
+    def _forward(self, x: Any, h0: Any, lengths: Any, outputs: bool) -> tuple[Any, Any]:
+        entry = self._enter(x, h0, lengths)
+        y, h_n, _ = self._layers(entry, keep=False, rng=None, outputs=outputs)
+        return self._leave(entry, y, h_n)
+
+    def _layers(
+        self, entry: "Entry", keep: bool, rng: Any, segment: bool = True, outputs: bool = True
+    ) -> tuple[Any, Any, list["LayerTape"]]:
+        xp, x, D = self.backend.xp, entry.x, len(self.suffixes)
+        steps = self._segment(x.shape[0]) if segment else None
+        tapes, states = [], []
+        for layer in range(self.num_layers):
+            mask = self._mask(rng, x.shape, self.dropout) if layer else None
+            x = x if mask is None else x * mask
+            ys, sweeps = [], []
+            for d, suffix in enumerate(self.suffixes):
+                sweep = self._sweep(layer, suffix, entry.padding)
+                wanted = outputs or layer + 1 < self.num_layers
+                y, h, tape = sweep.forward(x, entry.h0[layer * D + d, :, :], keep, steps, wanted)
+                ys.append(y)
+                states.append(h)
+                sweeps.append((sweep, tape))
+            tapes.append(LayerTape(x, mask, sweeps))
+            x = xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
+        return x, self._stored(xp.stack(states)), tapes
+
+    def _segment(self, T: int) -> int | None:
+        return math.isqrt(T) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]
+
+
+class Entry(NamedTuple):
+    """What came in: x (T, B, I), h0 (L*D, B, H), the padding, and whether there was no batch."""
+
+    x: Any
+    h0: Any
+    padding: Padding | None
+    single: bool
+
+
+class LayerTape(NamedTuple):
+    """What the way back needs of one layer: its input, its dropout mask, its directions."""
+
+    x: Any
+    mask: Any
+    sweeps: list[tuple[Sweep, Any]]
+
+
+class Pullback:
+    """From dL/dy and dL/dh_n to dL/d of the parameters, x and h0. See `GRU.vjp`."""
+
+    def __init__(self, gru: GRU, entry: Entry, tapes: list[LayerTape], version: int) -> None:
+        self._gru, self._entry, self._tapes, self._version = gru, entry, tapes, version
+
+    def __call__(self, dy: Any, dh_n: Any = None) -> tuple[dict[str, Any], Any, Any]:
+        """Return grads (a dict named like the parameters), dx, dh0."""
+        return self._back(dy, dh_n, None)
+
+    def taps(self, dy: Any, dh_n: Any = None) -> Any:
+        """Return dL/dh (L*D, T, B, H) of every step, all that reaches it counted; 0 at padding."""
+        taps: dict[int, dict[int, Any]] = {}
+        self._back(dy, dh_n, taps)
+        xp = self._gru.backend.xp
+        rows = [
+            xp.concat([blocks[t] for t in sorted(blocks)]) for _, blocks in sorted(taps.items())
+        ]
+        return self._gru._stored(xp.stack(rows))
+
+    def _back(self, dy: Any, dh_n: Any, taps: dict[int, Any] | None) -> Any:
+        gru, entry = self._gru, self._entry
+        refuse_stale(gru.params, self._version)
+        dy, dh_n = self._enter(dy, dh_n)
+        grads: dict[str, Any] = {}
+        dh0: list[Any] = []
+        for layer in range(gru.num_layers - 1, -1, -1):
+            dy, of_states = self._layer_back(layer, dy, dh_n, grads, taps)
+            dh0 = of_states + dh0
+        dx, dh0 = gru._leave(entry, dy, gru._stored(gru.backend.xp.stack(dh0)))
+        return {name: grads[name] for name in gru.params}, dx, dh0
+
+    def _layer_back(self, layer: int, dy: Any, dh_n: Any, grads: Any, taps: Any) -> Any:
+        """Through one layer: dL/d of its outputs -> of its inputs, and of its first states."""
+        gru, tape, H = self._gru, self._tapes[layer], self._gru.hidden_size
+        D, total, dh0 = len(tape.sweeps), None, []
+        for d, (sweep, kept) in enumerate(tape.sweeps):
+            part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
+            tap: dict[int, Any] | None = None if taps is None else {}
+            dx, dh, of_weights = sweep.backward(tape.x, kept, part, dh_n[layer * D + d], tap)
+            names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+            for name, grad in zip(names, of_weights, strict=False):
+                grads[f"{name}_l{layer}{gru.suffixes[d]}"] = gru._stored(grad)
+            total = dx if total is None else total + dx
+            dh0.append(dh)
+            if taps is not None:
+                taps[layer * D + d] = tap
+        return (total if tape.mask is None else total * tape.mask), dh0
+
+    def _enter(self, dy: Any, dh_n: Any) -> tuple[Any, list[Any]]:
+        """Check the cotangents; lay them out time-major, dh_n as one (B, H) for each state."""
+        gru, entry = self._gru, self._entry
+        if dy is None and dh_n is None:
+            raise ValueError("pullback got neither dy nor dh_n; one of them must be given")
+        T, B, H, D = entry.x.shape[0], entry.x.shape[1], gru.hidden_size, len(gru.suffixes)
+        sizes = {"T": T, "B": B, "D*H": D * H, "L*D": gru.num_layers * D, "H": H}
+        if dy is not None:
+            gru.backend.check("dy", dy, gru.dtype)
+            letters = "T, B" if not gru.batch_first else "B, T"
+            check_shape("dy", dy, "(T, D*H)" if entry.single else f"({letters}, D*H)", sizes)
+            dy = gru._time_major(dy, entry.single)
+        if dh_n is None:
+            return dy, [gru.backend.zeros((B, H), gru.arithmetic)] * (gru.num_layers * D)
+        gru.backend.check("dh_n", dh_n, gru.dtype)
+        check_shape("dh_n", dh_n, "(L*D, H)" if entry.single else "(L*D, B, H)", sizes)
+        dh_n = gru._compute(gru.backend.xp.reshape(dh_n, (-1, B, H)) if entry.single else dh_n)
+        return dy, [dh_n[i, :, :] for i in range(gru.num_layers * D)]
+
+
+def parameter_shapes(I: int, H: int, bias: bool, reset_after: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the parameters of one layer in one direction."""
+    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (3 * H, I), "weight_hh": (3 * H, H)}
+    if bias:
+        shapes["bias_ih"] = (3 * H,)
+    if bias and reset_after:
+        shapes["bias_hh"] = (3 * H,)
+    return shapes
+
+
+def weights(xp: Any, get: Callable[[str], Any], bias: bool, reset_after: bool) -> Weights:
+    """What a sweep needs, from the named parameters.
+
+    The bias of h U^T is added outside the loop, but for the candidate's third, which r multiplies.
+    """
+    W, U = get("weight_ih"), get("weight_hh")
+    b = get("bias_ih") if bias else None
+    if not reset_after:
+        return Weights(W, b, (U,))
+    H = U.shape[-1]
+    c = get("bias_hh") if bias else xp.zeros_like(U[:, 0])
+    if b is not None:
+        b = b + xp.concat((c[: 2 * H], xp.zeros_like(c[2 * H :])))
+    return Weights(W, b, (U, c[2 * H :]))
+
+
+def variant_advice(missing: set[str], unused: set[str]) -> str:
+    """What to say when weights are of the other variant."""
+    if any("bias_hh" in name for name in unused):
+        return (
+            "; bias_hh belongs to reset_after=True, which PyTorch's and most of Keras' weights need"
+        )
+    if any("bias_hh" in name for name in missing):
+        return "; weights without bias_hh belong to reset_after=False"
+    return ""
+
+
+def _check_dropout(dropout: float, num_layers: int) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}, expected 0 <= dropout < 1")
+    if dropout and num_layers == 1:
+        raise ValueError(
+            "dropout acts between layers, and num_layers is 1: set dropout=0, or put a Dropout "
+            "layer after this one in a Chain"
+        )
+
+
+def _check_recompute(recompute: Any) -> None:
+    if recompute not in (None, "sqrt") and not (isinstance(recompute, int) and recompute > 0):
+        raise ValueError(f"recompute is {recompute!r}, expected None, 'sqrt' or a number of steps")

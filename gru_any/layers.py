@@ -1,0 +1,182 @@
+"""The layers around a GRU, and a chain of layers. Each has a plain call and a `vjp`."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .errors import check_shape
+from .init import uniform
+from .params import Layer, check_rng, check_sizes, refuse_stale
+
+
+class Linear(Layer):
+    """y = x W^T + b on the last axis, with the conventions of `torch.nn.Linear`.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        I and O.
+    bias, backend, device, dtype, seed
+        As in `GRU`; the first values are uniform in +-1/sqrt(I).
+
+    Attributes
+    ----------
+    params : dict
+        `weight` (O, I), `bias` (O,).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        backend: Any = None,
+        device: Any = None,
+        dtype: str = "float32",
+        seed: int | None = None,
+    ) -> None:
+        check_sizes(in_features=in_features, out_features=out_features)
+        self.in_features, self.out_features, self.bias = in_features, out_features, bias
+        rng, bound = np.random.default_rng(seed), 1 / math.sqrt(in_features)
+        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
+        if bias:
+            shapes["bias"] = (out_features,)
+        settings = {"in_features": in_features, "out_features": out_features, "bias": bias}
+        arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
+        self._create(settings, backend, device, dtype, arrays)
+
+    def __call__(self, x: Any) -> Any:
+        """X (..., I) -> (..., O)."""
+        self.backend.check("x", x, self.dtype)
+        check_shape("x", x, "(..., I)", {"I": self.in_features})
+        y = self._compute(self._rows(x, self.in_features)) @ self._compute(self.params["weight"]).T
+        if self.bias:
+            y = y + self._compute(self.params["bias"])
+        return self._stored(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
+
+    def vjp(self, x: Any, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy) -> grads, dx`, which may be called again."""
+        self._refuse_complex()
+        y, version = self(x), self.params.version
+        shape = tuple(y.shape)
+
+        def pullback(dy: Any) -> tuple[dict[str, Any], Any]:
+            refuse_stale(self.params, version)
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            d = self._compute(self._rows(dy, self.out_features))
+            grads = {"weight": d.T @ self._compute(self._rows(x, self.in_features))}
+            if self.bias:
+                grads["bias"] = self.backend.xp.sum(d, axis=0)
+            dx = self.backend.xp.reshape(d @ self._compute(self.params["weight"]), tuple(x.shape))
+            return {name: self._stored(g) for name, g in grads.items()}, self._stored(dx)
+
+        return y, pullback
+
+    def _rows(self, v: Any, width: int) -> Any:
+        return self.backend.xp.reshape(v, (math.prod(v.shape[:-1]), width))
+
+
+class Embedding(Layer):
+    """A row of a table for each index, with the conventions of `torch.nn.Embedding`.
+
+    Parameters
+    ----------
+    n, size : int
+        How many rows, and how long each is.
+    backend, device, dtype, seed
+        As in `GRU`; the first values are normal with variance 1.
+
+    Attributes
+    ----------
+    params : dict
+        `weight` (n, size).
+    """
+
+    def __init__(
+        self,
+        n: int,
+        size: int,
+        *,
+        backend: Any = None,
+        device: Any = None,
+        dtype: str = "float32",
+        seed: int | None = None,
+    ) -> None:
+        check_sizes(n=n, size=size)
+        self.n, self.size = n, size
+        table = np.random.default_rng(seed).standard_normal((n, size))
+        self._create({"n": n, "size": size}, backend, device, dtype, [("weight", table)])
+
+    def __call__(self, x: Any) -> Any:
+        """X (...) of integers in 0..n-1 -> (..., size).
+
+        An index out of range raises IndexError where the array is on the host (NumPy). On a device
+        that would mean to wait for it; there the row becomes NaN, and with it the next loss read.
+        """
+        xp, flat = self.backend.xp, self._indices(x)
+        inside = (flat >= 0) & (flat < self.n)
+        rows = xp.take(self.params["weight"], xp.where(inside, flat, xp.zeros_like(flat)), axis=0)
+        if not self.backend.host:
+            rows = xp.where(xp.expand_dims(inside, axis=1), rows, xp.full_like(rows, math.nan))
+        return xp.reshape(rows, (*x.shape, self.size))
+
+    def vjp(self, x: Any, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy) -> grads, None`, which may be called again."""
+        y = self(x)
+        shape = tuple(y.shape)
+
+        def pullback(dy: Any) -> tuple[dict[str, Any], None]:
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            rows = self._compute(self.backend.xp.reshape(dy, (-1, self.size)))
+            grad = self.backend.scatter_add(self._indices(x), rows, self.n)
+            return {"weight": self._stored(grad)}, None
+
+        return y, pullback
+
+    def _indices(self, x: Any) -> Any:
+        self.backend.check_integers("x", x)
+        if self.backend.host and x.size and (x.min() < 0 or x.max() >= self.n):
+            raise IndexError(f"x holds {x.min()} to {x.max()}, expected 0 to n - 1 = {self.n - 1}")
+        return self.backend.xp.reshape(x, (-1,))
+
+
+class Dropout(Layer):
+    """Sets numbers to 0 with probability p, and divides the others by 1 - p; in `vjp` alone.
+
+    The mask is drawn on the host from the generator given to `vjp`; without one nothing is dropped.
+    """
+
+    def __init__(
+        self, p: float = 0.5, *, backend: Any = None, device: Any = None, dtype: str = "float32"
+    ) -> None:
+        if not 0 <= p < 1:
+            raise ValueError(f"p is {p!r}, expected 0 <= p < 1")
+        self.p = p
+        self._create({"p": p}, backend, device, dtype, [])
+
+    def __call__(self, x: Any) -> Any:
+        """Return x."""
+        self.backend.check("x", x, self.dtype)
+        return x
+
+    def vjp(self, x: Any, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy) -> {}, dx`, which may be called again."""
+        check_rng(rng)
+        x, shape = self(x), tuple(x.shape)
+        mask = self._mask(rng, shape, self.p)
+
+        def pullback(dy: Any) -> tuple[dict[str, Any], Any]:
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            return {}, dy if mask is None else dy * mask
+
+        return x if mask is None else x * mask, pullback
+
+
+def _same_shape(name: str, array: Any, shape: Any) -> None:
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name} is {tuple(array.shape)}, expected {tuple(shape)}, the shape of y")

@@ -1,0 +1,166 @@
+"""Losses: the value and its gradient together, `value, grad = loss(y, target)`.
+
+value is a mean, a number without axes on the device of y (reading it waits for the device); grad
+has the shape and dtype of y. Half precision is summed in float32. What `mask` leaves out counts for
+nothing, whatever stands there; where it leaves out everything, value and gradient are 0.
+"""
+
+import math
+from typing import Any
+
+from .backend import of
+from .errors import ShapeError
+
+
+def softmax_cross_entropy(
+    y: Any, target: Any, weight: Any = None, mask: Any = None
+) -> tuple[Any, Any]:
+    """-log of the probability that softmax(y) gives to the target, as `torch.nn.CrossEntropyLoss`.
+
+        p = exp(y) / sum(exp(y));  L = -sum(t * log p);  dL/dy = p * sum(t) - t
+
+    Parameters
+    ----------
+    y : array (..., C), scores before the softmax
+    target : array (...) of integers in 0..C-1, or (..., C) of probabilities
+    weight : array (C,) or None, of the classes; with integer targets the mean is weighted too
+    mask : array (...) of bool or None, True where a row counts
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, libraries, devices or dtypes do not fit.
+    IndexError
+        A target is out of range, in a NumPy array. On a device that would mean to wait for it;
+        there the value becomes NaN.
+    """
+    backend, xp, z, keep = _enter(y, target, weight, mask, y.shape[:-1])
+    hard = tuple(target.shape) == tuple(y.shape[:-1])
+    if hard:
+        t = _one_hot(backend, target, y.shape[-1], z.dtype, mask)
+    else:
+        _same("target", target, y.shape)
+        t = xp.astype(target, z.dtype, copy=False)
+    if weight is not None:
+        _same("weight", weight, y.shape[-1:])
+        t = t * xp.astype(weight, z.dtype, copy=False)
+    if keep is not None:
+        rows = xp.expand_dims(keep, axis=-1)
+        z, t = xp.where(rows, z, xp.zeros_like(z)), xp.where(rows, t, xp.zeros_like(t))
+    z = z - xp.max(z, axis=-1, keepdims=True)
+    e = xp.exp(z)
+    sums = xp.sum(e, axis=-1, keepdims=True)
+    mass = xp.sum(t, axis=-1, keepdims=True)
+    count = _count(xp, xp.sum(mass) if hard else _number(xp, keep, math.prod(y.shape[:-1]), z))
+    value = xp.sum(mass * xp.log(sums) - xp.sum(_times(xp, t, z), axis=-1, keepdims=True)) / count
+    return value, xp.astype((e * (mass / sums) - t) / count, y.dtype, copy=False)
+
+
+def sigmoid_cross_entropy(
+    y: Any, target: Any, weight: Any = None, mask: Any = None
+) -> tuple[Any, Any]:
+    """-log of the probability that sigmoid(y) gives to a target of 0 to 1, for each number alone.
+
+        L = max(y, 0) - y t + log(1 + exp(-|y|));  dL/dy = sigmoid(y) - t
+
+    The mean over all numbers that count, as `torch.nn.BCEWithLogitsLoss`.
+
+    Parameters
+    ----------
+    y, target : arrays of one shape
+    weight : array that broadcasts to y, or None
+    mask : array of bool that broadcasts to y, or None
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, libraries, devices or dtypes do not fit.
+    """
+    _same("target", target, y.shape)
+    _, xp, z, keep = _enter(y, target, weight, mask, y.shape)
+    t = xp.astype(target, z.dtype, copy=False)
+    z, t = _cleaned(xp, keep, z, t)
+    e = xp.exp(-xp.abs(z))
+    positive = xp.where(z > 0, z, xp.zeros_like(z))
+    loss = positive - z * t + xp.log1p(e)
+    slope = xp.where(z > 0, 1 / (1 + e), e / (1 + e)) - t
+    return _mean(xp, loss, slope, weight, keep, y)
+
+
+def squared_error(y: Any, target: Any, weight: Any = None, mask: Any = None) -> tuple[Any, Any]:
+    """The mean of (y - t)^2, as `torch.nn.MSELoss`; dL/dy = 2 (y - t) / count.
+
+    Parameters and errors as in `sigmoid_cross_entropy`; the target may be any number.
+    """
+    _same("target", target, y.shape)
+    _, xp, z, keep = _enter(y, target, weight, mask, y.shape)
+    z, t = _cleaned(xp, keep, z, xp.astype(target, z.dtype, copy=False))
+    return _mean(xp, (z - t) * (z - t), 2 * (z - t), weight, keep, y)
+
+
+def _mean(xp: Any, loss: Any, slope: Any, weight: Any, keep: Any, y: Any) -> tuple[Any, Any]:
+    if weight is not None:
+        w = xp.astype(weight, loss.dtype, copy=False)
+        loss, slope = loss * w, slope * w
+    if keep is not None:  # once more, since the weight may be NaN there, and the loss not 0
+        loss, slope = _cleaned(xp, keep, loss, slope)
+    count = _count(xp, _number(xp, keep, math.prod(y.shape), loss))
+    return xp.sum(loss) / count, xp.astype(slope / count, y.dtype, copy=False)
+
+
+def _enter(y: Any, target: Any, weight: Any, mask: Any, shape: Any) -> tuple[Any, Any, Any, Any]:
+    """Return the backend, its namespace, y for the arithmetic, and the mask as bool, broadcast."""
+    backend = of(*(v for v in (y, target, weight, mask) if v is not None))
+    xp = backend.xp
+    if not xp.isdtype(y.dtype, "real floating"):
+        raise TypeError(f"y has dtype {y.dtype}, expected a real floating dtype")
+    z = xp.astype(y, xp.float32) if xp.finfo(y.dtype).bits == 16 else y
+    if mask is None:
+        return backend, xp, z, None
+    try:
+        return backend, xp, z, xp.broadcast_to(xp.astype(mask, xp.bool), tuple(shape))
+    except (ValueError, RuntimeError):
+        raise ShapeError(f"mask is {tuple(mask.shape)}, expected {tuple(shape)}") from None
+
+
+def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> Any:
+    """(...) -> (..., C) with 1 at the target; NaN in the whole row of a target out of range."""
+    xp = backend.xp
+    backend.check_integers("target", target)
+    numbers = xp.arange(classes, dtype=target.dtype, device=backend.device)
+    hot = xp.astype(xp.expand_dims(target, axis=-1) == numbers, dtype)
+    wrong = (target < 0) | (target >= classes)
+    if backend.host and (wrong & mask if mask is not None else wrong).any():
+        bad = target[wrong][0]
+        raise IndexError(f"target holds {bad}, expected 0 to C - 1 = {classes - 1}")
+    if backend.host:
+        return hot
+    return xp.where(xp.expand_dims(wrong, axis=-1), xp.full_like(hot, math.nan), hot)
+
+
+def _times(xp: Any, t: Any, z: Any) -> Any:
+    """T * z, but 0 where t is 0: a score of minus infinity may have no probability."""
+    return xp.where(t == 0, xp.zeros_like(z), t * z)
+
+
+def _cleaned(xp: Any, keep: Any, *arrays: Any) -> list[Any]:
+    if keep is None:
+        return list(arrays)
+    return [xp.where(keep, v, xp.zeros_like(v)) for v in arrays]
+
+
+def _number(xp: Any, keep: Any, size: int, like: Any) -> Any:
+    """How many count."""
+    return size if keep is None else xp.sum(xp.astype(keep, like.dtype))
+
+
+def _count(xp: Any, n: Any) -> Any:
+    """The divisor of a mean: 1 in place of 0, where the sum is 0 too."""
+    if isinstance(n, int):
+        return max(n, 1)
+    return xp.where(n == 0, xp.ones_like(n), n)
+
+
+def _same(name: str, array: Any, shape: Any) -> None:
+    if tuple(array.shape) != tuple(shape):
+        raise ShapeError(f"{name} is {tuple(array.shape)}, expected {tuple(shape)}")

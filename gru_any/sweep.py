@@ -1,0 +1,197 @@
+"""Time: one layer in one direction over a whole sequence, and the way back.
+
+The sequence is cut into blocks of K steps. The input products and the gradients of the weights are
+one product a block, summed in the order of the blocks, so that what has to be in memory at once
+does not grow with T, and recomputing a block gives the same bits.
+
+A row of the batch that has ended keeps its state and gives the output 0. So the last state is each
+row's own last state, and a walk from the other end starts at each row's own end.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+BLOCK = 64  # steps a block: enough rows for an efficient product, and a fixed amount of memory
+
+
+class Weights(NamedTuple):
+    """Of one layer in one direction: W (3H, I), b (3H,) or None, and (U (3H, H), ...)."""
+
+    W: Any
+    b: Any
+    recurrent: tuple[Any, ...]
+
+
+class Padding(NamedTuple):
+    """Which steps count. alive (T, B, 1) of bool; before step `full` all rows are alive."""
+
+    alive: Any
+    full: int
+
+    def steps(self, block: slice) -> list[Any]:
+        """For each step of the block None, where all rows are alive, or (B, 1) of bool."""
+        return [
+            None if t < self.full else self.alive[t, :, :] for t in range(block.start, block.stop)
+        ]
+
+    def clean(self, xp: Any, v: Any, block: slice) -> Any:
+        """V (K, B, .) with zeros at the padded steps, whatever stood there."""
+        if block.stop <= self.full:
+            return v
+        return xp.where(self.alive[block, :, :], v, xp.zeros_like(v))
+
+
+class Kept(NamedTuple):
+    """What the way back needs of one block: the K + 1 states, and what each step saved."""
+
+    path: Any
+    saved: Any
+
+
+class Segment(NamedTuple):
+    """Blocks that are recomputed together, in the order walked, from the state before them.
+
+    `kept` is None where they are to be recomputed.
+    """
+
+    blocks: list[slice]
+    h: Any
+    kept: list[Kept] | None
+
+
+class Sweep(NamedTuple):
+    """One layer in one direction: how to run it, its equations and its weights.
+
+    run: how the backend runs a block; variant: the equations; dtype: of the arithmetic.
+    """
+
+    run: Any
+    variant: Any
+    weights: Weights
+    padding: Padding | None
+    reverse: bool
+    dtype: Any
+
+    def forward(
+        self, x: Any, h: Any, keep: bool = False, segment: int | None = None, outputs: bool = True
+    ) -> tuple[Any, Any, list[Segment]]:
+        """X (T, B, I), h (B, H) -> y (T, B, H) or None, the last state (B, H), the tape.
+
+        keep: make the tape that `backward` needs; segment: how many steps are recomputed together
+        on the way back, None keeps everything.
+        """
+        y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
+        tape: list[Segment] = []
+        for blocks in _segments(x.shape[0], segment, self.reverse):
+            kept: list[Kept] | None = [] if keep and segment is None else None
+            if keep:
+                tape.append(Segment(blocks, h, kept))
+            for block in blocks:
+                of_block, h = self._block(x, h, block, kept is not None)
+                if kept is not None:
+                    kept.append(of_block)
+                if y is not None:
+                    y.put(block, self._stored(self._clean(self._after(of_block.path), block), x))
+        return (None if y is None else y.array()), h, tape
+
+    def backward(
+        self, x: Any, tape: list[Segment], dy: Any, dh: Any, taps: dict[int, Any] | None = None
+    ) -> tuple[Any, Any, list[Any]]:
+        """Dy (T, B, H) or None, dh (B, H) -> dx (T, B, I), dh0 (B, H), [dW, db, dU, ...].
+
+        taps: a dict that is given dL/dh' (K, B, H) of each block under its first step.
+        """
+        dx = self.run.output(x.shape, x.dtype)
+        total: list[Any] = []
+        for segment in reversed(tape):
+            kept = self._recompute(x, segment) if segment.kept is None else segment.kept
+            for block, of_block in zip(reversed(segment.blocks), reversed(kept), strict=True):
+                piece, dh, g, grads = self._block_back(x, block, of_block, dy, dh)
+                total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
+                dx.put(block, self._stored(piece, x))
+                if taps is not None:
+                    taps[block.start] = self._clean(g, block)
+        return dx.array(), dh, total or self._zeros()
+
+    def _zeros(self) -> list[Any]:
+        """The gradients of a sequence without steps."""
+        W, _, (U, *c) = self.weights
+        like = [W, W[:, 0], U, *(U[:, 0] for _ in c)]
+        return [self.run.xp.zeros_like(v) for v in like]
+
+    def gates(self, tape: list[Segment]) -> list[Any]:
+        """What a tape that keeps everything holds: r, z, n and h', each (T, B, H)."""
+        xp, pieces = self.run.xp, []
+        for segment in tape:
+            for block, kept in zip(segment.blocks, segment.kept or [], strict=True):
+                arrays = (*kept.saved[:3], self._after(kept.path))
+                pieces.append((block.start, [self._clean(v, block) for v in arrays]))
+        pieces.sort(key=lambda piece: piece[0])
+        return [xp.concat([arrays[i] for _, arrays in pieces], axis=0) for i in range(4)]
+
+    def _recompute(self, x: Any, segment: Segment) -> list[Kept]:
+        kept, h = [], segment.h
+        for block in segment.blocks:
+            of_block, h = self._block(x, h, block, True)
+            kept.append(of_block)
+        return kept
+
+    def _block(self, x: Any, h: Any, block: slice, keep: bool) -> tuple[Kept, Any]:
+        """Forward through one block -> its states and saved arrays, and the last state."""
+        a = self.run.affine(self._input(x, block), self.weights.W, self.weights.b)
+        path, saved = self.run.forward(
+            self.variant.step, a, h, self.weights.recurrent, self._alive(block), self.reverse, keep
+        )
+        return Kept(path, saved), path[0 if self.reverse else -1, :, :]
+
+    def _block_back(self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any) -> Any:
+        """Back through one block -> dx (K, B, I), dh, g (K, B, H), the gradients."""
+        xp, W, U = self.run.xp, self.weights.W, self.weights.recurrent[0]
+        if dy is not None:
+            dy = self._clean(xp.astype(dy[block, :, :], self.dtype, copy=False), block)
+        previous, alive = self._before(kept.path), self._alive(block)
+        parts, dh, g = self.run.backward(
+            self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse
+        )
+        parts = [_rows(xp, self._clean(part, block)) for part in parts]
+        saved = [_rows(xp, s) for s in kept.saved]
+        da = parts[0]
+        dx = xp.reshape(da @ W, (block.stop - block.start, *x.shape[1:]))
+        grads = [da.T @ _rows(xp, self._input(x, block)), xp.sum(da, axis=0)]
+        return dx, dh, g, grads + list(self.variant.weights(xp, _rows(xp, previous), saved, *parts))
+
+    def _before(self, path: Any) -> Any:
+        """The state before each step of a block."""
+        return path[1:, :, :] if self.reverse else path[:-1, :, :]
+
+    def _after(self, path: Any) -> Any:
+        """The state after each step of a block."""
+        return path[:-1, :, :] if self.reverse else path[1:, :, :]
+
+    def _input(self, x: Any, block: slice) -> Any:
+        return self._clean(self.run.xp.astype(x[block, :, :], self.dtype, copy=False), block)
+
+    def _stored(self, v: Any, x: Any) -> Any:
+        return self.run.xp.astype(v, x.dtype, copy=False)
+
+    def _alive(self, block: slice) -> list[Any]:
+        if self.padding is None:
+            return [None] * (block.stop - block.start)
+        return self.padding.steps(block)
+
+    def _clean(self, v: Any, block: slice) -> Any:
+        return v if self.padding is None else self.padding.clean(self.run.xp, v, block)
+
+
+def _rows(xp: Any, v: Any) -> Any:
+    """(K, B, N) -> (K * B, N)."""
+    return xp.reshape(v, (v.shape[0] * v.shape[1], v.shape[2]))
+
+
+def _segments(T: int, length: int | None, reverse: bool) -> list[list[slice]]:
+    """Cut T steps into blocks, and group them by segments of about `length` steps."""
+    blocks = [slice(t, min(t + BLOCK, T)) for t in range(0, T, BLOCK)]
+    if reverse:
+        blocks.reverse()
+    n = max(1, len(blocks)) if length is None else max(1, math.ceil(length / BLOCK))
+    return [blocks[i : i + n] for i in range(0, len(blocks), n)]

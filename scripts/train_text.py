@@ -1,0 +1,259 @@
+"""Train a GRU to write text, one character at a time.
+
+With no argument it learns the help topics that ship with CPython, shows the loss falling, writes a
+sample, and saves the weights:
+
+    python scripts/train_text.py
+
+Your own text: `--data FILE...`. A sample from saved weights: `--load DIR --prompt "The "`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import gru_any
+from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    sys.exit('the progress bar needs tqdm: pip install "gru-any[train]", in a clone ".[train]"')
+
+
+class Text(NamedTuple):
+    """A text as indices into its characters, in three parts by position."""
+
+    characters: str
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.load:
+        characters, model = load(args.load, args)
+    else:
+        text = split(read(args.data))
+        characters, model = text.characters, train(text, args)
+    if args.sample:
+        rng = np.random.default_rng(args.seed)
+        print(write(model, characters, args.prompt, args.sample, args.temperature, rng))
+
+
+# the text ----------------------------------------------------------------------------------------
+
+
+def read(files: list[str]) -> str:
+    """The text of the files, or CPython's own help topics; says what it read."""
+    if files:
+        text = "".join(read_utf8(file) for file in files)
+    else:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            sys.exit("this Python has no pydoc_data.topics; name a text of yours: --data FILE")
+        text = "".join(topics[name] for name in sorted(topics))
+    source = ", ".join(files) or f"pydoc_data.topics of CPython {platform.python_version()}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    print(f"text: {source}; {len(text):,} characters, SHA-256 {digest}")
+    return text
+
+
+def read_utf8(file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        sys.exit(f"--data {file} is not UTF-8: {e}")
+    except OSError as e:
+        sys.exit(f"--data {file} cannot be read: {e.strerror}")
+
+
+def split(text: str) -> Text:
+    """The first 90 % for training, the next 5 % for validation, the last 5 % for the test."""
+    if len(text) < 1000:
+        sys.exit(f"the text has {len(text)} characters; 1000 are the least to learn anything from")
+    characters = "".join(sorted(set(text)))
+    number = {c: i for i, c in enumerate(characters)}
+    data = np.array([number[c] for c in text])
+    a, b = len(data) * 90 // 100, len(data) * 95 // 100
+    return Text(characters, data[:a], data[a:b], data[b:])
+
+
+# the model ---------------------------------------------------------------------------------------
+
+
+def build(characters: str, args: argparse.Namespace) -> Chain:
+    """Embedding, GRU, linear layer to one number for each character."""
+    home = {"backend": args.backend, "device": args.device}
+    drop = args.dropout if args.layers > 1 else 0.0
+    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
+    return Chain(
+        Embedding(len(characters), args.embedding, seed=seeds[0], **home),
+        GRU(args.embedding, args.hidden, args.layers, dropout=drop, seed=seeds[1], **home),
+        Dropout(args.dropout, **home),
+        Linear(args.hidden, len(characters), seed=seeds[2], **home),
+    )
+
+
+def train(text: Text, args: argparse.Namespace) -> Chain:
+    """Truncated back-propagation: chunk after chunk of several streams, the state carried over."""
+    model = build(text.characters, args)
+    print(model)
+    streams = lay_out(text.train, args.batch, model)
+    optimiser, rng = Adam(model.params, lr=args.rate), np.random.default_rng(args.seed)
+    bar = tqdm(total=args.steps, unit="step", disable=args.quiet, mininterval=0.5)
+    start, state, at, smooth = time.monotonic(), None, 0, None
+    try:
+        for step in range(args.steps):
+            if args.minutes and time.monotonic() - start > 60 * args.minutes:
+                break
+            if at + args.chunk >= streams.shape[0]:
+                state, at = None, 0
+            optimiser.lr = args.rate * schedule(step / args.steps)
+            loss, state = update(model, optimiser, streams, at, args, state, rng)
+            at += args.chunk
+            if step % 20 == 0:  # reading the loss waits for the device, so not every step
+                now = float(gru_any.to_numpy(loss))
+                smooth = now if smooth is None else 0.8 * smooth + 0.2 * now
+                rate = (step + 1) * args.chunk * args.batch / (time.monotonic() - start)
+                shown = {"loss": f"{smooth:.3f}", "bits/char": f"{smooth / math.log(2):.3f}"}
+                bar.set_postfix({**shown, "char/s": f"{rate:,.0f}"}, refresh=False)
+            bar.update()
+    except KeyboardInterrupt:
+        print("\nstopped; the weights so far are kept", file=sys.stderr)
+    bar.close()
+    save(args.out, text.characters, model)
+    print(f"trained for {time.monotonic() - start:.0f} s; weights in {args.out}")
+    for name, part in (("validation", text.valid), ("test", text.test)):
+        print(f"{name}: {bits_per_character(model, part):.3f} bits per character")
+    return model
+
+
+def lay_out(data: np.ndarray, batch: int, model: Chain) -> Any:
+    """Cut the text into `batch` streams side by side: (T, B), on the model's device."""
+    length = len(data) // batch
+    if length < 2:
+        sys.exit(f"--batch {batch} is too many for a training part of {len(data)} characters")
+    return model.backend.put(np.ascontiguousarray(data[: length * batch].reshape(batch, -1).T))
+
+
+def schedule(done: float) -> float:
+    """The learning rate: a short rise, then down along a cosine."""
+    return min(1.0, done / 0.02 + 0.01) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def update(
+    model: Chain,
+    optimiser: Adam,
+    streams: Any,
+    at: int,
+    args: argparse.Namespace,
+    state: Any,
+    rng: Any,
+) -> tuple[Any, Any]:
+    """One step of the optimiser on one chunk; returns the loss and the state to carry over."""
+    x, target = streams[at : at + args.chunk, :], streams[at + 1 : at + args.chunk + 1, :]
+    (y, state), pullback = model.vjp(x[: target.shape[0], :], state, rng=rng)
+    loss, dy = gru_any.softmax_cross_entropy(y, target)
+    grads, _, _ = pullback(dy)
+    gru_any.clip_by_global_norm(grads, args.clip)
+    optimiser.step(model.params, grads)
+    return loss, state
+
+
+def bits_per_character(model: Chain, data: np.ndarray, chunk: int = 2000) -> float:
+    """Read the part once from its start, the state carried over; the mean of -log2 p."""
+    total, state = 0.0, None
+    for at in range(0, len(data) - 1, chunk):
+        piece = model.backend.put(data[at : at + chunk + 1][:, None])
+        y, state = model(piece[:-1, :], state)
+        loss, _ = gru_any.softmax_cross_entropy(y, piece[1:, :])
+        total += float(gru_any.to_numpy(loss)) * (piece.shape[0] - 1)
+    return total / (len(data) - 1) / math.log(2)
+
+
+def write(
+    model: Chain, characters: str, prompt: str, length: int, temperature: float, rng: Any
+) -> str:
+    """Continue the prompt, each character drawn from what the model predicts."""
+    unknown = sorted(set(prompt) - set(characters))
+    if unknown or not prompt:
+        sys.exit(f"--prompt holds {unknown}; the model knows {characters!r}")
+    out, state, fresh = list(prompt), None, [characters.index(c) for c in prompt]
+    for _ in range(length):
+        y, state = model(model.backend.put(np.array(fresh)[:, None]), state)
+        logits = gru_any.to_numpy(y)[-1, 0].astype(np.float64) / temperature
+        p = np.exp(logits - logits.max())
+        fresh = [int(rng.choice(len(characters), p=p / p.sum()))]
+        out.append(characters[fresh[0]])
+    return "".join(out)
+
+
+# files -------------------------------------------------------------------------------------------
+
+
+def save(folder: str, characters: str, model: Chain) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "characters.json").write_text(json.dumps(characters), "utf-8")
+    gru_any.save(Path(folder) / "model.safetensors", model)
+
+
+def load(folder: str, args: argparse.Namespace) -> tuple[str, Chain]:
+    try:
+        characters = json.loads((Path(folder) / "characters.json").read_text("utf-8"))
+        return characters, gru_any.load(
+            Path(folder) / "model.safetensors", args.backend, args.device
+        )
+    except (OSError, ValueError) as e:
+        sys.exit(f"--load {folder}: {e}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], metavar="FILE", help="UTF-8 text in place of CPython's")
+    add("--load", metavar="DIR", help="do not train: take the weights of an earlier --out")
+    add("--out", metavar="DIR", default="out/text", help="where the weights are saved")
+    add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
+    add("--device", help="such as cuda:1")
+    add("--hidden", type=positive, default=256, help="hidden size")
+    add("--layers", type=positive, default=1, help="layers of the GRU")
+    add("--embedding", type=positive, default=64, help="numbers for each character")
+    add("--dropout", type=float, default=0.0, help="between layers and before the output")
+    add("--steps", type=positive, default=2000, help="steps of the optimiser")
+    add("--minutes", type=float, help="stop after so many minutes")
+    add("--batch", type=positive, default=32, help="streams read side by side")
+    add("--chunk", type=positive, default=64, help="characters between two updates")
+    add("--rate", type=float, default=4e-3, help="highest learning rate of Adam")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--seed", type=int, default=0, help="of weights, dropout and sample")
+    add("--sample", type=int, default=400, metavar="N", help="characters to write at the end")
+    add("--prompt", default="The ", help="what the sample begins with")
+    add("--temperature", type=float, default=0.7, help="lower is more careful")
+    add("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(arguments)
+    if args.temperature <= 0 or not 0 <= args.dropout < 1:
+        parser.error("--temperature must be above 0, and --dropout from 0 up to below 1")
+    return args
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+if __name__ == "__main__":
+    main()

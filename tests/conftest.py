@@ -1,0 +1,80 @@
+"""The backends every test can run on, and the libraries some tests hold ours against.
+
+GRU_ANY_REQUIRE=torch,cupy,... turns the skip of a test that needs one of them into a failure.
+"""
+
+import importlib
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.pop("GRU_ANY_BACKEND", None)
+
+BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]
+REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("suite")
+
+
+def refuse(name: str, why: str) -> None:
+    """Skip, or fail where the library is required."""
+    if name.partition(".")[0] in REQUIRED:
+        pytest.fail(f"{name} is required: {why}")
+    pytest.skip(f"{name}: {why}")
+
+
+def require(name: str) -> Any:
+    """Import a library, or skip the test with the reason."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        return refuse(name, str(e))
+
+
+class Home:
+    """A backend under test: where its models live, and how arrays get there and back."""
+
+    def __init__(self, text: str) -> None:
+        from gru_any.backend import select
+
+        self.name, _, self.variant = text.partition(":")
+        self.device = "device1" if self.name == "array_api_strict" else None
+        self.backend = select(self.name, self.device)
+
+    def put(self, host: np.ndarray) -> Any:
+        array = self.backend.put(host)
+        if self.variant == "readonly":
+            array.flags.writeable = False
+        return array
+
+    def host(self, array: Any) -> np.ndarray:
+        return self.backend.to_numpy(array)
+
+    def strictly(self) -> Any:
+        """array_api_strict without boolean indexing, data-dependent shapes and extensions."""
+        if self.name != "array_api_strict":
+            return nullcontext()
+        flags = self.backend.xp.ArrayAPIStrictFlags
+        return flags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Any:
+    from gru_any.backend import BackendError
+
+    name = request.param.partition(":")[0]
+    if name != "numpy":
+        require(name)
+    try:
+        home = Home(request.param)
+    except BackendError as e:
+        refuse(name, str(e))
+    with home.strictly():
+        yield home
