@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +70,23 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
     OSError
         The file cannot be read.
     """
-    header, arrays = _read(path)
-    home = {"backend": select(backend, device), "dtype": header["dtype"]}
+    text, arrays = _read(path)
+    backend = select(backend, device)
     try:
+        header = json.loads(text)
+        if header["format"] > FORMAT:
+            raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
+        home = {"backend": backend, "dtype": header["dtype"]}
         layers = [LAYERS[kind](**settings, **home) for kind, settings in header["layers"]]
         model = Chain(*layers) if header["chain"] else layers[0]
         model.load_params(arrays)
-    except (KeyError, TypeError, IndexError) as e:
-        raise ValueError(f"{path} does not describe a model of gru_any: {e}") from e
+    except (KeyError, TypeError, IndexError, ValueError) as e:
+        raise ValueError(f"{path} does not describe a model of this version: {e}") from e
     return model
 
 
-def _read(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: Any) -> tuple[str, dict[str, Any]]:
+    """Return the header that `save` wrote, and the arrays."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -98,22 +102,19 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path} was not written by gru_any.save; to load plain weights, make the model and "
             "call its load_params"
         )
-    header = json.loads(metadata["gru_any"])
-    if header["format"] > FORMAT:
-        raise ValueError(f"{path} has format {header['format']}, this version reads up to {FORMAT}")
-    return header, arrays
+    return metadata["gru_any"], arrays
 
 
 def write_atomically(path: Any, content: bytes) -> None:
     """Write a file so that at any moment the old or the new one stands there, whole."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -428,5 +428,6 @@ def _check_dropout(dropout: float, num_layers: int) -> None:
 
 
 def _check_recompute(recompute: Any) -> None:
-    if recompute not in (None, "sqrt") and not (isinstance(recompute, int) and recompute > 0):
+    steps = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute > 0
+    if recompute not in (None, "sqrt") and not steps:
         raise ValueError(f"recompute is {recompute!r}, expected None, 'sqrt' or a number of steps")

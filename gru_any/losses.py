@@ -140,7 +140,7 @@ def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> 
 
 def _times(xp: Any, t: Any, z: Any) -> Any:
     """T * z, but 0 where t is 0: a score of minus infinity may have no probability."""
-    return xp.where(t == 0, xp.zeros_like(z), t * z)
+    return t * xp.where(t == 0, xp.zeros_like(z), z)
 
 
 def _cleaned(xp: Any, keep: Any, *arrays: Any) -> list[Any]:

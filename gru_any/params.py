@@ -9,6 +9,9 @@ from .backend import Backend, select, to_numpy
 from .errors import ShapeError
 
 
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
+
+
 class Params(dict[str, Any]):
     """A dict name -> array. An entry can be replaced by an array that fits, nothing else.
 
@@ -52,6 +55,8 @@ class Layer:
         arrays: Iterable[tuple[str, np.ndarray]],
     ) -> None:
         """Set what every layer has. `arrays`: the name and first value of each parameter."""
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         self.settings = settings
         self.backend = select(backend, device)
         self.dtype = dtype

@@ -1,0 +1,213 @@
+"""Bad input: each is refused in words that name the argument, or gives the right numbers."""
+
+import numpy as np
+import pytest
+from conftest import require
+
+from gru_any import GRU, GRUCell, Linear, asarray
+from gru_any.errors import ShapeError, check_shape
+
+X = np.zeros((5, 2, 3), "float32")
+
+
+@pytest.fixture
+def gru():
+    return GRU(3, 4, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3,), r"x is \(3,\), expected \(T, B, I\), I = 3"),
+        ((1, 5, 2, 3), r"x is \(1, 5, 2, 3\), expected \(T, B, I\)"),
+        ((5, 2, 4), r"x is \(5, 2, 4\), expected \(T, B, I\) with I = 3: axis 2 is 4, I is 3"),
+        ((5, 4), r"x is \(5, 4\), expected \(T, I\) with I = 3: axis 1 is 4"),
+    ],
+)
+def test_x_of_a_wrong_shape(gru, shape, message):
+    with pytest.raises(ShapeError, match=message):
+        gru(np.zeros(shape, "float32"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 4), r"h0 is \(2, 3, 4\), expected \(L\*D, B, H\).*axis 1 is 3, B is 2"),
+        ((2, 1, 4), "axis 1 is 1, B is 2"),
+        ((1, 2, 4), r"axis 0 is 1, L\*D is 2"),
+        ((2, 2, 5), "axis 2 is 5, H is 4"),
+        ((2, 4), r"h0 is \(2, 4\), expected \(L\*D, B, H\)"),
+    ],
+)
+def test_h0_of_a_wrong_shape(gru, shape, message):
+    with pytest.raises(ShapeError, match=message):
+        gru(X, np.zeros(shape, "float32"))
+
+
+def test_h0_without_a_batch(gru):
+    with pytest.raises(ShapeError, match=r"expected \(L\*D, H\)"):
+        gru(X[:, 0], np.zeros((2, 1, 4), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ([5], ValueError, r"lengths is \(1,\), expected \(B,\) = \(2,\)"),
+        ([[5, 5]], ValueError, r"lengths is \(1, 2\)"),
+        ([5, -1], ValueError, "lengths holds -1, expected 0 to T = 5"),
+        ([6, 1], ValueError, "lengths holds 6, expected 0 to T = 5"),
+        ([5.0, 1.0], TypeError, "lengths has dtype float64, expected integers"),
+        ([True, False], TypeError, "lengths has dtype bool"),
+    ],
+)
+def test_lengths(gru, lengths, error, message):
+    with pytest.raises(error, match=message):
+        gru(X, None, lengths)
+    with pytest.raises(error, match=message):
+        gru.vjp(X, None, np.array(lengths))
+
+
+def test_lengths_without_a_batch(gru):
+    with pytest.raises(ValueError, match=r"x \(T, I\) has no batch"):
+        gru(X[:, 0], None, [5])
+
+
+def test_a_shape_error_says_what_is_known():
+    with pytest.raises(ShapeError, match=r"h is \(2, 3\), expected \(B, H\) with B = 2, H = 4"):
+        check_shape("h", np.zeros((2, 3)), "(B, H)", {"B": 2, "H": 4})
+    check_shape("x", np.zeros((7, 2, 3)), "(..., I)", {"I": 3})
+
+
+@pytest.mark.parametrize("bad", [np.int64, np.float64, np.float16, np.bool_, ">f4"])
+def test_another_dtype(gru, bad):
+    with pytest.raises(TypeError, match=r"x has dtype .*, expected float32.*asarray\(x"):
+        gru(X.astype(bad))
+    with pytest.raises(TypeError, match="h0 has dtype"):
+        gru(X, np.zeros((2, 2, 4), bad))
+    assert np.array_equal(gru(asarray(X.astype(bad), gru) if bad not in (np.int64, np.bool_) else X)[0],
+                          gru(X)[0])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [X.tolist(), 5, None, "x", np.float32(1), np.ma.masked_array(X[:, 0]), X[:, 0].view(np.matrix)],
+    ids=["list", "int", "None", "str", "scalar", "masked", "matrix"],
+)
+def test_what_is_no_array(gru, bad):
+    with pytest.raises(TypeError, match="x is a .*, expected an array of numpy on cpu"):
+        gru(bad)
+    with pytest.raises(TypeError, match="x is a"):
+        Linear(3, 4)(bad)
+    with pytest.raises(TypeError, match="x is a"):
+        GRUCell(3, 4)(bad)
+
+
+def test_strided_arrays_give_the_same_numbers(gru):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 2, 3)).astype("float32")
+    dy = rng.standard_normal((5, 2, 4)).astype("float32")
+    h0 = rng.standard_normal((2, 2, 4)).astype("float32")
+
+    def strided(v):
+        wide = np.zeros((*(2 * n for n in v.shape),), "float32")
+        wide[::2, ::2, ::2] = v
+        return wide[::2, ::2, ::2]
+
+    (y, h), pullback = gru.vjp(x, h0)
+    (y2, h2), pullback2 = gru.vjp(strided(x), np.asfortranarray(h0))
+    results, results2 = pullback(dy), pullback2(strided(dy))
+    pairs = [(y, y2), (h, h2), *zip(results[1:], results2[1:], strict=True)]
+    pairs += [(results[0][k], results2[0][k]) for k in results[0]]
+    for a, b in pairs:
+        assert np.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_cotangents(gru):
+    _, pullback = gru.vjp(X)
+    with pytest.raises(ShapeError, match=r"dy is \(5, 2, 3\), expected \(T, B, D\*H\)"):
+        pullback(X)
+    with pytest.raises(ShapeError, match="axis 0 is 4, T is 5"):
+        pullback(np.zeros((4, 2, 4), "float32"))
+    with pytest.raises(TypeError, match="dy has dtype float64"):
+        pullback(np.zeros((5, 2, 4)))
+    with pytest.raises(ShapeError, match="dh_n is"):
+        pullback(None, np.zeros((2, 2, 5), "float32"))
+
+
+@pytest.mark.parametrize("call", ["gru", "linear", "cell"])
+def test_cotangents_of_other_layers(call):
+    layer = {"gru": GRU, "linear": Linear, "cell": GRUCell}[call](3, 4)
+    _, pullback = layer.vjp(X if call != "cell" else X[0])
+    with pytest.raises(ValueError, match="expected"):
+        pullback(np.zeros((9, 9, 9), "float32"))
+
+
+def test_arrays_of_another_library(backend):
+    if backend.name == "numpy":
+        pytest.skip("numpy: needs a second library")
+    here, there = GRU(3, 4), GRU(3, 4, backend=backend.name, device=backend.device)
+    with pytest.raises(TypeError, match="x is an array of numpy, expected an array of"):
+        there(X)
+    with pytest.raises(TypeError, match=f"x is an array of {backend.name}, expected"):
+        here(backend.put(X))
+    with pytest.raises(TypeError, match="h0 is an array of numpy"):
+        there(backend.put(X), np.zeros((1, 2, 4), "float32"))
+    with pytest.raises(TypeError, match="weight_ih_l0 is an array of"):
+        here.params["weight_ih_l0"] = there.params["weight_ih_l0"]
+
+
+def test_arrays_on_another_device():
+    xp = require("array_api_strict")
+    gru = GRU(3, 4, backend="array_api_strict", device="device1")
+    with pytest.raises(TypeError, match="x is on .*CPU_DEVICE.*, expected an array of"):
+        gru(xp.asarray(X))
+
+
+def test_a_tensor_that_requires_grad_is_refused():
+    torch = require("torch")
+    gru = GRU(3, 4, backend="torch")
+    x = torch.zeros(5, 2, 3, requires_grad=True)
+    with pytest.raises(TypeError, match=r"x requires grad.*x\.detach\(\)"):
+        gru(x)
+    gru(x.detach())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 4), "input_size is 0"),
+        ((3, -1), "hidden_size is -1"),
+        ((3, 4.0), "hidden_size is 4.0"),
+        ((3, 4, 0), "num_layers is 0"),
+    ],
+)
+def test_sizes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GRU(*arguments)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "asarray", "", np.float32, None])
+def test_what_is_no_dtype_of_a_model(dtype):
+    with pytest.raises(ValueError, match="dtype is .*, expected one of float16, bfloat16, float32"):
+        GRU(3, 4, dtype=dtype)
+
+
+def test_a_dtype_that_the_library_lacks():
+    with pytest.raises(ValueError, match="dtype is 'bfloat16', which numpy does not have"):
+        GRU(3, 4, dtype="bfloat16")
+
+
+def test_recompute():
+    for bad in (0, -1, "log", 2.5, True):
+        with pytest.raises(ValueError, match="recompute is"):
+            GRU(3, 4, recompute=bad)
+
+
+def test_complex_serves_the_forward_call_alone():
+    gru = GRU(3, 4, dtype="complex128")
+    x = X.astype("complex128")
+    assert gru(x)[0].dtype == np.complex128
+    with pytest.raises(TypeError, match="complex128 serves the plain forward call alone"):
+        gru.vjp(x)
+    with pytest.raises(TypeError, match="complex128"):
+        GRUCell(3, 4, dtype="complex128").vjp(x[0])
