@@ -1,5 +1,7 @@
 """The GRU over whole sequences: layers, directions, lengths, dropout between layers."""
 
+from __future__ import annotations  # numpy.random is loaded on first need
+
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -202,7 +204,7 @@ class GRU(Layer):
 
     # from the user's arrays to time-major ones, and back -----------------------------------------
 
-    def _enter(self, x: Any, h0: Any, lengths: Any) -> "Entry":
+    def _enter(self, x: Any, h0: Any, lengths: Any) -> Entry:
         xp, rank = self.backend.xp, getattr(x, "ndim", 3)
         self.backend.check("x", x, self.dtype)
         letters = "(T, I)" if rank == 2 else "(B, T, I)" if self.batch_first else "(T, B, I)"
@@ -225,7 +227,7 @@ class GRU(Layer):
             return self.backend.xp.expand_dims(v, axis=1)
         return self.backend.xp.permute_dims(v, (1, 0, 2)) if self.batch_first else v
 
-    def _leave(self, entry: "Entry", y: Any, h_n: Any) -> tuple[Any, Any]:
+    def _leave(self, entry: Entry, y: Any, h_n: Any) -> tuple[Any, Any]:
         if entry.single:
             return (None if y is None else y[:, 0, :]), h_n[:, 0, :]
         if self.batch_first and y is not None:
@@ -270,8 +272,8 @@ class GRU(Layer):
         return self._leave(entry, y, h_n)
 
     def _layers(
-        self, entry: "Entry", keep: bool, rng: Any, segment: bool = True, outputs: bool = True
-    ) -> tuple[Any, Any, list["LayerTape"]]:
+        self, entry: Entry, keep: bool, rng: Any, segment: bool = True, outputs: bool = True
+    ) -> tuple[Any, Any, list[LayerTape]]:
         xp, x, D = self.backend.xp, entry.x, len(self.suffixes)
         steps = self._segment(x.shape[0]) if segment else None
         tapes, states = [], []

@@ -1,5 +1,7 @@
 """First values of weights, drawn on the host in float64, so that one seed serves every backend."""
 
+from __future__ import annotations  # numpy.random is loaded on first need
+
 import math
 
 import numpy as np

@@ -8,7 +8,6 @@ import numpy as np
 from .backend import Backend, select, to_numpy
 from .errors import ShapeError
 
-
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
@@ -96,10 +95,14 @@ class Layer:
         return new
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        from inspect import signature
+
+        usual = signature(type(self)).parameters
+        given = {k: v for k, v in self.settings.items() if v != usual[k].default}
+        arguments = "".join(f"{name}={value!r}, " for name, value in given.items())
         count = sum(int(np.prod(p.shape)) for p in self.params.values())
         return (
-            f"{type(self).__name__}({arguments}, backend={self.backend.name!r}, "
+            f"{type(self).__name__}({arguments}backend={self.backend.name!r}, "
             f"dtype={self.dtype!r})  # {count:,} parameters"
         )
 

@@ -45,10 +45,11 @@ def test_the_file_is_plain_safetensors(tmp_path):
 def test_a_file_that_was_written_once_still_opens(tmp_path):
     """These bytes are a Linear(1, 1) with weight 2 and bias 3."""
     header = (
-        b'{"__metadata__":{"gru_any":"{\\"format\\": 1, \\"chain\\": false, \\"dtype\\": '
-        b'\\"float32\\", \\"layers\\": [[\\"Linear\\", {\\"in_features\\": 1, \\"out_features\\": 1, '
-        b'\\"bias\\": true}]]}"},"bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-        b'"weight":{"dtype":"F32","shape":[1,1],"data_offsets":[4,8]}}'
+        rb'{"__metadata__":{"gru_any":"{\"format\": 1, \"chain\": false, \"dtype\": \"float32\", '
+        rb"\"layers\": [[\"Linear\", {\"in_features\": 1, \"out_features\": 1, "
+        rb'\"bias\": true}]]}"},'
+        rb'"bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        rb'"weight":{"dtype":"F32","shape":[1,1],"data_offsets":[4,8]}}'
     )
     content = len(header).to_bytes(8, "little") + header + bytes.fromhex("0000404000000040")
     (tmp_path / "old").write_bytes(content)
@@ -68,7 +69,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match="damaged or no safetensors file"):
             load(path)
     save_file({"w": np.zeros(3)}, path)
-    with pytest.raises(ValueError, match="was not written by gru_any.save"):
+    with pytest.raises(ValueError, match=r"was not written by gru_any.save"):
         load(path)
 
 

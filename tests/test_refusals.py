@@ -84,8 +84,8 @@ def test_another_dtype(gru, bad):
         gru(X.astype(bad))
     with pytest.raises(TypeError, match="h0 has dtype"):
         gru(X, np.zeros((2, 2, 4), bad))
-    assert np.array_equal(gru(asarray(X.astype(bad), gru) if bad not in (np.int64, np.bool_) else X)[0],
-                          gru(X)[0])  # fmt: skip
+    if np.dtype(bad).kind == "f":
+        assert np.array_equal(gru(asarray(X.astype(bad), gru))[0], gru(X)[0])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_another_dtype(gru, bad):
     ids=["list", "int", "None", "str", "scalar", "masked", "matrix"],
 )
 def test_what_is_no_array(gru, bad):
-    with pytest.raises(TypeError, match="x is a .*, expected an array of numpy on cpu"):
+    with pytest.raises(TypeError, match=r"x is a .*, expected an array of numpy on cpu"):
         gru(bad)
     with pytest.raises(TypeError, match="x is a"):
         Linear(3, 4)(bad)
@@ -159,7 +159,7 @@ def test_arrays_of_another_library(backend):
 def test_arrays_on_another_device():
     xp = require("array_api_strict")
     gru = GRU(3, 4, backend="array_api_strict", device="device1")
-    with pytest.raises(TypeError, match="x is on .*CPU_DEVICE.*, expected an array of"):
+    with pytest.raises(TypeError, match=r"x is on .*CPU_DEVICE.*, expected an array of"):
         gru(xp.asarray(X))
 
 
@@ -188,7 +188,9 @@ def test_sizes(arguments, message):
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "asarray", "", np.float32, None])
 def test_what_is_no_dtype_of_a_model(dtype):
-    with pytest.raises(ValueError, match="dtype is .*, expected one of float16, bfloat16, float32"):
+    with pytest.raises(
+        ValueError, match=r"dtype is .*, expected one of float16, bfloat16, float32"
+    ):
         GRU(3, 4, dtype=dtype)
 
 

@@ -3,7 +3,6 @@
 import importlib
 from contextlib import nullcontext
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-5-0", "cupy-rocm-7-0")
@@ -46,6 +45,8 @@ def _installed() -> str:
 
 
 def _version(name: str) -> str:
+    from importlib import metadata  # it alone costs more than the rest of the package
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -181,7 +181,8 @@ def _scatter_add_host(indices: Any, rows: Any, n: int) -> Any:
 
 
 def _plain(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+    """The name of a dtype of any library."""
+    return str(dtype).rpartition(".")[2]
 
 
 class _NumPy20:
@@ -241,7 +242,7 @@ def select(backend: Any = None, device: Any = None) -> Backend:
 def _namespace(name: str) -> Any:
     try:
         xp = importlib.import_module(_NAMESPACES.get(name, name))
-    except ImportError as e:
+    except (ImportError, ValueError, TypeError) as e:
         way = _INSTALL.get(name, 'use "numpy", "cupy", "auto", "torch" or "jax.numpy"')
         raise BackendError(f"backend {name!r} cannot be imported ({e}): {way}") from e
     if not all(hasattr(xp, f) for f in ("asarray", "astype", "permute_dims", "concat", "tanh")):

@@ -1,0 +1,141 @@
+"""The scripts, as a person runs them, with few steps."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SMALL = ["--steps", "30", "--hidden", "16", "--batch", "8", "--chunk", "16", "--backend", "numpy"]
+
+
+def run(script, *arguments, ok=True):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "data.txt").write_text("Über den Wolken, so sagt man. " * 200, "utf-8")
+    text = run(
+        "train_text.py", *SMALL, "--data", folder / "data.txt", "--out", folder / "out",
+        "--prompt", "den", "--sample", 20, "--layers", 2, "--dropout", 0.1, "--rate", 0.02,
+    )  # fmt: skip
+    return folder, text
+
+
+def test_training(trained):
+    folder, text = trained
+    assert "6,000 characters, SHA-256 " in text
+    assert "100%" in text
+    for word in ("bits/char", "char/s", "loss", "validation: ", "test: ", "bits per character"):
+        assert word in text
+    assert any(line.startswith("den") for line in text.splitlines())
+    bits = float(text.partition("test: ")[2].split()[0])
+    assert 0 < bits < np.log2(20)
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        "characters.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_sample_from_saved_weights(trained):
+    folder, _ = trained
+    command = ["train_text.py", "--load", folder / "out", "--sample", 30, "--backend", "numpy"]
+    one, two = (run(*command, "--prompt", "so ", "--seed", 3) for _ in range(2))
+    assert one == two
+    assert one.startswith("so ")
+    assert len(one) == 3 + 30 + 1
+    assert "the model knows" in run(*command, "--prompt", "xyz", ok=False)
+
+
+def test_ctrl_c_keeps_the_weights(tmp_path):
+    (tmp_path / "data.txt").write_text("to be or not to be " * 500, "utf-8")
+    command = [sys.executable, str(SCRIPTS / "train_text.py"), *SMALL, "--steps", "1000000"]
+    command += ["--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--prompt", "to", "--sample", "10"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONUNBUFFERED": "1"},
+    )
+    assert "characters" in process.stdout.readline()
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "the weights so far are kept" in err
+    assert "test: " in out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the text has 0 characters"),
+        (b"\xff\xfe\x00bad" * 500, "is not UTF-8"),
+        (None, "cannot be read"),
+    ],
+)
+def test_data_that_is_no_text(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "data").write_bytes(content)
+    assert message in run("train_text.py", "--data", tmp_path / "data", ok=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1000000"], "too many"),
+        (["--hidden", "0"], "is not above 0"),
+        (["--temperature", "0"], "must be above 0"),
+        (["--load", "no such folder"], "--load no such folder"),
+        (["--backend", "no_such_library"], "cannot be imported"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    (tmp_path / "data.txt").write_text("to be or not to be " * 500, "utf-8")
+    text = run("train_text.py", "--data", tmp_path / "data.txt", *arguments, ok=False)
+    assert message in text
+
+
+def test_without_the_text_of_cpython(tmp_path):
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "__init__.py").touch()
+    (tmp_path / "pydoc_data" / "topics.py").write_text("raise ImportError")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(SCRIPTS)!r}]\n"
+        "import train_text; train_text.main([])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "--data FILE" in done.stderr
+
+
+def test_the_demo():
+    text = run("demo_sequence.py", "--backend", "numpy", "--iterations", "200")
+    losses = [float(line.split()[2]) for line in text.splitlines() if "loss" in line]
+    assert losses[0] > 1 > 0.05 > losses[-1]
+
+
+def test_the_cost_of_the_import():
+    assert "gru_any adds" in run("import_time.py")
+
+
+def test_mutation():
+    """Two of the changes; the whole takes minutes."""
+    assert "2 of 2 changes noticed" in run("mutate.py", "--only", "2")
