@@ -106,7 +106,7 @@ class Sweep(NamedTuple):
         for segment in reversed(tape):
             kept = self._recompute(x, segment) if segment.kept is None else segment.kept
             for block, of_block in zip(reversed(segment.blocks), reversed(kept), strict=True):
-                piece, dh, g, grads = self._block_back(x, block, of_block, dy, dh)
+                piece, dh, g, grads = self._block_back(x, block, of_block, dy, dh, taps is not None)
                 total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
                 dx.put(block, self._stored(piece, x))
                 if taps is not None:
@@ -144,14 +144,16 @@ class Sweep(NamedTuple):
         )
         return Kept(path, saved), path[0 if self.reverse else -1, :, :]
 
-    def _block_back(self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any) -> Any:
-        """Back through one block -> dx (K, B, I), dh, g (K, B, H), the gradients."""
+    def _block_back(
+        self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool
+    ) -> Any:
+        """Back through one block -> dx (K, B, I), dh, g if wanted (K, B, H), the gradients."""
         xp, W, U = self.run.xp, self.weights.W, self.weights.recurrent[0]
         if dy is not None:
             dy = self._clean(xp.astype(dy[block, :, :], self.dtype, copy=False), block)
         previous, alive = self._before(kept.path), self._alive(block)
         parts, dh, g = self.run.backward(
-            self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse
+            self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse, taps
         )
         parts = [_rows(xp, self._clean(part, block)) for part in parts]
         saved = [_rows(xp, s) for s in kept.saved]

@@ -50,11 +50,12 @@ class Plain:
         U: Any,
         alive: list[Any],
         reverse: bool,
+        taps: bool,
     ) -> tuple[Any, Any, Any]:
         """Walk the block back. dy (K, B, H) or None; dh (B, H); previous (K, B, H).
 
-        Returns the gradients of the pre-activations, each (K, B, .), the new dh, and g = dL/dh'
-        of every step (K, B, H).
+        Returns the gradients of the pre-activations, each (K, B, .), the new dh, and with
+        `taps` g = dL/dh' of every step (K, B, H), else None.
         """
         xp, parts, gs = self.xp, [], []
         for t in _order(previous.shape[0], not reverse):
@@ -66,7 +67,7 @@ class Plain:
         if not reverse:
             parts.reverse()
             gs.reverse()
-        return self._stack(parts), dh, xp.stack(gs)
+        return self._stack(parts), dh, xp.stack(gs) if taps else None
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> "_Output":
         """Collect blocks of steps into an array of the shape."""

@@ -1,0 +1,225 @@
+"""How NumPy runs a block of steps: the traced equations, as calls that write into reused buffers.
+
+The list of operations of a step becomes the source of one function that walks a whole block. An
+operation without a home of its own writes over an operand that is not needed again.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..trace import MATRIX, Op, Product, Program, trace
+from .plain import Plain
+
+
+class NumPy(Plain):
+    """Runs blocks of steps on NumPy."""
+
+    def affine(self, x: Any, W: Any, b: Any) -> Any:
+        """x (K, B, I), W (N, I), b (N,) or None -> x W^T + b (K, B, N)."""
+        rows = x.reshape(-1, x.shape[2])
+        a = rows * W[:, 0] if x.shape[2] == 1 else rows @ W.T  # BLAS is slow at an inner size of 1
+        if b is not None:
+            a += b
+        return a.reshape(*x.shape[:2], W.shape[0])
+
+    def forward(
+        self, step: Any, a: Any, h: Any, recurrent: Any, alive: list[Any], reverse: bool, keep: bool
+    ) -> tuple[Any, Any]:
+        """As `Plain.forward`."""
+        if a.dtype.kind == "c":
+            return super().forward(step, a, h, recurrent, alive, reverse, keep)
+        (K, B, _), H = a.shape, h.shape[-1]
+        program, walk = forward_walk(step, len(recurrent) - 1, keep)
+        path = np.empty((K + 1, B, H), a.dtype)
+        path[K if reverse else 0] = h
+        saved = tuple(np.empty((K, B, H), a.dtype) for _ in program.extras)
+        ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
+        over = _over([*_columns(a, 3), *ends, *saved], alive, reverse)
+        walk(over, recurrent[0], recurrent[1:], (B, H), a.dtype)
+        return path, saved or None
+
+    def backward(
+        self,
+        step: Any,
+        dy: Any,
+        dh: Any,
+        previous: Any,
+        saved: Any,
+        U: Any,
+        alive: list[Any],
+        reverse: bool,
+        taps: bool,
+    ) -> tuple[Any, Any, Any]:
+        """As `Plain.backward`."""
+        K, B, H = previous.shape
+        program, walk = backward_walk(step, len(saved), taps)
+        parts = tuple(np.empty((K, B, len(e) * H), dh.dtype) for e in program.extras)
+        columns = [column for part in parts for column in _columns(part, part.shape[2] // H)]
+        g = np.empty((K, B, H), dh.dtype) if taps else None
+        dys = [None] * K if dy is None else dy
+        over = _over([dys, previous, *saved, *columns, *parts, *([g] if taps else [])], alive,
+                     not reverse)  # fmt: skip
+        return parts, walk(over, U, dh, (B, H), dh.dtype), g
+
+
+def _columns(v: Any, n: int) -> list[Any]:
+    """(K, B, nH) -> n arrays (K, B, H) over the same memory."""
+    H = v.shape[-1] // n
+    return [v[..., i * H : (i + 1) * H] for i in range(n)]
+
+
+def _over(arrays: list[Any], alive: list[Any], backwards: bool) -> Any:
+    """What the walk takes at each step: an entry of each array, and which rows have ended."""
+    ended = [None if mask is None else ~mask for mask in alive]
+    return zip(*((v[::-1] if backwards else v) for v in (*arrays, ended)), strict=True)
+
+
+# source ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def forward_walk(step: Any, vectors: int, keep: bool) -> tuple[Program, Any]:
+    """The program of a step, and a function that walks a block with it."""
+    program = trace(step, 3, 1, MATRIX, *[1] * vectors)
+    if not keep:
+        program = program.without_extras()
+    (a, (h,), _, *c) = program.inputs
+    homes = {column: f"a{i}" for i, column in enumerate(a)} | {h: "h"}
+    homes |= {column: f"c{i}" for i, (column,) in enumerate(c)}
+    saved = [f"s{i}" for i in range(len(program.extras))]
+    given = {column: [name] for (column,), name in zip(program.extras, saved, strict=True)}
+    given.setdefault(program.result, []).insert(0, "o")
+    lines = _Lines(program, homes, given, {})
+    unpacked = "".join(f"{c}, " for c in [f"c{i}" for i in range(vectors)])
+    source = [
+        "def walk(over, M, vectors, shape, dtype):",
+        f"    {unpacked}= vectors" if vectors else "    pass",
+        *lines.prologue(),
+        f"    for {', '.join(['a0, a1, a2, h, o', *saved, 'ended'])} in over:",
+        *lines.body,
+        "        if ended is not None:",
+        "            copyto(o, h, where=ended)",
+    ]
+    return program, _compiled(source)
+
+
+@lru_cache(maxsize=32)
+def backward_walk(step: Any, saved: int, taps: bool) -> tuple[Program, Any]:
+    """The program of the gradient of a step, and a function that walks a block with it."""
+    program = trace(step, 1, 1, (1,) * saved, MATRIX)
+    (g,), (h,), *rest = program.inputs
+    homes = {g: "g", h: "h"} | {column: f"s{i}" for i, (column,) in enumerate(rest[:-1])}
+    given: dict[int, list[str]] = {program.result: ["new"]}
+    wide, names = {}, []
+    for p, extra in enumerate(program.extras):
+        wide[extra] = f"p{p}"
+        for i, column in enumerate(extra):
+            names.append(f"p{p}_{i}")
+            given.setdefault(column, []).append(names[-1])
+    lines = _Lines(program, homes, given, wide)
+    taken = ["dy", "h", *(f"s{i}" for i in range(saved)), *names, *wide.values()]
+    source = [
+        "def walk(over, M, dh, shape, dtype):",
+        "    old, new, g = array(dh), empty(shape, dtype), empty(shape, dtype)",
+        *lines.prologue(),
+        f"    for {', '.join([*taken, *(['tap'] if taps else []), 'ended'])} in over:",
+        "        add(old, dy, g) if dy is not None else copyto(g, old)",
+        *(["        copyto(tap, g)"] if taps else []),
+        *lines.body,
+        "        if ended is not None:",
+        "            copyto(new, old, where=ended)",
+        "        old, new = new, old",
+        "    return old",
+    ]
+    return program, _compiled(source)
+
+
+def _compiled(source: list[str]) -> Any:
+    names = ("add", "subtract", "multiply", "divide", "tanh", "matmul", "copyto", "empty", "array")
+    scope = {name: getattr(np, name) for name in names}
+    exec("\n".join(source), scope)
+    return scope["walk"]
+
+
+class _Lines:
+    """The lines of one step, and the buffers and constants that stand before the loop.
+
+    homes: where the inputs are, column -> name; given: where results go, column -> names;
+    wide: columns that stand side by side in one array -> its name.
+    """
+
+    def __init__(self, program: Program, homes: Any, given: Any, wide: Any) -> None:
+        self.homes, self.given, self.wide = dict(homes), given, wide
+        self.body: list[str] = []
+        self.buffers: list[str] = []
+        self.constants: dict[float, str] = {}
+        self.free: list[str] = []
+        self.slots: set[str] = set()
+        last = {i: n for n, op in enumerate(program.ops) for i in op.inputs}
+        for n, op in enumerate(program.ops):
+            dying = {i for i in op.inputs if not isinstance(i, float) and last[i] == n}
+            if isinstance(op, Product):
+                self._product(op, dying, len(self.buffers))
+            else:
+                self._element(op, dying)
+        done = {op.output for op in program.ops if isinstance(op, Op)}
+        for column in sorted(set(given) - done):  # a result that is an input, or a product
+            for name in given[column]:
+                self.body.append(f"        copyto({name}, {self.homes[column]})")
+
+    def prologue(self) -> list[str]:
+        """The lines before the loop."""
+        values = [f"    {k} = array({v!r}, dtype)" for v, k in self.constants.items()]
+        return ["    B, H = shape", *self.buffers, *values]
+
+    def _element(self, op: Op, dying: set[int]) -> None:
+        arguments = [self._value(i) for i in op.inputs]
+        spare = [self.homes[i] for i in sorted(dying) if self.homes[i] in self.slots]
+        self.free += [slot for slot in spare if slot not in self.free]
+        names = self.given.get(op.output) or [self._slot()]
+        self.homes[op.output] = names[0]
+        self.body.append(f"        {op.name}({', '.join([*arguments, names[0]])})")
+        self.body += [f"        copyto({name}, {names[0]})" for name in names[1:]]
+
+    def _product(self, op: Product, dying: set[int], n: int) -> None:
+        rows = f"M[{op.rows.start} * H : {op.rows.stop} * H]" + ".T" * op.transposed
+        self.buffers.append(f"    M{n}, q{n} = {rows}, empty((B, {len(op.outputs)} * H), dtype)")
+        left = self._side_by_side(op.inputs) or self._gathered(op.inputs, f"x{n}")
+        self.body.append(f"        matmul({left}, M{n}, q{n})")
+        for i, column in enumerate(op.outputs):
+            name = self.homes[column] = f"q{n}_{i}"
+            self.buffers.append(f"    {name} = q{n}[:, {i} * H : {i + 1} * H]")
+            self.slots.add(name)
+        self.free += [self.homes[i] for i in dying if self.homes[i] in self.slots]
+
+    def _slot(self) -> str:
+        if self.free:
+            return self.free.pop()
+        name = f"t{len(self.slots)}"
+        self.slots.add(name)
+        self.buffers.append(f"    {name} = empty(shape, dtype)")
+        return name
+
+    def _value(self, i: Any) -> str:
+        if isinstance(i, float):
+            return self.constants.setdefault(i, f"k{len(self.constants)}")
+        return self.homes[i]
+
+    def _side_by_side(self, columns: tuple[int, ...]) -> str:
+        if len(columns) == 1:
+            return self.homes[columns[0]]
+        for whole, name in self.wide.items():
+            for i in range(len(whole) - len(columns) + 1):
+                if whole[i : i + len(columns)] == columns:
+                    end = i + len(columns)
+                    return name if columns == whole else f"{name}[:, {i} * H : {end} * H]"
+        return ""
+
+    def _gathered(self, columns: tuple[int, ...], name: str) -> str:
+        self.buffers.append(f"    {name} = empty((B, {len(columns)} * H), dtype)")
+        for i, column in enumerate(columns):
+            part = f"{name}[:, {i} * H : {i + 1} * H]"
+            self.body.append(f"        copyto({part}, {self.homes[column]})")
+        return name

@@ -1,0 +1,163 @@
+"""A step function of arrays, written down as a list of operations.
+
+The function is called once with stand-ins for its arrays. Lengths along the last axis are counted
+in units of H, as if H were 1: h has one column, a has three, U (3H, H) has three rows. So the slices
+that a function takes come out as columns, and the list holds for every H. It knows no library;
+whoever runs the list does.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Op(NamedTuple):
+    """column <- name(inputs); an input is the number of a column, or a Python float."""
+
+    name: str
+    inputs: tuple[Any, ...]
+    output: int
+
+
+class Product(NamedTuple):
+    """outputs <- inputs @ M[rows], or @ M[rows].T; both sides are columns side by side."""
+
+    inputs: tuple[int, ...]
+    rows: slice
+    transposed: bool
+    outputs: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """What a step function does.
+
+    inputs: the columns of each argument (empty for the matrix); result: the column returned
+    first; extras: the columns of each array returned beside it.
+    """
+
+    inputs: list[tuple[int, ...]]
+    ops: list[Op | Product]
+    result: int
+    extras: list[tuple[int, ...]]
+
+    def without_extras(self) -> "Program":
+        """The same for the result alone, with only the operations that it needs."""
+        needed, ops = {self.result}, []
+        for op in reversed(self.ops):
+            outputs = op.outputs if isinstance(op, Product) else (op.output,)
+            if needed & set(outputs):
+                ops.append(op)
+                needed |= {i for i in op.inputs if not isinstance(i, float)}
+        return Program(self.inputs, ops[::-1], self.result, [])
+
+
+MATRIX = "matrix"
+
+
+def trace(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Write down `function(xp, *arguments)`, which returns an array and a tuple of arrays.
+
+    An argument is the number of its columns, a tuple of such, or MATRIX for one of (3H, H).
+    """
+    tape = _Tape()
+    stands = [tape.stand_in(argument) for argument in arguments]
+    result, extras = function(tape, *stands)
+    inputs = [c for s in stands for c in (s if isinstance(s, tuple) else (s,))]
+    columns = [s.ids if isinstance(s, _Columns) else () for s in inputs]
+    return Program(columns, tape.ops, result.ids[0], [extra.ids for extra in extras])
+
+
+class _Tape:
+    """The operations so far; also the namespace `xp` that the function sees."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op | Product] = []
+        self.count = 0
+        self.known: dict[Any, int] = {}
+
+    def stand_in(self, argument: Any) -> Any:
+        if argument == MATRIX:
+            return _Matrix(slice(0, 3), False)
+        if isinstance(argument, tuple):
+            return tuple(self.stand_in(n) for n in argument)
+        return _Columns(self, self.new(argument))
+
+    def new(self, n: int) -> tuple[int, ...]:
+        self.count += n
+        return tuple(range(self.count - n, self.count))
+
+    def op(self, name: str, *inputs: Any) -> int:
+        """The column of an operation; the same one where it was done before."""
+        if (name, inputs) not in self.known:
+            self.known[name, inputs] = self.new(1)[0]
+            self.ops.append(Op(name, inputs, self.known[name, inputs]))
+        return self.known[name, inputs]
+
+    def tanh(self, v: "_Columns") -> "_Columns":
+        return _Columns(self, tuple(self.op("tanh", i) for i in v.ids))
+
+    def concat(self, parts: Any, axis: int) -> "_Columns":
+        return _Columns(self, tuple(i for part in parts for i in part.ids))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"xp.{name} cannot be traced: the steps are made of + - * @ and tanh")
+
+
+class _Matrix:
+    """Rows of the recurrent weights, in units of H."""
+
+    def __init__(self, rows: slice, transposed: bool) -> None:
+        self.rows, self.transposed = rows, transposed
+
+    @property
+    def T(self) -> "_Matrix":
+        return _Matrix(self.rows, not self.transposed)
+
+    def __getitem__(self, key: Any) -> "_Matrix":
+        return _Matrix(slice(*key[0].indices(3)[:2]), self.transposed)
+
+
+class _Columns:
+    """An array, as the numbers of its columns."""
+
+    def __init__(self, tape: _Tape, ids: tuple[int, ...]) -> None:
+        self.tape, self.ids = tape, ids
+
+    @property
+    def shape(self) -> tuple[Any, int]:
+        return None, len(self.ids)
+
+    def __getitem__(self, key: Any) -> "_Columns":
+        return _Columns(self.tape, self.ids[key[-1]])
+
+    def __matmul__(self, matrix: _Matrix) -> "_Columns":
+        height = matrix.rows.stop - matrix.rows.start
+        outputs = self.tape.new(height if matrix.transposed else 1)
+        self.tape.ops.append(Product(self.ids, matrix.rows, matrix.transposed, outputs))
+        return _Columns(self.tape, outputs)
+
+    def _with(self, name: str, other: Any, swapped: bool = False) -> "_Columns":
+        n = len(self.ids)
+        theirs = other.ids if isinstance(other, _Columns) else (float(other),) * n
+        pairs = zip(theirs, self.ids, strict=True) if swapped else zip(self.ids, theirs, strict=True)
+        return _Columns(self.tape, tuple(self.tape.op(name, i, j) for i, j in pairs))
+
+    def __add__(self, other: Any) -> "_Columns":
+        return self._with("add", other)
+
+    def __radd__(self, other: Any) -> "_Columns":
+        return self._with("add", other, True)
+
+    def __sub__(self, other: Any) -> "_Columns":
+        return self._with("subtract", other)
+
+    def __rsub__(self, other: Any) -> "_Columns":
+        return self._with("subtract", other, True)
+
+    def __mul__(self, other: Any) -> "_Columns":
+        return self._with("multiply", other)
+
+    def __truediv__(self, other: Any) -> "_Columns":
+        return self._with("divide", other)
+
+    def __rmul__(self, other: Any) -> "_Columns":
+        return self._with("multiply", other, True)
