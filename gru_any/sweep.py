@@ -144,9 +144,7 @@ class Sweep(NamedTuple):
         )
         return Kept(path, saved), path[0 if self.reverse else -1, :, :]
 
-    def _block_back(
-        self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool
-    ) -> Any:
+    def _block_back(self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool) -> Any:
         """Back through one block -> dx (K, B, I), dh, g if wanted (K, B, H), the gradients."""
         xp, W, U = self.run.xp, self.weights.W, self.weights.recurrent[0]
         if dy is not None:

@@ -138,7 +138,9 @@ class _Columns:
     def _with(self, name: str, other: Any, swapped: bool = False) -> "_Columns":
         n = len(self.ids)
         theirs = other.ids if isinstance(other, _Columns) else (float(other),) * n
-        pairs = zip(theirs, self.ids, strict=True) if swapped else zip(self.ids, theirs, strict=True)
+        pairs = (
+            zip(theirs, self.ids, strict=True) if swapped else zip(self.ids, theirs, strict=True)
+        )
         return _Columns(self.tape, tuple(self.tape.op(name, i, j) for i, j in pairs))
 
     def __add__(self, other: Any) -> "_Columns":

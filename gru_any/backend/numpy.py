@@ -31,7 +31,8 @@ class NumPy(Plain):
         if a.dtype.kind == "c":
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         (K, B, _), H = a.shape, h.shape[-1]
-        program, walk = forward_walk(step, len(recurrent) - 1, keep)
+        program = forward_program(step, len(recurrent) - 1, keep)
+        walk = forward_walk(step, len(recurrent) - 1, keep)
         path = np.empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(np.empty((K, B, H), a.dtype) for _ in program.extras)
@@ -54,14 +55,15 @@ class NumPy(Plain):
     ) -> tuple[Any, Any, Any]:
         """As `Plain.backward`."""
         K, B, H = previous.shape
-        program, walk = backward_walk(step, len(saved), taps)
-        parts = tuple(np.empty((K, B, len(e) * H), dh.dtype) for e in program.extras)
+        program = backward_program(step, len(saved), dy is not None, taps)
+        walk = backward_walk(step, len(saved), dy is not None, taps)
+        parts = [np.empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in _columns(part, part.shape[2] // H)]
-        g = np.empty((K, B, H), dh.dtype) if taps else None
-        dys = [None] * K if dy is None else dy
-        over = _over([dys, previous, *saved, *columns, *parts, *([g] if taps else [])], alive,
-                     not reverse)  # fmt: skip
-        return parts, walk(over, U, dh, (B, H), dh.dtype), g
+        given = [] if dy is None else [dy]
+        over = _over([*given, previous, *saved, *columns, *parts], alive, not reverse)
+        dh = walk(over, U, dh, (B, H), dh.dtype)
+        g = parts.pop() if taps else None
+        return tuple(parts), dh, g
 
 
 def _columns(v: Any, n: int) -> list[Any]:
@@ -79,12 +81,33 @@ def _over(arrays: list[Any], alive: list[Any], backwards: bool) -> Any:
 # source ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=32)
-def forward_walk(step: Any, vectors: int, keep: bool) -> tuple[Program, Any]:
-    """The program of a step, and a function that walks a block with it."""
+@lru_cache(maxsize=64)
+def forward_program(step: Any, vectors: int, keep: bool) -> Program:
+    """The operations of a step on a, h, U and so many vectors."""
     program = trace(step, 3, 1, MATRIX, *[1] * vectors)
-    if not keep:
-        program = program.without_extras()
+    return program if keep else program.without_extras()
+
+
+@lru_cache(maxsize=64)
+def backward_program(step: Any, saved: int, given: bool, taps: bool) -> Program:
+    """The operations of the gradient of a step on dy (if given), dh, h, the saved arrays and U.
+
+    With taps, g = dL/dh' is returned as the last extra.
+    """
+
+    def summed(xp: Any, *arguments: Any) -> Any:
+        dy, dh, h, *kept, U = arguments if given else (None, *arguments)
+        g = dh + dy if given else dh
+        new, parts = step(xp, g, h, kept, U)
+        return new, (*parts, g) if taps else parts
+
+    return trace(summed, *[1] * (given + 2 + saved), MATRIX)
+
+
+@lru_cache(maxsize=64)
+def forward_walk(step: Any, vectors: int, keep: bool) -> Any:
+    """A function that walks a block of steps forward."""
+    program = forward_program(step, vectors, keep)
     (a, (h,), _, *c) = program.inputs
     homes = {column: f"a{i}" for i, column in enumerate(a)} | {h: "h"}
     homes |= {column: f"c{i}" for i, (column,) in enumerate(c)}
@@ -92,48 +115,47 @@ def forward_walk(step: Any, vectors: int, keep: bool) -> tuple[Program, Any]:
     given = {column: [name] for (column,), name in zip(program.extras, saved, strict=True)}
     given.setdefault(program.result, []).insert(0, "o")
     lines = _Lines(program, homes, given, {})
-    unpacked = "".join(f"{c}, " for c in [f"c{i}" for i in range(vectors)])
     source = [
         "def walk(over, M, vectors, shape, dtype):",
-        f"    {unpacked}= vectors" if vectors else "    pass",
+        *(f"    c{i} = vectors[{i}]" for i in range(vectors)),
         *lines.prologue(),
         f"    for {', '.join(['a0, a1, a2, h, o', *saved, 'ended'])} in over:",
         *lines.body,
         "        if ended is not None:",
         "            copyto(o, h, where=ended)",
     ]
-    return program, _compiled(source)
+    return _compiled(source)
 
 
-@lru_cache(maxsize=32)
-def backward_walk(step: Any, saved: int, taps: bool) -> tuple[Program, Any]:
-    """The program of the gradient of a step, and a function that walks a block with it."""
-    program = trace(step, 1, 1, (1,) * saved, MATRIX)
-    (g,), (h,), *rest = program.inputs
-    homes = {g: "g", h: "h"} | {column: f"s{i}" for i, (column,) in enumerate(rest[:-1])}
+@lru_cache(maxsize=64)
+def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
+    """A function that walks a block of steps back."""
+    program = backward_program(step, saved, given_dy, taps)
+    taken = [*(["dy"] if given_dy else []), "h", *(f"s{i}" for i in range(saved))]
+    columns = [column for ids in program.inputs for column in ids]
+    inputs = list(taken)
+    inputs.insert(int(given_dy), "old")
+    homes = dict(zip(columns, inputs, strict=True))
     given: dict[int, list[str]] = {program.result: ["new"]}
-    wide, names = {}, []
+    wide = {}
     for p, extra in enumerate(program.extras):
         wide[extra] = f"p{p}"
         for i, column in enumerate(extra):
-            names.append(f"p{p}_{i}")
-            given.setdefault(column, []).append(names[-1])
+            taken.append(f"p{p}_{i}")
+            given.setdefault(column, []).append(taken[-1])
     lines = _Lines(program, homes, given, wide)
-    taken = ["dy", "h", *(f"s{i}" for i in range(saved)), *names, *wide.values()]
     source = [
         "def walk(over, M, dh, shape, dtype):",
-        "    old, new, g = array(dh), empty(shape, dtype), empty(shape, dtype)",
+        "    old, new = array(dh), empty(shape, dtype)",
         *lines.prologue(),
-        f"    for {', '.join([*taken, *(['tap'] if taps else []), 'ended'])} in over:",
-        "        add(old, dy, g) if dy is not None else copyto(g, old)",
-        *(["        copyto(tap, g)"] if taps else []),
+        f"    for {', '.join([*taken, *wide.values(), 'ended'])} in over:",
         *lines.body,
         "        if ended is not None:",
         "            copyto(new, old, where=ended)",
         "        old, new = new, old",
         "    return old",
     ]
-    return program, _compiled(source)
+    return _compiled(source)
 
 
 def _compiled(source: list[str]) -> Any:
