@@ -9,6 +9,7 @@ row's own last state, and a walk from the other end starts at each row's own end
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 BLOCK = 64  # steps a block: enough rows for an efficient product, and a fixed amount of memory
@@ -188,10 +189,10 @@ def _rows(xp: Any, v: Any) -> Any:
     return xp.reshape(v, (v.shape[0] * v.shape[1], v.shape[2]))
 
 
-def _segments(T: int, length: int | None, reverse: bool) -> list[list[slice]]:
-    """Cut T steps into blocks, and group them by segments of about `length` steps."""
-    blocks = [slice(t, min(t + BLOCK, T)) for t in range(0, T, BLOCK)]
-    if reverse:
-        blocks.reverse()
-    n = max(1, len(blocks)) if length is None else max(1, math.ceil(length / BLOCK))
-    return [blocks[i : i + n] for i in range(0, len(blocks), n)]
+def _segments(T: int, length: int | None, reverse: bool) -> Iterator[list[slice]]:
+    """Cut T steps into blocks, and group them by about `length` steps, in the order walked."""
+    n = 1 if length is None else math.ceil(length / BLOCK)
+    starts = range(0, T, BLOCK)
+    starts = starts[::-1] if reverse else starts
+    for first in range(0, len(starts), n):
+        yield [slice(t, min(t + BLOCK, T)) for t in starts[first : first + n]]

@@ -1,9 +1,9 @@
 """A step function of arrays, written down as a list of operations.
 
 The function is called once with stand-ins for its arrays. Lengths along the last axis are counted
-in units of H, as if H were 1: h has one column, a has three, U (3H, H) has three rows. So the slices
-that a function takes come out as columns, and the list holds for every H. It knows no library;
-whoever runs the list does.
+in units of H, as if H were 1: h has one column, a has three, U (3H, H) has three rows. So the
+slices that a function takes come out as columns, and the list holds for every H. It knows no
+library; whoever runs the list does.
 """
 
 from collections.abc import Callable
@@ -109,7 +109,7 @@ class _Matrix:
         self.rows, self.transposed = rows, transposed
 
     @property
-    def T(self) -> "_Matrix":
+    def T(self) -> "_Matrix":  # noqa: N802, the name of the standard
         return _Matrix(self.rows, not self.transposed)
 
     def __getitem__(self, key: Any) -> "_Matrix":

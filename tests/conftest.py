@@ -5,7 +5,9 @@ GRU_ANY_REQUIRE=torch,cupy,... turns the skip of a test that needs one of them i
 
 import importlib
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,25 @@ os.environ.pop("GRU_ANY_BACKEND", None)
 
 BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
+
+# the ways to run a block on NumPy, and the variables that choose them
+VARIABLES = {"plain": "GRU_ANY_PLAIN", "traced": "GRU_ANY_NO_NUMBA", "compiled": ""}
+PATHS = ["plain", "traced", *(["compiled"] if find_spec("numba") else [])]
+for variable in filter(None, VARIABLES.values()):
+    os.environ.pop(variable, None)
+
+
+@contextmanager
+def running(path: str) -> Iterator[None]:
+    """Run blocks in this way, inside of the context."""
+    variable = VARIABLES[path]
+    if variable:
+        os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..trace import Op, Product, Program
-from .numpy import NumPy, forward_program, backward_program
+from .numpy import NumPy, backward_program, forward_program
 
 FEW_ROWS = 2  # up to this batch the whole walk is one compiled loop
 SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
@@ -55,7 +55,8 @@ def tanh(x):
     u = y * y
     p = f(-2.76076847742355e-16) * u + f(2.00018790482477e-13)
     p = ((p * u + f(-8.60467152213735e-11)) * u + f(5.12229709037114e-08)) * u
-    p = (((p + f(1.48572235717979e-05)) * u + f(6.37261928875436e-04)) * u) + f(4.89352455891786e-03)
+    p = (p + f(1.48572235717979e-05)) * u + f(6.37261928875436e-04)
+    p = p * u + f(4.89352455891786e-03)
     q = (f(1.19825839466702e-06) * u + f(1.18534705686654e-04)) * u + f(2.26843463243900e-03)
     return p * y / (q * u + f(4.89352518554385e-03)) if x == x else x
 """,
@@ -211,7 +212,7 @@ class Layout:
         return ["    for b in range(B):", "        for j in range(H):", *body]
 
     def product(self, op: Product) -> list[str]:
-        """The loops of a matrix product for a few rows: along the rows of U, which are in memory."""
+        """The loops of a matrix product for a few rows, along the rows of U."""
         left, out = self.side(op), self.written[op.outputs[0]][-1]
         assert left is not None
         first, rows = op.rows.start, op.rows.stop - op.rows.start
@@ -303,7 +304,7 @@ def _walk(layout: Layout, names: list[str], dtype: str) -> Any:
         calls = [
             stage if callable(stage) else _product(layout, stage, known, U, H) for stage in stages
         ]
-        for t, i, o in zip(*(s.tolist() for s in steps), strict=True):
+        for t, i, o in zip(*(s.tolist() for s in steps), strict=False):
             for call in calls:
                 call(t, i, o, shape, *arrays, *buffers)
             if alive[t] is not None:
@@ -316,8 +317,8 @@ def _product(layout: Layout, op: Product, known: dict[str, Any], U: Any, H: int)
     """A call like that of a fused loop, which does the product by BLAS."""
     place = layout.side(op)
     assert place is not None
-    (name, first, number), array = place, known[place[0]]
-    left = array[..., number * H : (number + len(op.inputs)) * H]
+    (name, first, number) = place
+    left = known[name][..., number * H : (number + len(op.inputs)) * H]
     right = U[op.rows.start * H : op.rows.stop * H]
     right = right.T if op.transposed else right
     out = known[layout.written[op.outputs[0]][-1][0]]
@@ -345,7 +346,8 @@ def compiled(source: str) -> Any:
             part.write_text("CACHE = True\n" + source, "utf-8")
             os.replace(part, path)
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Numba looks it up
         spec.loader.exec_module(module)
         return module

@@ -17,12 +17,16 @@ class NumPy(Plain):
     """Runs blocks of steps on NumPy."""
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """x (K, B, I), W (N, I), b (N,) or None -> x W^T + b (K, B, N)."""
+        """As `Plain.affine`."""
         rows = x.reshape(-1, x.shape[2])
         a = rows * W[:, 0] if x.shape[2] == 1 else rows @ W.T  # BLAS is slow at an inner size of 1
         if b is not None:
             a += b
         return a.reshape(*x.shape[:2], W.shape[0])
+
+    def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """As `Plain.output`."""
+        return _Filled(shape, dtype)
 
     def forward(
         self, step: Any, a: Any, h: Any, recurrent: Any, alive: list[Any], reverse: bool, keep: bool
@@ -66,6 +70,21 @@ class NumPy(Plain):
         return tuple(parts), dh, g
 
 
+class _Filled:
+    """An array that is filled block by block."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self._array = np.empty(shape, dtype)
+
+    def put(self, block: slice, piece: Any) -> None:
+        """Write the piece where it belongs, as the array's dtype."""
+        self._array[block] = piece
+
+    def array(self) -> Any:
+        """The array."""
+        return self._array
+
+
 def _columns(v: Any, n: int) -> list[Any]:
     """(K, B, nH) -> n arrays (K, B, H) over the same memory."""
     H = v.shape[-1] // n
@@ -75,7 +94,8 @@ def _columns(v: Any, n: int) -> list[Any]:
 def _over(arrays: list[Any], alive: list[Any], backwards: bool) -> Any:
     """What the walk takes at each step: an entry of each array, and which rows have ended."""
     ended = [None if mask is None else ~mask for mask in alive]
-    return zip(*((v[::-1] if backwards else v) for v in (*arrays, ended)), strict=True)
+    # not strict: in CPython 3.11 that loses a tuple for each block
+    return zip(*((v[::-1] if backwards else v) for v in (*arrays, ended)), strict=False)
 
 
 # source ------------------------------------------------------------------------------------------

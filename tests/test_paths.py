@@ -1,0 +1,284 @@
+"""The ways to run a block (plain, traced, compiled) against each other."""
+
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PATHS, running
+
+from gru_any import GRU, equations, gradcheck
+from gru_any.backend import NUMPY, runner
+
+VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
+FAST = pytest.mark.parametrize("path", [p for p in PATHS if p != "plain"])
+EVERY = pytest.mark.parametrize("path", PATHS)
+ROWS = pytest.mark.parametrize("B", [1, 5])
+
+
+def block(reset_after, B, dtype, K=7, H=6, seed=0, scale=1.0):
+    """What a sweep hands down for one block."""
+    rng = np.random.default_rng(seed)
+    a, dy = (rng.standard_normal((K, B, n * H)).astype(dtype) * scale for n in (3, 1))
+    h, dh = (rng.uniform(-1, 1, (B, H)).astype(dtype) for _ in range(2))
+    U, c = rng.uniform(-0.4, 0.4, (3 * H, H)).astype(dtype), rng.standard_normal(H).astype(dtype)
+    return equations.variant(reset_after), a, h, (U, c) if reset_after else (U,), dy, dh
+
+
+def forward(path, problem, alive=None, reverse=False):
+    """States and saved arrays; the states are the same bits whether anything is saved or not."""
+    variant, a, h, recurrent, _, _ = problem
+    alive = alive or [None] * a.shape[0]
+    with running(path):
+        run = runner(NUMPY)
+        states, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
+        short, _ = run.forward(variant.step, a, h, recurrent, alive, reverse, False)
+    assert np.array_equal(states, short, equal_nan=True)
+    return [states, *saved]
+
+
+def backward(path, problem, states, saved, alive=None, reverse=False):
+    """Gradients of the pre-activations, dh, and g; the same bits whether g is wanted or not."""
+    variant, a, _, recurrent, dy, dh = problem
+    alive = alive or [None] * a.shape[0]
+    before = states[1:] if reverse else states[:-1]
+    back = (before, saved, recurrent[0], alive, reverse)
+    with running(path):
+        run = runner(NUMPY)
+        parts, first, g = run.backward(variant.backward, dy, dh, *back, True)
+        _, again, none = run.backward(variant.backward, dy, dh, *back, False)
+    assert np.array_equal(first, again, equal_nan=True)
+    assert none is None
+    return [*parts, first, g]
+
+
+@FAST
+@VARIANTS
+@ROWS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_single_step(path, reset_after, B, dtype, reverse):
+    problem = block(reset_after, B, dtype, K=1, H=37)
+    limit = 4e-7 if dtype == "float32" else 4 * np.finfo(dtype).eps
+    expected = forward("plain", problem, reverse=reverse)
+    pairs = list(zip(forward(path, problem, reverse=reverse), expected, strict=True))
+    states, *saved = expected
+    back = (problem, states, saved, None, reverse)
+    pairs += zip(backward(path, *back), backward("plain", *back), strict=True)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        assert np.abs(a - b).max() <= limit * max(1.0, np.abs(b).max())
+
+
+@FAST
+@VARIANTS
+@ROWS
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_block_with_rows_that_end(path, reset_after, B, reverse):
+    problem = block(reset_after, B, "float64")
+    rng = np.random.default_rng(1)
+    alive = [None, None, *(rng.random((B, 1)) < 0.5 for _ in range(5))]
+    ours, expected = (forward(p, problem, alive, reverse) for p in (path, "plain"))
+    back = (problem, expected[0], expected[1:], alive, reverse)
+    ours, expected = (
+        found + backward(p, *back) for p, found in ((path, ours), ("plain", expected))
+    )
+    for a, b in zip(ours, expected, strict=True):
+        assert np.allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+@EVERY
+@VARIANTS
+@ROWS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_extreme_values(path, reset_after, B, dtype):
+    variant, a, h, recurrent, _, _ = block(reset_after, B, dtype, K=1)
+    H = h.shape[1]
+    for gate, size, expected in ((1, np.inf, h), (2, np.inf, 1.0), (2, -np.inf, -1.0)):
+        extreme = np.zeros_like(a)
+        extreme[..., H : 2 * H] = -np.inf  # z = 0: h' = n
+        extreme[..., gate * H : (gate + 1) * H] = size
+        with running(path):
+            run = runner(NUMPY)
+            states, _ = run.forward(variant.step, extreme, h, recurrent, [None], False, False)
+        assert np.allclose(states[1], expected, rtol=0, atol=3e-7)
+        assert np.abs(states[1]).max() <= 1 + 3e-7
+    a[0, 0, 2 * H] = np.nan
+    with running(path):
+        states, _ = runner(NUMPY).forward(variant.step, a, h, recurrent, [None], False, False)
+    assert np.isnan(states[1, 0]).tolist() == [True] + [False] * (H - 1)
+    a[...] = np.linspace(-30, 30, a.size).reshape(a.shape)
+    with running(path):
+        states, _ = runner(NUMPY).forward(variant.step, a, h, recurrent, [None], False, False)
+    assert np.abs(states).max() <= 1 + 3e-7
+
+
+def z_squared(xp, a, h, U):
+    """Reset before, with z^2 in the place of z."""
+    _, (r, z, n, s) = equations_before(xp, a, h, U)
+    return z * z * h + (1.0 - z * z) * n, (r, z, n, s)
+
+
+def z_squared_backward(xp, g, h, saved, U):
+    H = h.shape[-1]
+    r, z, n, _ = saved
+    da_n = g * (1.0 - z * z) * (1.0 - n * n)
+    da_z = g * (h - n) * 2.0 * z * z * (1.0 - z)
+    ds = da_n @ U[2 * H :, :]
+    da_r = ds * h * r * (1.0 - r)
+    da = xp.concat((da_r, da_z, da_n), axis=-1)
+    return g * z * z + ds * r + da[..., : 2 * H] @ U[: 2 * H, :], (da,)
+
+
+equations_before = equations.reset_before
+
+
+def half_candidate(xp, a, h, U, c):
+    """Reset after, with n / 2 in the place of n."""
+    _, (r, z, n, m) = equations_after(xp, a, h, U, c)
+    return z * h + (1.0 - z) * (n / 2.0), (r, z, n, m)
+
+
+def half_candidate_backward(xp, g, h, saved, U):
+    r, z, n, m = saved
+    da_n = g * (1.0 - z) * 0.5 * (1.0 - n * n)
+    da_z = g * (h - n / 2.0) * z * (1.0 - z)
+    dm = da_n * r
+    da_r = da_n * m * r * (1.0 - r)
+    da = xp.concat((da_r, da_z, da_n), axis=-1)
+    dq = xp.concat((da_r, da_z, dm), axis=-1)
+    return g * z + dq @ U, (da, dq)
+
+
+equations_after = equations.reset_after
+
+
+@EVERY
+@ROWS
+@pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
+def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkeypatch):
+    """The equations are written once: whatever stands there is what runs, forward and back."""
+    rng = np.random.default_rng(0)
+    gru = GRU(3, 4, reset_after=reset_after, dtype="float64", seed=0)
+    x = rng.standard_normal((5, B, 3))
+    with running("plain"):
+        usual = gru(x)[0]
+    name = "reset_after" if reset_after else "reset_before"
+    steps = (half_candidate, half_candidate_backward) if reset_after else (
+        z_squared, z_squared_backward)  # fmt: skip
+    monkeypatch.setattr(equations, name, steps[0])
+    with running("plain"):
+        expected = gru(x)[0]
+    assert np.abs(expected - usual).max() > 1e-2
+    with running(path):
+        assert np.allclose(gru(x)[0], expected, rtol=1e-13)
+        monkeypatch.setattr(equations, name + "_backward", steps[1])
+        gradcheck(gru, x, directions=1, vanishing=[])
+
+
+@EVERY
+@VARIANTS
+def test_inference_needs_no_more_memory_for_a_longer_sequence(path, reset_after):
+    gru, peaks = GRU(4, 32, reset_after=reset_after, seed=0), []
+    with running(path):
+        for T in (1000, 10_000):
+            x = np.zeros((T, 2, 4), "float32")
+            gru(x)
+            tracemalloc.start()
+            y, _ = gru(x)
+            peaks.append(tracemalloc.get_traced_memory()[1] - y.nbytes)
+            tracemalloc.stop()
+    assert path == "plain" or peaks[1] <= 1.05 * peaks[0] + 4096
+
+
+@EVERY
+def test_recomputing_needs_less_memory(path):
+    x, dy = np.zeros((10_000, 2, 4), "float32"), np.zeros((10_000, 2, 32), "float32")
+    peaks = []
+    with running(path):
+        for recompute in (None, "sqrt"):
+            gru = GRU(4, 32, seed=0, recompute=recompute)
+            gru.vjp(x[:100])[1](dy[:100])
+            tracemalloc.start()
+            (y, _), pullback = gru.vjp(x)
+            dx = pullback(dy)[1]
+            peaks.append(tracemalloc.get_traced_memory()[1] - y.nbytes - dx.nbytes)
+            tracemalloc.stop()
+    assert path == "plain" or peaks[1] < 0.15 * peaks[0]
+
+
+@EVERY
+@pytest.mark.parametrize("B", [1, 4])
+def test_threads(path, B):
+    gru, rng = GRU(3, 16, seed=0), np.random.default_rng(0)
+    inputs = [rng.standard_normal((30, B, 3)).astype("float32") for _ in range(8)]
+    dy = np.ones((30, B, 16), "float32")
+    wrong = []
+
+    def work(i, expected):
+        for _ in range(20):
+            (y, _), pullback = gru.vjp(inputs[i])
+            if not np.array_equal(pullback(dy)[1], expected) or np.isnan(y).any():
+                wrong.append(i)
+
+    with running(path):
+        expected = [gru.vjp(x)[1](dy)[1] for x in inputs]
+        threads = [threading.Thread(target=work, args=(i, e)) for i, e in enumerate(expected)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@EVERY
+def test_after_a_fork(path):
+    code = (
+        "import os, numpy as np\n"
+        "from gru_any import GRU\n"
+        "gru = GRU(3, 4, seed=0)\n"
+        "x = np.ones((5, 3, 3), 'float32')\n"
+        "y = gru(x)[0]\n"
+        "pid = os.fork()\n"
+        "if not pid: os._exit(0 if np.array_equal(gru(x)[0], y) else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    with running(path):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=os.environ)
+
+
+RUN = (
+    "import numpy as np; from gru_any import GRU\n"
+    "print(GRU(3, 4, seed=0)(np.ones((5, 3, 3), 'float32'))[0].sum())"
+)
+
+
+def result(**environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    return float(done.stdout), done.stderr
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+def test_the_cache(tmp_path):
+    first, told = result(GRU_ANY_CACHE=str(tmp_path))
+    assert "compiling" in told
+    assert len(list(tmp_path.glob("gru_any_*.py"))) == 1
+    again, told = result(GRU_ANY_CACHE=str(tmp_path))
+    assert "compiling" not in told
+    assert first == again
+    (tmp_path / "file").touch()
+    no_folder, _ = result(GRU_ANY_CACHE=str(tmp_path / "file"))
+    assert no_folder == first
+    without, _ = result(GRU_ANY_NO_NUMBA="1")
+    assert without == pytest.approx(first, rel=1e-5)
+
+
+def test_no_file_is_written_without_numba(tmp_path):
+    result(GRU_ANY_NO_NUMBA="1", GRU_ANY_CACHE=str(tmp_path / "cache"))
+    assert not Path(tmp_path / "cache").exists()

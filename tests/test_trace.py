@@ -1,0 +1,87 @@
+"""The list of operations of a step, against the step."""
+
+import numpy as np
+import pytest
+
+from gru_any import equations
+from gru_any.trace import MATRIX, Op, Product, trace
+
+
+def run(program, arrays, U):
+    """Carry out a list of operations, each as it says."""
+    H, columns = U.shape[1], {}
+    for ids, array in zip(program.inputs, arrays, strict=True):
+        for i, column in enumerate(ids):
+            columns[column] = array[..., i * H : (i + 1) * H]
+    for op in program.ops:
+        if isinstance(op, Product):
+            rows = U[op.rows.start * H : op.rows.stop * H]
+            left = np.concatenate([columns[i] for i in op.inputs], axis=-1)
+            result = left @ (rows.T if op.transposed else rows)
+            for i, column in enumerate(op.outputs):
+                columns[column] = result[..., i * H : (i + 1) * H]
+        else:
+            values = [i if isinstance(i, float) else columns[i] for i in op.inputs]
+            columns[op.output] = getattr(np, op.name)(*values)
+    extras = [np.concatenate([columns[i] for i in ids], axis=-1) for ids in program.extras]
+    return columns[program.result], extras
+
+
+def arrays(*widths, B=3, H=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((B, n * H)) for n in widths], rng.standard_normal((3 * H, H))
+
+
+CASES = {
+    "after": (equations.reset_after, (3, 1, MATRIX, 1)),
+    "before": (equations.reset_before, (3, 1, MATRIX)),
+    "after_backward": (equations.reset_after_backward, (1, 1, (1, 1, 1, 1), MATRIX)),
+    "before_backward": (equations.reset_before_backward, (1, 1, (1, 1, 1, 1), MATRIX)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_list_does_what_the_step_does(name):
+    step, arguments = CASES[name]
+    widths = [n for a in arguments for n in (a if isinstance(a, tuple) else (a,))]
+    values, U = arrays(*(n for n in widths if n != MATRIX))
+    if name == "after":
+        values[2] = values[2][0]
+    found, extras = run(trace(step, *arguments), _with_matrix(values, widths, U), U)
+    flat = iter(_with_matrix(values, widths, U))
+    filled = [tuple(next(flat) for _ in a) if isinstance(a, tuple) else next(flat)
+              for a in arguments]  # fmt: skip
+    expected, expected_extras = step(np, *filled)
+    assert np.allclose(found, expected, rtol=1e-14, atol=1e-15)
+    assert len(extras) == len(expected_extras)
+    for a, b in zip(extras, expected_extras, strict=True):
+        assert np.allclose(a, b, rtol=1e-14, atol=1e-15)
+
+
+def _with_matrix(values, widths, U):
+    flat = iter(values)
+    return [U if n == MATRIX else next(flat) for n in widths]
+
+
+def test_without_extras_only_what_is_needed_remains():
+    program = trace(equations.reset_after, 3, 1, MATRIX, 1)
+    short = program.without_extras()
+    assert short.extras == []
+    assert short.ops == program.ops  # all that is saved is used for the result as well
+
+    def step(xp, h, U):
+        return h + h, (xp.tanh(h), h @ U.T)
+
+    program = trace(step, 1, MATRIX)
+    assert [type(op) for op in program.ops] == [Op, Op, Product]
+    assert program.without_extras().ops == [Op("add", (0, 0), 1)]
+
+
+def test_what_was_done_before_is_not_done_again():
+    program = trace(lambda xp, h, U: (xp.tanh(h) * xp.tanh(h), (1.0 - h, 1.0 - h)), 1, MATRIX)
+    assert [op.name for op in program.ops] == ["tanh", "multiply", "subtract"]
+
+
+def test_what_cannot_be_traced_is_said():
+    with pytest.raises(AttributeError, match=r"xp\.exp cannot be traced"):
+        trace(lambda xp, h: (xp.exp(h), ()), 1)
