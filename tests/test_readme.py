@@ -17,4 +17,4 @@ def test_the_snippets_run():
 def test_the_commands_of_the_readme_are_those_of_the_checks():
     text = README.read_text("utf-8")
     assert 'pip install -e ".[test]" && python -m pytest' in text
-    assert 'pip install ".[train]" && python scripts/train_text.py' in text
+    assert 'pip install ".[train,fast]" && python scripts/train_text.py' in text

@@ -304,7 +304,7 @@ def _walk(layout: Layout, names: list[str], dtype: str) -> Any:
         calls = [
             stage if callable(stage) else _product(layout, stage, known, U, H) for stage in stages
         ]
-        for t, i, o in zip(*(s.tolist() for s in steps), strict=False):
+        for t, i, o in zip(*[s.tolist() for s in steps], strict=True):
             for call in calls:
                 call(t, i, o, shape, *arrays, *buffers)
             if alive[t] is not None:

@@ -94,8 +94,8 @@ def _columns(v: Any, n: int) -> list[Any]:
 def _over(arrays: list[Any], alive: list[Any], backwards: bool) -> Any:
     """What the walk takes at each step: an entry of each array, and which rows have ended."""
     ended = [None if mask is None else ~mask for mask in alive]
-    # not strict: in CPython 3.11 that loses a tuple for each block
-    return zip(*((v[::-1] if backwards else v) for v in (*arrays, ended)), strict=False)
+    # a list, since CPython 3.11 loses a tuple where a generator stands behind the star
+    return zip(*[v[::-1] if backwards else v for v in (*arrays, ended)], strict=True)
 
 
 # source ------------------------------------------------------------------------------------------
