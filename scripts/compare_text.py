@@ -79,9 +79,7 @@ def main() -> None:
     except ImportError:
         print("PyTorch: not installed")
     else:
-        print(
-            f"PyTorch: {tested:.3f} on the test, {valid:.3f} on the validation part, {seconds:.0f} s"
-        )
+        print(f"PyTorch: test {tested:.3f}, validation {valid:.3f}, trained {seconds:.0f} s")
 
 
 if __name__ == "__main__":
