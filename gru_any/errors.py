@@ -4,6 +4,7 @@ T time, B batch, I input size, H hidden size, L layers, D directions.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 
@@ -16,10 +17,9 @@ def check_shape(name: str, array: Any, letters: str, sizes: Mapping[str, int]) -
 
     letters : such as "(T, B, I)" or "(..., I)"; a letter that is not in `sizes` may be any size.
     """
-    wanted = [letter.strip() for letter in letters.strip("()").split(",") if letter.strip()]
-    shape = tuple(array.shape)
+    wanted, shape = _split(letters), tuple(array.shape)
     if wanted[0] == "...":
-        wanted = [str(n) for n in shape[: 1 - len(wanted)]] + wanted[1:]
+        wanted = (*map(str, shape[: 1 - len(wanted)]), *wanted[1:])
     if len(shape) != len(wanted):
         raise ShapeError(f"{name} is {shape}, expected {letters}, {_known(wanted, sizes)}")
     for axis, (size, letter) in enumerate(zip(shape, wanted, strict=True)):
@@ -30,5 +30,11 @@ def check_shape(name: str, array: Any, letters: str, sizes: Mapping[str, int]) -
             )
 
 
-def _known(wanted: list[str], sizes: Mapping[str, int]) -> str:
+@cache
+def _split(letters: str) -> tuple[str, ...]:
+    """The letters of "(T, B, I)", one by one."""
+    return tuple(letter.strip() for letter in letters.strip("()").split(",") if letter.strip())
+
+
+def _known(wanted: tuple[str, ...], sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{letter} = {sizes[letter]}" for letter in wanted if letter in sizes)

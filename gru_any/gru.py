@@ -402,9 +402,10 @@ def weights(xp: Any, get: Callable[[str], Any], bias: bool, reset_after: bool) -
     if not reset_after:
         return Weights(W, b, (U,))
     H = U.shape[-1]
-    c = get("bias_hh") if bias else xp.zeros_like(U[:, 0])
-    if b is not None:
-        b = b + xp.concat((c[: 2 * H], xp.zeros_like(c[2 * H :])))
+    if b is None:
+        return Weights(W, None, (U, xp.zeros_like(U[:H, 0])))
+    c = get("bias_hh")
+    b = xp.concat((b[: 2 * H] + c[: 2 * H], b[2 * H :]))
     return Weights(W, b, (U, c[2 * H :]))
 
 

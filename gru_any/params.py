@@ -1,6 +1,7 @@
 """What layers have in common: named parameters, loading them, moving to another device."""
 
 from collections.abc import Iterable, Mapping, MutableMapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -112,15 +113,19 @@ class Layer:
 
     # the dtype of the arithmetic, and of what is stored ------------------------------------------
 
-    @property
+    @cached_property
     def arithmetic(self) -> str:
         """float32 for the half precisions, else the layer's own dtype."""
         return "float32" if self.dtype in ("float16", "bfloat16") else self.dtype
 
     def _compute(self, v: Any, copy: bool = False) -> Any:
+        if self.arithmetic == self.dtype and not copy:
+            return v
         return self.backend.xp.astype(v, self.backend.dtype(self.arithmetic), copy=copy)
 
     def _stored(self, v: Any) -> Any:
+        if self.arithmetic == self.dtype:
+            return v
         return self.backend.xp.astype(v, self.backend.dtype(self.dtype), copy=False)
 
     def _mask(self, rng: Any, shape: tuple[int, ...], p: float) -> Any:

@@ -29,11 +29,15 @@ class Padding(NamedTuple):
     alive: Any
     full: int
 
-    def steps(self, block: slice) -> list[Any]:
-        """For each step of the block None, where all rows are alive, or (B, 1) of bool."""
-        return [
-            None if t < self.full else self.alive[t, :, :] for t in range(block.start, block.stop)
-        ]
+    def steps(self, block: slice) -> list[Any] | None:
+        """For each step of the block None, where all rows are alive, or (B, 1) of bool.
+
+        None for the whole block where all rows are alive throughout.
+        """
+        if block.stop <= self.full:
+            return None
+        steps = range(block.start, block.stop)
+        return [None if t < self.full else self.alive[t, :, :] for t in steps]
 
     def clean(self, xp: Any, v: Any, block: slice) -> Any:
         """V (K, B, .) with zeros at the padded steps, whatever stood there."""
@@ -149,7 +153,7 @@ class Sweep(NamedTuple):
         """Back through one block -> dx (K, B, I), dh, g if wanted (K, B, H), the gradients."""
         xp, W, U = self.run.xp, self.weights.W, self.weights.recurrent[0]
         if dy is not None:
-            dy = self._clean(xp.astype(dy[block, :, :], self.dtype, copy=False), block)
+            dy = self._clean(self._wide(dy[block, :, :]), block)
         previous, alive = self._before(kept.path), self._alive(block)
         parts, dh, g = self.run.backward(
             self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse, taps
@@ -170,15 +174,17 @@ class Sweep(NamedTuple):
         return path[:-1, :, :] if self.reverse else path[1:, :, :]
 
     def _input(self, x: Any, block: slice) -> Any:
-        return self._clean(self.run.xp.astype(x[block, :, :], self.dtype, copy=False), block)
+        return self._clean(self._wide(x[block, :, :]), block)
+
+    def _wide(self, v: Any) -> Any:
+        """For the arithmetic, which is float32 for half precision."""
+        return v if v.dtype == self.dtype else self.run.xp.astype(v, self.dtype)
 
     def _stored(self, v: Any, x: Any) -> Any:
-        return self.run.xp.astype(v, x.dtype, copy=False)
+        return v if v.dtype == x.dtype else self.run.xp.astype(v, x.dtype)
 
-    def _alive(self, block: slice) -> list[Any]:
-        if self.padding is None:
-            return [None] * (block.stop - block.start)
-        return self.padding.steps(block)
+    def _alive(self, block: slice) -> list[Any] | None:
+        return None if self.padding is None else self.padding.steps(block)
 
     def _clean(self, v: Any, block: slice) -> Any:
         return v if self.padding is None else self.padding.clean(self.run.xp, v, block)

@@ -21,23 +21,20 @@ os.environ.pop("GRU_ANY_BACKEND", None)
 BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
 
-# the ways to run a block on NumPy, and the variables that choose them
-VARIABLES = {"plain": "GRU_ANY_PLAIN", "traced": "GRU_ANY_NO_NUMBA", "compiled": ""}
+# the ways to run a block on NumPy
 PATHS = ["plain", "traced", *(["compiled"] if find_spec("numba") else [])]
-for variable in filter(None, VARIABLES.values()):
-    os.environ.pop(variable, None)
 
 
 @contextmanager
 def running(path: str) -> Iterator[None]:
     """Run blocks in this way, inside of the context."""
-    variable = VARIABLES[path]
-    if variable:
-        os.environ[variable] = "1"
+    from gru_any.backend import run
+
+    before, run.chosen = run.chosen, path
     try:
         yield
     finally:
-        os.environ.pop(variable, None)
+        run.chosen = before
 
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)

@@ -32,7 +32,6 @@ def block(reset_after, B, dtype, K=7, H=6, seed=0, scale=1.0):
 def forward(path, problem, alive=None, reverse=False):
     """States and saved arrays; the states are the same bits whether anything is saved or not."""
     variant, a, h, recurrent, _, _ = problem
-    alive = alive or [None] * a.shape[0]
     with running(path):
         run = runner(NUMPY)
         states, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
@@ -43,8 +42,7 @@ def forward(path, problem, alive=None, reverse=False):
 
 def backward(path, problem, states, saved, alive=None, reverse=False):
     """Gradients of the pre-activations, dh, and g; the same bits whether g is wanted or not."""
-    variant, a, _, recurrent, dy, dh = problem
-    alive = alive or [None] * a.shape[0]
+    variant, _, _, recurrent, dy, dh = problem
     before = states[1:] if reverse else states[:-1]
     back = (before, saved, recurrent[0], alive, reverse)
     with running(path):
@@ -104,16 +102,16 @@ def test_extreme_values(path, reset_after, B, dtype):
         extreme[..., gate * H : (gate + 1) * H] = size
         with running(path):
             run = runner(NUMPY)
-            states, _ = run.forward(variant.step, extreme, h, recurrent, [None], False, False)
+            states, _ = run.forward(variant.step, extreme, h, recurrent, None, False, False)
         assert np.allclose(states[1], expected, rtol=0, atol=3e-7)
         assert np.abs(states[1]).max() <= 1 + 3e-7
     a[0, 0, 2 * H] = np.nan
     with running(path):
-        states, _ = runner(NUMPY).forward(variant.step, a, h, recurrent, [None], False, False)
+        states, _ = runner(NUMPY).forward(variant.step, a, h, recurrent, None, False, False)
     assert np.isnan(states[1, 0]).tolist() == [True] + [False] * (H - 1)
     a[...] = np.linspace(-30, 30, a.size).reshape(a.shape)
     with running(path):
-        states, _ = runner(NUMPY).forward(variant.step, a, h, recurrent, [None], False, False)
+        states, _ = runner(NUMPY).forward(variant.step, a, h, recurrent, None, False, False)
     assert np.abs(states).max() <= 1 + 3e-7
 
 

@@ -70,21 +70,25 @@ class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
 
     def forward(
-        self, step: Any, a: Any, h: Any, recurrent: Any, alive: list[Any], reverse: bool, keep: bool
+        self,
+        step: Any,
+        a: Any,
+        h: Any,
+        recurrent: Any,
+        alive: Any,
+        reverse: bool,
+        keep: bool,
     ) -> tuple[Any, Any]:
         """As `Plain.forward`."""
         if a.dtype.kind == "c":
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         (K, B, _), H = a.shape, h.shape[-1]
-        program = forward_program(step, len(recurrent) - 1, keep)
-        walk = forward_walk(step, len(recurrent) - 1, keep, a.dtype.name)
+        walk = forward_walk(step, len(recurrent) - 1, keep, a.dtype)
         path = np.empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
-        saved = [np.empty((K, B, H), a.dtype) for _ in program.extras]
-        t = np.arange(K)[::-1] if reverse else np.arange(K)
-        steps = (t, t + reverse, t + (not reverse))
+        saved = [np.empty((K, B, H), a.dtype) for _ in walk.widths]
         arrays = [a, path, *map(_own, recurrent[1:]), *saved]
-        walk(steps, arrays, path, recurrent[0], alive)
+        walk(_forwards(K, reverse), arrays, path, recurrent[0], alive)
         return path, tuple(saved) if keep else None
 
     def backward(
@@ -95,28 +99,39 @@ class Numba(NumPy):
         previous: Any,
         saved: Any,
         U: Any,
-        alive: list[Any],
+        alive: Any,
         reverse: bool,
         taps: bool,
     ) -> tuple[Any, Any, Any]:
         """As `Plain.backward`."""
         K, B, H = previous.shape
-        program = backward_program(step, len(saved), dy is not None, taps)
-        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype.name)
-        parts = [np.empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
+        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
+        parts = [np.empty((K, B, n * H), dh.dtype) for n in walk.widths]
         pair = np.empty((2, B, H), dh.dtype)
         pair[0] = dh
-        t = np.arange(K) if reverse else np.arange(K)[::-1]
-        turn = np.arange(K) % 2
         arrays = [*([] if dy is None else [_own(dy)]), pair, previous, *saved, *parts]
-        walk((t, turn, 1 - turn), arrays, pair, U, alive)
+        walk(_backwards(K, reverse), arrays, pair, U, alive)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
 
 def _own(v: Any) -> Any:
-    """The array as Numba was compiled for: contiguous, and not marked as read-only."""
-    return np.require(v, requirements=("C", "W"))
+    """The array as the code was compiled for: contiguous, and not marked as read-only."""
+    return v if v.flags.carray else np.require(v, requirements=("C", "W"))
+
+
+@lru_cache(maxsize=64)
+def _forwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
+    """For each step walked: its number, and where the state before and after it stands."""
+    t = np.arange(K)[::-1].copy() if reverse else np.arange(K)
+    return t, t + reverse, t + (not reverse)
+
+
+@lru_cache(maxsize=64)
+def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
+    """For each step walked back: its number, and which of the pair is dh before and after it."""
+    t, turn = np.arange(K) if reverse else np.arange(K)[::-1].copy(), np.arange(K) % 2
+    return t, turn, 1 - turn
 
 
 # from operations to source -----------------------------------------------------------------------
@@ -253,7 +268,7 @@ class Layout:
 
 
 @lru_cache(maxsize=64)
-def forward_walk(step: Any, vectors: int, keep: bool, dtype: str) -> Any:
+def forward_walk(step: Any, vectors: int, keep: bool, dtype: Any) -> Any:
     """A function that walks a block of steps forward."""
     program = forward_program(step, vectors, keep)
     (a, (h,), _, *c) = program.inputs
@@ -265,11 +280,11 @@ def forward_walk(step: Any, vectors: int, keep: bool, dtype: str) -> Any:
     for name, (column,) in zip(saved, program.extras, strict=True):
         results.setdefault(column, []).append(Place((name, "t", 0)))
     arrays = ["a", "path", *(f"c{n}" for n in range(vectors)), *saved]
-    return _walk(Layout(program, inputs, results), arrays, dtype)
+    return Walk(Layout(program, inputs, results), arrays, program.extras, dtype)
 
 
 @lru_cache(maxsize=64)
-def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: str) -> Any:
+def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any) -> Any:
     """A function that walks a block of steps back."""
     program = backward_program(step, saved, given, taps)
     names = [*(["dy"] if given else []), "pair", "previous", *(f"s{n}" for n in range(saved))]
@@ -283,34 +298,39 @@ def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: str) ->
         names.append(f"p{p}")
         for n, column in enumerate(extra):
             results.setdefault(column, []).append(Place((f"p{p}", "t", n)))
-    return _walk(Layout(program, inputs, results), names, dtype)
+    return Walk(Layout(program, inputs, results), names, program.extras, dtype)
 
 
-def _walk(layout: Layout, names: list[str], dtype: str) -> Any:
-    """Choose, for each call, the whole walk or a Python loop with BLAS' products."""
-    module = compiled(layout.source(names, dtype))
-    stages = [
-        getattr(module, f"fused{n}") if isinstance(stage, list) else stage
-        for n, stage in enumerate(layout.stages)
-    ]
+class Walk:
+    """Walks a block of steps: all of it in compiled code, or a Python loop with BLAS' products.
 
-    def walk(steps: Any, arrays: list[Any], state: Any, U: Any, alive: list[Any]) -> None:
-        B, H = shape = state.shape[1:]
-        buffers = [np.empty((B, n * H), state.dtype) for n in layout.buffers.values()]
-        if B <= FEW_ROWS and not any(mask is not None for mask in alive):
-            module.whole(*steps, shape, _own(U), *arrays, *buffers)
-            return
-        known = dict(zip([*names, *layout.buffers], [*arrays, *buffers], strict=True))
-        calls = [
-            stage if callable(stage) else _product(layout, stage, known, U, H) for stage in stages
+    widths: of the arrays beside the state that a step gives, in columns.
+    """
+
+    def __init__(self, layout: Layout, names: list[str], extras: Any, dtype: Any) -> None:
+        self.layout, self.names, self.widths = layout, names, [len(extra) for extra in extras]
+        module = compiled(layout.source(names, dtype.name))
+        self.whole = module.whole
+        self.stages = [
+            getattr(module, f"fused{n}") if isinstance(stage, list) else stage
+            for n, stage in enumerate(layout.stages)
         ]
+
+    def __call__(self, steps: Any, arrays: list[Any], state: Any, U: Any, alive: Any) -> None:
+        """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
+        B, H = shape = state.shape[1:]
+        widths = self.layout.buffers.values()
+        arrays = [*arrays, *(np.empty((B, n * H), state.dtype) for n in widths)]
+        if B <= FEW_ROWS and alive is None:
+            self.whole(*steps, shape, _own(U), *arrays)
+            return
+        known = dict(zip([*self.names, *self.layout.buffers], arrays, strict=True))
+        calls = [s if callable(s) else _product(self.layout, s, known, U, H) for s in self.stages]
         for t, i, o in zip(*[s.tolist() for s in steps], strict=True):
             for call in calls:
-                call(t, i, o, shape, *arrays, *buffers)
-            if alive[t] is not None:
+                call(t, i, o, shape, *arrays)
+            if alive is not None and alive[t] is not None:
                 np.copyto(state[o], state[i], where=~alive[t])
-
-    return walk
 
 
 def _product(layout: Layout, op: Product, known: dict[str, Any], U: Any, H: int) -> Any:

@@ -29,7 +29,14 @@ class NumPy(Plain):
         return _Filled(shape, dtype)
 
     def forward(
-        self, step: Any, a: Any, h: Any, recurrent: Any, alive: list[Any], reverse: bool, keep: bool
+        self,
+        step: Any,
+        a: Any,
+        h: Any,
+        recurrent: Any,
+        alive: Any,
+        reverse: bool,
+        keep: bool,
     ) -> tuple[Any, Any]:
         """As `Plain.forward`."""
         if a.dtype.kind == "c":
@@ -53,7 +60,7 @@ class NumPy(Plain):
         previous: Any,
         saved: Any,
         U: Any,
-        alive: list[Any],
+        alive: Any,
         reverse: bool,
         taps: bool,
     ) -> tuple[Any, Any, Any]:
@@ -91,9 +98,9 @@ def _columns(v: Any, n: int) -> list[Any]:
     return [v[..., i * H : (i + 1) * H] for i in range(n)]
 
 
-def _over(arrays: list[Any], alive: list[Any], backwards: bool) -> Any:
+def _over(arrays: list[Any], alive: Any, backwards: bool) -> Any:
     """What the walk takes at each step: an entry of each array, and which rows have ended."""
-    ended = [None if mask is None else ~mask for mask in alive]
+    ended = [None if mask is None else ~mask for mask in alive or [None] * len(arrays[-1])]
     # a list, since CPython 3.11 loses a tuple where a generator stands behind the star
     return zip(*[v[::-1] if backwards else v for v in (*arrays, ended)], strict=True)
 

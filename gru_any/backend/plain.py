@@ -20,19 +20,26 @@ class Plain:
         return self.xp.reshape(a if b is None else a + b, (x.shape[0], x.shape[1], W.shape[0]))
 
     def forward(
-        self, step: Any, a: Any, h: Any, recurrent: Any, alive: list[Any], reverse: bool, keep: bool
+        self,
+        step: Any,
+        a: Any,
+        h: Any,
+        recurrent: Any,
+        alive: Any,
+        reverse: bool,
+        keep: bool,
     ) -> tuple[Any, Any]:
         """Walk one block of K steps.
 
-        a (K, B, 3H); h (B, H) the state before the first step walked; alive a list of K entries,
-        None or (B, 1) of bool. Returns the path (K + 1, B, H), in which step t leads from
-        path[t] to path[t + 1] (from path[t + 1] to path[t] in reverse), and what `step` saved,
-        each (K, B, H), or None.
+        a (K, B, 3H); h (B, H) the state before the first step walked; alive None, or a list of
+        K entries, None or (B, 1) of bool. Returns the path (K + 1, B, H), in which step t leads
+        from path[t] to path[t + 1] (from path[t + 1] to path[t] in reverse), and what `step`
+        saved, each (K, B, H), or None.
         """
         xp, states, saved = self.xp, [h], []
         for t in _order(a.shape[0], reverse):
             new, extra = step(xp, a[t, :, :], h, *recurrent)
-            h = new if alive[t] is None else xp.where(alive[t], new, h)
+            h = xp.where(alive[t], new, h) if _ends(alive, t) else new
             states.append(h)
             saved.append(extra)
         if reverse:
@@ -48,7 +55,7 @@ class Plain:
         previous: Any,
         saved: Any,
         U: Any,
-        alive: list[Any],
+        alive: Any,
         reverse: bool,
         taps: bool,
     ) -> tuple[Any, Any, Any]:
@@ -61,7 +68,7 @@ class Plain:
         for t in _order(previous.shape[0], not reverse):
             g = dh if dy is None else dh + dy[t, :, :]
             new, part = step(xp, g, previous[t, :, :], [s[t, :, :] for s in saved], U)
-            dh = new if alive[t] is None else xp.where(alive[t], new, dh)
+            dh = xp.where(alive[t], new, dh) if _ends(alive, t) else new
             parts.append(part)
             gs.append(g)
         if not reverse:
@@ -90,6 +97,11 @@ class _Output:
     def array(self) -> Any:
         pieces = [a for _, a in sorted(self.pieces, key=lambda piece: piece[0])]
         return self.xp.concat(pieces, axis=0) if pieces else self.nothing()
+
+
+def _ends(alive: Any, t: int) -> bool:
+    """Whether some row has ended at step t."""
+    return alive is not None and alive[t] is not None
 
 
 def _order(K: int, reverse: bool) -> range:

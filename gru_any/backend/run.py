@@ -8,23 +8,33 @@ from typing import Any
 from .plain import Plain
 
 
+def _chosen() -> str:
+    """What the environment asks for on NumPy: "plain", "traced", or else "compiled"."""
+    if os.environ.get("GRU_ANY_PLAIN"):
+        return "plain"
+    return "traced" if os.environ.get("GRU_ANY_NO_NUMBA") else "compiled"
+
+
+chosen = _chosen()
+
+
 def runner(backend: Any) -> Plain:
     """How this backend runs a block of steps.
 
     NumPy's is compiled where Numba is installed. GRU_ANY_NO_NUMBA=1 does without it, and
-    GRU_ANY_PLAIN=1 evaluates the equations as they stand.
+    GRU_ANY_PLAIN=1 evaluates the equations as they stand; both are read at the import.
     """
-    if not backend.host or os.environ.get("GRU_ANY_PLAIN"):
+    return _runner(backend, chosen if backend.host else "plain")
+
+
+@cache
+def _runner(backend: Any, way: str) -> Plain:
+    if way == "plain":
         return Plain(backend.xp, backend.device)
-    if os.environ.get("GRU_ANY_NO_NUMBA") or not _has_numba():
+    if way == "traced" or find_spec("numba") is None:
         from .numpy import NumPy
 
         return NumPy(backend.xp, backend.device)
     from .numba import Numba
 
     return Numba(backend.xp, backend.device)
-
-
-@cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None

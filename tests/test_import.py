@@ -1,0 +1,52 @@
+"""What `import gru_any` gives, and what it asks for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gru_any
+
+# one step of training, from weights to new weights
+TRAIN = """
+import numpy
+gru = gru_any.GRU(3, 4, seed=0)
+(y, _), pullback = gru.vjp(numpy.ones((5, 2, 3), "float32"), lengths=[5, 0])
+_, dy = gru_any.squared_error(y, numpy.zeros_like(y))
+gru_any.Adam(gru.params).step(gru.params, pullback(dy)[0])
+"""
+NEW = """
+new = {m.partition(".")[0] for m in set(sys.modules) - before} - {"gru_any", "numpy"}
+new -= {"cython_runtime"} | set(sys.stdlib_module_names)
+sys.exit(", ".join(m for m in new if not m.startswith("_")) or 0)
+"""
+# what may be missing where only NumPy is used
+BLOCKED = ["array_api_compat", "safetensors", "numba", "cupy", "torch", "jax", "tqdm"]
+
+
+def run(code):
+    """Run it in a new process, which must end well."""
+    environment = os.environ | {"GRU_ANY_NO_NUMBA": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_public_list_is_what_there_is():
+    public = {k for k, v in vars(gru_any).items() if not k.startswith("_") and callable(v)}
+    assert public == set(gru_any.__all__)
+    assert all(getattr(gru_any, name).__doc__ for name in gru_any.__all__)
+
+
+@pytest.mark.parametrize("work", ["", TRAIN], ids=["import", "train"])
+def test_numpy_is_the_only_library_imported(work):
+    run("import sys, numpy\nbefore = set(sys.modules)\nimport gru_any\n" + work + NEW)
+
+
+def test_numpy_is_the_only_library_needed():
+    run(f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\nimport gru_any\n" + TRAIN)
+
+
+def test_the_types_are_shipped():
+    assert (Path(gru_any.__file__).parent / "py.typed").is_file()
