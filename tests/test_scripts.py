@@ -139,3 +139,14 @@ def test_the_cost_of_the_import():
 def test_mutation():
     """Two of the changes; the whole takes minutes."""
     assert "2 of 2 changes noticed" in run("mutate.py", "--only", "2")
+
+
+def test_the_benchmark(tmp_path):
+    """All that are installed give the same numbers, and a second run repeats nothing."""
+    command = ["benchmark.py", "--cases", "3,2,4,5", "--rounds", "2", "--seconds", "0.001"]
+    command += ["--json", tmp_path / "all.json"]
+    text = run(*command)
+    assert text.count("T=3 B=2 I=4 H=5") == 4
+    before = (tmp_path / "all.json").read_text("utf-8")
+    run(*command)
+    assert (tmp_path / "all.json").read_text("utf-8") == before

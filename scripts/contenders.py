@@ -1,0 +1,194 @@
+"""The contenders of benchmark.py: each makes a call that runs one GRU layer once.
+
+`make(x, dy, gru, mode)` takes the data, a gru_any.GRU whose weights it uses, and "forward" or
+"training" (forward, and the gradients of parameters, x and first state). It returns a function
+without arguments whose result is y (T, B, H) as a NumPy array, or for training dx.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], np.ndarray]
+
+
+def ours(x: Any, dy: Any, gru: Any, mode: str) -> Call:
+    """gru_any: a step on a carried state where T = B = 1, else whole sequences."""
+    if mode == "training":
+        return lambda: gru.vjp(x)[1](dy)[1]
+    if x.shape[:2] == (1, 1):
+        x_t, state = x[0], np.zeros((1, 1, gru.hidden_size), "float32")
+        return lambda: gru.step(x_t, state)[0][None]
+    return lambda: gru(x)[0]
+
+
+def floor(x: Any, dy: Any, gru: Any, mode: str) -> Call:
+    """The bare matrix products of the same sizes, step by step; the numbers mean nothing."""
+    W, U = gru.params["weight_ih_l0"], gru.params["weight_hh_l0"]
+    (T, B, _), H = x.shape, U.shape[1]
+    h, q = np.zeros((B, H), "float32"), np.empty((B, 3 * H), "float32")
+    rows, d = x.reshape(T * B, -1), np.zeros((T * B, 3 * H), "float32")
+    hs, dh = np.zeros((T * B, H), "float32"), np.empty((B, H), "float32")
+
+    def call() -> np.ndarray:
+        a = rows @ W.T
+        for _ in range(T):
+            np.matmul(h, U.T, q)
+        if mode == "training":
+            for _ in range(T):
+                np.matmul(q, U, dh)
+            a = d @ W
+            _ = d.T @ rows, d.T @ hs
+        return a
+
+    return call
+
+
+def torch(x: Any, dy: Any, gru: Any, mode: str) -> Call:
+    """torch.nn.GRU (reset after), and for a single step the faster of it and GRUCell."""
+    import torch as library
+
+    layer = library.nn.GRU(x.shape[2], gru.hidden_size)
+    weights = {k: library.tensor(v) for k, v in gru.params.items()}
+    layer.load_state_dict(weights)
+    X, D = library.tensor(x), library.tensor(dy)
+    if mode == "training":
+        X.requires_grad_()
+
+        def train() -> np.ndarray:
+            layer.zero_grad()
+            X.grad = None
+            layer(X)[0].backward(D)
+            return X.grad.numpy()
+
+        return train
+
+    def forward() -> np.ndarray:
+        with library.inference_mode():
+            return layer(X)[0].numpy()
+
+    if x.shape[:2] != (1, 1):
+        return forward
+    cell = library.nn.GRUCell(x.shape[2], gru.hidden_size)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in weights.items()})
+    h = library.zeros(1, gru.hidden_size)
+
+    def step() -> np.ndarray:
+        with library.inference_mode():
+            return cell(X[0], h).numpy()[None]
+
+    return min((forward, step), key=_seconds)
+
+
+def _seconds(call: Call) -> float:
+    import timeit
+
+    call()
+    return min(timeit.repeat(call, number=100, repeat=5))
+
+
+def onnx_model(x: Any, gru: Any) -> bytes:
+    """The same layer as one node of ONNX, whose gates stand in the order z, r, n."""
+    import onnx
+    from onnx import helper
+
+    def turned(name: str) -> np.ndarray:
+        r, z, n = np.split(gru.params[name], 3)
+        return np.concatenate([z, r, n])
+
+    H = gru.hidden_size
+    second = turned("bias_hh_l0") if gru.reset_after else np.zeros(3 * H, "float32")
+    arrays = {
+        "W": turned("weight_ih_l0")[None],
+        "R": turned("weight_hh_l0")[None],
+        "B": np.concatenate([turned("bias_ih_l0"), second])[None],
+    }
+    node = helper.make_node(
+        "GRU", ["x", *arrays], ["y"], hidden_size=H, linear_before_reset=int(gru.reset_after)
+    )
+    float32 = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [node],
+        "gru",
+        [helper.make_tensor_value_info("x", float32, x.shape)],
+        [helper.make_tensor_value_info("y", float32, [x.shape[0], 1, x.shape[1], H])],
+        [onnx.numpy_helper.from_array(v, k) for k, v in arrays.items()],
+    )
+    opset = [helper.make_opsetid("", 14)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+
+
+def onnxruntime(x: Any, dy: Any, gru: Any, mode: str) -> Call | None:
+    """The GRU operator of onnxruntime, forward alone."""
+    import onnxruntime as library
+
+    if mode == "training":
+        return None
+    options = library.SessionOptions()
+    options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
+    session = library.InferenceSession(
+        onnx_model(x, gru), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda: session.run(None, {"x": x})[0][:, 0]
+
+
+def openvino(x: Any, dy: Any, gru: Any, mode: str) -> Call | None:
+    """OpenVINO on the same ONNX node, in float32, forward alone."""
+    import openvino as library
+
+    if mode == "training":
+        return None
+    core = library.Core()
+    model = core.read_model(model=onnx_model(x, gru), weights=b"")
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    return lambda: request.infer({0: x})[0][:, 0]
+
+
+def jax(x: Any, dy: Any, gru: Any, mode: str) -> Call:
+    """A scan over the same equations, compiled by JAX; its own derivative."""
+    import jax as library
+
+    from gru_any import equations
+
+    xp, H = library.numpy, gru.hidden_size
+    step = equations.variant(gru.reset_after).step
+    params = {k: xp.asarray(v) for k, v in gru.params.items()}
+
+    def run(params: Any, x: Any, h: Any) -> Any:
+        a = x @ params["weight_ih_l0"].T + params["bias_ih_l0"]
+        recurrent = [params["weight_hh_l0"]]
+        if gru.reset_after:
+            c = params["bias_hh_l0"]
+            a = a + xp.concat([c[: 2 * H], xp.zeros(H, "float32")])
+            recurrent.append(c[2 * H :])
+
+        def one(h: Any, a: Any) -> Any:
+            h = step(xp, a, h, *recurrent)[0]
+            return h, h
+
+        return library.lax.scan(one, h, a)[1]
+
+    def train(params: Any, x: Any, h: Any, dy: Any) -> Any:
+        return library.vjp(run, params, x, h)[1](dy)
+
+    X, D, h0 = xp.asarray(x), xp.asarray(dy), xp.zeros((x.shape[1], H), "float32")
+    if mode == "forward":
+        forward = library.jit(run)
+        return lambda: np.asarray(forward(params, X, h0))
+    both = library.jit(train)
+    return lambda: np.asarray(library.block_until_ready(both(params, X, h0, D))[1])
+
+
+MAKERS: dict[str, Callable[..., Call | None]] = {
+    "numba": ours,
+    "numpy": ours,
+    "torch": torch,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "jax": jax,
+    "floor": floor,
+}
