@@ -147,6 +147,7 @@ class Sweep(NamedTuple):
         path, saved = self.run.forward(
             self.variant.step, a, h, self.weights.recurrent, self._alive(block), self.reverse, keep
         )
+        self.run.release(a)
         return Kept(path, saved), path[0 if self.reverse else -1, :, :]
 
     def _block_back(self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool) -> Any:
@@ -158,12 +159,14 @@ class Sweep(NamedTuple):
         parts, dh, g = self.run.backward(
             self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse, taps
         )
-        parts = [_rows(xp, self._clean(part, block)) for part in parts]
+        cleaned = [_rows(xp, self._clean(part, block)) for part in parts]
         saved = [_rows(xp, s) for s in kept.saved]
-        da = parts[0]
+        da = cleaned[0]
         dx = xp.reshape(da @ W, (block.stop - block.start, *x.shape[1:]))
         grads = [da.T @ _rows(xp, self._input(x, block)), xp.sum(da, axis=0)]
-        return dx, dh, g, grads + list(self.variant.weights(xp, _rows(xp, previous), saved, *parts))
+        grads += self.variant.weights(xp, _rows(xp, previous), saved, *cleaned)
+        self.run.release(*parts)
+        return dx, dh, g, grads
 
     def _before(self, path: Any) -> Any:
         """The state before each step of a block."""

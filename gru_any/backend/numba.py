@@ -106,7 +106,7 @@ class Numba(NumPy):
         """As `Plain.backward`."""
         K, B, H = previous.shape
         walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
-        parts = [np.empty((K, B, n * H), dh.dtype) for n in walk.widths]
+        parts = [self._lend((K, B, n * H), dh.dtype) for n in walk.widths]
         pair = np.empty((2, B, H), dh.dtype)
         pair[0] = dh
         arrays = [*([] if dy is None else [_own(dy)]), pair, previous, *saved, *parts]

@@ -4,6 +4,7 @@ The list of operations of a step becomes the source of one function that walks a
 operation without a home of its own writes over an operand that is not needed again.
 """
 
+from collections import deque
 from functools import lru_cache
 from typing import Any
 
@@ -14,15 +15,43 @@ from .plain import Plain
 
 
 class NumPy(Plain):
-    """Runs blocks of steps on NumPy."""
+    """Runs blocks of steps on NumPy.
+
+    Fresh memory costs more than the arithmetic on it, so a few arrays that only live as long as a
+    block are lent again. Whoever takes one off the list has it alone, in whatever thread.
+    """
+
+    def __init__(self, xp: Any, device: Any) -> None:
+        super().__init__(xp, device)
+        self._spare: deque[Any] = deque(maxlen=8)
+
+    def _lend(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        for _ in range(len(self._spare)):
+            try:
+                array = self._spare.popleft()
+            except IndexError:  # another thread was faster
+                break
+            if array.shape == shape and array.dtype == dtype:
+                return array
+            self._spare.append(array)
+        return np.empty(shape, dtype)
+
+    def release(self, *arrays: Any) -> None:
+        """As `Plain.release`."""
+        self._spare.extend(arrays)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
-        rows = x.reshape(-1, x.shape[2])
-        a = rows * W[:, 0] if x.shape[2] == 1 else rows @ W.T  # BLAS is slow at an inner size of 1
+        (K, B, n), N = x.shape, W.shape[0]
+        rows, out = x.reshape(K * B, n), self._lend((K, B, N), x.dtype)
+        a = out.reshape(K * B, N)
+        if n == 1:  # where BLAS is slow
+            np.multiply(rows, W[:, 0], out=a)
+        else:
+            np.matmul(rows, W.T, out=a)
         if b is not None:
             a += b
-        return a.reshape(*x.shape[:2], W.shape[0])
+        return out
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As `Plain.output`."""
@@ -68,7 +97,7 @@ class NumPy(Plain):
         K, B, H = previous.shape
         program = backward_program(step, len(saved), dy is not None, taps)
         walk = backward_walk(step, len(saved), dy is not None, taps)
-        parts = [np.empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
+        parts = [self._lend((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in _columns(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
         over = _over([*given, previous, *saved, *columns, *parts], alive, not reverse)

@@ -76,6 +76,9 @@ class Plain:
             gs.reverse()
         return self._stack(parts), dh, xp.stack(gs) if taps else None
 
+    def release(self, *arrays: Any) -> None:
+        """Say that these arrays, made by `affine` or `backward`, are not needed any more."""
+
     def output(self, shape: tuple[int, ...], dtype: Any) -> "_Output":
         """Collect blocks of steps into an array of the shape."""
         return _Output(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
