@@ -8,10 +8,10 @@ import numpy as np
 from . import equations
 from .backend import runner
 from .errors import check_shape
-from .gru import parameter_shapes, variant_advice, weights
 from .init import uniform
 from .params import Layer, check_sizes, refuse_stale
 from .sweep import Sweep
+from .weights import parameter_shapes, variant_advice, weights
 
 
 class GRUCell(Layer):

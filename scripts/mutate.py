@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS = "gru_any/equations.py"
 TESTS = ["tests/test_sequences.py", "-k", "by_hand or ragged_batch"]
@@ -27,8 +29,8 @@ PROOFS = [
 ]
 PATHS = {"plain": {"GRU_ANY_PLAIN": "1"}, "traced": {"GRU_ANY_NO_NUMBA": "1"}, "compiled": {}}
 BY_HAND = [
-    ("gru_any/gru.py", "b[: 2 * H] + c[: 2 * H]", "b[: 2 * H]"),
-    ("gru_any/gru.py", 'b = get("bias_ih") if bias else None', "b = None"),
+    ("gru_any/weights.py", "b[: 2 * H] + c[: 2 * H]", "b[: 2 * H]"),
+    ("gru_any/weights.py", 'b = get("bias_ih") if bias else None', "b = None"),
     ("gru_any/equations.py", "(1.0 - n * n)", "((1.0 - n) * (1.0 - n))"),
 ]
 
@@ -106,7 +108,8 @@ def main() -> int:
         print("the tests fail without any change; mend that first")
         return 2
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda mutant: noticed(args.path, *mutant[1:]), found))
+        caught = pool.map(lambda mutant: noticed(args.path, *mutant[1:]), found)
+        results = list(tqdm(caught, total=len(found)))
     for (note, _, _), caught in zip(found, results, strict=True):
         if not caught:
             print("not noticed:", note)

@@ -1,6 +1,7 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
 from .run import runner
-from .select import NUMPY, Backend, BackendError, asarray, of, select, to_numpy
+from .select import NUMPY, Backend, BackendError, of, select
+from .transfer import asarray, to_numpy
 
 __all__ = ["NUMPY", "Backend", "BackendError", "asarray", "of", "runner", "select", "to_numpy"]

@@ -101,7 +101,7 @@ class Backend:
         self._check_home(name, array)
         if array.dtype != self.dtype(dtype):
             raise TypeError(
-                f"{name} has dtype {_plain(array.dtype)}, expected {dtype}: convert it, for "
+                f"{name} has dtype {plain_name(array.dtype)}, expected {dtype}: convert it, for "
                 f"example with gru_any.asarray({name}, like=model)"
             )
         if getattr(array, "requires_grad", False):
@@ -115,7 +115,7 @@ class Backend:
         self._check_home(name, array)
         kind = array.dtype.kind if self.host else None
         if kind not in ("i", "u") and (self.host or not self.xp.isdtype(array.dtype, "integral")):
-            raise TypeError(f"{name} has dtype {_plain(array.dtype)}, expected integers")
+            raise TypeError(f"{name} has dtype {plain_name(array.dtype)}, expected integers")
 
     def _check_home(self, name: str, array: Any) -> None:
         wanted = f"expected an array of {self.name} on {self.device}"
@@ -138,7 +138,7 @@ class Backend:
             return array
         if self.name == "torch":
             array = array.detach().cpu()
-            return (array.float() if _plain(array.dtype) == "bfloat16" else array).numpy()
+            return (array.float() if plain_name(array.dtype) == "bfloat16" else array).numpy()
         if self.name == "cupy":
             return array.get()
         if self.name == "array_api_strict":
@@ -180,7 +180,7 @@ def _scatter_add_host(indices: Any, rows: Any, n: int) -> Any:
     return out
 
 
-def _plain(dtype: Any) -> str:
+def plain_name(dtype: Any) -> str:
     """The name of a dtype of any library."""
     return str(dtype).rpartition(".")[2]
 
@@ -309,44 +309,3 @@ def _backend(name: str, device: Any) -> Backend:
     if name in ("cupy", "torch", "jax.numpy", "array_api_strict"):
         return Backend(name, _namespace(name), device)
     raise TypeError(f"{name} is no array library known here")
-
-
-def to_numpy(x: Any) -> np.ndarray:
-    """Return an array of any backend as a NumPy array, without a copy where that is possible.
-
-    bfloat16 becomes float32; lists and numbers become arrays.
-    """
-    if isinstance(x, (np.ndarray, np.generic, list, tuple, int, float)):
-        return np.asarray(x)
-    return of(x).to_numpy(x)
-
-
-def asarray(x: Any, like: Any) -> Any:
-    """Return x where `like` lives, without a copy where that is possible.
-
-    Parameters
-    ----------
-    x : array of any library, list or number
-    like : a layer, a Chain or an array
-        Gives library, device and, for floating numbers, the dtype. Integers stay integers.
-    """
-    backend = like.backend if hasattr(like, "backend") else of(like)
-    dtype = like.dtype if hasattr(like, "backend") else _plain(like.dtype)
-    if not hasattr(x, "dtype"):
-        x = np.asarray(x)
-    floating = _plain(x.dtype).lstrip("<>=").startswith(("float", "bfloat", "complex", "f", "c"))
-    there = _shared(x, backend)
-    if there is None:
-        return backend.put(to_numpy(x), dtype if floating else None)
-    return backend.xp.astype(there, backend.dtype(dtype), copy=False) if floating else there
-
-
-def _shared(x: Any, backend: Backend) -> Any:
-    """X as an array of the backend over the same memory, or None."""
-    try:
-        if of(x) == backend:
-            return x
-        there = backend.xp.from_dlpack(x)
-        return there if of(there) == backend else None
-    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError, NotImplementedError):
-        return None

@@ -1,0 +1,49 @@
+"""Arrays from one library to another, and to the host."""
+
+from typing import Any
+
+import numpy as np
+
+from .select import Backend, of, plain_name
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Return an array of any backend as a NumPy array, without a copy where that is possible.
+
+    bfloat16 becomes float32; lists and numbers become arrays.
+    """
+    if isinstance(x, np.ndarray | np.generic | list | tuple | int | float):
+        return np.asarray(x)
+    return of(x).to_numpy(x)
+
+
+def asarray(x: Any, like: Any) -> Any:
+    """Return x where `like` lives, without a copy where that is possible.
+
+    Parameters
+    ----------
+    x : array of any library, list or number
+    like : a layer, a Chain or an array
+        Gives library, device and, for floating numbers, the dtype. Integers stay integers.
+    """
+    backend = like.backend if hasattr(like, "backend") else of(like)
+    dtype = like.dtype if hasattr(like, "backend") else plain_name(like.dtype)
+    if not hasattr(x, "dtype"):
+        x = np.asarray(x)
+    kind = plain_name(x.dtype).lstrip("<>=")  # such as float32, or f4 in foreign byte order
+    floating = kind.startswith(("f", "c", "bf"))
+    there = _shared(x, backend)
+    if there is None:
+        return backend.put(to_numpy(x), dtype if floating else None)
+    return backend.xp.astype(there, backend.dtype(dtype), copy=False) if floating else there
+
+
+def _shared(x: Any, backend: Backend) -> Any:
+    """X as an array of the backend over the same memory, or None."""
+    try:
+        if of(x) == backend:
+            return x
+        there = backend.xp.from_dlpack(x)
+        return there if of(there) == backend else None
+    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError, NotImplementedError):
+        return None
