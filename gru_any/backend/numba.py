@@ -357,8 +357,8 @@ def compiled(source: str) -> Any:
 
     key = f"{source}{numba.__version__}{platform.processor()}{platform.machine()}"
     name = "gru_any_" + hashlib.sha256(key.encode()).hexdigest()[:16]
-    path = _folder() / f"{name}.py"
     try:
+        path = _folder() / f"{name}.py"
         if not path.exists():
             print("gru_any: compiling (once for each kind of GRU)", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ def compiled(source: str) -> Any:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Numba looks it up
         spec.loader.exec_module(module)
         return module
-    except OSError:
+    except (OSError, RuntimeError):  # no home, no space, or nothing may be written there
         return _in_memory(name, "CACHE = False\n" + source)
 
 
