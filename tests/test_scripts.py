@@ -66,6 +66,7 @@ def test_ctrl_c_keeps_the_weights(tmp_path):
     (tmp_path / "data.txt").write_text("to be or not to be " * 500, "utf-8")
     command = [sys.executable, str(SCRIPTS / "train_text.py"), *SMALL, "--steps", "1000000"]
     command += ["--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out")]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it would be ignored
     process = subprocess.Popen(
         [*command, "--prompt", "to", "--sample", "10"],
         stdout=subprocess.PIPE,
