@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..trace import Op, Product, Program
-from .numpy import NumPy, backward_program, forward_program
+from .numpy import NumPy, backward_program, forward_program, turned
 
 FEW_ROWS = 2  # up to this batch the whole walk is one compiled loop
 SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
@@ -324,8 +324,11 @@ class Walk:
         if B <= FEW_ROWS and alive is None:
             self.whole(*steps, shape, _own(U), *arrays)
             return
-        known = dict(zip([*self.names, *self.layout.buffers], arrays, strict=True))
-        calls = [s if callable(s) else _product(self.layout, s, known, U, H) for s in self.stages]
+        K, known = (
+            len(steps[0]),
+            dict(zip([*self.names, *self.layout.buffers], arrays, strict=True)),
+        )
+        calls = [s if callable(s) else _product(self.layout, s, known, U, K) for s in self.stages]
         for t, i, o in zip(*[s.tolist() for s in steps], strict=True):
             for call in calls:
                 call(t, i, o, shape, *arrays)
@@ -333,14 +336,14 @@ class Walk:
                 np.copyto(state[o], state[i], where=~alive[t])
 
 
-def _product(layout: Layout, op: Product, known: dict[str, Any], U: Any, H: int) -> Any:
+def _product(layout: Layout, op: Product, known: dict[str, Any], U: Any, steps: int) -> Any:
     """A call like that of a fused loop, which does the product by BLAS."""
-    place = layout.side(op)
+    place, H = layout.side(op), U.shape[1]
     assert place is not None
     (name, first, number) = place
     left = known[name][..., number * H : (number + len(op.inputs)) * H]
     right = U[op.rows.start * H : op.rows.stop * H]
-    right = right.T if op.transposed else right
+    right = turned(right, steps) if op.transposed else right
     out = known[layout.written[op.outputs[0]][-1][0]]
     if not first:
         return lambda t, i, o, *_: np.matmul(left, right, out)

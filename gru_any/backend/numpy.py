@@ -78,7 +78,7 @@ class NumPy(Plain):
         saved = tuple(np.empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
         over = _over([*_columns(a, 3), *ends, *saved], alive, reverse)
-        walk(over, recurrent[0], recurrent[1:], (B, H), a.dtype)
+        walk(over, recurrent[0], recurrent[1:], K, (B, H), a.dtype)
         return path, saved or None
 
     def backward(
@@ -101,9 +101,14 @@ class NumPy(Plain):
         columns = [column for part in parts for column in _columns(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
         over = _over([*given, previous, *saved, *columns, *parts], alive, not reverse)
-        dh = walk(over, U, dh, (B, H), dh.dtype)
+        dh = walk(over, U, dh, K, (B, H), dh.dtype)
         g = parts.pop() if taps else None
         return tuple(parts), dh, g
+
+
+def turned(M: Any, steps: int) -> Any:
+    """M.T, copied where so many products pay for it: BLAS is a third faster on rows in memory."""
+    return np.ascontiguousarray(M.T) if steps > 8 else M.T
 
 
 class _Filled:
@@ -172,7 +177,7 @@ def forward_walk(step: Any, vectors: int, keep: bool) -> Any:
     given.setdefault(program.result, []).insert(0, "o")
     lines = _Lines(program, homes, given, {})
     source = [
-        "def walk(over, M, vectors, shape, dtype):",
+        "def walk(over, M, vectors, steps, shape, dtype):",
         *(f"    c{i} = vectors[{i}]" for i in range(vectors)),
         *lines.prologue(),
         f"    for {', '.join(['a0, a1, a2, h, o', *saved, 'ended'])} in over:",
@@ -201,7 +206,7 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
             given.setdefault(column, []).append(taken[-1])
     lines = _Lines(program, homes, given, wide)
     source = [
-        "def walk(over, M, dh, shape, dtype):",
+        "def walk(over, M, dh, steps, shape, dtype):",
         "    old, new = array(dh), empty(shape, dtype)",
         *lines.prologue(),
         f"    for {', '.join([*taken, *wide.values(), 'ended'])} in over:",
@@ -215,8 +220,9 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
 
 
 def _compiled(source: list[str]) -> Any:
+    """The function `walk` of this source."""
     names = ("add", "subtract", "multiply", "divide", "tanh", "matmul", "copyto", "empty", "array")
-    scope = {name: getattr(np, name) for name in names}
+    scope = {name: getattr(np, name) for name in names} | {"turned": turned}
     exec("\n".join(source), scope)
     return scope["walk"]
 
@@ -262,7 +268,8 @@ class _Lines:
         self.body += [f"        copyto({name}, {names[0]})" for name in names[1:]]
 
     def _product(self, op: Product, dying: set[int], n: int) -> None:
-        rows = f"M[{op.rows.start} * H : {op.rows.stop} * H]" + ".T" * op.transposed
+        rows = f"M[{op.rows.start} * H : {op.rows.stop} * H]"
+        rows = f"turned({rows}, steps)" if op.transposed else rows
         self.buffers.append(f"    M{n}, q{n} = {rows}, empty((B, {len(op.outputs)} * H), dtype)")
         left = self._side_by_side(op.inputs) or self._gathered(op.inputs, f"x{n}")
         self.body.append(f"        matmul({left}, M{n}, q{n})")
