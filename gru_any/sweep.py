@@ -97,6 +97,8 @@ class Sweep(NamedTuple):
                     kept.append(of_block)
                 if y is not None:
                     y.put(block, self._stored(self._clean(self._after(of_block.path), block), x))
+                if kept is None:
+                    self.run.release(of_block.path)
         return (None if y is None else y.array()), h, tape
 
     def backward(
@@ -148,7 +150,7 @@ class Sweep(NamedTuple):
             self.variant.step, a, h, self.weights.recurrent, self._alive(block), self.reverse, keep
         )
         self.run.release(a)
-        return Kept(path, saved), path[0 if self.reverse else -1, :, :]
+        return Kept(path, saved), self.run.own(path[0 if self.reverse else -1, :, :])
 
     def _block_back(self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool) -> Any:
         """Back through one block -> dx (K, B, I), dh, g if wanted (K, B, H), the gradients."""

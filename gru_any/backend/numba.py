@@ -84,7 +84,7 @@ class Numba(NumPy):
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         (K, B, _), H = a.shape, h.shape[-1]
         walk = forward_walk(step, len(recurrent) - 1, keep, a.dtype)
-        path = np.empty((K + 1, B, H), a.dtype)
+        path = self._states((K + 1, B, H), a.dtype, keep)
         path[K if reverse else 0] = h
         saved = [np.empty((K, B, H), a.dtype) for _ in walk.widths]
         arrays = [a, path, *map(_own, recurrent[1:]), *saved]

@@ -36,9 +36,17 @@ class NumPy(Plain):
             self._spare.append(array)
         return np.empty(shape, dtype)
 
+    def _states(self, shape: tuple[int, ...], dtype: Any, keep: bool) -> Any:
+        """What is kept belongs to the way back; the rest is lent."""
+        return np.empty(shape, dtype) if keep else self._lend(shape, dtype)
+
     def release(self, *arrays: Any) -> None:
         """As `Plain.release`."""
         self._spare.extend(arrays)
+
+    def own(self, v: Any) -> Any:
+        """As `Plain.own`."""
+        return v.copy()
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
@@ -73,7 +81,7 @@ class NumPy(Plain):
         (K, B, _), H = a.shape, h.shape[-1]
         program = forward_program(step, len(recurrent) - 1, keep)
         walk = forward_walk(step, len(recurrent) - 1, keep)
-        path = np.empty((K + 1, B, H), a.dtype)
+        path = self._states((K + 1, B, H), a.dtype, keep)
         path[K if reverse else 0] = h
         saved = tuple(np.empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])

@@ -77,7 +77,11 @@ class Plain:
         return self._stack(parts), dh, xp.stack(gs) if taps else None
 
     def release(self, *arrays: Any) -> None:
-        """Say that these arrays, made by `affine` or `backward`, are not needed any more."""
+        """Say that these arrays, made by this object, are not needed any more."""
+
+    def own(self, v: Any) -> Any:
+        """v, so that it outlives the release of the array that it is a part of."""
+        return v
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> "_Output":
         """Collect blocks of steps into an array of the shape."""
