@@ -17,7 +17,7 @@ from gru_any.backend import NUMPY, runner
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 FAST = pytest.mark.parametrize("path", [p for p in PATHS if p != "plain"])
 EVERY = pytest.mark.parametrize("path", PATHS)
-ROWS = pytest.mark.parametrize("B", [1, 5])
+ROWS = pytest.mark.parametrize("B", [1, 5, 100])  # compiled whole, and step by step
 
 
 def block(reset_after, B, dtype, K=7, H=6, seed=0, scale=1.0):
@@ -210,7 +210,7 @@ def test_recomputing_needs_less_memory(path):
 
 
 @EVERY
-@pytest.mark.parametrize("B", [1, 4])
+@pytest.mark.parametrize("B", [1, 40])
 def test_threads(path, B):
     gru, rng = GRU(3, 16, seed=0), np.random.default_rng(0)
     inputs = [rng.standard_normal((30, B, 3)).astype("float32") for _ in range(8)]

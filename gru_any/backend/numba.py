@@ -19,7 +19,6 @@ import numpy as np
 from ..trace import Op, Product, Program
 from .numpy import NumPy, backward_program, forward_program, turned
 
-FEW_ROWS = 2  # up to this batch the whole walk is one compiled loop
 SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 HEAD = '''\
 """Written by gru_any from the traced equations; safe to delete."""
@@ -31,18 +30,43 @@ f = np.{dtype}
 flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits whatever is stored
 
 
+
 @njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
-def dot(x, y):
-    total = f(0)
-    for j in range(len(x)):
-        total += x[j] * y[j]
-    return total
+def products(x, U, start, y):
+    """y[k] = U[start + k] . x, four rows at a time."""
+    four = len(y) - len(y) % 4
+    for k in range(0, four, 4):
+        a = b = c = d = f(0)
+        for j in range(len(x)):
+            a += x[j] * U[start + k, j]
+            b += x[j] * U[start + k + 1, j]
+            c += x[j] * U[start + k + 2, j]
+            d += x[j] * U[start + k + 3, j]
+        y[k], y[k + 1], y[k + 2], y[k + 3] = a, b, c, d
+    for k in range(four, len(y)):
+        a = f(0)
+        for j in range(len(x)):
+            a += x[j] * U[start + k, j]
+        y[k] = a
 
 
-@njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
-def add_scaled(y, x, scale):
-    for j in range(len(x)):
-        y[j] += scale * x[j]
+@njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
+def sums(x, U, start, y):
+    """y = the sum of x[k] * U[start + k], four rows at a time."""
+    four = len(x) - len(x) % 4
+    for j in range(len(y)):
+        y[j] = f(0)
+    for k in range(0, four, 4):
+        a, b, c, d = x[k], x[k + 1], x[k + 2], x[k + 3]
+        for j in range(len(y)):
+            y[j] += (
+                a * U[start + k, j] + b * U[start + k + 1, j]
+                + c * U[start + k + 2, j] + d * U[start + k + 3, j]
+            )
+    for k in range(four, len(x)):
+        a = x[k]
+        for j in range(len(y)):
+            y[j] += a * U[start + k, j]
 
 
 '''
@@ -146,10 +170,10 @@ class Place(tuple[str, str, int]):
         where = f"{number} * H + {unit}" if number else unit
         return f"{array}[{first}{', ' if first else ''}b, {where}]"
 
-    def row(self) -> str:
-        """All units of row b."""
+    def row(self, columns: int) -> str:
+        """Row b of so many columns from this one on."""
         array, first, number = self
-        where = f"{number} * H : {number + 1} * H" if number else ":H"
+        where = f"{number} * H : {number + columns} * H"
         return f"{array}[{first}{', ' if first else ''}b, {where}]"
 
 
@@ -227,24 +251,12 @@ class Layout:
         return ["    for b in range(B):", "        for j in range(H):", *body]
 
     def product(self, op: Product) -> list[str]:
-        """The loops of a matrix product for a few rows, along the rows of U."""
+        """The loop of a matrix product over a few rows."""
         left, out = self.side(op), self.written[op.outputs[0]][-1]
         assert left is not None
-        first, rows = op.rows.start, op.rows.stop - op.rows.start
-        row = f"U[{first} * H + k]" if first else "U[k]"
-        if op.transposed:
-            return [
-                "    for b in range(B):",
-                f"        for k in range({rows} * H):",
-                f"            {out.at('k')} = dot({left.row()}, {row})",
-            ]
-        return [
-            "    for b in range(B):",
-            "        for j in range(H):",
-            f"            {out.at()} = f(0)",
-            f"        for k in range({rows} * H):",
-            f"            add_scaled({out.row()}, {row}, {left.at('k')})",
-        ]
+        x, y = left.row(len(op.inputs)), out.row(len(op.outputs))
+        call = "products" if op.transposed else "sums"
+        return ["    for b in range(B):", f"        {call}({x}, U, {op.rows.start} * H, {y})"]
 
     def source(self, arrays: list[str], dtype: str) -> str:
         """A module: one function for each fused loop, and `whole`, which walks all steps."""
@@ -321,7 +333,7 @@ class Walk:
         B, H = shape = state.shape[1:]
         widths = self.layout.buffers.values()
         arrays = [*arrays, *(np.empty((B, n * H), state.dtype) for n in widths)]
-        if B <= FEW_ROWS and alive is None:
+        if alive is None and (B == 1 or B * H <= 256):  # measured: BLAS wins above
             self.whole(*steps, shape, _own(U), *arrays)
             return
         K, known = (
