@@ -123,7 +123,7 @@ def measure(contenders: list[Contender], cell: Any, rounds: int, seconds: float)
     for i in range(rounds):
         order = taking_part[i % len(taking_part) :] + taking_part[: i % len(taking_part)]
         for contender in order:
-            time.sleep(0.03)  # some keep their threads spinning for a while
+            time.sleep(0.15)  # threads of the one before may spin for a while
             times[contender.name].append(contender.ask(cell, calls[contender.name]))
     return times
 
