@@ -78,7 +78,7 @@ class Replace(ast.NodeTransformer):
 
 
 def noticed(path: str, file: str, text: str) -> bool:
-    """Run the tests on a copy of the package with the changed file."""
+    """Run the tests on a copy of the package with the changed file: does one of them fail?"""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("gru_any", "tests"):
             shutil.copytree(ROOT / name, Path(folder) / name)
@@ -92,7 +92,7 @@ def noticed(path: str, file: str, text: str) -> bool:
                 env=environment,
                 capture_output=True,
             ).returncode
-            == 1
+            != 0
             for tests in (TESTS, PROOFS)
         )
 
