@@ -14,7 +14,7 @@ from .errors import check_shape
 from .init import uniform
 from .params import Layer, check_rng, check_sizes
 from .pullback import Entry, LayerTape, Pullback
-from .sweep import Padding, Sweep
+from .sweep import Padding, Sweep, Weights
 from .weights import parameter_shapes, variant_advice, weights
 
 
@@ -184,13 +184,24 @@ class GRU(Layer):
         if len(self.suffixes) == 2:
             raise ValueError("a bidirectional GRU cannot run step by step: it reads from the end")
         self.backend.check("x_t", x_t, self.dtype)
-        if x_t.ndim not in (1, 2):
+        rows, H = x_t.shape[:-1], self.hidden_size
+        if len(rows) > 1 or x_t.shape[-1:] != (self.input_size,):
             check_shape("x_t", x_t, "(B, I)", {"I": self.input_size})
-        xp = self.backend.xp
-        x = xp.reshape(x_t, (1, -1, x_t.shape[-1]) if x_t.ndim == 2 else (1, x_t.shape[-1]))
-        x = x if x_t.ndim == 1 or not self.batch_first else xp.permute_dims(x, (1, 0, 2))
-        y, state = self(x, state)
-        return xp.reshape(y, (*x_t.shape[:-1], self.hidden_size)), state
+        if state is None:
+            state = self.backend.zeros((self.num_layers, *rows, H), self.dtype)
+        self.backend.check("state", state, self.dtype)
+        if state.shape != (self.num_layers, *rows, H):
+            sizes = {"L": self.num_layers, "B": rows[0] if rows else 1, "H": H}
+            check_shape("state", state, "(L, B, H)" if rows else "(L, H)", sizes)
+        xp, run, x, states = self.backend.xp, runner(self.backend), x_t, []
+        for layer in range(self.num_layers):
+            h = state[layer, ...]
+            x, h = (self._compute(v if rows else v[None, :]) for v in (x, h))
+            W, b, recurrent = self._weights(layer, "")
+            h = run.step(equations.variant(self.reset_after).step, x, h, W, b, recurrent)
+            x = self._stored(h if rows else h[0, :])
+            states.append(x)
+        return x, xp.stack(states)
 
     def taps(self, x: Any, h0: Any = None, lengths: Any = None) -> dict[str, Any]:
         """Return the gates r and z, the candidate n and the state h of every step.
@@ -255,14 +266,17 @@ class GRU(Layer):
 
     # the stack of layers -------------------------------------------------------------------------
 
-    def _sweep(self, layer: int, suffix: str, padding: Padding | None) -> Sweep:
+    def _weights(self, layer: int, suffix: str) -> Weights:
         def get(name: str) -> Any:
             return self._compute(self.params[f"{name}_l{layer}{suffix}"])
 
+        return weights(self.backend.xp, get, self.bias, self.reset_after)
+
+    def _sweep(self, layer: int, suffix: str, padding: Padding | None) -> Sweep:
         return Sweep(
             runner(self.backend),
             equations.variant(self.reset_after),
-            weights(self.backend.xp, get, self.bias, self.reset_after),
+            self._weights(layer, suffix),
             padding,
             suffix == "_reverse",
             self.backend.dtype(self.arithmetic),

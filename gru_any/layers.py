@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .backend import runner
 from .errors import check_shape
 from .init import uniform
 from .params import Layer, check_rng, check_sizes, refuse_stale
@@ -51,7 +52,7 @@ class Linear(Layer):
         """X (..., I) -> (..., O)."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(..., I)", {"I": self.in_features})
-        y = self._compute(self._rows(x, self.in_features)) @ self._compute(self.params["weight"]).T
+        y = self._rows(x) @ self._compute(self.params["weight"]).T
         if self.bias:
             y = y + self._compute(self.params["bias"])
         return self._stored(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
@@ -66,8 +67,8 @@ class Linear(Layer):
             refuse_stale(self.params, version)
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
-            d = self._compute(self._rows(dy, self.out_features))
-            grads = {"weight": d.T @ self._compute(self._rows(x, self.in_features))}
+            d = self._rows(dy)
+            grads = {"weight": d.T @ self._rows(x)}
             if self.bias:
                 grads["bias"] = self.backend.xp.sum(d, axis=0)
             dx = self.backend.xp.reshape(d @ self._compute(self.params["weight"]), tuple(x.shape))
@@ -75,8 +76,8 @@ class Linear(Layer):
 
         return y, pullback
 
-    def _rows(self, v: Any, width: int) -> Any:
-        return self.backend.xp.reshape(v, (math.prod(v.shape[:-1]), width))
+    def _rows(self, v: Any) -> Any:
+        return runner(self.backend).rows(self._compute(v))
 
 
 class Embedding(Layer):

@@ -161,12 +161,13 @@ class Sweep(NamedTuple):
         parts, dh, g = self.run.backward(
             self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse, taps
         )
-        cleaned = [_rows(xp, self._clean(part, block)) for part in parts]
-        saved = [_rows(xp, s) for s in kept.saved]
+        rows = self.run.rows
+        cleaned = [rows(self._clean(part, block)) for part in parts]
+        saved = [rows(s) for s in kept.saved]
         da = cleaned[0]
         dx = xp.reshape(da @ W, (block.stop - block.start, *x.shape[1:]))
-        grads = [da.T @ _rows(xp, self._input(x, block)), xp.sum(da, axis=0)]
-        grads += self.variant.weights(xp, _rows(xp, previous), saved, *cleaned)
+        grads = [da.T @ rows(self._input(x, block)), xp.sum(da, axis=0)]
+        grads += self.variant.weights(xp, rows(previous), saved, *cleaned)
         self.run.release(*parts)
         return dx, dh, g, grads
 
@@ -193,11 +194,6 @@ class Sweep(NamedTuple):
 
     def _clean(self, v: Any, block: slice) -> Any:
         return v if self.padding is None else self.padding.clean(self.run.xp, v, block)
-
-
-def _rows(xp: Any, v: Any) -> Any:
-    """(K, B, N) -> (K * B, N)."""
-    return xp.reshape(v, (v.shape[0] * v.shape[1], v.shape[2]))
 
 
 def _segments(T: int, length: int | None, reverse: bool) -> Iterator[list[slice]]:

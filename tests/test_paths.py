@@ -12,7 +12,7 @@ import pytest
 from conftest import PATHS, running
 
 from gru_any import GRU, equations, gradcheck
-from gru_any.backend import NUMPY, runner
+from gru_any.backend import NUMPY, runner, threads
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 FAST = pytest.mark.parametrize("path", [p for p in PATHS if p != "plain"])
@@ -178,6 +178,57 @@ def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkey
         gradcheck(gru, x, directions=1, vanishing=[])
 
 
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("R", "K", "N"), [(1, 1, 1), (3, 5, 17), (23, 600, 70), (64, 40, 139)])
+def test_our_products(dtype, order, R, K, N, monkeypatch):
+    """Right, and the same bits whatever the other rows are and however many threads."""
+    with running("compiled"):
+        run = runner(NUMPY)
+    rng = np.random.default_rng(0)
+    x, M = np.asarray(rng.standard_normal((R, K)), dtype, order), rng.standard_normal((K, N))
+    M = M.astype(dtype)
+
+    def product(v):
+        rows = run.rows(v) if order == "C" else run.rows(v.T).T
+        found = rows @ M
+        assert type(found) is np.ndarray
+        return found
+
+    whole = product(x)
+    scale = np.abs(x).astype("float64") @ np.abs(M)
+    assert np.all(np.abs(whole - x.astype("float64") @ M) <= K * np.finfo(dtype).eps * scale)
+    parts = np.split(x, [R // 3, R // 2])
+    assert np.array_equal(
+        np.concatenate([product(np.asarray(p, order=order)) for p in parts]), whole
+    )
+    monkeypatch.setattr(threads, "GRAIN", 1)
+    monkeypatch.setattr(threads, "count", lambda: 3)
+    assert np.array_equal(product(x), whole)
+
+
+@EVERY
+@VARIANTS
+@pytest.mark.parametrize("B", [13, 64])
+def test_threads_change_nothing(path, reset_after, B, monkeypatch):
+    """The same bits however the rows are split."""
+    gru, rng = GRU(7, 20, reset_after=reset_after, seed=0), np.random.default_rng(0)
+    x, dy = (rng.standard_normal((70, B, n)).astype("float32") for n in (7, 20))
+
+    def everything():
+        (y, h), pullback = gru.vjp(x, lengths=np.arange(B) % 71)
+        grads, dx, dh0 = pullback(dy)
+        return [y, h, dx, dh0, *grads.values()]
+
+    with running(path):
+        expected = everything()
+        monkeypatch.setattr(threads, "GRAIN", 1)
+        monkeypatch.setattr(threads, "count", lambda: 3)
+        found = everything()
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @EVERY
 @VARIANTS
 def test_inference_needs_no_more_memory_for_a_longer_sequence(path, reset_after):
@@ -266,7 +317,7 @@ def result(**environment):
 def test_the_cache(tmp_path):
     first, told = result(GRU_ANY_CACHE=str(tmp_path))
     assert "compiling" in told
-    assert len(list(tmp_path.glob("gru_any_*.py"))) == 1
+    assert len(list(tmp_path.glob("gru_any_*.py"))) == 2  # the products, and the walk
     again, told = result(GRU_ANY_CACHE=str(tmp_path))
     assert "compiling" not in told
     assert first == again

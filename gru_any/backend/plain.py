@@ -4,6 +4,7 @@ Nothing is assigned into an array, so immutable arrays work too; the steps are c
 stacked. This is the definition that every faster way of running a block is tested against.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ class Plain:
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """X (K, B, I), W (N, I), b (N,) or None -> x W^T + b (K, B, N)."""
-        a = self.xp.reshape(x, (x.shape[0] * x.shape[1], x.shape[2])) @ W.T
+        a = self.rows(x) @ W.T
         return self.xp.reshape(a if b is None else a + b, (x.shape[0], x.shape[1], W.shape[0]))
 
     def forward(
@@ -47,6 +48,12 @@ class Plain:
             saved.reverse()
         return xp.stack(states), self._stack(saved) if keep else None
 
+    def step(self, step: Any, x: Any, h: Any, W: Any, b: Any, recurrent: Any) -> Any:
+        """One step of a stream: x (B, I), h (B, H), the weights of the input and of the state."""
+        a = self.affine(self.xp.expand_dims(x, axis=0), W, b)
+        path, _ = self.forward(step, a, h, recurrent, None, False, False)
+        return path[1, :, :]
+
     def backward(
         self,
         step: Any,
@@ -75,6 +82,10 @@ class Plain:
             parts.reverse()
             gs.reverse()
         return self._stack(parts), dh, xp.stack(gs) if taps else None
+
+    def rows(self, v: Any) -> Any:
+        """V (..., N) -> (rows, N), a matrix whose products this object takes care of."""
+        return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
 
     def release(self, *arrays: Any) -> None:
         """Say that these arrays, made by this object, are not needed any more."""
