@@ -12,6 +12,7 @@ import numpy as np
 from .compiled import compiled
 from .fused import Layout, Place
 from .numpy import NumPy, backward_program, forward_program
+from .plain import Plain
 from .threads import split
 
 FEW = 8  # so few rows are not worth a copy of the matrix
@@ -25,11 +26,14 @@ class Numba(NumPy):
         """As `Plain.affine`."""
         (K, B, n), N = x.shape, W.shape[0]
         if x.dtype.kind == "c" or K * B <= FEW:
-            return super().affine(x, W, b)
+            return Plain.affine(self, x, W, b)
         out = self._lend((K, B, N), x.dtype)
         base = _repeated(np.zeros(N, x.dtype) if b is None else b, K * B)
         _product(x.reshape(K * B, n), W.T, base, out.reshape(K * B, N))
         return out
+
+    def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.empty(shape, dtype)
 
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""

@@ -17,6 +17,9 @@ from .plain import Plain
 class NumPy(Plain):
     """Runs blocks of steps on NumPy.
 
+    The rows of the batch stand innermost in memory, (K, N, B), so that the columns of a step are
+    contiguous: NumPy works on those twice as fast, and so does BLAS. Outside they are (K, B, N).
+
     Fresh memory costs more than the arithmetic on it, so a few arrays that only live as long as a
     block are lent again. Whoever takes one off the list has it alone, in whatever thread.
     """
@@ -34,11 +37,15 @@ class NumPy(Plain):
             if array.shape == shape and array.dtype == dtype:
                 return array
             self._spare.append(array)
-        return np.empty(shape, dtype)
+        return self._empty(shape, dtype)
+
+    def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        K, B, N = shape
+        return turned(np.empty((K, N, B), dtype))
 
     def _states(self, shape: tuple[int, ...], dtype: Any, keep: bool) -> Any:
         """What is kept belongs to the way back; the rest is lent."""
-        return np.empty(shape, dtype) if keep else self._lend(shape, dtype)
+        return self._empty(shape, dtype) if keep else self._lend(shape, dtype)
 
     def release(self, *arrays: Any) -> None:
         """As `Plain.release`."""
@@ -50,16 +57,17 @@ class NumPy(Plain):
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
-        (K, B, n), N = x.shape, W.shape[0]
-        rows, out = x.reshape(K * B, n), self._lend((K, B, N), x.dtype)
-        a = out.reshape(K * B, N)
-        if n == 1:  # where BLAS is slow
-            np.multiply(rows, W[:, 0], out=a)
+        if x.dtype.kind == "c":
+            return super().affine(x, W, b)
+        a = self._lend((*x.shape[:2], len(W)), x.dtype)
+        if W.shape[1] == 1:  # where BLAS is slow
+            np.multiply(W, turned(x), out=turned(a))
         else:
-            np.matmul(rows, W.T, out=a)
+            np.matmul(W, turned(x), out=turned(a))
         if b is not None:
-            a += b
-        return out
+            columns = turned(a)
+            columns += b[:, None]
+        return a
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As `Plain.output`."""
@@ -83,10 +91,10 @@ class NumPy(Plain):
         walk = forward_walk(step, len(recurrent) - 1, keep)
         path = self._states((K + 1, B, H), a.dtype, keep)
         path[K if reverse else 0] = h
-        saved = tuple(np.empty((K, B, H), a.dtype) for _ in program.extras)
+        saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
-        over = _over([*_columns(a, 3), *ends, *saved], alive, reverse)
-        walk(over, recurrent[0], recurrent[1:], K, (B, H), a.dtype)
+        over = _over([*_columns(a, 3), *map(turned, (*ends, *saved))], alive, reverse)
+        walk(over, recurrent[0], [c[:, None] for c in recurrent[1:]], (H, B), a.dtype)
         return path, saved or None
 
     def backward(
@@ -108,15 +116,16 @@ class NumPy(Plain):
         parts = [self._lend((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in _columns(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
-        over = _over([*given, previous, *saved, *columns, *parts], alive, not reverse)
-        dh = walk(over, U, dh, K, (B, H), dh.dtype)
+        wide = map(turned, (*given, previous, *saved))
+        over = _over([*wide, *columns, *map(turned, parts)], alive, not reverse)
+        dh = walk(over, U, dh.T, (H, B), dh.dtype)
         g = parts.pop() if taps else None
-        return tuple(parts), dh, g
+        return tuple(parts), dh.T, g
 
 
-def turned(M: Any, steps: int) -> Any:
-    """M.T, copied where so many products pay for it: BLAS is a third faster on rows in memory."""
-    return np.ascontiguousarray(M.T) if steps > 8 else M.T
+def turned(v: Any) -> Any:
+    """(K, B, N) -> (K, N, B) or back, over the same memory."""
+    return v.swapaxes(1, 2)
 
 
 class _Filled:
@@ -135,14 +144,14 @@ class _Filled:
 
 
 def _columns(v: Any, n: int) -> list[Any]:
-    """(K, B, nH) -> n arrays (K, B, H) over the same memory."""
+    """(K, B, nH) -> n arrays (K, H, B) over the same memory."""
     H = v.shape[-1] // n
-    return [v[..., i * H : (i + 1) * H] for i in range(n)]
+    return [turned(v)[:, i * H : (i + 1) * H] for i in range(n)]
 
 
 def _over(arrays: list[Any], alive: Any, backwards: bool) -> Any:
     """What the walk takes at each step: an entry of each array, and which rows have ended."""
-    ended = [None if mask is None else ~mask for mask in alive or [None] * len(arrays[-1])]
+    ended = [None if mask is None else ~mask.T for mask in alive or [None] * len(arrays[-1])]
     # a list, since CPython 3.11 loses a tuple where a generator stands behind the star
     return zip(*[v[::-1] if backwards else v for v in (*arrays, ended)], strict=True)
 
@@ -185,7 +194,7 @@ def forward_walk(step: Any, vectors: int, keep: bool) -> Any:
     given.setdefault(program.result, []).insert(0, "o")
     lines = _Lines(program, homes, given, {})
     source = [
-        "def walk(over, M, vectors, steps, shape, dtype):",
+        "def walk(over, M, vectors, shape, dtype):",
         *(f"    c{i} = vectors[{i}]" for i in range(vectors)),
         *lines.prologue(),
         f"    for {', '.join(['a0, a1, a2, h, o', *saved, 'ended'])} in over:",
@@ -214,8 +223,8 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
             given.setdefault(column, []).append(taken[-1])
     lines = _Lines(program, homes, given, wide)
     source = [
-        "def walk(over, M, dh, steps, shape, dtype):",
-        "    old, new = array(dh), empty(shape, dtype)",
+        "def walk(over, M, dh, shape, dtype):",
+        "    old, new = array(dh, order='C'), empty(shape, dtype)",
         *lines.prologue(),
         f"    for {', '.join([*taken, *wide.values(), 'ended'])} in over:",
         *lines.body,
@@ -230,7 +239,7 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
 def _compiled(source: list[str]) -> Any:
     """The function `walk` of this source."""
     names = ("add", "subtract", "multiply", "divide", "tanh", "matmul", "copyto", "empty", "array")
-    scope = {name: getattr(np, name) for name in names} | {"turned": turned}
+    scope = {name: getattr(np, name) for name in names}
     exec("\n".join(source), scope)
     return scope["walk"]
 
@@ -264,7 +273,7 @@ class _Lines:
     def prologue(self) -> list[str]:
         """The lines before the loop."""
         values = [f"    {k} = array({v!r}, dtype)" for v, k in self.constants.items()]
-        return ["    B, H = shape", *self.buffers, *values]
+        return ["    H, B = shape", *self.buffers, *values]
 
     def _element(self, op: Op, dying: set[int]) -> None:
         arguments = [self._value(i) for i in op.inputs]
@@ -277,13 +286,13 @@ class _Lines:
 
     def _product(self, op: Product, dying: set[int], n: int) -> None:
         rows = f"M[{op.rows.start} * H : {op.rows.stop} * H]"
-        rows = f"turned({rows}, steps)" if op.transposed else rows
-        self.buffers.append(f"    M{n}, q{n} = {rows}, empty((B, {len(op.outputs)} * H), dtype)")
+        rows = rows if op.transposed else f"{rows}.T"
+        self.buffers.append(f"    M{n}, q{n} = {rows}, empty(({len(op.outputs)} * H, B), dtype)")
         left = self._side_by_side(op.inputs) or self._gathered(op.inputs, f"x{n}")
-        self.body.append(f"        matmul({left}, M{n}, q{n})")
+        self.body.append(f"        matmul(M{n}, {left}, q{n})")
         for i, column in enumerate(op.outputs):
             name = self.homes[column] = f"q{n}_{i}"
-            self.buffers.append(f"    {name} = q{n}[:, {i} * H : {i + 1} * H]")
+            self.buffers.append(f"    {name} = q{n}[{i} * H : {i + 1} * H]")
             self.slots.add(name)
         self.free += [self.homes[i] for i in dying if self.homes[i] in self.slots]
 
@@ -307,12 +316,12 @@ class _Lines:
             for i in range(len(whole) - len(columns) + 1):
                 if whole[i : i + len(columns)] == columns:
                     end = i + len(columns)
-                    return name if columns == whole else f"{name}[:, {i} * H : {end} * H]"
+                    return name if columns == whole else f"{name}[{i} * H : {end} * H]"
         return ""
 
     def _gathered(self, columns: tuple[int, ...], name: str) -> str:
-        self.buffers.append(f"    {name} = empty((B, {len(columns)} * H), dtype)")
+        self.buffers.append(f"    {name} = empty(({len(columns)} * H, B), dtype)")
         for i, column in enumerate(columns):
-            part = f"{name}[:, {i} * H : {i + 1} * H]"
+            part = f"{name}[{i} * H : {i + 1} * H]"
             self.body.append(f"        copyto({part}, {self.homes[column]})")
         return name
