@@ -11,8 +11,7 @@ import numpy as np
 
 from .compiled import compiled
 from .fused import Layout, Place
-from .numpy import NumPy, backward_program, forward_program
-from .plain import Plain
+from .numpy import NumPy, Rows, backward_program, forward_program
 from .threads import split
 
 FEW = 8  # so few rows are not worth a copy of the matrix
@@ -26,7 +25,8 @@ class Numba(NumPy):
         """As `Plain.affine`."""
         (K, B, n), N = x.shape, W.shape[0]
         if x.dtype.kind == "c" or K * B <= FEW:
-            return Plain.affine(self, x, W, b)
+            a = np.matmul(x, W.T)
+            return a if b is None else a + b
         out = self._lend((K, B, N), x.dtype)
         base = _repeated(np.zeros(N, x.dtype) if b is None else b, K * B)
         _product(x.reshape(K * B, n), W.T, base, out.reshape(K * B, N))
@@ -37,8 +37,7 @@ class Numba(NumPy):
 
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""
-        rows = super().rows(v)
-        return rows if v.dtype.kind == "c" else rows.view(Rows)
+        return super().rows(v).view(Rows if v.dtype.kind == "c" else Tiled)
 
     def step(self, step: Any, x: Any, h: Any, W: Any, b: Any, recurrent: Any) -> Any:
         """As `Plain.step`."""
@@ -109,19 +108,15 @@ def _product_module() -> Any:
     return compiled(PRODUCT)
 
 
-class Rows(np.ndarray):
-    """A matrix of many rows, or its transpose, whose product from the left is ours."""
+class Tiled(Rows):
+    """A matrix whose product from the left is ours."""
 
-    def __matmul__(self, M: Any) -> Any:
-        """Return self @ M as a plain array."""
+    def product(self, M: Any) -> Any:
+        """As `Rows.product`."""
         out = np.empty((len(self), M.shape[1]), self.dtype)
         zeros = _repeated(np.zeros(M.shape[1], self.dtype), len(self))
         _product(self.view(np.ndarray), M, zeros, out)
         return out
-
-    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
-        """What is computed from it otherwise is a plain array."""
-        return array
 
 
 def _product(x: Any, M: Any, base: Any, y: Any) -> None:

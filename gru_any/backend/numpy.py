@@ -69,6 +69,10 @@ class NumPy(Plain):
             columns += b[:, None]
         return a
 
+    def rows(self, v: Any) -> Any:
+        """As `Plain.rows`."""
+        return super().rows(v).view(Rows)
+
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As `Plain.output`."""
         return _Filled(shape, dtype)
@@ -126,6 +130,23 @@ class NumPy(Plain):
 def turned(v: Any) -> Any:
     """(K, B, N) -> (K, N, B) or back, over the same memory."""
     return v.swapaxes(1, 2)
+
+
+class Rows(np.ndarray):
+    """A matrix, or its transpose, that sees to its products from the left."""
+
+    def __matmul__(self, M: Any) -> Any:
+        """Return self @ M as a plain array; BLAS is slow where the inner size is 1."""
+        v, M = self.view(np.ndarray), np.asarray(M)
+        return v * M if len(M) == 1 else self.product(M)
+
+    def product(self, M: Any) -> Any:
+        """Return self @ M where the inner size is not 1."""
+        return np.matmul(self.view(np.ndarray), M)
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        """What is computed from it otherwise is a plain array."""
+        return array
 
 
 class _Filled:
