@@ -96,16 +96,19 @@ PRODUCT = """\
 from numba import njit
 from gru_any.backend.tile import product
 
+MATRICES = "{dtype}[:, :], {dtype}[:, ::1], {dtype}[:, :], {dtype}[:, ::1]"
 
-@njit(cache=CACHE, nogil=True, error_model="numpy")
+
+@njit(f"void({{MATRICES}}, intp, intp)", cache=CACHE, nogil=True, error_model="numpy")
 def fill(x, M, base, y, first, last):
     product(x, M, base, y, first, last)
 """
 
 
-@lru_cache(maxsize=1)
-def _product_module() -> Any:
-    return compiled(PRODUCT)
+@lru_cache(maxsize=4)
+def _filler(dtype: Any) -> Any:
+    """The compiled product, for x in any order of memory."""
+    return compiled(PRODUCT.format(dtype=dtype.name)).fill
 
 
 class Tiled(Rows):
@@ -121,8 +124,7 @@ class Tiled(Rows):
 
 def _product(x: Any, M: Any, base: Any, y: Any) -> None:
     """Fill y = base + x @ M, the rows of y split over threads."""
-    M, fill = _own(M), _product_module().fill
-    x = _own(x) if x.flags.c_contiguous else x
+    x, M, fill = x if x.flags.writeable else x.copy(), _own(M), _filler(y.dtype)
     split(lambda first, last: fill(x, M, base, y, first, last), len(y), y.size * x.shape[1])
 
 

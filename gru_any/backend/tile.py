@@ -157,8 +157,9 @@ def product(x, M, base, y, first, last):  # type: ignore[no-untyped-def]
     r = many(x, M, base, y, first, last, 0, deep)
     r = some(x, M, base, y, r, last, 0, deep)
     one(x, M, base, y, r, last, 0, deep)
+    sums = y[:, : y.shape[1]]  # for Numba of the same type as base, whose rows may be one
     for start in range(DEEP, x.shape[1], DEEP):
         stop = min(start + DEEP, x.shape[1])
-        r = many(x, M, y, y, first, last, start, stop)
-        r = some(x, M, y, y, r, last, start, stop)
-        one(x, M, y, y, r, last, start, stop)
+        r = many(x, M, sums, y, first, last, start, stop)
+        r = some(x, M, sums, y, r, last, start, stop)
+        one(x, M, sums, y, r, last, start, stop)
