@@ -5,8 +5,9 @@
 
 Each contender runs in a process of its own. For every cell (sizes, forward or training, reset after
 or before) they are asked in turn, several rounds, and the table shows medians: the time of PyTorch,
-and of each other how many times faster it is (round by round, with the quartiles in the JSON).
-PyTorch has the reset gate after the product alone; both variants are held against that.
+and of each other how many times faster it is, round by round, with the quartiles in brackets.
+PyTorch has the reset gate after the product alone; both variants are held against that. Last comes
+the length: time and memory of this library for T from 10 to 10,000 (`length.py`).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import MAKERS
+from contenders import MAKERS, threads_of
+from length import sweep
 
 CASES = [
     (1, 1, 64, 64), (1, 1, 256, 256), (1, 1, 512, 512), (100, 1, 64, 64), (100, 1, 256, 256),
@@ -43,6 +46,9 @@ def work(name: str, threads: int) -> None:
     key, call = None, None
     for line in sys.stdin:
         cell, calls = json.loads(line)
+        if cell is None:
+            print(json.dumps(threads_of(name)), flush=True)
+            continue
         if cell != key:
             key, call = cell, prepare(name, *cell)
         if call is None:
@@ -88,10 +94,14 @@ class Contender:
             environment["GRU_ANY_NO_NUMBA"] = "1"
         command = [sys.executable, __file__, "--worker", name, "--threads", count]
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.sched_setaffinity(self.process.pid, cores)  # JAX has no switch of its own for it
+        found = self.ask(None, 0)
+        if found != threads:
+            raise SystemExit(f"{name} would use {found} threads, not {threads}")
 
     def ask(self, cell: Any, calls: int) -> Any:
         """The mean seconds of a call; with calls = 0 the first numbers of its result."""
@@ -105,8 +115,8 @@ class Contender:
         return json.loads(line)
 
     def close(self) -> None:
-        """End the process."""
-        self.process.terminate()
+        """End the process and those that a library started beside it."""
+        os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait()
 
 
@@ -187,7 +197,11 @@ def show(cell: Any, threads: int, found: dict[str, Any]) -> None:
     """One line of the table."""
     base = "torch" if "torch" in found else "numpy"
     (T, B, I, H), mode, after = cell
-    ratios = "  ".join(f"{n} {v['faster'][1]:6.2f}" for n, v in found.items() if n != base)
+    ratios = "  ".join(
+        "{} {:.2f} ({:.2f} {:.2f})".format(n, *(v["faster"][q] for q in (1, 0, 2)))
+        for n, v in found.items()
+        if n != base
+    )
     size = f"T={T} B={B} I={I} H={H}"
     variant = "after" if after else "before"
     seconds = found[base]["seconds"][1]
@@ -272,6 +286,8 @@ def main() -> None:
     print(f"{names[0]}: {statistics.median(ours):.2f} times in the median of {len(ours)} cells")
     if args.picture:
         draw(cells_only, args.picture)
+    if not (args.quick or args.cases):
+        sweep()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 without arguments whose result is y (T, B, H) as a NumPy array, or for training dx.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -126,26 +127,34 @@ def onnxruntime(x: Any, dy: Any, gru: Any, mode: str) -> Call | None:
 
     if mode == "training":
         return None
-    options = library.SessionOptions()
-    options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
     session = library.InferenceSession(
-        onnx_model(x, gru), options, providers=["CPUExecutionProvider"]
+        onnx_model(x, gru), _onnxruntime_options(), providers=["CPUExecutionProvider"]
     )
     return lambda: session.run(None, {"x": x})[0][:, 0]
 
 
+def _onnxruntime_options() -> Any:
+    options = importlib.import_module("onnxruntime").SessionOptions()
+    options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
+    return options
+
+
 def openvino(x: Any, dy: Any, gru: Any, mode: str) -> Call | None:
     """OpenVINO on the same ONNX node, in float32, forward alone."""
-    import openvino as library
-
     if mode == "training":
         return None
-    core = library.Core()
+    core = _openvino_core()
     model = core.read_model(model=onnx_model(x, gru), weights=b"")
+    request = core.compile_model(model, "CPU").create_infer_request()
+    return lambda: request.infer({0: x})[0][:, 0]
+
+
+def _openvino_core() -> Any:
+    core = importlib.import_module("openvino").Core()
     threads = int(os.environ["OMP_NUM_THREADS"])
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
-    return lambda: request.infer({0: x})[0][:, 0]
+    core.set_property("CPU", settings)
+    return core
 
 
 def jax(x: Any, dy: Any, gru: Any, mode: str) -> Call:
@@ -192,3 +201,19 @@ MAKERS: dict[str, Callable[..., Call | None]] = {
     "jax": jax,
     "floor": floor,
 }
+
+
+def threads_of(name: str) -> int:
+    """How many threads a contender uses in this process, as its own library tells."""
+    if name == "torch":
+        return int(importlib.import_module("torch").get_num_threads())
+    if name == "numba":
+        return int(importlib.import_module("gru_any.backend.threads").count())
+    if name == "onnxruntime":
+        return int(_onnxruntime_options().intra_op_num_threads)
+    if name == "openvino":
+        return int(_openvino_core().get_property("CPU", "INFERENCE_NUM_THREADS"))
+    if name == "jax":  # it has no switch, but keeps to the cores it is given
+        return len(os.sched_getaffinity(0))
+    pools = importlib.import_module("threadpoolctl").threadpool_info()
+    return max(int(pool["num_threads"]) for pool in pools if pool["user_api"] == "blas")

@@ -179,6 +179,14 @@ def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkey
 
 
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+def test_each_kind_of_tile_has_a_name_of_its_own():
+    """Numba calls cached code by name and a count: of one name, that of two processes mixes."""
+    from gru_any.backend import tile
+
+    assert len({f.py_func.__qualname__ for f in (tile.many, tile.some, tile.one)}) == 3
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("R", "K", "N"), [(1, 1, 1), (3, 5, 17), (23, 600, 70), (64, 40, 139)])

@@ -131,7 +131,6 @@ def tile(typing, rows, vectors, x, M, base, y, r, j, n, start, stop):  # type: i
 def strips(rows: int, vectors: int) -> Any:
     """A function that fills rows of y in tiles of one shape, and gives the first row left."""
 
-    @njit(nogil=True, error_model="numpy")
     def fill(x, M, base, y, first, last, start, stop):  # type: ignore[no-untyped-def]
         N, width = y.shape[1], vectors * (BYTES // y.itemsize)
         end = last - (last - first) % rows
@@ -144,7 +143,9 @@ def strips(rows: int, vectors: int) -> Any:
                 tile(rows, vectors, x, M, base, y, r, whole, N - whole, start, stop)
         return end
 
-    return fill
+    # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
+    fill.__qualname__ = f"fill_{rows}x{vectors}"
+    return njit(nogil=True, error_model="numpy")(fill)
 
 
 many, some, one = (strips(*shape) for shape in SHAPES)
@@ -157,7 +158,7 @@ def product(x, M, base, y, first, last):  # type: ignore[no-untyped-def]
     r = many(x, M, base, y, first, last, 0, deep)
     r = some(x, M, base, y, r, last, 0, deep)
     one(x, M, base, y, r, last, 0, deep)
-    sums = y[:, : y.shape[1]]  # for Numba of the same type as base, whose rows may be one
+    sums = y[:, : y.shape[1]]  # for Numba of the same type as base
     for start in range(DEEP, x.shape[1], DEEP):
         stop = min(start + DEEP, x.shape[1])
         r = many(x, M, sums, y, first, last, start, stop)

@@ -1,0 +1,65 @@
+"""Time and memory against the length T: one layer, 8 rows, 32 inputs, 64 hidden units.
+
+    python scripts/length.py
+
+For inference, training, and training with recompute="sqrt": the milliseconds of a call, and the
+most memory that stood at once in NumPy's arrays beyond inputs and outputs (tracemalloc, warm).
+"""
+
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gru_any import GRU
+
+LENGTHS = [10, 100, 1000, 10_000]
+B, I, H = 8, 32, 64
+
+
+def training(gru: Any) -> Callable[[Any, Any], Any]:
+    """Forward and back; the results."""
+
+    def call(x: Any, dy: Any) -> Any:
+        (y, h), pullback = gru.vjp(x)
+        return y, h, pullback(dy)
+
+    return call
+
+
+def figures(call: Callable[[Any, Any], Any], T: int) -> tuple[float, float]:
+    """Milliseconds of a call, the best of three; megabytes beyond what it returns."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((T, B, n)).astype("float32") for n in (I, H))
+    call(x, dy)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call(x, dy)
+        seconds.append(time.perf_counter() - start)
+    tracemalloc.start()
+    results = call(x, dy)
+    left, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del results
+    return 1e3 * min(seconds), (peak - left) / 1e6
+
+
+def sweep() -> None:
+    """Print the table."""
+    kept, again = GRU(I, H, seed=0), GRU(I, H, recompute="sqrt", seed=0)
+    calls = {
+        "inference": lambda x, dy: kept(x),
+        "training": training(kept),
+        'recompute="sqrt"': training(again),
+    }
+    print(f"{'T':>6}" + "".join(f"{name:>27}" for name in calls))
+    for T in LENGTHS:
+        cells = [figures(call, T) for call in calls.values()]
+        print(f"{T:6}" + "".join(f"{ms:12.2f} ms {mb:9.3f} MB" for ms, mb in cells), flush=True)
+
+
+if __name__ == "__main__":
+    sweep()
