@@ -96,13 +96,14 @@ class Sweep(NamedTuple):
         on the way back, None keeps everything.
         """
         y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
+        ready = self._laid_out(x)
         tape: list[Segment] = []
         for blocks in _segments(x.shape[0], segment, self.reverse):
             kept: list[Kept] | None = [] if keep and segment is None else None
             if keep:
                 tape.append(Segment(blocks, h, kept))
             for block in blocks:
-                of_block, h = self._block(x, h, block, kept is not None)
+                of_block, h = ready._block(x, h, block, kept is not None)
                 if kept is not None:
                     kept.append(of_block)
                 if y is not None:
@@ -147,11 +148,17 @@ class Sweep(NamedTuple):
         return [xp.concat([arrays[i] for _, arrays in pieces], axis=0) for i in range(4)]
 
     def _recompute(self, x: Any, segment: Segment) -> list[Kept]:
-        kept, h = [], segment.h
+        kept, h, ready = [], segment.h, self._laid_out(x)
         for block in segment.blocks:
-            of_block, h = self._block(x, h, block, True)
+            of_block, h = ready._block(x, h, block, True)
             kept.append(of_block)
         return kept
+
+    def _laid_out(self, x: Any) -> "Sweep":
+        """The same, with the weights as the way forward likes them."""
+        W, b, (U, *c) = self.weights
+        W, U = (self.run.laid_out(M, x.shape[0] * x.shape[1]) for M in (W, U))
+        return self._replace(weights=Weights(W, b, (U, *c)))
 
     def _block(self, x: Any, h: Any, block: slice, keep: bool) -> tuple[Kept, Any]:
         """Forward through one block -> its states and saved arrays, and the last state."""

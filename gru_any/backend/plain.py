@@ -15,6 +15,10 @@ class Plain:
     def __init__(self, xp: Any, device: Any) -> None:
         self.xp, self.device = xp, device
 
+    def laid_out(self, W: Any, rows: int) -> Any:
+        """The weights W as the way forward over so many rows likes them in memory."""
+        return W
+
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """X (K, B, I), W (N, I), b (N,) or None -> x W^T + b (K, B, N)."""
         a = self.rows(x) @ W.T
