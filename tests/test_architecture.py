@@ -13,14 +13,23 @@ FILES = sorted(ROOT.rglob("*.py"))
 EACH = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 # what each file imports that is neither ours nor Python's; the backend's files are free
-HOST = ["cell", "checks", "gru", "init", "layers", "params"]
-FOREIGN = {name: {"numpy"} for name in HOST} | {"checkpoint": {"numpy", "safetensors"}}
+HOST = ["cell", "checks", "data", "gru", "init", "layers", "params", "run"]
+FOREIGN = {name: {"numpy"} for name in HOST} | {
+    "checkpoint": {"numpy", "safetensors"},
+    "resume": {"numpy", "safetensors"},
+    "history": {"matplotlib"},
+    "train": {"tqdm"},
+}
 LIBRARIES = {"numpy", "cupy", "torch", "jax", "jax.numpy", "array_api_strict"}
 
 # each file may import from the lines below its own
 LAYERS = [
     {"__main__", "__init__"},
+    {"train"},
+    {"run"},
+    {"history", "resume"},
     {"checks", "checkpoint"},
+    {"data", "schedules"},
     {"chain"},
     {"gru", "cell", "layers", "losses", "optim"},
     {"pullback", "weights"},

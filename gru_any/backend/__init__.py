@@ -1,7 +1,17 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
-from .run import runner
+from .run import environment, runner
 from .select import NUMPY, Backend, BackendError, of, select
 from .transfer import asarray, to_numpy
 
-__all__ = ["NUMPY", "Backend", "BackendError", "asarray", "of", "runner", "select", "to_numpy"]
+__all__ = [
+    "NUMPY",
+    "Backend",
+    "BackendError",
+    "asarray",
+    "environment",
+    "of",
+    "runner",
+    "select",
+    "to_numpy",
+]

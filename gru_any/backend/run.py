@@ -38,3 +38,26 @@ def _runner(backend: Any, way: str) -> Plain:
     from .numba import Numba
 
     return Numba(backend.xp, backend.device)
+
+
+def environment(backend: Any) -> dict[str, str]:
+    """What may change the last bits of a number: versions, threads, and how the backend runs."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .threads import count
+
+    def release(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    versions = {name: release(name) for name in ("gru-any", "numpy", "numba")}
+    return {
+        "Python": platform.python_version(),
+        **versions,
+        "threads": str(count()),
+        "backend": f"{backend.name} on {backend.device}",
+        "runner": type(runner(backend)).__name__,
+    }

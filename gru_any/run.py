@@ -1,0 +1,223 @@
+"""A training run: all that changes while it goes on, and how it is kept and taken up again."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import resume
+from .backend import environment, to_numpy
+from .data import Piece
+from .history import History, Log
+from .optim import Optimizer, clip_by_global_norm
+
+GATES = ("r", "z", "n")
+NUMBERS = ("step", "epoch", "piece", "seconds", "best", "since", "validated", "reason", "losses")
+
+
+class Run:
+    """Where a run stands. See `train.fit` for the terms."""
+
+    def __init__(self, model: Any, optimiser: Optimizer, seed: int, average: float | None) -> None:
+        self.model, self.optimiser, self.decay = model, optimiser, average
+        self.rng = np.random.default_rng(seed)
+        self.step = self.epoch = self.piece = self.since = 0
+        self.validated, self.seconds, self.reason = -1, 0.0, ""
+        self.best: float | None = None
+        self.losses: list[float] = []  # of validation
+        self.state: list[Any] = []
+        self.averaged = self._copy() if average else {}
+        self.lowest: dict[str, Any] = {}  # the weights with the lowest loss
+        self.grads: dict[str, Any] = {}
+        self.pending = 0  # so many gradients are added up in grads
+        self.sums: list[Any] = [0.0, 0.0]  # of loss and norm since the last record, and how many
+        self.counts = [0, 0]
+        self.news: dict[str, Any] = {}  # the last record
+        self.folder: Path | None = None
+        self.settings: dict[str, Any] = {}
+        self.log = Log(None, [])
+        self.clock = time.monotonic()
+
+    # one step ------------------------------------------------------------------------------------
+
+    def add_gradient(self, loss: Callable[..., Any], piece: Piece) -> None:
+        """Forward and back over one piece, from the state that the piece before left."""
+        x, target, mask, lengths = piece.batch
+        state = None if piece.first else self.state
+        (y, after), pullback = self.model.vjp(x, state, lengths, rng=self.rng)
+        value, dy = loss(y, target, mask=mask)
+        grads, _, _ = pullback(dy)
+        if piece.advance < x.shape[0]:
+            shorter = None if lengths is None else np.minimum(lengths, piece.advance)
+            _, after = self.model(x[: piece.advance, ...], state, shorter)
+        self.state = after
+        self.grads = {k: self.grads[k] + g for k, g in grads.items()} if self.pending else grads
+        self.pending += 1
+        self._add(0, value)
+
+    def update(self, clip: float | None) -> None:
+        """Change the weights by the mean of the gradients."""
+        grads = self.grads
+        if self.pending > 1:
+            grads = {name: g / self.pending for name, g in grads.items()}
+        norm = clip_by_global_norm(grads, clip or math.inf)
+        if self.model.backend.host and not math.isfinite(norm):
+            raise FloatingPointError(_not_finite(self.step + 1, "gradient", grads))
+        self.optimiser.step(self.model.params, grads)
+        self.grads, self.pending, self.news = {}, 0, {}
+        self.step += 1
+        self._add(1, norm)
+        if self.decay:
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            for name, w in self.model.params.items():
+                self.averaged[name] = self.averaged[name] * decay + (1 - decay) * w
+
+    def _add(self, i: int, value: Any) -> None:
+        self.sums[i] = self.sums[i] + value
+        self.counts[i] += 1
+
+    def record(self) -> None:
+        """Write a line of the log: the means since the last. Waits for the device."""
+        loss, norm = (float(s) / n for s, n in zip(self.sums, self.counts, strict=True))
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(_not_finite(self.step, "loss", dict(self.model.params)))
+        self.sums, self.counts = [0.0, 0.0], [0, 0]
+        self.news = self._write(loss=loss, rate=self.optimiser.lr, norm=norm)
+
+    def _write(self, **values: float) -> dict[str, Any]:
+        line = {"step": self.step, "epoch": self.epoch, **values, "seconds": self.elapsed()}
+        self.log.write(line)
+        return line
+
+    # validation and the end ----------------------------------------------------------------------
+
+    def validate(self, valid: Callable[[], float]) -> None:
+        """Ask for the validation loss, with the averaged weights if there are some."""
+        own = dict(self.model.params)
+        self._put_in(self.averaged)
+        loss = float(valid())
+        if self.best is None or loss < self.best:
+            self.best, self.since, self.lowest = loss, 0, self._copy()
+        else:
+            self.since += 1
+        self._put_in(own)
+        self.losses.append(loss)
+        self.validated = self.step
+        self._write(valid=loss)
+
+    def ended(
+        self, steps: int | None, epochs: int | None, minutes: float | None, patience: int | None
+    ) -> str:
+        """Why the run is at its end, or nothing."""
+        if (steps or math.inf) <= self.step or (epochs or math.inf) <= self.epoch:
+            return "done"
+        if patience is not None and self.since > patience:
+            return "patience"
+        return "minutes" if minutes is not None and self.elapsed() >= 60 * minutes else ""
+
+    def close(self, valid: Callable[[], float] | None) -> History:
+        """Keep the run, and give the best weights back."""
+        if valid and self.reason not in ("interrupted", "finished") and self.validated < self.step:
+            self.validate(valid)
+        if self.reason != "finished":
+            self.save()
+        self._put_in(self.lowest or self.averaged)
+        return History(self.log.records, self.reason, self.best)
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds + time.monotonic() - self.clock
+
+    def _copy(self) -> dict[str, Any]:
+        xp = self.model.backend.xp
+        return {name: xp.asarray(w, copy=True) for name, w in self.model.params.items()}
+
+    def _put_in(self, weights: dict[str, Any]) -> None:
+        for name, w in weights.items():
+            self.model.params[name] = w
+
+    # kept, and taken up again --------------------------------------------------------------------
+
+    def open(self, out: Any, settings: dict[str, Any]) -> None:
+        """Take up the run that the folder `out` holds, or begin it there."""
+        slots = {k: v for k, v in vars(self.optimiser).items() if isinstance(v, (int, float, bool))}
+        name = type(self.optimiser).__name__
+        optimiser = {"name": name, **{k: slots[k] for k in slots if k not in ("lr", "count")}}
+        self.settings = {"model": repr(self.model), "optimiser": optimiser, **settings}
+        if out is None:
+            return
+        self.folder = Path(out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = resume.restore(self.folder)
+        if found is not None:
+            header, arrays = found
+            resume.refuse_changes(header["settings"], self.settings)
+            resume.tell_differences(header["environment"], environment(self.model.backend))
+            self._take_up(header, arrays)
+        self.log = Log(self.folder / "log.jsonl", self.log.records)
+
+    def save(self) -> None:
+        """Write a checkpoint, where there is a folder."""
+        if self.folder is None:
+            return
+        self.seconds, self.clock = self.elapsed(), time.monotonic()
+        header = {name: getattr(self, name) for name in NUMBERS}
+        header |= {
+            "settings": self.settings,
+            "environment": environment(self.model.backend),
+            "rng": self.rng.bit_generator.state,
+            "lr": self.optimiser.lr,
+            "count": self.optimiser.count,
+            "sums": [float(s) for s in self.sums],
+            "counts": self.counts,
+            "records": self.log.records,
+        }
+        slots = {k: v for k, v in self.optimiser.state.items() if k != "count"}
+        state = {str(i): h for i, h in enumerate(self.state)}
+        groups = {"weights": self.model.params, "optimiser": slots, "state": state,
+                  "averaged": self.averaged, "lowest": self.lowest}  # fmt: skip
+        arrays = {f"{g}/{k}": to_numpy(v) for g, part in groups.items() for k, v in part.items()}
+        resume.store(self.folder, header, arrays)
+
+    def _take_up(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        backend, groups = self.model.backend, {}  # type: ignore[var-annotated]
+        for name, array in arrays.items():
+            group, _, key = name.partition("/")
+            groups.setdefault(group, {})[key] = backend.put(array, self.model.dtype)
+        for name in NUMBERS:
+            setattr(self, name, header[name])
+        self._put_in(groups["weights"])
+        self.optimiser.state = {"count": header["count"], **groups.get("optimiser", {})}
+        self.optimiser.lr = header["lr"]
+        self.rng.bit_generator.state = header["rng"]
+        self.sums, self.counts = header["sums"], header["counts"]
+        self.state = [h for _, h in sorted(groups.get("state", {}).items())]
+        self.averaged, self.lowest = groups.get("averaged", {}), groups.get("lowest", {})
+        self.log.records = header["records"]
+        if self.reason and self.reason != "interrupted":
+            self.reason = "finished"
+            told = f"is finished ({self.step} steps); nothing is changed"
+        else:
+            self.reason, told = "", f"goes on after step {self.step}"
+        print(f"gru_any: the run in {self.folder} {told}", file=sys.stderr)
+
+
+def _not_finite(step: int, what: str, arrays: dict[str, Any]) -> str:
+    """The words for it: the first array that is not finite, and which gates' part of it."""
+    where = "every number of the parameters is finite"
+    for name, array in arrays.items():
+        wrong = ~np.isfinite(to_numpy(array))
+        if wrong.any():
+            where = f"first in {name}"
+            if "_ih" in name or "_hh" in name:  # (3H, .): the rows of r, z and n
+                parts = zip(GATES, np.split(wrong, 3), strict=True)
+                where += f", gate {' and '.join(gate for gate, part in parts if part.any())}"
+            break
+    return (
+        f"the {what} is not finite in step {step}: {where}. A lower learning rate or a smaller "
+        "clip may mend it"
+    )

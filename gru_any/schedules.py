@@ -1,0 +1,49 @@
+"""Learning rates as functions of the step and of the validation losses so far.
+
+schedule = warm_up(100, cosine(4e-3, 2000))
+rate = schedule(step, losses)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+Schedule = Callable[..., float]
+
+
+def constant(rate: float) -> Schedule:
+    """Always the same."""
+    return lambda step, losses=(): rate
+
+
+def cosine(rate: float, steps: int, last: float = 0.0) -> Schedule:
+    """From `rate` down to `last` along half a cosine (Loshchilov and Hutter 2017)."""
+
+    def schedule(step: int, losses: Sequence[float] = ()) -> float:
+        done = min(step / steps, 1.0)
+        return last + (rate - last) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return schedule
+
+
+def stepwise(rate: float, every: int, factor: float = 0.5) -> Schedule:
+    """Times `factor` every so many steps."""
+    return lambda step, losses=(): rate * factor ** (step // every)
+
+
+def plateau(rate: float, patience: int, factor: float = 0.5, last: float = 0.0) -> Schedule:
+    """Times `factor` whenever the loss found no new minimum in more than `patience` validations."""
+
+    def schedule(step: int, losses: Sequence[float] = ()) -> float:
+        now, best, since = rate, math.inf, 0
+        for loss in losses:
+            best, since = (loss, 0) if loss < best else (best, since + 1)
+            if since > patience:
+                now, since = max(now * factor, last), 0
+        return now
+
+    return schedule
+
+
+def warm_up(steps: int, then: Schedule) -> Schedule:
+    """Rise in a straight line over the first steps to what `then` gives."""
+    return lambda step, losses=(): then(step, losses) * min(1.0, (step + 1) / max(steps, 1))

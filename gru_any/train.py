@@ -1,0 +1,203 @@
+"""The training loop: `fit` reads like a recipe, and a run that was killed goes on bit for bit."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .data import Batch, Piece, ahead, cut
+from .history import History
+from .optim import Optimizer
+from .run import Run
+from .schedules import Schedule
+
+Batches = Callable[[int], Iterable[Batch]]
+
+
+def fit(
+    model: Any,
+    loss: Callable[..., Any],
+    batches: Batches,
+    optimiser: Optimizer,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    tbptt: tuple[int, int] | None = None,
+    accumulate: int = 1,
+    clip: float | None = None,
+    schedule: Schedule | None = None,
+    valid: Callable[[], float] | None = None,
+    validate_every: int | None = None,
+    patience: int | None = None,
+    average: float | None = None,
+    seed: int = 0,
+    out: Any = None,
+    settings: dict[str, Any] | None = None,
+    save_every: int = 200,
+    log_every: int = 20,
+    bar: bool | Callable[[dict[str, Any]], dict[str, Any]] = True,
+) -> History:
+    """Train a model; with `out`, so that the same call goes on where it was stopped.
+
+    Parameters
+    ----------
+    model : Chain
+    loss : callable
+        `value, dy = loss(y, target, mask=None)`; the mask is (T, B).
+    batches : callable
+        `batches(epoch)` gives the batches of an epoch, on the host; the same for the same epoch.
+    optimiser : Optimizer
+        Of `model.params`.
+    steps, epochs, minutes : int, int, float
+        The run ends where the first of those given is reached. A step is an update.
+    tbptt : (k1, k2) or None
+        A gradient every k1 steps of time over the last k2, the state carried over; see `data.cut`.
+    accumulate : int
+        So many gradients are averaged for one update.
+    clip : float or None
+        Largest norm of the gradient.
+    schedule : callable or None
+        `schedule(step, losses)` is the learning rate; losses are those of validation so far.
+    valid : callable or None
+        Returns the validation loss; called every `validate_every` steps or else each epoch, and at
+        the end. The weights with the lowest are given back.
+    patience : int or None
+        End after more than so many validations without a new lowest loss.
+    average : float or None
+        Validate, and give back, a running average of the weights with this decay.
+    seed : int
+        Of dropout.
+    out : path or None
+        Folder of the log (log.jsonl) and the checkpoints, one every `save_every` steps.
+    settings : dict or None
+        What else decides the numbers, such as a digest of the data; a run that goes on must have
+        the same.
+    log_every : int
+        Steps between two records; making one waits for the device.
+    bar : bool or callable
+        Whether to show a progress bar (needs tqdm), or what it shows of a record.
+
+    Raises
+    ------
+    FloatingPointError
+        Loss or gradient is not finite; on the host, before it changed the weights.
+    ValueError
+        Settings differ from the checkpoint's, or no checkpoint can be used.
+    OSError
+        A checkpoint cannot be written; the last good one is kept.
+    """
+    if steps is epochs is minutes is None:
+        raise ValueError("give at least one of steps, epochs and minutes")
+    kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
+                clip=clip, validate_every=validate_every, patience=patience, average=average,
+                seed=seed, log_every=log_every)  # fmt: skip
+    run = Run(model, optimiser, seed, average)
+    run.open(out, {**kept, **(settings or {})})
+    with _interrupts() as stop, _bar(bar, steps, run) as show:
+        for epoch, number, piece in _pieces(model, batches, tbptt, run):
+            if epoch > run.epoch:
+                run.epoch, run.piece = epoch, 0
+                if valid and not validate_every:
+                    run.validate(valid)
+            run.reason = run.ended(steps, epochs, minutes, patience) or stop()
+            if run.reason:
+                break
+            if schedule:
+                optimiser.lr = schedule(run.step, run.losses)
+            run.add_gradient(loss, piece)
+            run.piece = number + 1
+            if run.pending < accumulate:
+                continue
+            run.update(clip)
+            if run.step % log_every == 0:
+                run.record()
+            if valid and validate_every and run.step % validate_every == 0:
+                run.validate(valid)
+            if run.step % save_every == 0:
+                run.save()
+            show()
+    return run.close(valid)
+
+
+def evaluate(
+    model: Any, loss: Callable[..., Any], batches: Iterable[Batch], chunk: int | None = None
+) -> float:
+    """The mean loss over all targets that count, read in chunks of so many steps."""
+    total, count, state = 0.0, 0, None
+    for batch in batches:
+        for piece in cut(batch, None if chunk is None else (chunk, chunk)):
+            x, target, mask, lengths = _put(model, piece).batch
+            y, state = model(x, None if piece.first else state, lengths)
+            total += float(loss(y, target, mask=mask)[0]) * piece.counted
+            count += piece.counted
+    return total / max(count, 1)
+
+
+def _pieces(
+    model: Any, batches: Batches, tbptt: tuple[int, int] | None, run: Run
+) -> Iterator[tuple[int, int, Piece]]:
+    """Epoch, number in it, and piece, from where the run stands on, without end."""
+
+    def made() -> Iterator[tuple[int, int, Piece]]:
+        epoch, skip = run.epoch, run.piece
+        while not run.reason:
+            number = 0
+            for batch in batches(epoch):
+                for piece in cut(batch, tbptt):
+                    if number >= skip:
+                        yield epoch, number, _put(model, piece)
+                    number += 1
+            if not number:
+                raise ValueError(f"batches({epoch}) gave nothing to learn from")
+            epoch, skip = epoch + 1, 0
+
+    return ahead(made())
+
+
+def _put(model: Any, piece: Piece) -> Piece:
+    x, target, mask, lengths = piece.batch
+    put = model.backend.put
+    on_device = Batch(put(x), put(target), None if mask is None else put(mask), lengths)
+    return piece._replace(batch=on_device)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], str]]:
+    """What returns "interrupted" after Ctrl-C, so that a step is never left half done."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: ""
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: "interrupted" if pressed else ""
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _bar(bar: Any, steps: int | None, run: Run) -> Iterator[Callable[[], None]]:
+    if not bar:
+        yield lambda: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as e:
+        raise ImportError('the progress bar needs tqdm: pip install "gru-any[train]"') from e
+    text = bar if callable(bar) else lambda record: {"loss": f"{record['loss']:.4g}"}
+    with tqdm(total=steps, initial=run.step, unit="step", mininterval=0.5) as shown:
+
+        def show() -> None:
+            if run.news:
+                shown.set_postfix(text(run.news), refresh=False)
+            shown.update()
+
+        yield show

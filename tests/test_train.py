@@ -1,0 +1,430 @@
+"""The training loop: what it computes, and that a run that was killed goes on bit for bit."""
+
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gru_any import (
+    GRU,
+    SGD,
+    Adam,
+    AdamW,
+    Chain,
+    Dropout,
+    Linear,
+    clip_by_global_norm,
+    squared_error,
+)
+from gru_any.data import Batch, ahead, buckets, cut, side_by_side, streams, waste
+from gru_any.schedules import constant, cosine, plateau, stepwise, warm_up
+from gru_any.train import evaluate, fit
+
+
+def chain(seed=0, p=0.0):
+    return Chain(GRU(3, 5, seed=seed), Dropout(p), Linear(5, 2, seed=seed + 1))
+
+
+def batch(T=12, B=4, seed=0):
+    rng = np.random.default_rng(seed)
+    x, target = (rng.standard_normal((T, B, n)).astype("float32") for n in (3, 2))
+    return Batch(x, target)
+
+
+def batches(epoch):
+    return [batch(seed=10 * epoch), batch(seed=10 * epoch + 1)]
+
+
+def error(y, target, mask=None):
+    return squared_error(y, target, mask=None if mask is None else mask[..., None])
+
+
+def same(a, b):
+    return all(np.array_equal(a[name], b[name]) for name in b)
+
+
+# the data ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tbptt", [None, (1, 1), (4, 4), (5, 5), (2, 6), (3, 4), (20, 30)])
+def test_pieces_count_every_target_once(tbptt):
+    whole = batch(T=13)
+    pieces = list(cut(whole, tbptt))
+    at = 0
+    for piece in pieces:
+        x, _, mask, _ = piece.batch
+        counting = np.ones(x.shape[:2], bool) if mask is None else mask
+        steps = np.flatnonzero(counting[:, 0])
+        assert np.array_equal(x[steps], whole.x[at : at + len(steps)])
+        assert piece.counted == counting.sum()
+        at += len(steps)
+    assert at == 13
+    assert [p.first for p in pieces] == [True] + [False] * (len(pieces) - 1)
+
+
+def test_the_next_piece_begins_where_the_state_is_taken():
+    pieces = list(cut(batch(T=13), (2, 6)))
+    start = 0
+    for piece, following in itertools.pairwise(pieces):
+        start += piece.advance
+        assert np.array_equal(following.batch.x[0], batch(T=13).x[start])
+
+
+@pytest.mark.parametrize("tbptt", [(0, 1), (3, 2), (-1, 4)])
+def test_impossible_cuts_are_refused(tbptt):
+    with pytest.raises(ValueError, match="tbptt is"):
+        next(cut(batch(), tbptt))
+
+
+def test_streams_predict_their_next():
+    x, target, mask, lengths = streams(np.arange(21), 4)
+    assert x.shape == (5, 4)
+    assert np.array_equal(x + 1, target)
+    assert np.array_equal(x[:, 1], np.arange(5, 10))
+    assert mask is lengths is None
+    with pytest.raises(ValueError, match="4 rows are too many for a sequence of 4"):
+        streams(np.arange(4), 4)
+
+
+def test_buckets():
+    lengths = [5, 1, 4, 0, 9, 5]
+    assert buckets(lengths, 2) == [[1, 2], [0, 5], [4]]
+    assert waste(lengths, buckets(lengths, 2)) == pytest.approx(3 / 27)
+    x, mask = side_by_side([np.ones((2, 3)), np.ones((4, 3))], "float32")
+    assert x.shape == (4, 2, 3)
+    assert mask.sum(axis=0).tolist() == [2, 4]
+    assert x[2:, 0].sum() == 0
+
+
+def test_ahead_gives_all_and_passes_errors_on():
+    assert list(ahead(iter(range(1, 5)))) == [1, 2, 3, 4]
+
+    def failing():
+        yield 1
+        raise OSError("no more")
+
+    items = ahead(failing())
+    assert next(items) == 1
+    with pytest.raises(OSError, match="no more"):
+        next(items)
+
+
+def test_schedules():
+    assert [constant(2.0)(s) for s in (0, 9)] == [2, 2]
+    assert [cosine(2.0, 10, 1.0)(s) for s in (0, 5, 10, 99)] == pytest.approx([2, 1.5, 1, 1])
+    assert [stepwise(8.0, 3)(s) for s in (0, 2, 3, 6)] == [8, 8, 4, 2]
+    assert [warm_up(4, constant(8.0))(s) for s in (0, 1, 3, 9)] == [2, 4, 8, 8]
+    down = plateau(8.0, patience=1)
+    assert [down(0, losses) for losses in ([], [3.0, 2.0], [3.0, 3.0], [3.0] * 3, [3.0] * 5)] == [
+        8, 8, 8, 4, 2,
+    ]  # fmt: skip
+
+
+# the loop ----------------------------------------------------------------------------------------
+
+
+def test_it_is_the_loop_one_would_write():
+    model, other = chain(), chain()
+    fit(model, error, batches, Adam(model.params, lr=0.1), steps=6, tbptt=(4, 4),
+        clip=0.5, schedule=cosine(0.1, 6), bar=False)  # fmt: skip
+    optimiser, step = Adam(other.params, lr=0.1), 0
+    for whole in batches(0):
+        state = None
+        for at in (0, 4, 8):
+            optimiser.lr = cosine(0.1, 6)(step)
+            (y, state), pullback = other.vjp(whole.x[at : at + 4], state)
+            _, dy = squared_error(y, whole.target[at : at + 4])
+            grads, _, _ = pullback(dy)
+            clip_by_global_norm(grads, 0.5)
+            optimiser.step(other.params, grads)
+            step += 1
+    assert same(model.params, other.params)
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch():
+    model, other = chain(), chain()
+    parts = [batch(seed=s) for s in range(3)]
+    whole = Batch(*(np.concatenate([p[i] for p in parts], axis=1) for i in (0, 1)))
+    for m, data, n in ((model, parts, 3), (other, [whole], 1)):
+        fit(m, error, lambda epoch, d=data: d, SGD(m.params, lr=0.1), steps=2,
+            accumulate=n, bar=False)  # fmt: skip
+    for name, w in other.params.items():
+        assert np.allclose(model.params[name], w, atol=1e-6)
+
+
+def test_a_longer_reach_back_gives_the_gradient_of_the_whole():
+    """The last piece's gradient reaches over all the steps before it."""
+    data, model, other = batch(T=4), chain(), chain()
+    frozen = SGD(model.params, lr=0.0)
+    seen = []
+    frozen.step = lambda params, grads: seen.append(grads)
+    fit(model, error, lambda epoch: [data], frozen, steps=2, tbptt=(2, 4), bar=False)
+    (y, _), pullback = other.vjp(data.x)
+    _, dy = squared_error(y[2:], data.target[2:])
+    grads, _, _ = pullback(np.concatenate([np.zeros_like(dy), dy]))
+    for name, g in grads.items():
+        assert np.allclose(seen[1][name], g, atol=1e-6)
+
+
+def test_the_best_weights_come_back_and_patience_ends():
+    model, losses, kept = chain(), iter([3.0, 1.0, 2.0, 2.5, 9.0]), []
+
+    def valid():
+        kept.append({k: v.copy() for k, v in model.params.items()})
+        return next(losses)
+
+    history = fit(model, error, batches, Adam(model.params), steps=100, valid=valid,
+                  validate_every=2, patience=1, bar=False)  # fmt: skip
+    assert (history.reason, history.best, len(kept)) == ("patience", 1.0, 4)
+    assert same(model.params, kept[1])
+
+
+def test_averaged_weights():
+    model, raw = chain(), []
+    optimiser = SGD(model.params, lr=0.1)
+    step = optimiser.step
+
+    def spy(params, grads):
+        step(params, grads)
+        raw.append({k: v.copy() for k, v in params.items()})
+
+    optimiser.step = spy
+    first = {k: v.copy() for k, v in model.params.items()}
+    fit(model, error, batches, optimiser, steps=3, average=0.25, bar=False)
+    for name in first:
+        expected = first[name]
+        for n, weights in enumerate(raw, 1):
+            decay = min(0.25, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * weights[name]
+        assert np.allclose(model.params[name], expected, atol=1e-6)
+
+
+def test_evaluate_is_the_mean_over_what_counts():
+    model, data = chain(), batch()
+    mask = np.random.default_rng(0).random((12, 4)) < 0.5
+    whole = evaluate(model, error, [data._replace(mask=mask)])
+    y, _ = model(data.x)
+    assert whole == pytest.approx(((y - data.target) ** 2)[mask].mean(), rel=1e-5)
+    assert evaluate(model, error, [data._replace(mask=mask)], chunk=5) == pytest.approx(whole)
+
+
+def test_the_end_must_be_given():
+    model = chain()
+    with pytest.raises(ValueError, match="steps, epochs and minutes"):
+        fit(model, error, batches, Adam(model.params), bar=False)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        fit(model, error, lambda e: [], Adam(model.params), steps=1, bar=False)
+
+
+def test_epochs_and_minutes():
+    model = chain()
+    history = fit(model, error, batches, Adam(model.params), epochs=2, log_every=1,
+                  valid=lambda: 1.0, bar=False)  # fmt: skip
+    assert [r["step"] for r in history.records if "valid" in r] == [2, 4]
+    assert history.records[-1]["epoch"] == 2
+    history = fit(model, error, batches, Adam(model.params), minutes=1e-3, bar=False)
+    assert history.reason == "minutes"
+
+
+def test_what_is_not_finite_is_named():
+    model = chain()
+    whole = batch()
+    whole.x[3, 1, 2] = math.inf
+
+    def spoil(epoch):
+        return [batch(), whole]
+
+    before = {}
+    optimiser = Adam(model.params)
+    step = optimiser.step
+
+    def spy(params, grads):
+        step(params, grads)
+        before.update({k: v.copy() for k, v in params.items()})
+
+    optimiser.step = spy
+    with pytest.raises(FloatingPointError, match=r"step 2: first in 0.weight_ih_l0, gate r and"):
+        fit(model, error, spoil, optimiser, steps=9, bar=False)
+    assert same(model.params, before)
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = chain()
+    history = fit(model, error, batches, Adam(model.params), steps=4, log_every=1,
+                  valid=lambda: 1.0, bar=False)  # fmt: skip
+    history.draw(tmp_path / "history.png")
+    assert (tmp_path / "history.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# resuming ----------------------------------------------------------------------------------------
+
+
+def training(out, steps=12, lr=0.05, stop_at=None, model=None):
+    """Dropout, averaging, accumulation, validation: all that has a state."""
+    model = model or chain(p=0.3)
+    if stop_at is not None:
+        wait = iter(range(10**6))
+
+        def valid():
+            if next(wait) == stop_at:
+                raise RuntimeError("the plug is pulled")
+            return float(np.abs(model.params["2.bias"]).sum())
+
+    else:
+
+        def valid():
+            return float(np.abs(model.params["2.bias"]).sum())
+
+    optimiser = AdamW(model.params, lr=lr)
+    history = fit(model, error, batches, optimiser, steps=steps, tbptt=(3, 5), clip=0.5,
+                  accumulate=2, schedule=warm_up(3, cosine(lr, steps)), valid=valid,
+                  validate_every=3, average=0.9, out=out, save_every=2, log_every=2,
+                  bar=False)  # fmt: skip
+    return model, optimiser, history
+
+
+def without_time(records):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 3])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, stop_at):
+    model, optimiser, history = training(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="plug"):
+        training(tmp_path / "cut", stop_at=stop_at)
+    again, other, resumed = training(tmp_path / "cut")
+    assert same(again.params, model.params)
+    assert same(other.state, optimiser.state)
+    assert without_time(resumed.records) == without_time(history.records)
+    lines = (tmp_path / "cut" / "log.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == resumed.records
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capfd):
+    model, _, history = training(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    again, _, resumed = training(tmp_path)
+    assert "is finished (12 steps); nothing is changed" in capfd.readouterr().err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert same(again.params, model.params)
+    assert resumed.records == history.records
+
+
+def test_changed_settings_are_refused_by_name(tmp_path):
+    training(tmp_path)
+    with pytest.raises(ValueError, match="steps was 12 and is now 13"):
+        training(tmp_path, steps=13)
+    with pytest.raises(ValueError, match="model was"):
+        training(tmp_path, model=Chain(GRU(3, 7), Dropout(0.3), Linear(7, 2)))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "flipped", "emptied", "foreign"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capfd):
+    model, _, _ = training(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="plug"):
+        training(tmp_path / "cut", stop_at=2)
+    newest = tmp_path / "cut" / "checkpoint.safetensors"
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 1
+    kept = {"cut short": content[:-50], "flipped": content, "emptied": b"", "foreign": b"{}" * 99}
+    newest.write_bytes(kept[damage])
+    again, _, _ = training(tmp_path / "cut")
+    assert "going on from" in capfd.readouterr().err
+    assert same(again.params, model.params)
+    newest.write_bytes(b"")
+    (tmp_path / "cut" / "checkpoint.before.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint can be used"):
+        training(tmp_path / "cut")
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    from gru_any import resume
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RuntimeError, match="plug"):
+        training(tmp_path, stop_at=1)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    monkeypatch.setattr(resume, "write_atomically", full)
+    with pytest.raises(OSError, match="the last good one is"):
+        training(tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_newer_checkpoint_is_refused(tmp_path, monkeypatch):
+    from gru_any import resume
+
+    with monkeypatch.context() as newer:
+        newer.setattr(resume, "FORMAT", 2)
+        training(tmp_path)
+    with pytest.raises(ValueError, match="has format 2, this version reads up to 1"):
+        training(tmp_path)
+
+
+def test_another_environment_is_told(tmp_path, monkeypatch, capfd):
+    from gru_any import run
+
+    real = run.environment
+    with monkeypatch.context() as older:
+        older.setattr(run, "environment", lambda b: {**real(b), "numpy": "1.0"})
+        training(tmp_path)
+    training(tmp_path)
+    assert "numpy 1.0, now it is" in capfd.readouterr().err
+
+
+KILLED = """
+import sys
+import numpy as np
+from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, save, softmax_cross_entropy
+from gru_any.data import streams
+from gru_any.train import fit
+data = np.random.default_rng(0).integers(0, 9, 4000)
+model = Chain(Embedding(9, 8, seed=0), GRU(8, 16, seed=1), Dropout(0.2), Linear(16, 9, seed=2))
+fit(model, softmax_cross_entropy, lambda epoch: [streams(data, 8)], Adam(model.params),
+    steps=400, tbptt=(10, 10), clip=1.0, out=sys.argv[1], save_every=7, log_every=5, bar=False)
+save(sys.argv[1] + "/model.safetensors", model)
+"""
+
+
+def run_killed(folder, kills, rng):
+    """Kill the run at random moments, and then let it end."""
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    for _ in range(kills):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        newest = folder / "checkpoint.safetensors"
+        began = newest.stat().st_mtime_ns if newest.exists() else 0
+        while process.poll() is None:
+            if newest.exists() and newest.stat().st_mtime_ns > began:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def test_killed_at_random_moments(tmp_path):
+    kills = int(os.environ.get("GRU_ANY_KILLS", "3"))
+    run_killed(tmp_path / "whole", 0, random)
+    run_killed(tmp_path / "killed", kills, random.Random(time.time()))
+    for name in ("model.safetensors",):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    logs = [(tmp_path / k / "log.jsonl").read_text("utf-8") for k in ("whole", "killed")]
+    whole, killed = ([json.loads(line) for line in log.splitlines()] for log in logs)
+    assert without_time(killed) == without_time(whole)
+    from gru_any import resume
+
+    (h, a), (other, b) = (resume.restore(tmp_path / k) for k in ("whole", "killed"))
+    assert same(a, b)
+    assert same(b, a)
+    assert h["rng"] == other["rng"]
