@@ -10,7 +10,9 @@ import math
 import time
 from typing import Any
 
-from train_text import parse, read, schedule, split
+from train_text import parse, read, split
+
+from gru_any.schedules import cosine, warm_up
 
 
 def xz(before: str, part: str) -> float:
@@ -43,12 +45,13 @@ def torch_gru(text: Any, args: argparse.Namespace) -> tuple[float, float, float]
         y, state = parts[1](parts[0](x), state)
         return parts[2](y).flatten(0, 1), state
 
+    schedule = warm_up(args.steps // 50, cosine(args.rate, args.steps))
     start, state, at = time.monotonic(), None, 0
     for step in range(args.steps):
         if at + args.chunk >= length:
             state, at = None, 0
         for group in optimiser.param_groups:
-            group["lr"] = args.rate * schedule(step / args.steps)
+            group["lr"] = schedule(step)
         y, state = run(streams[at : at + args.chunk], None if state is None else state.detach())
         loss = loss_of(y, streams[at + 1 : at + args.chunk + 1].flatten())
         optimiser.zero_grad()

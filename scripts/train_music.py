@@ -19,6 +19,7 @@ import pickle
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def read(file: str | None) -> dict[str, Pieces]:
         parts = readers[path.suffix](path)
         for name, pieces in parts.items():
             check(name, pieces)
-    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, pickle.UnpicklingError) as e:
         sys.exit(f"--data {file} cannot be read: {e}")
     return parts
 
@@ -106,7 +107,7 @@ def check(name: str, pieces: Pieces) -> None:
 
 def read_npz(path: Path) -> dict[str, Pieces]:
     parts = {}
-    with np.load(path) as file:
+    with path.open("rb") as opened, np.load(opened) as file:
         for name in ("train", "valid", "test"):
             frames, lengths = np.unpackbits(file[f"{name}_frames"], axis=1), file[f"{name}_lengths"]
             if lengths.sum() != len(frames):

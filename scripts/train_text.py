@@ -5,7 +5,8 @@ sample, and saves the weights:
 
     python scripts/train_text.py
 
-Your own text: `--data FILE...`. A sample from saved weights: `--load DIR --prompt "The "`.
+Your own text: `--data FILE...`. A sample from saved weights: `--load DIR --prompt "The "`. A run
+that was stopped goes on when the same command is given again.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import json
 import math
 import platform
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,15 @@ import numpy as np
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear
+from gru_any.data import streams
+from gru_any.schedules import cosine, warm_up
+from gru_any.train import evaluate, fit
 
 try:
-    from tqdm import tqdm
-except ImportError:
-    sys.exit('the progress bar needs tqdm: pip install "gru-any[train]", in a clone ".[train]"')
+    import matplotlib  # noqa: F401
+    import tqdm  # noqa: F401
+except ImportError as e:
+    sys.exit(f'{e.name} is missing: pip install "gru-any[train]", in a clone ".[train]"')
 
 
 class Text(NamedTuple):
@@ -106,80 +110,57 @@ def build(characters: str, args: argparse.Namespace) -> Chain:
 
 
 def train(text: Text, args: argparse.Namespace) -> Chain:
-    """Truncated back-propagation: chunk after chunk of several streams, the state carried over."""
+    """Truncated back-propagation over several streams, the state carried over."""
     model = build(text.characters, args)
     print(model)
-    streams = lay_out(text.train, args.batch, model)
-    optimiser, rng = Adam(model.params, lr=args.rate), np.random.default_rng(args.seed)
-    bar = tqdm(total=args.steps, unit="step", disable=args.quiet, mininterval=0.5)
-    start, state, at, smooth = time.monotonic(), None, 0, None
     try:
-        for step in range(args.steps):
-            if args.minutes and time.monotonic() - start > 60 * args.minutes:
-                break
-            if at + args.chunk >= streams.shape[0]:
-                state, at = None, 0
-            optimiser.lr = args.rate * schedule(step / args.steps)
-            loss, state = update(model, optimiser, streams, at, args, state, rng)
-            at += args.chunk
-            if step % 20 == 0:  # reading the loss waits for the device, so not every step
-                now = float(gru_any.to_numpy(loss))
-                smooth = now if smooth is None else 0.8 * smooth + 0.2 * now
-                rate = (step + 1) * args.chunk * args.batch / (time.monotonic() - start)
-                shown = {"loss": f"{smooth:.3f}", "bits/char": f"{smooth / math.log(2):.3f}"}
-                bar.set_postfix({**shown, "char/s": f"{rate:,.0f}"}, refresh=False)
-            bar.update()
-    except KeyboardInterrupt:
-        print("\nstopped; the weights so far are kept", file=sys.stderr)
-    bar.close()
+        data = streams(text.train, args.batch)
+    except ValueError as e:
+        sys.exit(f"--batch {args.batch}: {e}")
+    history = fit(
+        model,
+        gru_any.softmax_cross_entropy,
+        lambda epoch: [data],
+        Adam(model.params, lr=args.rate),
+        steps=args.steps,
+        minutes=args.minutes,
+        tbptt=(args.chunk, args.chunk),
+        clip=args.clip,
+        schedule=warm_up(args.steps // 50, cosine(args.rate, args.steps)),
+        seed=args.seed,
+        out=args.out,
+        settings={"data": digest(text), "batch": args.batch, "rate": args.rate},
+        bar=not args.quiet and (lambda record: shown(record, args.chunk * args.batch)),
+    )
+    if history.reason == "interrupted":
+        print(
+            "\nstopped; the weights so far are kept, and the same command goes on",
+            file=sys.stderr,
+        )
     save(args.out, text.characters, model)
-    print(f"trained for {time.monotonic() - start:.0f} s; weights in {args.out}")
+    history.draw(Path(args.out) / "history.png")
+    seconds = history.records[-1]["seconds"] if history.records else 0
+    print(f"trained for {seconds:.0f} s; weights, log and picture in {args.out}")
     for name, part in (("validation", text.valid), ("test", text.test)):
         print(f"{name}: {bits_per_character(model, part):.3f} bits per character")
     return model
 
 
-def lay_out(data: np.ndarray, batch: int, model: Chain) -> Any:
-    """Cut the text into `batch` streams side by side: (T, B), on the model's device."""
-    length = len(data) // batch
-    if length < 2:
-        sys.exit(f"--batch {batch} is too many for a training part of {len(data)} characters")
-    return model.backend.put(np.ascontiguousarray(data[: length * batch].reshape(batch, -1).T))
+def shown(record: dict[str, Any], per_step: int) -> dict[str, str]:
+    """What the progress bar shows: loss, bits per character, characters per second."""
+    rate = record["step"] * per_step / record["seconds"]
+    bits = record["loss"] / math.log(2)
+    return {"loss": f"{record['loss']:.3f}", "bits/char": f"{bits:.3f}", "char/s": f"{rate:,.0f}"}
 
 
-def schedule(done: float) -> float:
-    """The learning rate: a short rise, then down along a cosine."""
-    return min(1.0, done / 0.02 + 0.01) * 0.5 * (1 + math.cos(math.pi * done))
+def digest(text: Text) -> str:
+    return hashlib.sha256(text.train.tobytes()).hexdigest()
 
 
-def update(
-    model: Chain,
-    optimiser: Adam,
-    streams: Any,
-    at: int,
-    args: argparse.Namespace,
-    state: Any,
-    rng: Any,
-) -> tuple[Any, Any]:
-    """One step of the optimiser on one chunk; returns the loss and the state to carry over."""
-    x, target = streams[at : at + args.chunk, :], streams[at + 1 : at + args.chunk + 1, :]
-    (y, state), pullback = model.vjp(x[: target.shape[0], :], state, rng=rng)
-    loss, dy = gru_any.softmax_cross_entropy(y, target)
-    grads, _, _ = pullback(dy)
-    gru_any.clip_by_global_norm(grads, args.clip)
-    optimiser.step(model.params, grads)
-    return loss, state
-
-
-def bits_per_character(model: Chain, data: np.ndarray, chunk: int = 2000) -> float:
+def bits_per_character(model: Chain, data: np.ndarray) -> float:
     """Read the part once from its start, the state carried over; the mean of -log2 p."""
-    total, state = 0.0, None
-    for at in range(0, len(data) - 1, chunk):
-        piece = model.backend.put(data[at : at + chunk + 1][:, None])
-        y, state = model(piece[:-1, :], state)
-        loss, _ = gru_any.softmax_cross_entropy(y, piece[1:, :])
-        total += float(gru_any.to_numpy(loss)) * (piece.shape[0] - 1)
-    return total / (len(data) - 1) / math.log(2)
+    part = [streams(data, 1)]
+    return evaluate(model, gru_any.softmax_cross_entropy, part, chunk=2000) / math.log(2)
 
 
 def write(
@@ -225,7 +206,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", default=[], metavar="FILE", help="UTF-8 text in place of CPython's")
     add("--load", metavar="DIR", help="do not train: take the weights of an earlier --out")
-    add("--out", metavar="DIR", default="out/text", help="where the weights are saved")
+    add("--out", metavar="DIR", default="out/text", help="checkpoints, log, weights and picture")
     add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
     add("--device", help="such as cuda:1")
     add("--hidden", type=positive, default=256, help="hidden size")

@@ -47,9 +47,9 @@ def test_training(trained):
     bits = float(text.partition("test: ")[2].split()[0])
     assert 0 < bits < np.log2(20)
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
-        "characters.json",
+        "characters.json", "checkpoint.safetensors", "history.png", "log.jsonl",
         "model.safetensors",
-    ]
+    ]  # fmt: skip
 
 
 def test_a_sample_from_saved_weights(trained):
@@ -82,6 +82,51 @@ def test_ctrl_c_keeps_the_weights(tmp_path):
     assert "the weights so far are kept" in err
     assert "test: " in out
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_music_by_every_road(tmp_path):
+    command = ["train_music.py", "--synthetic", "--epochs", 2, "--hidden", 16, "--quiet"]
+    text = run(*command, "--backend", "numpy", "--out", tmp_path)
+    assert 0 < float(text.partition("test ")[2].split()[0]) < 88 * np.log(2)
+    assert (tmp_path / "history.png").exists()
+    again = run(*command, "--backend", "numpy", "--out", tmp_path)
+    assert "nothing is changed" in again
+    assert again.partition("test ")[2].split()[0] == text.partition("test ")[2].split()[0]
+    assert "--data is missing" in run("train_music.py", ok=False)
+
+
+def test_music_files(tmp_path, monkeypatch):
+    """The layouts hold the same pieces; what is no music is refused."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import pickle
+
+    import train_music
+
+    parts = train_music.synthetic()
+    notes = {
+        k: [[tuple(int(n) + 21 for n in np.flatnonzero(frame)) for frame in p] for p in pieces]
+        for k, pieces in parts.items()
+    }
+    (tmp_path / "a.pickle").write_bytes(pickle.dumps(notes))
+    packed = {f"{k}_lengths": np.array([len(p) for p in v]) for k, v in parts.items()}
+    packed |= {f"{k}_frames": np.packbits(np.concatenate(v), axis=1) for k, v in parts.items()}
+    np.savez(tmp_path / "a.npz", **packed)
+    for name in ("a.pickle", "a.npz"):
+        found = train_music.read(str(tmp_path / name))
+        assert train_music.digest(found) == train_music.digest(parts)
+    (tmp_path / "code.pickle").write_bytes(pickle.dumps({"train": print}))
+    np.savez(tmp_path / "b.npz", **{**packed, "test_lengths": np.array([3])})
+    (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:500])
+    (tmp_path / "d.pickle").write_bytes(pickle.dumps({**notes, "test": [[(5,)]]}))
+    (tmp_path / "e.pickle").write_bytes(b"")
+    (tmp_path / "f.pickle").write_bytes(pickle.dumps({**notes, "valid": []}))
+    for name, message in {
+        "code.pickle": "plain lists", "b.npz": "add up to 3", "c.npz": "cannot be read",
+        "d.pickle": "note 5", "e.pickle": "cannot be read", "f.pickle": "no piece of two frames",
+        "g.txt": "is none of", "none.npz": "cannot be read",
+    }.items():  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            train_music.read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
