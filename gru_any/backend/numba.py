@@ -152,7 +152,7 @@ def _product(x: Any, M: Any, base: Any, y: Any) -> None:
 def _repeated(row: Any, count: int) -> Any:
     """The same row so many times or twice, in the memory of one."""
     count = max(count, 2)  # one row alone is contiguous: for Numba another type
-    return np.lib.stride_tricks.as_strided(_own(row), (count, len(row)), (0, row.itemsize))
+    return np.ndarray((count, len(row)), row.dtype, _own(row), 0, (0, row.itemsize))
 
 
 def _own(v: Any) -> Any:

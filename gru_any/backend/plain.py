@@ -54,7 +54,7 @@ class Plain:
 
     def step(self, step: Any, x: Any, h: Any, W: Any, b: Any, recurrent: Any) -> Any:
         """One step of a stream: x (B, I), h (B, H), the weights of the input and of the state."""
-        a = self.affine(self.xp.expand_dims(x, axis=0), W, b)
+        a = self.affine(x[None, :, :], W, b)
         path, _ = self.forward(step, a, h, recurrent, None, False, False)
         return path[1, :, :]
 
