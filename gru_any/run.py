@@ -144,10 +144,9 @@ class Run:
 
     def open(self, out: Any, settings: dict[str, Any]) -> None:
         """Take up the run that the folder `out` holds, or begin it there."""
-        slots = {k: v for k, v in vars(self.optimiser).items() if isinstance(v, (int, float, bool))}
         name = type(self.optimiser).__name__
-        optimiser = {"name": name, **{k: slots[k] for k in slots if k not in ("lr", "count")}}
-        self.settings = {"model": repr(self.model), "optimiser": optimiser, **settings}
+        numbers = {k: v for k, v in vars(self.optimiser).items() if k[0] != "_" and k != "count"}
+        self.settings = {"model": repr(self.model), "optimiser": name, **numbers, **settings}
         if out is None:
             return
         self.folder = Path(out)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .chain import Chain
 from .data import Batch, Piece, ahead, cut
 from .history import History
 from .optim import Optimizer
@@ -79,8 +80,14 @@ def fit(
     bar : bool or callable
         Whether to show a progress bar (needs tqdm), or what it shows of a record.
 
+    Returns
+    -------
+    History
+
     Raises
     ------
+    TypeError
+        The model is no Chain.
     FloatingPointError
         Loss or gradient is not finite; on the host, before it changed the weights.
     ValueError
@@ -90,6 +97,8 @@ def fit(
     """
     if steps is epochs is minutes is None:
         raise ValueError("give at least one of steps, epochs and minutes")
+    if not isinstance(model, Chain):
+        raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
                 clip=clip, validate_every=validate_every, patience=patience, average=average,
                 seed=seed, log_every=log_every)  # fmt: skip
@@ -101,7 +110,9 @@ def fit(
                 run.epoch, run.piece = epoch, 0
                 if valid and not validate_every:
                     run.validate(valid)
-            run.reason = run.ended(steps, epochs, minutes, patience) or stop()
+            run.reason = run.ended(steps, epochs, minutes, patience)
+            if not run.pending:  # between two updates, so that nothing is lost
+                run.reason = run.reason or stop()
             if run.reason:
                 break
             if schedule:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -219,6 +220,8 @@ def test_the_end_must_be_given():
     model = chain()
     with pytest.raises(ValueError, match="steps, epochs and minutes"):
         fit(model, error, batches, Adam(model.params), bar=False)
+    with pytest.raises(TypeError, match="model is GRU, expected a Chain"):
+        fit(GRU(3, 5), error, batches, Adam(model.params), steps=1, bar=False)
     with pytest.raises(ValueError, match="nothing to learn"):
         fit(model, error, lambda e: [], Adam(model.params), steps=1, bar=False)
 
@@ -308,6 +311,24 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, stop_at):
     assert [json.loads(line) for line in lines] == resumed.records
 
 
+def test_ctrl_c_waits_for_the_update_and_loses_nothing(tmp_path):
+    """Pressed between two of the gradients that one update adds up."""
+    model, _, history = training(tmp_path / "whole")
+    first, calls = chain(p=0.3), iter(range(10**6))
+    real = first.vjp
+
+    def vjp(*arguments, **named):
+        if next(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **named)
+
+    first.vjp = vjp
+    assert training(tmp_path / "cut", model=first)[2].reason == "interrupted"
+    again, _, resumed = training(tmp_path / "cut")
+    assert same(again.params, model.params)
+    assert without_time(resumed.records) == without_time(history.records)
+
+
 def test_a_finished_run_is_left_alone(tmp_path, capfd):
     model, _, history = training(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -322,6 +343,8 @@ def test_changed_settings_are_refused_by_name(tmp_path):
     training(tmp_path)
     with pytest.raises(ValueError, match="steps was 12 and is now 13"):
         training(tmp_path, steps=13)
+    with pytest.raises(ValueError, match=r"lr was 0\.05 and is now 0\.1"):
+        training(tmp_path, lr=0.1)
     with pytest.raises(ValueError, match="model was"):
         training(tmp_path, model=Chain(GRU(3, 7), Dropout(0.3), Linear(7, 2)))
 
