@@ -194,7 +194,8 @@ class Run:
         self.optimiser.lr = header["lr"]
         self.rng.bit_generator.state = header["rng"]
         self.sums, self.counts = header["sums"], header["counts"]
-        self.state = [h for _, h in sorted(groups.get("state", {}).items())]
+        state = groups.get("state", {})
+        self.state = [state[str(i)] for i in range(len(state))]
         self.averaged, self.lowest = groups.get("averaged", {}), groups.get("lowest", {})
         self.log.records = header["records"]
         if self.reason and self.reason != "interrupted":

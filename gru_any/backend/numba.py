@@ -135,8 +135,8 @@ def _products(dtype: Any) -> Any:
 class Tiled(Rows):
     """A matrix whose product from the left is ours."""
 
-    def product(self, M: Any) -> Any:
-        """As `Rows.product`."""
+    def __matmul__(self, M: Any) -> Any:
+        """As `Rows.__matmul__`."""
         out = np.empty((len(self), M.shape[1]), self.dtype)
         zeros = _repeated(np.zeros(M.shape[1], self.dtype), len(self))
         _product(self.view(np.ndarray), M, zeros, out)
