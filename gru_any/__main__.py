@@ -7,7 +7,7 @@ from importlib import metadata
 
 from . import __version__
 from .backend import BackendError, select
-from .backend.cuda import WHEELS, problem
+from .backend.cuda.device import WHEELS, problem
 from .backend.select import VARIABLE
 
 OTHERS = ("numpy", "array-api-compat", "safetensors", "numba", "torch", "jax", "array-api-strict")

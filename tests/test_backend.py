@@ -14,7 +14,8 @@ import pytest
 from conftest import require
 
 from gru_any import GRU, asarray, to_numpy
-from gru_any.backend import NUMPY, BackendError, cuda, of, select
+from gru_any.backend import NUMPY, BackendError, of, select
+from gru_any.backend.cuda import device as cuda
 
 
 def test_names_modules_and_the_environment(monkeypatch):

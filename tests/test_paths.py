@@ -339,3 +339,17 @@ def test_the_cache(tmp_path):
 def test_no_file_is_written_without_numba(tmp_path):
     result(GRU_ANY_NO_NUMBA="1", GRU_ANY_CACHE=str(tmp_path / "cache"))
     assert not Path(tmp_path / "cache").exists()
+
+
+def test_the_path_in_words(monkeypatch):
+    from gru_any.backend import run
+
+    assert run.path(NUMPY, 8, "complex128")[0] == "plain"
+    for way, reason in (("plain", "GRU_ANY_PLAIN"), ("traced", "GRU_ANY_NO_NUMBA")):
+        monkeypatch.setattr(run, "chosen", way)
+        assert run.path(NUMPY, 8) == (way, f"{reason} is set")
+    monkeypatch.setattr(run, "chosen", "compiled")
+    assert run.path(NUMPY, 8)[0] == PATHS[-1]
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    assert run.path(NUMPY, 8)[0] == "traced"
+    assert "gru-any[fast]" in run.path(NUMPY, 8)[1]

@@ -1,4 +1,4 @@
-"""Which way of running blocks of steps a backend has."""
+"""Which way of running blocks of steps a backend has, and why."""
 
 import os
 from functools import cache
@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from .plain import Plain
+
+CUDA = ("plain", "eager", "graph", "persistent")  # from the simplest to the fastest
 
 
 def _chosen() -> str:
@@ -15,7 +17,16 @@ def _chosen() -> str:
     return "traced" if os.environ.get("GRU_ANY_NO_NUMBA") else "compiled"
 
 
+def _chosen_on_cuda() -> str:
+    """The fastest way that may be taken on CuPy; GRU_ANY_CUDA names it."""
+    way = "plain" if os.environ.get("GRU_ANY_PLAIN") else os.environ.get("GRU_ANY_CUDA") or CUDA[-1]
+    if way not in CUDA:
+        raise ValueError(f"GRU_ANY_CUDA is {way!r}, expected one of {', '.join(CUDA)}")
+    return way
+
+
 chosen = _chosen()
+chosen_on_cuda = _chosen_on_cuda()
 
 
 def runner(backend: Any) -> Plain:
@@ -38,6 +49,24 @@ def _runner(backend: Any, way: str) -> Plain:
     from .numba import Numba
 
     return Numba(backend.xp, backend.device)
+
+
+def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, str]:
+    """Which way a call of this size takes, and in words why it is not a faster one.
+
+    The name is "plain", "traced" or "compiled" on NumPy, and "plain" on all others but CuPy.
+    """
+    if not backend.host:
+        return "plain", f"{backend.name} evaluates the equations as they stand, one call a step"
+    if dtype == "complex128":
+        return "plain", "complex128 serves complex-step differentiation alone"
+    if chosen == "plain":
+        return "plain", "GRU_ANY_PLAIN is set"
+    if chosen == "traced":
+        return "traced", "GRU_ANY_NO_NUMBA is set"
+    if find_spec("numba") is None:
+        return "traced", 'Numba is not installed: pip install "gru-any[fast]"'
+    return "compiled", "this is the fastest way on NumPy"
 
 
 def environment(backend: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda
+from .cuda import device as cuda
 
 VARIABLE = "GRU_ANY_BACKEND"
 _NAMESPACES = {"cupy": "array_api_compat.cupy", "torch": "array_api_compat.torch"}
