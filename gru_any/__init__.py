@@ -1,5 +1,6 @@
 """A gated recurrent unit to read, trust, and run on any array library."""
 
+from . import convert as convert
 from .backend import asarray, to_numpy
 from .cell import GRUCell
 from .chain import Chain

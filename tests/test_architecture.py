@@ -27,7 +27,7 @@ LAYERS = [
     {"__main__", "__init__"},
     {"train"},
     {"run"},
-    {"history", "resume"},
+    {"convert", "history", "resume"},
     {"checks", "checkpoint"},
     {"data", "schedules"},
     {"chain"},
