@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+from .cell import GRUCell
 from .gru import GRU
-from .params import load
+from .params import Layer, load
 
 
 class Chain:
@@ -26,6 +27,13 @@ class Chain:
     """
 
     def __init__(self, *layers: Any) -> None:
+        for layer in layers:
+            if not isinstance(layer, Layer) or isinstance(layer, GRUCell):
+                raise TypeError(
+                    f"a Chain is made of GRU, Linear, Embedding and Dropout, not {type(layer)}"
+                )
+        if not layers:
+            raise ValueError("a Chain needs at least one layer")
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")

@@ -34,7 +34,9 @@ def softmax_cross_entropy(
         A target is out of range, in a NumPy array. On a device that would mean to wait for it;
         there the value becomes NaN.
     """
-    backend, xp, z, keep = _enter(y, target, weight, mask, y.shape[:-1])
+    backend, xp, z, keep = _enter(y, target, weight, mask, axes=-1)
+    if not z.ndim or not z.shape[-1]:
+        raise ShapeError(f"y is {tuple(z.shape)}, expected (..., C), scores of C classes")
     hard = tuple(target.shape) == tuple(y.shape[:-1])
     if hard:
         t = _one_hot(backend, target, y.shape[-1], z.dtype, mask)
@@ -67,7 +69,7 @@ def sigmoid_cross_entropy(
 
     Parameters
     ----------
-    y, target : arrays of one shape
+    y, target : arrays of one shape; the target is taken as y's dtype
     weight : array that broadcasts to y, or None
     mask : array of bool that broadcasts to y, or None
 
@@ -76,10 +78,9 @@ def sigmoid_cross_entropy(
     ValueError, TypeError
         Shapes, libraries, devices or dtypes do not fit.
     """
+    _, xp, z, keep = _enter(y, target, weight, mask)
     _same("target", target, y.shape)
-    _, xp, z, keep = _enter(y, target, weight, mask, y.shape)
-    t = xp.astype(target, z.dtype, copy=False)
-    z, t = _cleaned(xp, keep, z, t)
+    z, t = _cleaned(xp, keep, z, xp.astype(target, z.dtype, copy=False))
     e = xp.exp(-xp.abs(z))
     positive = xp.where(z > 0, z, xp.zeros_like(z))
     loss = positive - z * t + xp.log1p(e)
@@ -92,15 +93,15 @@ def squared_error(y: Any, target: Any, weight: Any = None, mask: Any = None) -> 
 
     Parameters and errors as in `sigmoid_cross_entropy`; the target may be any number.
     """
+    _, xp, z, keep = _enter(y, target, weight, mask)
     _same("target", target, y.shape)
-    _, xp, z, keep = _enter(y, target, weight, mask, y.shape)
     z, t = _cleaned(xp, keep, z, xp.astype(target, z.dtype, copy=False))
     return _mean(xp, (z - t) * (z - t), 2 * (z - t), weight, keep, y)
 
 
 def _mean(xp: Any, loss: Any, slope: Any, weight: Any, keep: Any, y: Any) -> tuple[Any, Any]:
     if weight is not None:
-        w = xp.astype(weight, loss.dtype, copy=False)
+        w = _spread(xp, "weight", xp.astype(weight, loss.dtype, copy=False), loss.shape)
         loss, slope = loss * w, slope * w
     if keep is not None:  # once more, since the weight may be NaN there, and the loss not 0
         loss, slope = _cleaned(xp, keep, loss, slope)
@@ -108,19 +109,26 @@ def _mean(xp: Any, loss: Any, slope: Any, weight: Any, keep: Any, y: Any) -> tup
     return xp.sum(loss) / count, xp.astype(slope / count, y.dtype, copy=False)
 
 
-def _enter(y: Any, target: Any, weight: Any, mask: Any, shape: Any) -> tuple[Any, Any, Any, Any]:
-    """Return the backend, its namespace, y for the arithmetic, and the mask as bool, broadcast."""
+def _enter(
+    y: Any, target: Any, weight: Any, mask: Any, axes: int | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """Return the backend, its namespace, y for the arithmetic, and the mask over y's first axes."""
     backend = of(*(v for v in (y, target, weight, mask) if v is not None))
     xp = backend.xp
     if not xp.isdtype(y.dtype, "real floating"):
         raise TypeError(f"y has dtype {y.dtype}, expected a real floating dtype")
     z = xp.astype(y, xp.float32) if xp.finfo(y.dtype).bits == 16 else y
-    if mask is None:
-        return backend, xp, z, None
+    if mask is not None:
+        mask = _spread(xp, "mask", xp.astype(mask, xp.bool), y.shape[:axes])
+    return backend, xp, z, mask
+
+
+def _spread(xp: Any, name: str, v: Any, shape: Any) -> Any:
+    """V, broadcast to the shape."""
     try:
-        return backend, xp, z, xp.broadcast_to(xp.astype(mask, xp.bool), tuple(shape))
+        return xp.broadcast_to(v, tuple(shape))
     except (ValueError, RuntimeError):
-        raise ShapeError(f"mask is {tuple(mask.shape)}, expected {tuple(shape)}") from None
+        raise ShapeError(f"{name} is {tuple(v.shape)}, expected {tuple(shape)}") from None
 
 
 def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> Any:

@@ -25,6 +25,15 @@ class Optimizer:
             xp = of(p).xp
             self._slots |= {f"{slot}.{name}": xp.zeros_like(p) for slot in self._names()}
 
+    def _refuse_lost(self, eps: float, params: Mapping[str, Any]) -> None:
+        """Raise where eps is 0 in the dtype of a parameter: a gradient of 0 would become NaN."""
+        for name, p in params.items():
+            if 0 < eps <= 2.0**-25 and of(p).xp.finfo(p.dtype).smallest_normal > 1e-6:
+                raise ValueError(
+                    f"eps is {eps}, which is 0 in {name}'s dtype {p.dtype}: take 1e-4, or keep "
+                    "the weights in float32 with fit(..., mixed=...)"
+                )
+
     def _names(self) -> tuple[str, ...]:
         """The arrays kept for each parameter."""
         raise NotImplementedError
@@ -152,6 +161,7 @@ class RMSprop(Optimizer):
         centered: bool = False,
     ) -> None:
         _not_negative(alpha=alpha, eps=eps, momentum=momentum)
+        self._refuse_lost(eps, params)
         self.alpha, self.eps, self.momentum, self.centered = alpha, eps, momentum, centered
         super().__init__(params, lr, weight_decay)
 
@@ -201,6 +211,7 @@ class Adam(Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas}, expected two numbers from 0 up to below 1")
         _not_negative(eps=eps)
+        self._refuse_lost(eps, params)
         self.betas, self.eps, self.amsgrad = betas, eps, amsgrad
         super().__init__(params, lr, weight_decay)
 

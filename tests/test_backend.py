@@ -14,7 +14,7 @@ import pytest
 from conftest import require
 
 from gru_any import GRU, asarray, to_numpy
-from gru_any.backend import NUMPY, BackendError, of, select
+from gru_any.backend import NUMPY, Backend, BackendError, of, select
 from gru_any.backend.cuda import device as cuda
 
 
@@ -98,6 +98,40 @@ def test_asarray_shares_memory_where_it_can():
     assert np.array_equal(to_numpy(tensor), np.ones(3))
     host.flags.writeable = False
     assert np.array_equal(to_numpy(asarray(host, there)), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [("abc", "dtype <U3, expected numbers"), (None, "object"), (["a"], "<U1"), (1j, "complex128")],
+)
+def test_asarray_takes_numbers_alone(bad, message):
+    with pytest.raises(TypeError, match=message):
+        asarray(bad, GRU(3, 4))
+    if not isinstance(bad, complex):
+        with pytest.raises(TypeError, match=r"expected numbers|is no array"):
+            to_numpy(bad)
+
+
+def test_a_library_that_nobody_here_has_heard_of(monkeypatch):
+    """array_api_strict under another name, its arrays too."""
+    strict = require("array_api_strict")
+    other = ModuleType("unheard_of")
+    other.__dict__.update({k: v for k, v in vars(strict).items() if k[0] != "_"})
+    monkeypatch.setitem(sys.modules, "unheard_of", other)
+    array = type(strict.zeros(1))
+    monkeypatch.setattr(array, "__module__", "unheard_of.arrays")
+    monkeypatch.setattr(array, "__array_namespace__", lambda self, api_version=None: other)
+    monkeypatch.setattr(Backend, "to_numpy", lambda self, v: np.asarray(v))
+    gru, x = GRU(3, 4, backend="unheard_of", seed=0), np.ones((5, 2, 3), "float32")
+    assert of(gru.params["weight_ih_l0"]) == gru.backend
+    (y, _), pullback = gru.vjp(asarray(x, gru))
+    assert np.allclose(to_numpy(y), GRU(3, 4, seed=0)(x)[0], atol=1e-6)
+    assert pullback(y)[1].shape == (5, 2, 3)
+    with pytest.raises(TypeError, match="x is an array of numpy, expected an array of unheard_of"):
+        gru(x)
+    monkeypatch.delattr(array, "__array_namespace__")
+    with pytest.raises(TypeError, match="no array library with the Python Array API"):
+        of(y)
 
 
 def test_mixed_libraries():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import require
 
-from gru_any import GRU, Chain, Dropout, Embedding, Linear, softmax_cross_entropy
+from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear, softmax_cross_entropy
 from gru_any.backend import of
 from gru_any.init import glorot_uniform, orthogonal, uniform
 
@@ -137,6 +137,11 @@ def test_chain_refuses_what_does_not_fit():
         chain(x, [None, None])
     with pytest.raises(ValueError, match="neither dy nor dstate"):
         chain.vjp(x)[1](None)
+    for wrong in (3, GRUCell(3, 4), chain):
+        with pytest.raises(TypeError, match="a Chain is made of"):
+            Chain(wrong)
+    with pytest.raises(ValueError, match="at least one layer"):
+        Chain()
     with pytest.raises(ValueError, match="must share backend and dtype"):
         Chain(GRU(3, 4), Linear(4, 2, dtype="float64"))
     with pytest.raises(KeyError, match=r"2\.weight"):

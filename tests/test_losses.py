@@ -176,6 +176,14 @@ def test_bad_arguments():
         softmax_cross_entropy(y, np.zeros(4, int), weight=np.ones(4))
     with pytest.raises(ValueError, match="mask is"):
         squared_error(y, y, mask=np.ones((9, 9), bool))
+    for weight in (np.ones(4), np.ones((2, 4, 3))):
+        with pytest.raises(ValueError, match=r"weight is .*, expected \(4, 3\)"):
+            squared_error(y, y, weight=weight)
+    for scores in (np.array(1.0), np.ones((4, 0))):
+        with pytest.raises(ValueError, match=r"y is .*, expected \(..., C\)"):
+            softmax_cross_entropy(scores, np.zeros(scores.shape[:-1], int))
+    with pytest.raises(TypeError, match="list is no array"):
+        squared_error([1.0], [1.0])
     with pytest.raises(TypeError, match="expected a real floating dtype"):
         squared_error(np.zeros(3, int), np.zeros(3, int))
     with pytest.raises(TypeError, match="expected integers"):

@@ -114,6 +114,15 @@ def test_the_learning_rate_may_be_written():
     assert all(np.array_equal(params[k], start()[k]) for k in params)
 
 
+def test_an_eps_that_half_precision_loses_is_refused():
+    half = {"w": np.zeros(3, np.float16)}
+    for kind in (Adam, AdamW, RMSprop):
+        with pytest.raises(ValueError, match=r"eps is 1e-08, which is 0 in w's dtype float16"):
+            kind(half)
+        kind(half, eps=1e-4).step(half, {"w": np.zeros(3, np.float16)})
+        assert not half["w"].any()
+
+
 def test_bad_arguments():
     params = start()
     with pytest.raises(ValueError, match="lr is -1"):

@@ -1,4 +1,4 @@
-"""Who may write what, and when it takes effect."""
+"""Who may write what, and when it takes effect: on every path of NumPy."""
 
 import copy
 import pickle
@@ -6,8 +6,17 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import PATHS, running
 
 from gru_any import GRU, SGD, Chain, Embedding, GRUCell, Linear
+
+
+@pytest.fixture(params=PATHS, autouse=True)
+def path(request):
+    """Each test of this file runs in every way there is on NumPy."""
+    with running(request.param):
+        yield request.param
+
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 

@@ -13,7 +13,7 @@ def to_numpy(x: Any) -> np.ndarray:
     bfloat16 becomes float32; lists and numbers become arrays.
     """
     if isinstance(x, np.ndarray | np.generic | list | tuple | int | float):
-        return np.asarray(x)
+        return _numbers(np.asarray(x))
     return of(x).to_numpy(x)
 
 
@@ -25,17 +25,30 @@ def asarray(x: Any, like: Any) -> Any:
     x : array of any library, list or number
     like : a layer, a Chain or an array
         Gives library, device and, for floating numbers, the dtype. Integers stay integers.
+
+    Raises
+    ------
+    TypeError
+        x holds what is no number, or complex numbers where `like` is real.
     """
     backend = like.backend if hasattr(like, "backend") else of(like)
     dtype = like.dtype if hasattr(like, "backend") else plain_name(like.dtype)
-    if not hasattr(x, "dtype"):
-        x = np.asarray(x)
+    if isinstance(x, np.ndarray) or not hasattr(x, "dtype"):
+        x = _numbers(np.asarray(x))
     kind = plain_name(x.dtype).lstrip("<>=")  # such as float32, or f4 in foreign byte order
     floating = kind.startswith(("f", "c", "bf"))
+    if kind.startswith("c") and not dtype.startswith("c"):
+        raise TypeError(f"x has dtype {kind}, expected real numbers, since like has dtype {dtype}")
     there = _shared(x, backend)
     if there is None:
         return backend.put(to_numpy(x), dtype if floating else None)
     return backend.xp.astype(there, backend.dtype(dtype), copy=False) if floating else there
+
+
+def _numbers(x: np.ndarray) -> np.ndarray:
+    if x.dtype.kind not in "biufc":
+        raise TypeError(f"x has dtype {x.dtype}, expected numbers")
+    return x
 
 
 def _shared(x: Any, backend: Backend) -> Any:
