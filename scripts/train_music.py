@@ -17,6 +17,7 @@ import hashlib
 import json
 import pickle
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -42,24 +43,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     parts = synthetic() if args.synthetic else read(args.data)
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
-    model = build(args, train)
+    made = recipe(args, train)
+    model = made["model"]
     print(model)
     groups = buckets([len(p) - 1 for p in train], args.batch)
     print(f"padding: {waste([len(p) - 1 for p in train], groups):.1%} of the training frames")
-    updates = sum(len(list(cut(b, args.tbptt))) for b in batches(train, args, 0))
-    optimiser = AdamW(model.params, lr=args.rate, weight_decay=args.decay)
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
-    settings |= {"noise": args.noise, "shift": args.shift}
+    settings |= {"noise": args.noise, "shift": args.shift, "warm_up": args.warm_up}
     history = fit(
-        model,
-        nats,
-        lambda epoch: batches(train, args, epoch),
-        optimiser,
+        **made,
         epochs=args.epochs,
         steps=args.steps,
-        tbptt=args.tbptt,
-        clip=args.clip,
-        schedule=warm_up(args.warm_up, cosine(args.rate, args.steps or args.epochs * updates)),
         valid=lambda: score(model, valid),
         average=args.average,
         seed=args.seed,
@@ -71,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     history.draw(Path(args.out) / "history.png")
     figures = {"valid": history.best, "test": score(model, test)}
     seconds = history.records[-1]["seconds"]
-    (Path(args.out) / "result.json").write_text(json.dumps({**figures, "seconds": seconds}))
+    result = {**figures, "seconds": seconds, "cpu_seconds": time.process_time()}
+    (Path(args.out) / "result.json").write_text(json.dumps(result))
     print(f"{history.reason} after {seconds:.0f} s; " + ", ".join(
         f"{name} {value:.3f} nats per frame" for name, value in figures.items()
     ))  # fmt: skip
@@ -199,6 +194,21 @@ def batch(pieces: Pieces) -> Batch:
 
 
 # the model ---------------------------------------------------------------------------------------
+
+
+def recipe(args: argparse.Namespace, train: Pieces) -> dict[str, Any]:
+    """What `fit` needs."""
+    model = build(args, train)
+    updates = sum(len(list(cut(b, args.tbptt))) for b in batches(train, args, 0))
+    return {
+        "model": model,
+        "loss": nats,
+        "batches": lambda epoch: batches(train, args, epoch),
+        "optimiser": AdamW(model.params, lr=args.rate, weight_decay=args.decay),
+        "tbptt": args.tbptt,
+        "clip": args.clip,
+        "schedule": warm_up(args.warm_up, cosine(args.rate, args.steps or args.epochs * updates)),
+    }
 
 
 def build(args: argparse.Namespace, train: Pieces) -> Chain:

@@ -109,24 +109,38 @@ def build(characters: str, args: argparse.Namespace) -> Chain:
     )
 
 
-def train(text: Text, args: argparse.Namespace) -> Chain:
-    """Truncated back-propagation over several streams, the state carried over."""
+def recipe(args: argparse.Namespace, text: Text) -> dict[str, Any]:
+    """What `fit` needs: truncated back-propagation over several streams, the state carried over."""
     model = build(text.characters, args)
-    print(model)
     try:
         data = streams(text.train, args.batch)
     except ValueError as e:
         sys.exit(f"--batch {args.batch}: {e}")
+    if len(data.x) < args.chunk:
+        sys.exit(
+            f"--chunk {args.chunk}: the training part has {len(text.train)} characters, expected "
+            f"{args.batch * args.chunk + 1} at least, for --batch {args.batch} streams"
+        )
+    return {
+        "model": model,
+        "loss": gru_any.softmax_cross_entropy,
+        "batches": lambda epoch: [data],
+        "optimiser": Adam(model.params, lr=args.rate),
+        "tbptt": (args.chunk, args.chunk),
+        "clip": args.clip,
+        "schedule": warm_up(args.steps // 50, cosine(args.rate, args.steps)),
+    }
+
+
+def train(text: Text, args: argparse.Namespace) -> Chain:
+    """Train a model, save it, and say how good it is."""
+    made = recipe(args, text)
+    model = made["model"]
+    print(model)
     history = fit(
-        model,
-        gru_any.softmax_cross_entropy,
-        lambda epoch: [data],
-        Adam(model.params, lr=args.rate),
+        **made,
         steps=args.steps,
         minutes=args.minutes,
-        tbptt=(args.chunk, args.chunk),
-        clip=args.clip,
-        schedule=warm_up(args.steps // 50, cosine(args.rate, args.steps)),
         seed=args.seed,
         out=args.out,
         settings={"data": digest(text), "batch": args.batch, "rate": args.rate},

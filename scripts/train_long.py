@@ -1,0 +1,215 @@
+"""What a GRU carries over T steps: the adding problem and copy memory.
+
+    python scripts/train_long.py --task adding --length 200
+
+adding: T steps of a number from 0 to 1 and a mark that is 1 at two of them; the answer, at the last
+step, is the sum of the two marked numbers (Hochreiter and Schmidhuber 1997; Le et al. 2015). Who
+always says 1 has a squared error of 2/12 = 0.1667, the variance of the sum of two such numbers.
+
+copy: ten symbols out of eight, T - 1 blanks, eleven times the sign to recall; the answer, T + 20
+steps long, is blank up to the last ten steps, and there the ten symbols (Bai et al. 2018). Who says
+"blank" for T + 10 steps and guesses the rest has a cross-entropy of 10 ln 8 / (T + 20) a step.
+
+Every update has fresh sequences; validation and test have fixed ones of their own. Started again on
+the same folder, a run goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gru_any
+from gru_any import GRU, Adam, Chain, Linear
+from gru_any.data import Batch
+from gru_any.schedules import cosine, warm_up
+from gru_any.train import evaluate, fit
+
+SYMBOLS, RECALLED = 10, 10  # blank, eight symbols, the sign to recall; how many are recalled
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    made = recipe(args)
+    model, loss = made["model"], made["loss"]
+    print(model)
+    trivial = trivial_loss(args)
+    kept = parts(args)
+    history = fit(
+        **made, steps=args.steps, valid=lambda: evaluate(model, loss, kept["valid"]),
+        validate_every=args.validate_every, seed=args.seed, out=args.out,
+        settings={"task": args.task, "length": args.length, "batch": args.batch,
+                  "rate": args.rate}, bar=not args.quiet,
+    )  # fmt: skip
+    out = Path(args.out)
+    gru_any.save(out / "model.safetensors", model)
+    draw(history, args, trivial, out / "curve.png")
+    result = {
+        "test": evaluate(model, loss, kept["test"]),
+        "trivial": trivial,
+        "valid": history.best,
+        "seconds": history.records[-1]["seconds"],
+        "cpu_seconds": time.process_time(),
+    }
+    (out / "result.json").write_text(json.dumps(result))
+    print(
+        f"{history.reason} after {result['seconds']:.0f} s; test {result['test']:.3g}, "
+        f"the trivial answer {trivial:.3g}"
+    )
+    if model.backend.host:
+        for recompute in (None, "sqrt"):
+            ms, mb = cost({**vars(args), "recompute": recompute})
+            print(f"a gradient, recompute={recompute!r}: {ms:.0f} ms of CPU, {mb:.1f} MB at once")
+
+
+# the tasks ---------------------------------------------------------------------------------------
+
+
+def trivial_loss(args: argparse.Namespace) -> float:
+    """What knowing nothing of the input gives."""
+    if args.task == "adding":
+        return 2 / 12
+    return RECALLED * math.log(SYMBOLS - 2) / (args.length + 2 * RECALLED)
+
+
+def sequences(args: argparse.Namespace, rng: np.random.Generator, rows: int) -> Batch:
+    return (adding if args.task == "adding" else copy)(args.length, rng, rows)
+
+
+def parts(args: argparse.Namespace) -> dict[str, list[Batch]]:
+    """The fixed sequences: 500 for validation, 1000 for the test."""
+    return {
+        name: [sequences(args, np.random.default_rng([number, i]), 50) for i in range(count)]
+        for number, (name, count) in enumerate([("valid", 10), ("test", 20)], 10**6)
+    }
+
+
+def adding(T: int, rng: np.random.Generator, rows: int) -> Batch:
+    """Inputs (T, B, 2), target (T, B, 1), which counts at the last step."""
+    numbers, marks = rng.random((T, rows)), np.zeros((T, rows))
+    for row in range(rows):
+        marks[rng.choice(T, 2, replace=False), row] = 1
+    target, mask = np.zeros((T, rows, 1), "float32"), np.zeros((T, rows), bool)
+    target[-1, :, 0], mask[-1] = (numbers * marks).sum(axis=0), True
+    return Batch(np.stack([numbers, marks], axis=-1).astype("float32"), target, mask)
+
+
+def copy(T: int, rng: np.random.Generator, rows: int) -> Batch:
+    """Inputs (T + 20, B, 10), one of ten; target (T + 20, B)."""
+    symbols = rng.integers(1, SYMBOLS - 1, (RECALLED, rows))
+    x = np.zeros((T + 2 * RECALLED, rows), int)
+    x[:RECALLED], x[T + RECALLED - 1 :] = symbols, SYMBOLS - 1
+    target = np.zeros_like(x)
+    target[-RECALLED:] = symbols
+    return Batch(np.eye(SYMBOLS, dtype="float32")[x], target)
+
+
+# the model ---------------------------------------------------------------------------------------
+
+
+def recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """What `fit` needs; each epoch is one batch of fresh sequences."""
+    model = build(args)
+    return {
+        "model": model,
+        "loss": squared if args.task == "adding" else gru_any.softmax_cross_entropy,
+        "batches": lambda n: [sequences(args, np.random.default_rng([args.seed, n]), args.batch)],
+        "optimiser": Adam(model.params, lr=args.rate),
+        "clip": args.clip,
+        "schedule": warm_up(50, cosine(args.rate, args.steps)),
+    }
+
+
+def build(args: argparse.Namespace) -> Chain:
+    """GRU and linear layer; z begins where a state lasts for 1 to T steps."""
+    home = {"backend": args.backend, "device": args.device}
+    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
+    inputs, outputs = (2, 1) if args.task == "adding" else (SYMBOLS, SYMBOLS)
+    gru = GRU(inputs, args.hidden, recompute=args.recompute, seed=seeds[0], **home)
+    if args.chrono:
+        bias = np.zeros(3 * args.hidden)
+        lasts = np.random.default_rng(seeds[2]).uniform(1, args.length - 1, args.hidden)
+        bias[args.hidden : 2 * args.hidden] = np.log(lasts)
+        gru.params["bias_ih_l0"] = gru_any.asarray(bias, like=gru)
+    return Chain(gru, Linear(args.hidden, outputs, seed=seeds[1], **home))
+
+
+def squared(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
+    return gru_any.squared_error(y, target, mask=mask[..., None])
+
+
+def cost(settings: dict[str, Any]) -> tuple[float, float]:
+    """Milliseconds of CPU for one gradient, and the most megabytes that stood at once."""
+    args = argparse.Namespace(**settings)
+    made, batch = recipe(args), sequences(args, np.random.default_rng(0), args.batch)
+    model, loss = made["model"], made["loss"]
+
+    def gradient() -> Any:
+        (y, _), pullback = model.vjp(model.backend.put(batch.x))
+        return pullback(loss(y, batch.target, mask=batch.mask)[1])
+
+    gradient()
+    start = time.process_time()
+    gradient()
+    seconds = time.process_time() - start
+    tracemalloc.start()
+    gradient()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return 1e3 * seconds, peak / 1e6
+
+
+def draw(history: Any, args: argparse.Namespace, trivial: float, path: Path) -> None:
+    """Training and validation loss against the trivial answer, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axis.semilogy(*history.column("loss"), color="tab:blue", alpha=0.5, label="training")
+    axis.semilogy(
+        *history.column("valid"), "o-", color="tab:orange", markersize=3, label="validation"
+    )
+    axis.axhline(trivial, color="gray", linestyle="--", label=f"trivial answer, {trivial:.3g}")
+    axis.set(xlabel="step", ylabel="loss", title=f"{args.task}, T = {args.length}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", choices=["adding", "copy"], default="adding", help="what to learn")
+    add("--length", type=int, default=200, help="T")
+    add("--out", metavar="DIR", default="out/long", help="checkpoints, log, weights, picture")
+    add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
+    add("--device", help="such as cuda:1")
+    add("--hidden", type=int, default=64, help="hidden size")
+    add("--chrono", action=argparse.BooleanOptionalAction, default=True,
+        help="z as in Tallec and Ollivier 2018, else as in PyTorch")  # fmt: skip
+    add("--recompute", choices=["sqrt"], help="less memory, more time, the same numbers")
+    add("--steps", type=int, default=1500, help="updates")
+    add("--batch", type=int, default=32, help="sequences side by side")
+    add("--rate", type=float, default=4e-3, help="highest learning rate of Adam")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--validate-every", type=int, default=100, help="steps")
+    add("--seed", type=int, default=0, help="of weights and sequences")
+    add("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(arguments)
+    if args.length < 3 or args.steps < 1:
+        parser.error("--length must be 3 at least, and --steps 1")
+    return args
+
+
+if __name__ == "__main__":
+    main()
