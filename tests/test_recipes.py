@@ -1,0 +1,161 @@
+"""train_series.py, train_long.py and compare_torch.py on tiny jobs, and the files they refuse."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import require
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+QUICK = ["--backend", "numpy", "--quiet", "--hidden", "8"]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
+def test_series(tmp_path, capsys):
+    """It learns, draws, and a second start changes nothing."""
+    import train_series
+
+    command = [*QUICK, "--synthetic", "--epochs", "15", "--rate", "0.02", "--out", str(tmp_path)]
+    train_series.main(command)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["accuracy"] > 0.8  # one in three by chance
+    assert np.trace(result["confusion"]) == round(60 * result["accuracy"])
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+    before = (tmp_path / "model.safetensors").read_bytes()
+    train_series.main(command)
+    assert "nothing is changed" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=r"noise was 0\.2"):
+        train_series.main([*command, "--noise", "0.3"])
+
+
+def test_held_out_sequences_are_not_learned_from(tmp_path):
+    import train_series
+
+    _, whole, _ = train_series.data(train_series.parse(["--synthetic"]))
+    _, train, held = train_series.data(train_series.parse(["--synthetic", "--hold-out", "0.2"]))
+    assert (len(train.labels), len(held.labels)) == (48, 12)
+    assert sorted(map(len, train.sequences + held.sequences)) == sorted(map(len, whole.sequences))
+
+
+HEAD = "# a comment\n@problemName a\n@classLabel true x y\n@data\n"
+
+
+def test_ts_files():
+    from train_series import parse_ts
+
+    names, part = parse_ts(HEAD + "1,2,3:4,5,6:y\n\n7:8:x\n")
+    assert names == ["x", "y"]
+    assert part.labels.tolist() == [1, 0]
+    assert [s.tolist() for s in part.sequences] == [[[1, 4], [2, 5], [3, 6]], [[7, 8]]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no .ts file of classes"),
+        (b"\xff\xfe@data" * 9, "is not UTF-8"),
+        (HEAD.encode(), "holds no sequence"),
+        (HEAD.encode() + b"1,2:1:x", "line 5 has channels of several lengths"),
+        (HEAD.encode() + b"1,?:1,2:x", "could not convert"),
+        (HEAD.encode() + b"1,nan:1,2:x", "not finite"),
+        (HEAD.encode() + b"1,2:1,2:z", "line 5 has class 'z'"),
+        (HEAD.encode() + b"1,2:1,2:x\n1,2:y", "line 6 has class 'y' and 1 channels"),
+        (HEAD.encode() + b"x", "line 5 has channels of several"),
+        (None, "cannot be read"),
+    ],
+)
+def test_files_that_are_no_series(tmp_path, content, message):
+    import train_series
+
+    if content is not None:
+        (tmp_path / "a.ts").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        train_series.main(["--data", str(tmp_path / "a.ts"), str(tmp_path / "a.ts")])
+    with pytest.raises(SystemExit, match="--data is missing"):
+        train_series.main([])
+
+
+def test_two_files_must_fit(tmp_path):
+    import train_series
+
+    (tmp_path / "a.ts").write_text(HEAD + "1,2:1,2:x")
+    (tmp_path / "b.ts").write_text(HEAD + "1,2:x")
+    with pytest.raises(SystemExit, match="other classes or channels"):
+        train_series.main(["--data", str(tmp_path / "a.ts"), str(tmp_path / "b.ts")])
+
+
+def test_the_long_tasks():
+    """The sequences are what the task says, and the trivial answer has the loss claimed."""
+    import train_long
+
+    rng = np.random.default_rng(0)
+    x, target, mask, _ = train_long.adding(30, rng, 2000)
+    assert (x[..., 1].sum(axis=0) == 2).all()
+    np.testing.assert_allclose((x[..., 0] * x[..., 1]).sum(axis=0), target[-1, :, 0], rtol=1e-6)
+    assert (mask.sum(axis=0) == 1).all()
+    args = train_long.parse(["--task", "adding", "--length", "30"])
+    assert ((target[-1] - 1) ** 2).mean() == pytest.approx(train_long.trivial_loss(args), rel=0.1)
+
+    x, target, _, _ = train_long.copy(30, rng, 50)
+    signs = x.argmax(axis=-1)
+    assert x.shape == (50, 50, 10)
+    assert (signs[:10] == target[40:]).all()
+    assert not signs[10:39].any()
+    assert not target[:40].any()
+    assert (signs[39:] == 9).all()
+    p = np.zeros((50, 10))  # blank, and then one of eight
+    p[:40, 0], p[40:, 1:9] = 1, 1 / 8
+    loss = -np.log(np.take_along_axis(p[:, None].repeat(50, 1), target[..., None], 2)).mean()
+    args = train_long.parse(["--task", "copy", "--length", "30"])
+    assert train_long.trivial_loss(args) == pytest.approx(loss) == 10 * math.log(8) / 50
+
+
+@pytest.mark.parametrize("task", ["adding", "copy"])
+def test_long(tmp_path, capsys, task):
+    import train_long
+
+    command = [*QUICK, "--task", task, "--length", "12", "--steps", "40", "--out", str(tmp_path)]
+    train_long.main(command)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert 0 < result["test"] < 10 * result["trivial"]
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    assert capsys.readouterr().out.count("MB at once") == 2
+    train_long.main([*command, "--seed", "0"])
+    assert "nothing is changed" in capsys.readouterr().err
+
+
+def test_on_torch(tmp_path, monkeypatch, capsys):
+    """The twin gives the same numbers forward and back, learns alike, and takes its turns."""
+    torch = require("torch")
+    import compare_torch
+
+    command = ["--synthetic", "--hidden", "8", "--epochs", "30", "--rate", "0.02"]
+    recipe = compare_torch.series([*command, "--backend", "numpy"])
+    theirs = compare_torch.twin(recipe.made["model"])
+    ours = compare_torch.back(theirs, recipe.made["model"])
+    x, target, mask, lengths = next(iter(recipe.made["batches"](0)))
+    (y, _), pullback = ours.vjp(x, None, lengths)
+    value, dy = recipe.made["loss"](y, target, mask=mask)
+    y2, _ = compare_torch.run(theirs.eval(), torch.as_tensor(x), None, lengths)
+    tensors = torch.as_tensor(target.copy()), torch.as_tensor(mask)
+    loss = compare_torch.loss_of("series", y2, *tensors)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(value), rel=1e-5)
+    for (name, g), p in zip(pullback(dy)[0].items(), theirs.parameters(), strict=True):
+        np.testing.assert_allclose(p.grad.numpy(), g, atol=1e-5, err_msg=name)
+
+    monkeypatch.setattr(sys, "argv", ["compare_torch.py", "series", *command, "--final"])
+    compare_torch.main()
+    assert float(capsys.readouterr().out.split("accuracy ")[1]) > 0.8
+    compare_torch.turns("series", command, rounds=1, steps=2)
+    out = capsys.readouterr().out
+    assert "gru_any" in out
+    assert "times (1 turns of 2 updates" in out
