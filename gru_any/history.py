@@ -64,8 +64,15 @@ class Log:
             write_atomically(path, lines.encode())
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record."""
+        """Add a record; OSError where the file cannot be written."""
         self.records.append(record)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as e:
+                raise OSError(
+                    e.errno,
+                    f"the log {self.path} was not written ({e.strerror}); make room, and "
+                    "start again: the run goes on from its last checkpoint",
+                ) from e

@@ -138,10 +138,15 @@ class Embedding(Layer):
 
         return y, pullback
 
+    def check_range(self, x: np.ndarray) -> None:
+        """Raise IndexError where a host array holds indices out of range."""
+        if x.size and (x.min() < 0 or x.max() >= self.n):
+            raise IndexError(f"x holds {x.min()} to {x.max()}, expected 0 to n - 1 = {self.n - 1}")
+
     def _indices(self, x: Any) -> Any:
         self.backend.check_integers("x", x)
-        if self.backend.host and x.size and (x.min() < 0 or x.max() >= self.n):
-            raise IndexError(f"x holds {x.min()} to {x.max()}, expected 0 to n - 1 = {self.n - 1}")
+        if self.backend.host:
+            self.check_range(x)
         return self.backend.xp.reshape(x, (-1,))
 
 

@@ -7,6 +7,7 @@ params and grads are dicts name -> array. Everything stays on the device; `opt.l
 between steps. The arithmetic runs in the dtype of each parameter, as in PyTorch.
 """
 
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -19,7 +20,8 @@ class Optimizer:
 
     def __init__(self, params: Mapping[str, Any], lr: float, weight_decay: float) -> None:
         _not_negative(lr=lr, weight_decay=weight_decay)
-        self.lr, self.weight_decay, self.count = lr, weight_decay, 0
+        self.lr, self.weight_decay = lr, weight_decay
+        self.count: Any = 0  # steps; an array without axes once a step was told what is finite
         self._slots: dict[str, Any] = {}
         for name, p in params.items():
             xp = of(p).xp
@@ -42,8 +44,13 @@ class Optimizer:
         """What is taken off the parameter."""
         raise NotImplementedError
 
-    def step(self, params: MutableMapping[str, Any], grads: Mapping[str, Any]) -> None:
+    def step(
+        self, params: MutableMapping[str, Any], grads: Mapping[str, Any], finite: Any = None
+    ) -> None:
         """Change the parameters by their gradients, in place where the library can.
+
+        finite : array of bool without axes, or None
+            Where it is False, neither parameters nor state change; it stays on the device.
 
         Raises
         ------
@@ -58,15 +65,28 @@ class Optimizer:
         for name, g in grads.items():
             if tuple(g.shape) != tuple(params[name].shape):
                 raise ShapeError(f"grads[{name!r}] is {g.shape}, expected {params[name].shape}")
+        if finite is not None:
+            xp = of(*grads.values()).xp
+            self.count = self.count + xp.astype(finite, xp.float32)
+            self._step_where(xp, finite, params, grads)
+            return
         self.count += 1
         for name in params:
             xp = of(params[name], grads[name]).xp
             params[name] -= self._update(xp, name, params[name], grads[name])
 
+    def _step_where(self, xp: Any, finite: Any, params: Any, grads: Any) -> None:
+        for name, g in grads.items():
+            p, slots = params[name], [f"{slot}.{name}" for slot in self._names()]
+            before = {k: xp.asarray(self._slots[k], copy=True) for k in slots}
+            params[name] = xp.where(finite, p - self._update(xp, name, p, g), p)
+            for k in slots:
+                self._slots[k] = xp.where(finite, self._slots[k], before[k])
+
     @property
     def state(self) -> dict[str, Any]:
         """The number of steps under "count", the arrays under names such as "m.weight_ih_l0"."""
-        return {"count": self.count, **self._slots}
+        return {"count": int(self.count), **self._slots}
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
@@ -130,10 +150,15 @@ class SGD(Optimizer):
         if self.momentum:
             b = self._slots[f"b.{name}"]
             b *= self.momentum
-            b += (1.0 if self.count == 1 else 1 - self.dampening) * g
+            b += (1 - self.dampening * self._later(xp)) * g
             self._slots[f"b.{name}"] = b
             g = g + self.momentum * b if self.nesterov else b
         return self.lr * g
+
+    def _later(self, xp: Any) -> Any:
+        """0 in the first step, then 1."""
+        later = self.count > 1
+        return later if isinstance(later, bool) else xp.astype(later, xp.float32)
 
 
 class RMSprop(Optimizer):
@@ -227,11 +252,19 @@ class Adam(Optimizer):
             v = xp.maximum(self._slots[f"vmax.{name}"], v)
             self._slots[f"vmax.{name}"] = v
         root = xp.sqrt(v)
-        root /= (1 - b2**self.count) ** 0.5
+        root /= self._reached(xp, b2) ** 0.5
         root += self.eps
         update = m / root
-        update *= self.lr / (1 - b1**self.count)
+        update *= self.lr / self._reached(xp, b1)
         return update
+
+    def _reached(self, xp: Any, beta: float) -> Any:
+        """1 - beta^t: how far a running average of t terms has come from 0."""
+        if beta == 0:
+            return 1.0
+        if isinstance(self.count, int):
+            return 1 - beta**self.count
+        return -xp.expm1(math.log(beta) * self.count)  # precise in float32
 
 
 class AdamW(Adam):

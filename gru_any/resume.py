@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import write_atomically
+from .checkpoint import settle, write_atomically
 
 FORMAT = 1
 NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
@@ -37,12 +37,11 @@ def store(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -
     try:
         write_atomically(made, content)
     except OSError as e:
-        raise OSError(
-            e.errno, f"the checkpoint was not written ({e.strerror}); the last good one is {newest}"
-        ) from e
+        raise OSError(e.errno, f"{e.strerror}; the last good checkpoint is {newest}") from e
     if newest.exists():
         os.replace(newest, before)
     os.replace(made, newest)
+    settle(folder)
 
 
 def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
@@ -54,6 +53,8 @@ def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None
         There are some, and none can be used.
     """
     problems = []
+    for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
+        left.unlink()
     for name in NAMES:
         if (folder / name).exists():
             try:

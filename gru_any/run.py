@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,29 @@ from . import resume
 from .backend import environment, to_numpy
 from .data import Piece
 from .history import History, Log
+from .mixed import Mixed
 from .optim import Optimizer, clip_by_global_norm
 
 GATES = ("r", "z", "n")
-NUMBERS = ("step", "epoch", "piece", "seconds", "best", "since", "validated", "reason", "losses")
+NUMBERS = (
+    "step", "epoch", "piece", "seconds", "best", "since", "validated", "reason", "losses", "rated",
+)  # fmt: skip
 
 
 class Run:
     """Where a run stands. See `train.fit` for the terms."""
 
-    def __init__(self, model: Any, optimiser: Optimizer, seed: int, average: float | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        optimiser: Optimizer,
+        seed: int,
+        average: float | None,
+        mixed: str | None = None,
+    ) -> None:
         self.model, self.optimiser, self.decay = model, optimiser, average
+        self.mixed = Mixed(model, mixed) if mixed else None
+        self.working = self.mixed.twin if self.mixed else model
         self.rng = np.random.default_rng(seed)
         self.step = self.epoch = self.piece = self.since = 0
         self.validated, self.seconds, self.reason = -1, 0.0, ""
@@ -35,7 +48,10 @@ class Run:
         self.grads: dict[str, Any] = {}
         self.pending = 0  # so many gradients are added up in grads
         self.sums: list[Any] = [0.0, 0.0]  # of loss and norm since the last record, and how many
-        self.counts = [0, 0]
+        self.counts: list[Any] = [0, 0]
+        self.rated: list[Any] | None = None  # what the schedule was asked last, and its answer
+        self.spoiled: dict[str, Any] = {}  # on a device: the first gradient that is not finite,
+        self.spoiled_at = model.backend.put(np.float32(0))  # and its step
         self.news: dict[str, Any] = {}  # the last record
         self.folder: Path | None = None
         self.settings: dict[str, Any] = {}
@@ -44,16 +60,25 @@ class Run:
 
     # one step ------------------------------------------------------------------------------------
 
+    def rate(self, schedule: Callable[..., float] | None) -> None:
+        """Set the learning rate of the next step."""
+        if schedule:
+            self.optimiser.lr = schedule(self.step, self.losses)
+            self.rated = [self.step, len(self.losses), self.optimiser.lr]
+
     def add_gradient(self, loss: Callable[..., Any], piece: Piece) -> None:
         """Forward and back over one piece, from the state that the piece before left."""
         x, target, mask, lengths = piece.batch
         state = None if piece.first else self.state
-        (y, after), pullback = self.model.vjp(x, state, lengths, rng=self.rng)
-        value, dy = loss(y, target, mask=mask)
-        grads, _, _ = pullback(dy)
+        (y, after), pullback = self.working.vjp(x, state, lengths, rng=self.rng)
+        if self.mixed:
+            value, grads = self.mixed.gradient(loss, y, target, mask, pullback)
+        else:
+            value, dy = loss(y, target, mask=mask)
+            grads, _, _ = pullback(dy)
         if piece.advance < x.shape[0]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
-            _, after = self.model(x[: piece.advance, ...], state, shorter)
+            _, after = self.working(x[: piece.advance, ...], state, shorter)
         self.state = after
         self.grads = {k: self.grads[k] + g for k, g in grads.items()} if self.pending else grads
         self.pending += 1
@@ -64,29 +89,63 @@ class Run:
         grads = self.grads
         if self.pending > 1:
             grads = {name: g / self.pending for name, g in grads.items()}
-        norm = clip_by_global_norm(grads, clip or math.inf)
-        if self.model.backend.host and not math.isfinite(norm):
-            raise FloatingPointError(_not_finite(self.step + 1, "gradient", grads))
-        self.optimiser.step(self.model.params, grads)
+        norm = clip_by_global_norm(grads, math.inf if clip is None else clip)
+        if self.mixed:
+            done = self.mixed.update(self.optimiser, grads, norm)
+            norm = self.model.backend.xp.where(done > 0, norm, 0 * done)
+        else:
+            self._watch(grads, norm)
+            self.optimiser.step(self.model.params, grads)
+            done = 1
         self.grads, self.pending, self.news = {}, 0, {}
         self.step += 1
-        self._add(1, norm)
+        self._add(1, norm, done)
         if self.decay:
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             for name, w in self.model.params.items():
                 self.averaged[name] = self.averaged[name] * decay + (1 - decay) * w
 
-    def _add(self, i: int, value: Any) -> None:
-        self.sums[i] = self.sums[i] + value
-        self.counts[i] += 1
+    def quiet(self) -> Any:
+        """Overflow is no news where a scale is found by it."""
+        return np.errstate(all="ignore") if self.mixed else nullcontext()
+
+    def _watch(self, grads: dict[str, Any], norm: Any) -> None:
+        """Stop at what is not finite; on a device keep the first such gradient for `_check`."""
+        backend, step = self.model.backend, self.step + 1
+        if backend.host:
+            for what, number in (("gradient", norm), ("loss", self.sums[0])):
+                if not math.isfinite(number):
+                    raise FloatingPointError(_not_finite(step, what, grads))
+            return
+        xp, kept = backend.xp, self.spoiled or grads
+        first = xp.logical_not(xp.isfinite(norm)) & (self.spoiled_at == 0)
+        self.spoiled = {name: xp.where(first, g, kept[name]) for name, g in grads.items()}
+        self.spoiled_at = xp.where(first, xp.full_like(self.spoiled_at, step), self.spoiled_at)
+
+    def _check(self) -> None:
+        """Stop where something was not finite since the last record. Waits for the device."""
+        if step := int(self.spoiled_at):
+            raise FloatingPointError(_not_finite(step, "gradient", self.spoiled))
+        if not all(math.isfinite(float(s)) for s in self.sums):
+            raise FloatingPointError(_not_finite(self.step, "loss", dict(self.model.params)))
+        if self.mixed and float(self.mixed.scale) < 1:
+            raise FloatingPointError(
+                f"the gradient overflows {self.working.dtype} in step {self.step}, whatever the "
+                "loss scale: lower the learning rate, or train without mixed"
+            )
+
+    def _add(self, i: int, value: Any, count: Any = 1) -> None:
+        self.sums[i], self.counts[i] = self.sums[i] + value, self.counts[i] + count
 
     def record(self) -> None:
         """Write a line of the log: the means since the last. Waits for the device."""
-        loss, norm = (float(s) / n for s, n in zip(self.sums, self.counts, strict=True))
-        if not math.isfinite(loss + norm):
-            raise FloatingPointError(_not_finite(self.step, "loss", dict(self.model.params)))
+        self._check()
+        loss, norm = (
+            float(s) / max(float(n), 1.0) for s, n in zip(self.sums, self.counts, strict=True)
+        )
         self.sums, self.counts = [0.0, 0.0], [0, 0]
-        self.news = self._write(loss=loss, rate=self.optimiser.lr, norm=norm)
+        more = {"scale": float(self.mixed.scale)} if self.mixed else {}
+        self.news = self._write(loss=loss, rate=self.optimiser.lr, norm=norm, **more)
 
     def _write(self, **values: float) -> dict[str, Any]:
         line = {"step": self.step, "epoch": self.epoch, **values, "seconds": self.elapsed()}
@@ -100,6 +159,8 @@ class Run:
         own = dict(self.model.params)
         self._put_in(self.averaged)
         loss = float(valid())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is {loss} after step {self.step}")
         if self.best is None or loss < self.best:
             self.best, self.since, self.lowest = loss, 0, self._copy()
         else:
@@ -142,7 +203,9 @@ class Run:
 
     # kept, and taken up again --------------------------------------------------------------------
 
-    def open(self, out: Any, settings: dict[str, Any]) -> None:
+    def open(
+        self, out: Any, settings: dict[str, Any], schedule: Callable[..., float] | None = None
+    ) -> None:
         """Take up the run that the folder `out` holds, or begin it there."""
         name = type(self.optimiser).__name__
         numbers = {k: v for k, v in vars(self.optimiser).items() if k[0] != "_" and k != "count"}
@@ -157,10 +220,22 @@ class Run:
             resume.refuse_changes(header["settings"], self.settings)
             resume.tell_differences(header["environment"], environment(self.model.backend))
             self._take_up(header, arrays)
+            self._same_schedule(schedule)
         self.log = Log(self.folder / "log.jsonl", self.log.records)
+
+    def _same_schedule(self, schedule: Callable[..., float] | None) -> None:
+        """Ask the schedule again what it was asked last: a function cannot be compared itself."""
+        step, count, rate = self.rated or (0, 0, None)
+        now = schedule(step, self.losses[:count]) if schedule and self.rated else None
+        if now != rate or (schedule and self.step and not self.rated):
+            raise ValueError(
+                f"this folder holds a run with another schedule: the rate was {rate} in step "
+                f"{step + 1} and is now {now}. Take it back, or give another folder"
+            )
 
     def save(self) -> None:
         """Write a checkpoint, where there is a folder."""
+        self._check()  # never a checkpoint of weights that are lost
         if self.folder is None:
             return
         self.seconds, self.clock = self.elapsed(), time.monotonic()
@@ -170,9 +245,10 @@ class Run:
             "environment": environment(self.model.backend),
             "rng": self.rng.bit_generator.state,
             "lr": self.optimiser.lr,
-            "count": self.optimiser.count,
+            "count": self.optimiser.state["count"],
             "sums": [float(s) for s in self.sums],
-            "counts": self.counts,
+            "counts": [float(n) for n in self.counts],
+            "mixed": [float(v) for v in (self.mixed.scale, self.mixed.good)] if self.mixed else [],
             "records": self.log.records,
         }
         slots = {k: v for k, v in self.optimiser.state.items() if k != "count"}
@@ -186,10 +262,13 @@ class Run:
         backend, groups = self.model.backend, {}  # type: ignore[var-annotated]
         for name, array in arrays.items():
             group, _, key = name.partition("/")
-            groups.setdefault(group, {})[key] = backend.put(array, self.model.dtype)
+            dtype = (self.working if group == "state" else self.model).dtype
+            groups.setdefault(group, {})[key] = backend.put(array, dtype)
         for name in NUMBERS:
             setattr(self, name, header[name])
         self._put_in(groups["weights"])
+        if self.mixed:
+            self.mixed.put(*header["mixed"])
         self.optimiser.state = {"count": header["count"], **groups.get("optimiser", {})}
         self.optimiser.lr = header["lr"]
         self.rng.bit_generator.state = header["rng"]
@@ -208,16 +287,16 @@ class Run:
 
 def _not_finite(step: int, what: str, arrays: dict[str, Any]) -> str:
     """The words for it: the first array that is not finite, and which gates' part of it."""
-    where = "every number of the parameters is finite"
+    where = ", though parameters and gradients are"
     for name, array in arrays.items():
         wrong = ~np.isfinite(to_numpy(array))
         if wrong.any():
-            where = f"first in {name}"
+            where = f": first in {name}"
             if "_ih" in name or "_hh" in name:  # (3H, .): the rows of r, z and n
                 parts = zip(GATES, np.split(wrong, 3), strict=True)
                 where += f", gate {' and '.join(gate for gate, part in parts if part.any())}"
             break
     return (
-        f"the {what} is not finite in step {step}: {where}. A lower learning rate or a smaller "
+        f"the {what} is not finite in step {step}{where}. A lower learning rate or a smaller "
         "clip may mend it"
     )

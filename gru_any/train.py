@@ -1,5 +1,6 @@
 """The training loop: `fit` reads like a recipe, and a run that was killed goes on bit for bit."""
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 from .chain import Chain
 from .data import Batch, Piece, ahead, cut
 from .history import History
+from .layers import Embedding
 from .optim import Optimizer
 from .run import Run
 from .schedules import Schedule
@@ -33,6 +35,7 @@ def fit(
     validate_every: int | None = None,
     patience: int | None = None,
     average: float | None = None,
+    mixed: str | None = None,
     seed: int = 0,
     out: Any = None,
     settings: dict[str, Any] | None = None,
@@ -68,6 +71,8 @@ def fit(
         End after more than so many validations without a new lowest loss.
     average : float or None
         Validate, and give back, a running average of the weights with this decay.
+    mixed : "float16", "bfloat16" or None
+        Store in half precision what the way back needs; the weights stay in float32. See `mixed`.
     seed : int
         Of dropout.
     out : path or None
@@ -89,34 +94,38 @@ def fit(
     TypeError
         The model is no Chain.
     FloatingPointError
-        Loss or gradient is not finite; on the host, before it changed the weights.
+        Loss or gradient is not finite; on the host before it changed the weights, on a device with
+        the next record.
+    IndexError
+        x holds indices that the model's first layer, an Embedding, does not have.
     ValueError
-        Settings differ from the checkpoint's, or no checkpoint can be used.
+        A number is not above 0, settings differ from the checkpoint's, or no checkpoint can be
+        used.
     OSError
         A checkpoint cannot be written; the last good one is kept.
     """
-    if steps is epochs is minutes is None:
-        raise ValueError("give at least one of steps, epochs and minutes")
     if not isinstance(model, Chain):
         raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
+    _check(steps=steps, epochs=epochs, minutes=minutes, accumulate=accumulate, clip=clip,
+           validate_every=validate_every, save_every=save_every, log_every=log_every)  # fmt: skip
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
                 clip=clip, validate_every=validate_every, patience=patience, average=average,
-                seed=seed, log_every=log_every)  # fmt: skip
-    run = Run(model, optimiser, seed, average)
-    run.open(out, {**kept, **(settings or {})})
-    with _interrupts() as stop, _bar(bar, steps, run) as show:
-        for epoch, number, piece in _pieces(model, batches, tbptt, run):
+                mixed=mixed, seed=seed, log_every=log_every)  # fmt: skip
+    run = Run(model, optimiser, seed, average, mixed)
+    run.open(out, {**kept, **(settings or {})}, schedule)
+    ends = steps, epochs, minutes
+    with _interrupts() as stop, _bar(bar, ends, run) as show, run.quiet():
+        for epoch, number, piece in _pieces(run.working, batches, tbptt, run):
             if epoch > run.epoch:
                 run.epoch, run.piece = epoch, 0
                 if valid and not validate_every:
                     run.validate(valid)
-            run.reason = run.ended(steps, epochs, minutes, patience)
+            run.reason = run.ended(*ends, patience)
             if not run.pending:  # between two updates, so that nothing is lost
                 run.reason = run.reason or stop()
             if run.reason:
                 break
-            if schedule:
-                optimiser.lr = schedule(run.step, run.losses)
+            run.rate(schedule)
             run.add_gradient(loss, piece)
             run.piece = number + 1
             if run.pending < accumulate:
@@ -130,6 +139,15 @@ def fit(
                 run.save()
             show()
     return run.close(valid)
+
+
+def _check(**numbers: float | None) -> None:
+    """Raise where a number that was given is not above 0, or no end of the run was given."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"{name} is {number!r}, expected a number above 0")
+    if numbers["steps"] is numbers["epochs"] is numbers["minutes"] is None:
+        raise ValueError("give at least one of steps, epochs and minutes")
 
 
 def evaluate(
@@ -168,9 +186,18 @@ def _pieces(
 
 
 def _put(model: Any, piece: Piece) -> Piece:
+    """The piece on the model's device; its indices are looked at while they are on the host."""
     x, target, mask, lengths = piece.batch
-    put = model.backend.put
-    on_device = Batch(put(x), put(target), None if mask is None else put(mask), lengths)
+    put, first = model.backend.put, model.layers[0]
+    if isinstance(first, Embedding):
+        first.check_range(x)
+    half = model.dtype in ("float16", "bfloat16") and x.dtype.kind == "f"
+    on_device = Batch(
+        put(x, model.dtype if half else None),
+        put(target),
+        None if mask is None else put(mask),
+        lengths,
+    )
     return piece._replace(batch=on_device)
 
 
@@ -195,7 +222,7 @@ def _interrupts() -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def _bar(bar: Any, steps: int | None, run: Run) -> Iterator[Callable[[], None]]:
+def _bar(bar: Any, ends: tuple[Any, Any, Any], run: Run) -> Iterator[Callable[[], None]]:
     if not bar:
         yield lambda: None
         return
@@ -204,11 +231,22 @@ def _bar(bar: Any, steps: int | None, run: Run) -> Iterator[Callable[[], None]]:
     except ImportError as e:
         raise ImportError('the progress bar needs tqdm: pip install "gru-any[train]"') from e
     text = bar if callable(bar) else lambda record: {"loss": f"{record['loss']:.4g}"}
-    with tqdm(total=steps, initial=run.step, unit="step", mininterval=0.5) as shown:
+    with tqdm(total=ends[0], initial=run.step, unit="step", mininterval=0.5) as shown:
 
         def show() -> None:
             if run.news:
                 shown.set_postfix(text(run.news), refresh=False)
+            shown.total = _expected(run, *ends)
             shown.update()
 
         yield show
+
+
+def _expected(run: Run, steps: int | None, epochs: int | None, minutes: float | None) -> int | None:
+    """How many steps the run will have, judged by how far it is; None where that is not known."""
+    done = max(
+        run.step / (steps or math.inf),
+        run.epoch / (epochs or math.inf),
+        run.elapsed() / (60 * (minutes or math.inf)),
+    )
+    return max(run.step, round(run.step / done)) if done else None
