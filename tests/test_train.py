@@ -414,32 +414,35 @@ from gru_any.train import fit
 data = np.random.default_rng(0).integers(0, 9, 4000)
 model = Chain(Embedding(9, 8, seed=0), GRU(8, 16, seed=1), Dropout(0.2), Linear(16, 9, seed=2))
 fit(model, softmax_cross_entropy, lambda epoch: [streams(data, 8)], Adam(model.params),
-    steps=400, tbptt=(10, 10), clip=1.0, out=sys.argv[1], save_every=7, log_every=5, bar=False)
+    steps=int(sys.argv[2]), tbptt=(10, 10), clip=1.0, out=sys.argv[1], save_every=7, log_every=5,
+    bar=False)
 save(sys.argv[1] + "/model.safetensors", model)
 """
 
 
-def run_killed(folder, kills, rng):
-    """Kill the run at random moments, and then let it end."""
-    command = [sys.executable, "-c", KILLED, str(folder)]
+def run_killed(folder, steps, kills, rng):
+    """Kill the run so many times at random moments, and then let it end."""
+    command = [sys.executable, "-c", KILLED, str(folder), str(steps)]
+    newest = folder / "checkpoint.safetensors"
+    environment = {**os.environ, "GRU_ANY_NO_NUMBA": "1"}  # it starts sooner
     for _ in range(kills):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        newest = folder / "checkpoint.safetensors"
         began = newest.stat().st_mtime_ns if newest.exists() else 0
-        while process.poll() is None:
-            if newest.exists() and newest.stat().st_mtime_ns > began:
-                break
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.1)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        while not newest.exists() or newest.stat().st_mtime_ns == began:
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
         process.kill()
-        process.wait()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        assert process.wait() == -signal.SIGKILL  # it had not ended before
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
 
 
 def test_killed_at_random_moments(tmp_path):
+    """GRU_ANY_KILLS=20 does it twenty times."""
     kills = int(os.environ.get("GRU_ANY_KILLS", "3"))
-    run_killed(tmp_path / "whole", 0, random)
-    run_killed(tmp_path / "killed", kills, random.Random(time.time()))
+    steps = 100 + 300 * kills
+    run_killed(tmp_path / "whole", steps, 0, random)
+    run_killed(tmp_path / "killed", steps, kills, random.Random(time.time()))
     whole, killed = ((tmp_path / k / "model.safetensors").read_bytes() for k in ("whole", "killed"))
     assert killed == whole
     logs = [(tmp_path / k / "log.jsonl").read_text("utf-8") for k in ("whole", "killed")]
