@@ -1,20 +1,25 @@
-"""Every Python block of the README runs, in order, as one program."""
+"""Every Python block of the README runs, in order, as one program; in both languages."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EACH = pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
 
 
-def test_the_snippets_run():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+@EACH
+def test_the_snippets_run(readme):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL)
     assert len(blocks) >= 5
     names: dict = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, readme, "exec"), names)
 
 
-def test_the_commands_of_the_readme_are_those_of_the_checks():
-    text = README.read_text("utf-8")
+@EACH
+def test_the_commands_of_the_readme_are_those_of_the_checks(readme):
+    text = (ROOT / readme).read_text("utf-8")
     assert 'pip install -e ".[test]" && python -m pytest' in text
     assert 'pip install ".[train,fast]" && python scripts/train_text.py' in text
