@@ -6,6 +6,7 @@ from .cell import GRUCell
 from .chain import Chain
 from .checkpoint import load, save
 from .checks import gradcheck
+from .explain import explain
 from .gru import GRU
 from .layers import Dropout, Embedding, Linear
 from .losses import sigmoid_cross_entropy, softmax_cross_entropy, squared_error
@@ -27,6 +28,7 @@ __all__ = [
     "asarray",
     "clip_by_global_norm",
     "clip_by_value",
+    "explain",
     "gradcheck",
     "load",
     "save",

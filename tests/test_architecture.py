@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 EACH = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 # what each file imports that is neither ours nor Python's; the backend's files are free
-HOST = ["cell", "checks", "data", "gru", "init", "layers", "mixed", "params", "run"]
+HOST = ["cell", "checks", "data", "gru", "init", "inspect", "layers", "mixed", "params", "run"]
 FOREIGN = {name: {"numpy"} for name in HOST} | {
     "checkpoint": {"numpy", "safetensors"},
     "resume": {"numpy", "safetensors"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"train"},
     {"run"},
     {"convert", "history", "mixed", "resume"},
-    {"checks", "checkpoint"},
+    {"checkpoint", "checks", "explain", "inspect"},
     {"data", "schedules"},
     {"chain"},
     {"gru", "cell", "layers", "losses", "optim"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"params", "sweep"},
     {"equations", "init"},
     {"backend", "errors"},
-    {"trace"},
+    {"trace", "formulas"},
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

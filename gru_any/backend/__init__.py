@@ -1,6 +1,6 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
-from .run import environment, runner
+from .run import environment, path, runner
 from .select import NUMPY, Backend, BackendError, of, select
 from .transfer import asarray, to_numpy
 
@@ -11,6 +11,7 @@ __all__ = [
     "asarray",
     "environment",
     "of",
+    "path",
     "runner",
     "select",
     "to_numpy",
