@@ -178,6 +178,21 @@ def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkey
         gradcheck(gru, x, directions=1, vanishing=[])
 
 
+@EVERY
+@pytest.mark.parametrize("after", [False, True])
+def test_taps_of_a_loss_on_the_last_state_alone(path, after):
+    """The gradient arrives at the last step as it was given; at the first it leads to dh0."""
+    gru, rng = GRU(3, 4, reset_after=after, seed=0), np.random.default_rng(0)
+    x, dh_n = rng.standard_normal((9, 2, 3), "float32"), rng.standard_normal((1, 2, 4), "float32")
+    with running(path):
+        _, pullback = gru.vjp(x)
+        taps = pullback.taps(None, dh_n)
+    assert np.array_equal(taps[:, -1], dh_n)
+    with running("plain"):
+        _, pullback = gru.vjp(x[5:], gru.last(x[:5]))
+        assert np.allclose(taps[:, 4], pullback(None, dh_n)[2], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
 def test_each_kind_of_tile_has_a_name_of_its_own():
     """Numba calls cached code by name and a count: of one name, that of two processes mixes."""

@@ -87,6 +87,7 @@ class Layout:
     """
 
     def __init__(self, program: Program, inputs: dict[int, Place], results: Any) -> None:
+        assert set(results) <= {op.output for op in program.ops if isinstance(op, Op)}
         self.read = dict(inputs)
         self.written: dict[int, list[Place]] = {k: list(v) for k, v in results.items()}
         self.buffers: dict[str, int] = {}

@@ -197,6 +197,8 @@ def backward_program(step: Any, saved: int, given: bool, taps: bool) -> Program:
     def summed(xp: Any, *arguments: Any) -> Any:
         dy, dh, h, *kept, U = arguments if given else (None, *arguments)
         g = dh + dy if given else dh
+        if taps and not given:
+            g = dh * 1.0  # a result of its own, since an input is written nowhere
         new, parts = step(xp, g, h, kept, U)
         return new, (*parts, g) if taps else parts
 
