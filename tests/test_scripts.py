@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import running
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = ["--steps", "30", "--hidden", "16", "--batch", "8", "--chunk", "16", "--backend", "numpy"]
@@ -196,3 +197,24 @@ def test_the_benchmark(tmp_path):
     before = (tmp_path / "all.json").read_text("utf-8")
     run(*command)
     assert (tmp_path / "all.json").read_text("utf-8") == before
+
+
+def test_looking_inside(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import look_inside
+
+    folder, pictures = trained[0] / "out", tmp_path / "pictures"
+    command = ["--load", str(folder), "--out", str(pictures), "--text"]
+    with running("traced"):
+        look_inside.main([*command, "Über den Wolken"])
+    text = capsys.readouterr().out
+    assert "half-life in characters: " in text
+    assert text.count("after 50 steps") == 2 * 4 + 1
+    assert "spectral radius" in text
+    names = sorted(path.name for path in pictures.iterdir())
+    assert names == [f"{k}.png" for k in ("fading", "gates", "memory", "saturation", "spectrum")]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures.iterdir())
+    with pytest.raises(SystemExit, match="the model knows"):
+        look_inside.main([*command, "xyz" * 9])
+    with pytest.raises(SystemExit, match=r"train_text\.py --out no_such makes one"):
+        look_inside.main(["--load", "no_such"])
