@@ -23,6 +23,9 @@ PATHS = {
     "plain": "the equations as they stand, one call of the library for each operation",
     "traced": "the step's operations, written down once, as NumPy calls into reused buffers",
     "compiled": "the step's operations, written down once, as one Numba loop over many steps",
+    "eager": "the step's operations, written down once, as CUDA kernels launched one by one",
+    "graph": "the same kernels, recorded once as a CUDA graph of many steps",
+    "persistent": "the step's operations, written down once, as one CUDA kernel over many steps",
 }
 INPUT = ast.parse("a = x @ W.T + b").body
 GIVEN = ast.parse("a = x @ W.T").body
@@ -147,13 +150,13 @@ def _shown(shape: Any) -> str:
 
 def _recurrent(layer: Any) -> list[str]:
     """Gates, biases, layers and directions, the way a call takes, and what the lines call."""
-    way, why = path(layer.backend, layer.dtype)
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
+    way, why = path(layer.backend, H, layer.dtype)
     step = equations.variant(layer.reset_after).step
     notes = [
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
         _biases(layer.bias, layer.reset_after),
-        f"A call runs {way}: {PATHS.get(way, way)}." + (f" Not faster: {why}." if why else ""),
+        f"A call runs {way}: {PATHS[way]}. Why not faster: {why}.",
         *(f"{name}(v): {text}" for name, text in called(step).items()),
     ]
     if L > 1:

@@ -90,23 +90,3 @@ def environment(backend: Any) -> dict[str, str]:
         "backend": f"{backend.name} on {backend.device}",
         "runner": type(runner(backend)).__name__,
     }
-
-
-def path(backend: Any, dtype: str) -> tuple[str, str]:
-    """Which way a call in this dtype runs: "plain", "traced" or "compiled"; and why not a faster.
-
-    The reason is "" where there is no faster one.
-    """
-    if not backend.host:
-        return "plain", f"{backend.name} gets the equations as they stand, one call a step"
-    if dtype == "complex128":
-        return "plain", "complex numbers are there to prove the gradients, not for speed"
-    way = type(runner(backend)).__name__.lower()
-    if way == "numba":
-        return "compiled", ""
-    reasons = {
-        "plain": "GRU_ANY_PLAIN is set",
-        "traced": "GRU_ANY_NO_NUMBA is set",
-        "compiled": 'Numba is not installed: pip install "gru-any[fast]"',
-    }
-    return {"numpy": "traced"}.get(way, way), reasons[chosen]
