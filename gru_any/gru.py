@@ -38,6 +38,9 @@ class GRU(Layer):
         left is divided by 1 - dropout. Needs num_layers > 1.
     bidirectional : bool
         A second GRU reads from each sequence's end; y holds both, side by side.
+    reverse : bool
+        The one that reads from the end alone; its parameters end in `_reverse`. y_t still belongs
+        to x_t. Not together with bidirectional.
     reset_after : bool
         Reset gate after the matrix product (PyTorch, cuDNN, Keras' default) or before it
         (Cho et al. 2014, ONNX's default; the default here).
@@ -85,6 +88,7 @@ class GRU(Layer):
         dtype: str = "float32",
         seed: int | None = None,
         recompute: str | int | None = None,
+        reverse: bool = False,
     ) -> None:
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         _check_dropout(dropout, num_layers)
@@ -92,7 +96,9 @@ class GRU(Layer):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
         self.reset_after, self.recompute = reset_after, recompute
-        self.suffixes = ["", "_reverse"] if bidirectional else [""]
+        if reverse and bidirectional:
+            raise ValueError("reverse and bidirectional are both True; bidirectional reads both ways")
+        self.suffixes = ["_reverse"] if reverse else ["", "_reverse"] if bidirectional else [""]
         self._create(
             {
                 "input_size": input_size,
@@ -104,6 +110,7 @@ class GRU(Layer):
                 "bidirectional": bidirectional,
                 "reset_after": reset_after,
                 "recompute": recompute,
+                **({"reverse": True} if reverse else {}),
             },
             backend,
             device,
@@ -181,8 +188,9 @@ class GRU(Layer):
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
         new state; the one given is not written.
         """
-        if len(self.suffixes) == 2:
-            raise ValueError("a bidirectional GRU cannot run step by step: it reads from the end")
+        if "_reverse" in self.suffixes:
+            way = "bidirectional" if len(self.suffixes) == 2 else "reverse"
+            raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
         self.backend.check("x_t", x_t, self.dtype)
         rows, H = x_t.shape[:-1], self.hidden_size
         if len(rows) > 1 or x_t.shape[-1:] != (self.input_size,):

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
+__all__ = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*"))
 
 
 def __getattr__(name: str) -> Any:

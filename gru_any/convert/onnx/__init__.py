@@ -1,0 +1,88 @@
+"""Models in ONNX files: GRUs, and chains of Embedding, GRU and Linear.
+
+ONNX' operator GRU has the gates in the order z, r, h, both biases side by side, and the reset gate
+before the matrix product unless `linear_before_reset` is 1. Its definition:
+https://onnx.ai/onnx/operators/onnx__GRU.html. The package onnx comes with
+`pip install "gru-any[onnx]"`.
+"""
+
+from typing import Any
+
+__all__ = ["load", "save"]
+
+
+def load(path: Any, backend: Any = None, device: Any = None) -> Any:
+    """Read the GRU or the chain of layers that an ONNX file describes.
+
+    The graph is walked node by node, and each value is followed by what its axes mean, so that it
+    does not matter how an exporter turns, cuts and joins arrays on the way. What cannot be a layer
+    of this library is refused; nothing is skipped.
+
+    Parameters
+    ----------
+    path : str or path
+        Weights may stand in a second file beside it, as PyTorch's exporter writes them.
+    backend, device
+        As in `GRU`.
+
+    Returns
+    -------
+    GRU or Chain
+        A GRU where the graph holds nothing else. `batch_first` is set where the graph's input is
+        (B, T, .). Adjacent GRU nodes of the same kind are the layers of one GRU, unless the graph
+        has inputs or outputs for the state of each. Outputs have this library's layout whatever
+        the graph does to them last.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged or unsafe, or holds what has no counterpart here; the text names the
+        node.
+    ImportError
+        The package onnx is missing.
+    OSError
+        The file cannot be read.
+
+    Warns
+    -----
+    UserWarning
+        Two biases were added to one: the operator has two where the reset gate comes before the
+        product and this library has one. The sum is rounded once.
+    """
+    from .read import read
+
+    return read(path, backend, device)
+
+
+def save(path: Any, model: Any) -> None:
+    """Write a GRU or a Chain to an ONNX file that any runtime can run, for any T and B.
+
+    Inputs are `x`, `lengths` (B,) int32, and the first state; outputs `y` and the last state. They
+    are `h0` and `h_n` (L*D, B, H) of a GRU, and `h0_0`, `h_n_0`, `h0_1`... of the GRUs of a Chain,
+    in order. What comes out as a state goes in as the next call's, so a stream can be continued.
+    Dropout is left out.
+
+    Before the file is written, the model is run: read back by `load` it must give the same numbers,
+    and on onnxruntime, where that is installed and the dtype is float32, numbers close to them.
+
+    Parameters
+    ----------
+    path : str or path
+        An existing file is replaced at once or not at all.
+    model : GRU or Chain
+        float32, float64 or float16, on any backend.
+
+    Raises
+    ------
+    TypeError
+        The model is something else, or bfloat16.
+    ValueError
+        A chain without a GRU, or with GRUs of which only some are `batch_first`; or more than 2 GB.
+    RuntimeError
+        The numbers do not agree; nothing is written.
+    ImportError
+        The package onnx is missing.
+    """
+    from .write import write
+
+    write(path, model)

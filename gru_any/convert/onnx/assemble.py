@@ -1,0 +1,100 @@
+"""From the layers that were found to a model: the outputs, and which nodes are one GRU."""
+
+import warnings
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from ...backend import select
+from ...chain import Chain
+from ...gru import GRU
+from ...layers import Embedding, Linear
+from .axes import Array, size
+from .layers import Layer
+
+
+def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
+    """Make the model that the layers of a walk describe."""
+    for name in outputs:
+        _check_output(walk, name, walk.values[name])
+    grus = [layer for layer in walk.layers if layer.kind == "GRU"]
+    if not grus:
+        raise ValueError("the graph holds no GRU")
+    if len(walk.lengths) > 1:
+        raise ValueError(f"the GRUs take lengths from {walk.lengths}, expected the same for all")
+    _check_first_states(grus)
+    used = {walk.entry, *walk.lengths, *(g.first[0] for g in grus if g.first)}
+    if set(walk.types) - used:
+        raise ValueError(f"the inputs {sorted(set(walk.types) - used)} are used by no layer")
+    home = {"backend": select(backend, device), "dtype": walk.dtype}
+    layers = [_make(list(group), home) for _, group in groupby(walk.layers, _Kind())]
+    if walk.summed:
+        warnings.warn(
+            "the two biases of ONNX' GRU were added to the one of reset_after=False, and rounded",
+            stacklevel=4,
+        )
+    return layers[0] if len(layers) == 1 else Chain(*layers)
+
+
+def _check_output(walk: Any, name: str, v: Any) -> None:
+    """An output must be what the last layer puts out, or states in their order."""
+    if isinstance(v, Array) and v.kind == "layer" and v.key == walk.stage:
+        return
+    if not isinstance(v, Array) or v.kind != "state" or list(v.key) != sorted(set(v.key)):
+        raise ValueError(
+            f"the output {name!r} is neither what the last layer puts out nor the states of GRUs "
+            "in their order"
+        )
+    for k in v.key:
+        walk.layers[k].last = name
+
+
+def _check_first_states(grus: list[Layer]) -> None:
+    """The GRUs that share an input as first state take its rows in order, none twice."""
+    for name in {g.first[0] for g in grus if g.first}:
+        parts = [g.first for g in grus if g.first and g.first[0] == name]
+        ends = [0, *(stop for _, (_, stop), _ in parts)]
+        total = parts[0][2]
+        if [start for _, (start, _), _ in parts] != ends[:-1] or total not in (ends[-1], _any(total)):
+            raise ValueError(
+                f"the GRUs start from rows {[rows for _, rows, _ in parts]} of {name!r}, expected "
+                f"all {total} in order"
+            )
+
+
+def _any(total: Any) -> Any:
+    return None if isinstance(total, int) else total
+
+
+class _Kind:
+    """Number the layers so that those get one number that are one GRU."""
+
+    def __init__(self) -> None:
+        self.number, self.before = 0, None
+
+    def __call__(self, layer: Layer) -> int:
+        mark = None
+        if layer.kind == "GRU":
+            settings = {k: v for k, v in layer.settings.items() if k != "input_size"}
+            mark = (settings, layer.first and layer.first[0], layer.last)
+        if mark is None or mark != self.before:
+            self.number += 1
+        self.before = mark
+        return self.number
+
+
+def _make(group: list[Layer], home: dict[str, Any]) -> Any:
+    """One layer of ours from one node, or one GRU from several."""
+    kinds: dict[str, Any] = {"GRU": GRU, "Embedding": Embedding, "Linear": Linear}
+    settings, params = dict(group[0].settings), group[0].params
+    if group[0].kind == "GRU":
+        settings["num_layers"] = len(group)
+        params = {
+            name.replace("_l0", f"_l{i}"): v
+            for i, layer in enumerate(group)
+            for name, v in layer.params.items()
+        }
+    layer = kinds[group[0].kind](**settings, **home)
+    layer.load_params(params)
+    return layer

@@ -1,0 +1,111 @@
+"""What the axes of an array mean, however a graph turns, cuts and joins them.
+
+An axis is a tuple of atoms, slowest first: `(D, H)` is the axis of features of a bidirectional GRU,
+`()` an axis of length 1 that means nothing. A reshape regroups atoms and never reorders them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+ROWS = "rows"  # the name of the axis of layers and directions of a state
+
+
+class Atom(NamedTuple):
+    """One axis as it came into being; its size is a number, or a name where any size is right."""
+
+    name: str
+    size: int | str
+
+
+Axis = tuple[Atom, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A product of a number and of sizes that are not known, as shapes in a graph have them."""
+
+    factor: int
+    names: tuple[str, ...]
+
+    def __mul__(self, other: Any) -> "Size":
+        if isinstance(other, Size):
+            return Size(self.factor * other.factor, tuple(sorted(self.names + other.names)))
+        return Size(self.factor * int(other), self.names)
+
+    __rmul__ = __mul__
+
+
+def size(axis: Axis) -> Any:
+    """How long an axis is: an int, or a Size."""
+    factor = math.prod(atom.size for atom in axis if isinstance(atom.size, int))
+    names = tuple(sorted(atom.size for atom in axis if isinstance(atom.size, str)))
+    return Size(factor, names) if names else factor
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array that is known only when the model runs.
+
+    kind : "input" of the graph, output of a "layer", or "state" of GRUs
+    key : the name and the rows of the input; the number of the layer; the numbers of the GRUs
+    """
+
+    kind: str
+    key: Any
+    axes: tuple[Axis, ...]
+
+    def arranged(self, axes: Sequence[Axis]) -> "Array":
+        """The same numbers with other axes."""
+        return Array(self.kind, self.key, tuple(axes))
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zeros, of a shape that depends on the batch."""
+
+
+class Unmatched(Exception):
+    """A reshape that cuts through an axis, or whose sizes do not fit."""
+
+
+def regroup(axes: Sequence[Axis], shape: Sequence[Any], known: dict[str, int]) -> tuple[Axis, ...]:
+    """The axes after a reshape to `shape`, of ints, Sizes, and at most one -1.
+
+    Exporters write a number where they took an axis to be of that length always. Then the name of
+    its size stands for this number from now on: it is put into `known`.
+    """
+    atoms = [atom for axis in axes for atom in axis]
+    if -1 not in shape:
+        axes = _take(atoms, shape, known)
+        if any(atom.size != 1 for atom in atoms):
+            raise Unmatched
+        return tuple(axes)
+    i = list(shape).index(-1)
+    head = _take(atoms, shape[:i], known)
+    atoms.reverse()
+    tail = [axis[::-1] for axis in _take(atoms, shape[:i:-1], known)]
+    return (*head, tuple(atoms[::-1]), *tail[::-1])
+
+
+def _take(atoms: list[Atom], shape: Sequence[Any], known: dict[str, int]) -> list[Axis]:
+    """Take atoms from the front of the list for each size in turn."""
+    return [_take_one(atoms, wanted, known) for wanted in shape]
+
+
+def _take_one(atoms: list[Atom], wanted: Any, known: dict[str, int]) -> Axis:
+    axis: list[Atom] = []
+    if wanted == 1:
+        return (atoms.pop(0),) if atoms and atoms[0].size == 1 else ()
+    while not axis or size(tuple(axis)) != wanted:
+        if not atoms:
+            raise Unmatched
+        atom = atoms.pop(0)
+        axis.append(atom)
+        if isinstance(atom.size, str) and isinstance(wanted, int):
+            if len(axis) > 1 or known.setdefault(atom.size, wanted) != wanted:
+                raise Unmatched
+            break
+    return tuple(axis)

@@ -1,0 +1,199 @@
+"""A file becomes a graph only if it is whole, bounded by its own size, and of plain operators."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+OPSETS = range(7, 29)  # the operator GRU means the same in all of them
+LARGEST = 2**31 - 1  # bytes; more does not fit into one protobuf message
+KINDS = ("float16", "float32", "float64", "int32", "int64", "bool")
+
+
+def library() -> Any:
+    """The package onnx."""
+    try:
+        import onnx
+    except ImportError as e:
+        raise ImportError(f'{e}; install it with pip install "gru-any[onnx]"') from e
+    return onnx
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation of a graph."""
+
+    words: str  # what it is called in messages
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]  # tensors as arrays
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise the error that names this node."""
+        raise ValueError(f"{self.words} {why}")
+
+
+def parse(path: Any) -> Any:
+    """Read an onnx.ModelProto whose claims about itself are true.
+
+    Raises
+    ------
+    ValueError
+        It is damaged, or has functions, operators of other domains or a version not known here.
+    """
+    onnx, path = library(), Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} is larger than the 2 GB that an ONNX file can have")
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except Exception as e:  # protobuf's error, whose class depends on how protobuf was built
+        raise ValueError(f"{path} is damaged or no ONNX file: {e}") from e
+    if not model.graph.node:
+        raise ValueError(f"{path} is damaged or no ONNX file: it has no nodes")
+    _refuse_extensions(model)
+    for tensor in model.graph.initializer:
+        _check_size(tensor, path.parent)
+    _check_form(onnx, model, path)
+    return model
+
+
+def _refuse_extensions(model: Any) -> None:
+    graph = model.graph
+    for part, name in (
+        (model.functions, "functions"),
+        (model.training_info, "training information"),
+        (graph.sparse_initializer, "sparse weights"),
+    ):
+        if part:
+            raise ValueError(f"the model has {name}, which this reader does not know")
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise ValueError(f"{_words(node)} belongs to {node.domain!r}, expected ONNX' operators")
+    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    if len(versions) != 1 or versions[0] not in OPSETS:
+        known = f"{OPSETS[0]} to {OPSETS[-1]}"
+        raise ValueError(f"the model has opset {versions}, this reader knows {known}")
+
+
+def _check_form(onnx: Any, model: Any, path: Path) -> None:
+    """Ask the package onnx whether operators and graph follow the standard."""
+    made = {""} | {v.name for v in (*model.graph.input, *model.graph.initializer)}
+    for node in model.graph.node:
+        for name in node.input:
+            if name not in made:
+                raise ValueError(
+                    f"{_words(node)} reads {name!r}, which nothing before it makes: the graph has "
+                    "a cycle, or its nodes are not in order"
+                )
+        made |= set(node.output)
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as e:
+        raise ValueError(f"{path} does not follow the standard: {e}") from e
+
+
+def nodes(graph: Any, folder: Path) -> Iterator[Node]:
+    """The operations of a graph, in order."""
+    for node in graph.node:
+        attributes = {a.name: _attribute(node, a, folder) for a in node.attribute}
+        yield Node(_words(node), node.op_type, (*node.input,), (*node.output,), attributes)
+
+
+def _words(node: Any) -> str:
+    return f"node {node.name or '/'.join(node.output)!r} ({node.op_type})"
+
+
+def _attribute(node: Any, attribute: Any, folder: Path) -> Any:
+    onnx = library()
+    if attribute.type == onnx.AttributeProto.TENSOR:
+        return array(attribute.t, folder)
+    kinds = ("FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS")
+    if attribute.ref_attr_name or attribute.type not in [getattr(onnx.AttributeProto, k) for k in kinds]:
+        raise ValueError(
+            f"{_words(node)} has the attribute {attribute.name!r}, a graph or of a kind that this "
+            "reader does not know"
+        )
+    value = onnx.helper.get_attribute_value(attribute)
+    if isinstance(value, list):
+        return [v.decode() if isinstance(v, bytes) else v for v in value]
+    return value.decode() if isinstance(value, bytes) else value
+
+
+# tensors -----------------------------------------------------------------------------------------
+
+
+def array(tensor: Any, folder: Path) -> np.ndarray:
+    """The array that a TensorProto holds, its size checked first."""
+    source = _check_size(tensor, folder)
+    if source is None:
+        return library().numpy_helper.to_array(tensor)
+    file, offset, size = source
+    with open(file, "rb") as data:
+        data.seek(offset)
+        content = data.read(size)
+    return np.frombuffer(content, _dtype(tensor).newbyteorder("<")).reshape(tuple(tensor.dims))
+
+
+def dtype_name(kind: int) -> str:
+    """NumPy's name for a number of TensorProto.DataType."""
+    try:
+        return str(np.dtype(library().helper.tensor_dtype_to_np_dtype(kind)).name)
+    except KeyError:
+        return f"of the unknown kind {kind}"
+
+
+def _dtype(tensor: Any) -> np.dtype:
+    name = dtype_name(tensor.data_type)
+    if name not in KINDS:
+        raise ValueError(f"the array {tensor.name!r} is {name}, expected one of {', '.join(KINDS)}")
+    return np.dtype(name)
+
+
+def _check_size(tensor: Any, folder: Path) -> tuple[Path, int, int] | None:
+    """Raise where a tensor has another size than it says; -> file, offset, bytes if not inside."""
+    onnx, dims, dtype = library(), tuple(tensor.dims), _dtype(tensor)
+    count = math.prod(dims)
+    if any(d < 0 for d in dims) or tensor.HasField("segment"):
+        raise ValueError(f"the array {tensor.name!r} has the shape {dims}")
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return _external(tensor, folder, count * dtype.itemsize)
+    if tensor.HasField("raw_data"):
+        promised, found = count * dtype.itemsize, len(tensor.raw_data)
+    else:
+        field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+        promised, found = count, len(getattr(tensor, field))
+    if promised != found:
+        raise ValueError(
+            f"the array {tensor.name!r} of shape {dims} is damaged: it holds {found}, not {promised}"
+        )
+    return None
+
+
+def _external(tensor: Any, folder: Path, size: int) -> tuple[Path, int, int]:
+    """Where a tensor lies in a file beside the model, and nowhere else."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    name = where.get("location", "")
+    file = folder / name
+    if not name or name in (".", "..") or set(name) & set('/\\:\0') or file.is_symlink():
+        raise ValueError(
+            f"the array {tensor.name!r} is said to lie in {name!r}, expected the name of a file "
+            "beside the model"
+        )
+    try:
+        offset, length = int(where.get("offset", 0)), int(where.get("length", size))
+    except ValueError as e:
+        raise ValueError(f"the array {tensor.name!r} lies nowhere: {e}") from e
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}, which holds the array {tensor.name!r}")
+    if length != size or offset < 0 or offset + size > file.stat().st_size:
+        raise ValueError(
+            f"the array {tensor.name!r} needs {size} bytes; {name} promises {length} from {offset} "
+            f"on and has {file.stat().st_size}"
+        )
+    return file, offset, size

@@ -1,0 +1,152 @@
+"""From the nodes of an ONNX graph to layers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .assemble import Layer, assemble
+from .axes import Array, Atom, Axis
+from .check import Node, array, dtype_name, nodes, parse
+from .layers import LAYERS
+from .moves import MOVES
+
+MEGABYTE = 2**20
+
+
+def read(path: Any, backend: Any = None, device: Any = None) -> Any:
+    """See `gru_any.convert.onnx.load`."""
+    model, folder = parse(path), Path(path).parent
+    walk = Walk(model.graph, folder)
+    for node in nodes(model.graph, folder):
+        walk.visit(node)
+    return assemble(walk, [o.name for o in model.graph.output], backend, device)
+
+
+class Walk:
+    """What is known on the way through a graph: a value for each name, and the layers so far.
+
+    Attributes
+    ----------
+    values : dict
+        name -> constant, shape, `Array`, `Zeros`, or None for an argument left out.
+    layers : list of Layer
+    entry, lead : the name of the input that the layers read, and its axes without the features
+    features : the axis of what the last layer put out
+    stage : counts the arrays that went from layer to layer
+    summed : whether two biases were added to one
+    time : the axis of time, once a GRU said which it is
+    lengths : the names of the inputs that GRUs take as lengths
+    """
+
+    def __init__(self, graph: Any, folder: Path) -> None:
+        self.values: dict[str, Any] = {"": None}
+        self.types: dict[str, str] = {}
+        self.known: dict[str, int] = {}
+        self.layers: list[Layer] = []
+        self.entry = self.dtype = ""
+        self.lead: tuple[Axis, ...] = ()
+        self.features: Axis = ()
+        self.stage, self.summed = 0, False
+        self.time: Axis | None = None
+        self.lengths: set[str | None] = set()
+        for tensor in graph.initializer:
+            self.values[tensor.name] = array(tensor, folder)
+        for value in graph.input:
+            if value.name not in self.values:
+                self.values[value.name], self.types[value.name] = _input(value)
+        whole = sum(v.nbytes for v in self.values.values() if isinstance(v, np.ndarray))
+        self.budget = 16 * whole + MEGABYTE
+
+    def visit(self, node: Node) -> None:
+        """Find the values that a node puts out."""
+        arguments = [self.values[name] for name in node.inputs]
+        results = self._apply(node, arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        if any(node.outputs[len(results) :]):
+            node.refuse(f"has the outputs {node.outputs}, of which only {len(results)} are known")
+        for name, value in zip(node.outputs, results, strict=False):
+            if name and name in self.values:
+                node.refuse(f"makes {name!r} a second time")
+            if name:
+                self.values[name] = value
+
+    def _apply(self, node: Node, arguments: list[Any]) -> Any:
+        if node.op in LAYERS and any(isinstance(v, Array) for v in arguments):
+            found = LAYERS[node.op](self, node, *arguments)
+            if found is not None:
+                return found
+        if node.op not in MOVES:
+            node.refuse("is no part of an Embedding, a GRU or a Linear layer" + ADVICE.get(node.op, ""))
+        self._spend(node, arguments)
+        try:
+            return MOVES[node.op](node, self.known, *arguments)
+        except (IndexError, KeyError, TypeError, AttributeError) as e:
+            return node.refuse(f"has arguments that do not fit: {e}")
+
+    def _spend(self, node: Node, arguments: list[Any]) -> None:
+        """Refuse constants that grow without end."""
+        self.budget -= sum(v.nbytes for v in arguments if isinstance(v, np.ndarray))
+        if self.budget < 0:
+            node.refuse("makes a larger constant than the file holds")
+
+    # the sequence that goes from layer to layer --------------------------------------------------
+
+    def sequence(self, node: Node, v: Any) -> Array:
+        """Refuse what is not the output of the last layer, or the input of the first."""
+        if not isinstance(v, Array) or v.kind == "state" or (v.kind == "input" and v.key[1]):
+            node.refuse("reads something else than the outputs of the layer before")
+        if v.kind == "input" and not self.entry:
+            self._enter(node, v)
+        if v.key != (self.stage or (self.entry, None)):
+            node.refuse("reads another array than the layer before put out: the graph branches")
+        return v
+
+    def _enter(self, node: Node, v: Array) -> None:
+        axes = self.values[v.key[0]].axes
+        self.entry, self.lead = v.key[0], axes
+        if self.types[self.entry].startswith("float"):
+            self.dtype, self.lead, self.features = self.types[self.entry], axes[:-1], axes[-1]
+        if not 1 <= len(self.lead) <= 2:
+            node.refuse(f"reads {self.entry!r} of {len(axes)} axes, expected (T, B, .) or (T, .)")
+
+    def put_out(self, node: Node, layer: Layer, features: Axis) -> int:
+        """Add a layer; -> the key of its output."""
+        for weight in layer.params.values():
+            if weight.dtype.name != (self.dtype or weight.dtype.name):
+                node.refuse(f"has weights of {weight.dtype}, what it reads is {self.dtype}")
+            self.dtype = weight.dtype.name
+        self.layers.append(layer)
+        self.features = features
+        self.stage += 1
+        return self.stage
+
+    def check_weight(self, node: Node, name: str, v: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Refuse what is not a constant of this shape; a size of -1 may be any."""
+        if not isinstance(v, np.ndarray) or v.dtype.kind != "f":
+            node.refuse(f"computes its {name} when the model is run, expected a constant")
+        if v.ndim != len(shape) or any(s not in (-1, n) for s, n in zip(shape, v.shape, strict=True)):
+            node.refuse(f"has {name} of shape {v.shape}, expected {shape}")
+        return v
+
+
+def _input(value: Any) -> tuple[Array, str]:
+    """What is known of an input of the graph, and its dtype."""
+    kind, name = value.type.tensor_type, value.name
+    if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
+        raise ValueError(f"the input {name!r} does not say how many axes it has")
+    axes = []
+    for i, dim in enumerate(kind.shape.dim):
+        axes.append((Atom(f"{name}[{i}]", _size(dim) or f"{name}[{i}]"),))
+    return Array("input", (name, None), tuple(axes)), dtype_name(kind.elem_type)
+
+
+def _size(dim: Any) -> int | str:
+    return int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param)
+
+
+ADVICE = {
+    "Loop": "; this exporter writes a GRU's steps as a loop and not as the operator GRU",
+    "Scan": "; this exporter writes a GRU's steps as a loop and not as the operator GRU",
+    "Sigmoid": "; this exporter writes a GRU's steps one by one and not as the operator GRU",
+}

@@ -1,0 +1,182 @@
+"""From layers to an ONNX graph."""
+
+from typing import Any
+
+import numpy as np
+
+from ... import __version__
+from ...backend import to_numpy
+from ...chain import Chain
+from ...checkpoint import write_atomically
+from ...gru import GRU
+from ...layers import Dropout, Embedding, Linear
+from .check import LARGEST, library
+from .layers import DIRECTIONS, swap_gates
+from .prove import prove
+
+OPSET, IR = 14, 7
+DTYPES = ("float16", "float32", "float64")
+
+
+def write(path: Any, model: Any) -> None:
+    """See `gru_any.convert.onnx.save`."""
+    content = build(model)
+    prove(content, model)
+    write_atomically(path, content)
+
+
+def build(model: Any) -> bytes:
+    """The bytes of the file."""
+    layers = _layers(model)
+    onnx, graph = library(), Graph(model.dtype, layers)
+    name = "x"
+    for i, layer in enumerate(layers):
+        prefix, mark = (f"{i}.", f"_{graph.count}") if isinstance(model, Chain) else ("", "")
+        if isinstance(layer, GRU):
+            name = graph.gru(layer, name, prefix, mark)
+        elif isinstance(layer, Embedding):
+            table = graph.weight(f"{prefix}weight", layer.params["weight"])
+            name = graph.node("Gather", [table, name], axis=0)
+        elif isinstance(layer, Linear):
+            name = graph.linear(layer, name, prefix)
+    graph.node("Identity", [name], "y")
+    graph.outputs.insert(0, graph.declare("y", graph.dtype, [*graph.lead, _width(layers)]))
+    made = onnx.helper.make_graph(
+        graph.nodes, "gru_any", graph.inputs, graph.outputs, list(graph.weights.values())
+    )
+    proto = onnx.helper.make_model(
+        made,
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=IR,
+        producer_name="gru_any",
+        producer_version=__version__,
+    )
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _layers(model: Any) -> list[Any]:
+    """The layers to be written; refuse what cannot be."""
+    layers = model.layers if isinstance(model, Chain) else (model,)
+    for layer in layers:
+        if type(layer) not in (GRU, Embedding, Linear, Dropout):
+            raise TypeError(
+                f"cannot write {type(layer).__name__}, only GRU, or a Chain of Embedding, GRU, "
+                "Linear and Dropout"
+            )
+    if model.dtype not in DTYPES:
+        raise TypeError(f"cannot write {model.dtype}, only {', '.join(DTYPES)}: model.to(dtype=...)")
+    grus = [layer for layer in layers if isinstance(layer, GRU)]
+    if not grus:
+        raise ValueError("the model has no GRU; there is nothing to write")
+    if len({g.batch_first for g in grus}) > 1:
+        raise ValueError("some GRUs are batch_first and some are not, expected the same for all")
+    if sum(to_numpy(p).nbytes for p in model.params.values()) > LARGEST - 2**20:
+        raise ValueError("the model has more than 2 GB, which do not fit into one ONNX file")
+    return [layer for layer in layers if not isinstance(layer, Dropout)]
+
+
+def _width(layers: list[Any]) -> int:
+    """How many numbers the last layer puts out."""
+    last = layers[-1]
+    if isinstance(last, GRU):
+        return int(last.hidden_size * len(last.suffixes))
+    return int(last.out_features if isinstance(last, Linear) else last.size)
+
+
+class Graph:
+    """A graph in the making."""
+
+    def __init__(self, dtype: str, layers: list[Any]) -> None:
+        self.helper, self.dtype = library().helper, dtype
+        self.nodes: list[Any] = []
+        self.weights: dict[str, Any] = {}
+        self.outputs: list[Any] = []
+        self.count = 0  # of the GRUs so far
+        self.batch_first = next(g.batch_first for g in layers if isinstance(g, GRU))
+        self.lead = ["B", "T"] if self.batch_first else ["T", "B"]
+        head = layers[0]
+        if isinstance(head, Embedding):
+            x = self.declare("x", "int64", self.lead)
+        else:
+            width = head.input_size if isinstance(head, GRU) else head.in_features
+            x = self.declare("x", dtype, [*self.lead, width])
+        self.inputs = [x, self.declare("lengths", "int32", ["B"])]
+        # a row of length 0 keeps its state, of which the operator says nothing
+        none = self.weight("none", np.zeros(1, np.int32))
+        self.empty = self.node("Unsqueeze", [self.node("Equal", ["lengths", none]), self.numbers(1)])
+
+    def declare(self, name: str, dtype: str, shape: list[Any]) -> Any:
+        """An input or output."""
+        kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return self.helper.make_tensor_value_info(name, kind, shape)
+
+    def node(self, op: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
+        """Add an operation; -> the name of its (first) output."""
+        outputs = output.split() or [f"{op}_{len(self.nodes)}"]
+        self.nodes.append(
+            self.helper.make_node(op, inputs, outputs, f"{op}_{len(self.nodes)}", **attributes)
+        )
+        return outputs[0]
+
+    def weight(self, name: str, v: Any) -> str:
+        """Add an array; -> its name."""
+        array = np.ascontiguousarray(to_numpy(v))
+        self.weights[name] = library().numpy_helper.from_array(array, name)
+        return name
+
+    def numbers(self, *values: int) -> str:
+        """Add integers for a shape or an axis; -> their name."""
+        return self.weight("numbers" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def linear(self, layer: Linear, x: str, prefix: str) -> str:
+        """Add a Linear layer; -> its output."""
+        weight = self.weight(f"{prefix}weight", to_numpy(layer.params["weight"]).T)
+        y = self.node("MatMul", [x, weight])
+        if not layer.bias:
+            return y
+        return self.node("Add", [y, self.weight(f"{prefix}bias", layer.params["bias"])])
+
+    def gru(self, gru: GRU, x: str, prefix: str, mark: str) -> str:
+        """Add a GRU of any number of layers, its first and its last state; -> its output."""
+        D, L, H = len(gru.suffixes), gru.num_layers, gru.hidden_size
+        h0, h_n = f"h0{mark}", f"h_n{mark}"
+        self.inputs.append(self.declare(h0, self.dtype, [L * D, "B", H]))
+        self.outputs.append(self.declare(h_n, self.dtype, [L * D, "B", H]))
+        self.count += 1
+        y, states = self.node("Transpose", [x], perm=[1, 0, 2]) if self.batch_first else x, []
+        for i in range(L):
+            ends = [self.numbers(i * D), self.numbers(i * D + D), self.numbers(0)]
+            h = self.node("Slice", [h0, *ends]) if L > 1 else h0
+            last = f"{h_n}.{i}"
+            y = self.layer(gru, i, [y, h], last, prefix)
+            states.append(last)
+        last = self.node("Concat", states, axis=0) if L > 1 else states[0]
+        self.node("Where", [self.empty, h0, last], h_n)
+        return self.node("Transpose", [y], perm=[1, 0, 2]) if self.batch_first else y
+
+    def layer(self, gru: GRU, i: int, inputs: list[str], last: str, prefix: str) -> str:
+        """Add one layer of a GRU; -> its output (T, B, D*H)."""
+
+        def stacked(*names: str) -> np.ndarray:
+            arrays = [[to_numpy(gru.params[f"{n}_l{i}{s}"]) for n in names] for s in gru.suffixes]
+            return np.stack([np.concatenate([swap_gates(v) for v in both]) for both in arrays])
+
+        W = self.weight(f"{prefix}W_l{i}", stacked("weight_ih"))
+        R = self.weight(f"{prefix}R_l{i}", stacked("weight_hh"))
+        B = ""
+        if gru.bias:
+            both = stacked("bias_ih", "bias_hh") if gru.reset_after else stacked("bias_ih")
+            both = both if gru.reset_after else np.concatenate((both, np.zeros_like(both)), axis=1)
+            B = self.weight(f"{prefix}B_l{i}", both)
+        y = self.node(
+            "GRU",
+            [inputs[0], W, R, B, "lengths", inputs[1]],
+            f"{prefix}Y_l{i} {last}",
+            hidden_size=gru.hidden_size,
+            direction=next(k for k, v in DIRECTIONS.items() if v == gru.suffixes),
+            linear_before_reset=int(gru.reset_after),
+        )
+        if len(gru.suffixes) == 1:
+            return self.node("Squeeze", [y, self.numbers(1)])
+        y = self.node("Transpose", [y], perm=[0, 2, 1, 3])
+        return self.node("Reshape", [y, self.numbers(0, 0, 2 * gru.hidden_size)])
