@@ -97,7 +97,7 @@ class GRU(Layer):
         self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
         self.reset_after, self.recompute = reset_after, recompute
         if reverse and bidirectional:
-            raise ValueError("reverse and bidirectional are both True; bidirectional reads both ways")
+            raise ValueError("reverse and bidirectional are both True, expected one of them")
         self.suffixes = ["_reverse"] if reverse else ["", "_reverse"] if bidirectional else [""]
         self._create(
             {

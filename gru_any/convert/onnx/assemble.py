@@ -4,14 +4,11 @@ import warnings
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
 from ...backend import select
 from ...chain import Chain
 from ...gru import GRU
 from ...layers import Embedding, Linear
-from .axes import Array, size
-from .layers import Layer
+from .axes import Array, Layer, fits
 
 
 def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
@@ -55,26 +52,23 @@ def _check_first_states(grus: list[Layer]) -> None:
     for name in {g.first[0] for g in grus if g.first}:
         parts = [g.first for g in grus if g.first and g.first[0] == name]
         ends = [0, *(stop for _, (_, stop), _ in parts)]
-        total = parts[0][2]
-        if [start for _, (start, _), _ in parts] != ends[:-1] or total not in (ends[-1], _any(total)):
+        axis = parts[0][2]
+        if [start for _, (start, _), _ in parts] != ends[:-1] or not fits(axis, ends[-1]):
             raise ValueError(
                 f"the GRUs start from rows {[rows for _, rows, _ in parts]} of {name!r}, expected "
-                f"all {total} in order"
+                f"all of {axis} in order"
             )
-
-
-def _any(total: Any) -> Any:
-    return None if isinstance(total, int) else total
 
 
 class _Kind:
     """Number the layers so that those get one number that are one GRU."""
 
     def __init__(self) -> None:
-        self.number, self.before = 0, None
+        self.number = 0
+        self.before: Any = None
 
     def __call__(self, layer: Layer) -> int:
-        mark = None
+        mark: Any = None
         if layer.kind == "GRU":
             settings = {k: v for k, v in layer.settings.items() if k != "input_size"}
             mark = (settings, layer.first and layer.first[0], layer.last)

@@ -1,4 +1,4 @@
-"""What the axes of an array mean, however a graph turns, cuts and joins them.
+"""What goes through a graph: arrays, of which it is known what each axis means.
 
 An axis is a tuple of atoms, slowest first: `(D, H)` is the axis of features of a bidirectional GRU,
 `()` an axis of length 1 that means nothing. A reshape regroups atoms and never reorders them.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 
 ROWS = "rows"  # the name of the axis of layers and directions of a state
 
@@ -45,6 +46,11 @@ def size(axis: Axis) -> Any:
     return Size(factor, names) if names else factor
 
 
+def fits(axis: Axis, wanted: Any) -> bool:
+    """Whether an axis has this length, or one that is not known."""
+    return size(axis) == wanted or not isinstance(size(axis), int)
+
+
 @dataclass(frozen=True)
 class Array:
     """An array that is known only when the model runs.
@@ -62,12 +68,23 @@ class Array:
         return Array(self.kind, self.key, tuple(axes))
 
 
+@dataclass
+class Layer:
+    """A layer that was found: its kind, settings and parameters, without numbers of layers."""
+
+    kind: str
+    settings: dict[str, Any]
+    params: dict[str, np.ndarray]
+    first: tuple[str, tuple[int, int], Axis] | None = None  # input, rows, and axis of rows of h0
+    last: str | None = None  # output of the graph that holds its h_n
+
+
 @dataclass(frozen=True)
 class Zeros:
     """Zeros, of a shape that depends on the batch."""
 
 
-class Unmatched(Exception):
+class AxisError(Exception):
     """A reshape that cuts through an axis, or whose sizes do not fit."""
 
 
@@ -81,7 +98,7 @@ def regroup(axes: Sequence[Axis], shape: Sequence[Any], known: dict[str, int]) -
     if -1 not in shape:
         axes = _take(atoms, shape, known)
         if any(atom.size != 1 for atom in atoms):
-            raise Unmatched
+            raise AxisError
         return tuple(axes)
     i = list(shape).index(-1)
     head = _take(atoms, shape[:i], known)
@@ -101,11 +118,11 @@ def _take_one(atoms: list[Atom], wanted: Any, known: dict[str, int]) -> Axis:
         return (atoms.pop(0),) if atoms and atoms[0].size == 1 else ()
     while not axis or size(tuple(axis)) != wanted:
         if not atoms:
-            raise Unmatched
+            raise AxisError
         atom = atoms.pop(0)
         axis.append(atom)
         if isinstance(atom.size, str) and isinstance(wanted, int):
             if len(axis) > 1 or known.setdefault(atom.size, wanted) != wanted:
-                raise Unmatched
+                raise AxisError
             break
     return tuple(axis)

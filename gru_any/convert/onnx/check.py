@@ -114,7 +114,9 @@ def _attribute(node: Any, attribute: Any, folder: Path) -> Any:
     if attribute.type == onnx.AttributeProto.TENSOR:
         return array(attribute.t, folder)
     kinds = ("FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS")
-    if attribute.ref_attr_name or attribute.type not in [getattr(onnx.AttributeProto, k) for k in kinds]:
+    if attribute.ref_attr_name or attribute.type not in [
+        getattr(onnx.AttributeProto, k) for k in kinds
+    ]:
         raise ValueError(
             f"{_words(node)} has the attribute {attribute.name!r}, a graph or of a kind that this "
             "reader does not know"
@@ -170,7 +172,8 @@ def _check_size(tensor: Any, folder: Path) -> tuple[Path, int, int] | None:
         promised, found = count, len(getattr(tensor, field))
     if promised != found:
         raise ValueError(
-            f"the array {tensor.name!r} of shape {dims} is damaged: it holds {found}, not {promised}"
+            f"the array {tensor.name!r} of shape {dims} is damaged: it holds {found}, "
+            f"not {promised}"
         )
     return None
 
@@ -180,7 +183,7 @@ def _external(tensor: Any, folder: Path, size: int) -> tuple[Path, int, int]:
     where = {entry.key: entry.value for entry in tensor.external_data}
     name = where.get("location", "")
     file = folder / name
-    if not name or name in (".", "..") or set(name) & set('/\\:\0') or file.is_symlink():
+    if not name or name in (".", "..") or set(name) & set("/\\:\0") or file.is_symlink():
         raise ValueError(
             f"the array {tensor.name!r} is said to lie in {name!r}, expected the name of a file "
             "beside the model"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, Unmatched, Zeros, regroup, size
+from .axes import ROWS, Array, Atom, Axis, AxisError, Zeros, regroup, size
 from .check import Node
 
 Known = dict[str, int]
@@ -81,7 +81,7 @@ def reshape(node: Node, known: Known, v: Any, target: Any) -> Any:
         target = [size(v.axes[i]) if s == 0 else s for i, s in enumerate(target)]
     try:
         return v.arranged(regroup(v.axes, target, known))
-    except Unmatched:
+    except AxisError:
         node.refuse(f"joins or cuts axes so that they mean nothing here: {v.axes} to {target}")
 
 
@@ -123,7 +123,7 @@ def cut(node: Node, known: Known, v: Any, *bounds: Any) -> Any:
         given = dict(zip(names, values, strict=False))
     else:
         given = {k: node.attributes.get(k) for k in names}
-    starts, ends = given["starts"], given["ends"]
+    starts, ends = given["starts"] or [], given["ends"] or []
     axes, steps = given.get("axes") or range(len(starts)), given.get("steps") or [1] * len(starts)
     slices = {a: slice(*bound) for a, *bound in zip(axes, starts, ends, steps, strict=True)}
     if isinstance(v, np.ndarray):
@@ -206,7 +206,9 @@ def arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def zeros(node: Node, known: Known, *values: Any) -> Any:
     """The operators ConstantOfShape and Expand: of a first state, zeros are understood."""
-    filler = node.attributes.get("value", np.zeros(1)) if node.op == "ConstantOfShape" else values[0]
+    filler = (
+        node.attributes.get("value", np.zeros(1)) if node.op == "ConstantOfShape" else values[0]
+    )
     if isinstance(filler, Zeros) or (isinstance(filler, np.ndarray) and not filler.any()):
         return Zeros()
     return node.refuse("spreads something else than zeros over the batch")

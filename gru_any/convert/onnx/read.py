@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .assemble import Layer, assemble
-from .axes import Array, Atom, Axis
+from .assemble import assemble
+from .axes import Array, Atom, Axis, Layer, fits
 from .check import Node, array, dtype_name, nodes, parse
 from .layers import LAYERS
 from .moves import MOVES
@@ -17,6 +17,11 @@ MEGABYTE = 2**20
 def read(path: Any, backend: Any = None, device: Any = None) -> Any:
     """See `gru_any.convert.onnx.load`."""
     model, folder = parse(path), Path(path).parent
+    if not any(node.op_type == "GRU" for node in model.graph.node):
+        raise ValueError(
+            f"{path} holds no node GRU; where an exporter writes the steps of a GRU as a loop or "
+            "one by one, take the weights from the library's own file"
+        )
     walk = Walk(model.graph, folder)
     for node in nodes(model.graph, folder):
         walk.visit(node)
@@ -72,15 +77,13 @@ class Walk:
                 self.values[name] = value
 
     def _apply(self, node: Node, arguments: list[Any]) -> Any:
-        if node.op in LAYERS and any(isinstance(v, Array) for v in arguments):
-            found = LAYERS[node.op](self, node, *arguments)
-            if found is not None:
-                return found
-        if node.op not in MOVES:
-            node.refuse("is no part of an Embedding, a GRU or a Linear layer" + ADVICE.get(node.op, ""))
+        layer = LAYERS.get(node.op) if any(isinstance(v, Array) for v in arguments) else None
+        if not layer and node.op not in MOVES:
+            node.refuse("is no part of an Embedding, a GRU or a Linear layer")
         self._spend(node, arguments)
         try:
-            return MOVES[node.op](node, self.known, *arguments)
+            found = layer(self, node, *arguments) if layer else None
+            return MOVES[node.op](node, self.known, *arguments) if found is None else found
         except (IndexError, KeyError, TypeError, AttributeError) as e:
             return node.refuse(f"has arguments that do not fit: {e}")
 
@@ -121,11 +124,20 @@ class Walk:
         self.stage += 1
         return self.stage
 
+    def check_features(self, node: Node, axis: Axis, width: int) -> None:
+        """Refuse what is not all that the layer before puts out, in its order."""
+        if axis != self.features or not fits(axis, width):
+            node.refuse(
+                f"reads features {axis}, expected all of {self.features}, {width} in number"
+            )
+
     def check_weight(self, node: Node, name: str, v: Any, shape: tuple[int, ...]) -> np.ndarray:
         """Refuse what is not a constant of this shape; a size of -1 may be any."""
         if not isinstance(v, np.ndarray) or v.dtype.kind != "f":
             node.refuse(f"computes its {name} when the model is run, expected a constant")
-        if v.ndim != len(shape) or any(s not in (-1, n) for s, n in zip(shape, v.shape, strict=True)):
+        if v.ndim != len(shape) or any(
+            s not in (-1, n) for s, n in zip(shape, v.shape, strict=True)
+        ):
             node.refuse(f"has {name} of shape {v.shape}, expected {shape}")
         return v
 
@@ -143,10 +155,3 @@ def _input(value: Any) -> tuple[Array, str]:
 
 def _size(dim: Any) -> int | str:
     return int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param)
-
-
-ADVICE = {
-    "Loop": "; this exporter writes a GRU's steps as a loop and not as the operator GRU",
-    "Scan": "; this exporter writes a GRU's steps as a loop and not as the operator GRU",
-    "Sigmoid": "; this exporter writes a GRU's steps one by one and not as the operator GRU",
-}

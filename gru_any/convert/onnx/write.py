@@ -11,7 +11,7 @@ from ...checkpoint import write_atomically
 from ...gru import GRU
 from ...layers import Dropout, Embedding, Linear
 from .check import LARGEST, library
-from .layers import DIRECTIONS, swap_gates
+from .gru import DIRECTIONS, swap_gates
 from .prove import prove
 
 OPSET, IR = 14, 7
@@ -64,7 +64,9 @@ def _layers(model: Any) -> list[Any]:
                 "Linear and Dropout"
             )
     if model.dtype not in DTYPES:
-        raise TypeError(f"cannot write {model.dtype}, only {', '.join(DTYPES)}: model.to(dtype=...)")
+        raise TypeError(
+            f"cannot write {model.dtype}, only {', '.join(DTYPES)}: model.to(dtype=...)"
+        )
     grus = [layer for layer in layers if isinstance(layer, GRU)]
     if not grus:
         raise ValueError("the model has no GRU; there is nothing to write")
@@ -103,7 +105,9 @@ class Graph:
         self.inputs = [x, self.declare("lengths", "int32", ["B"])]
         # a row of length 0 keeps its state, of which the operator says nothing
         none = self.weight("none", np.zeros(1, np.int32))
-        self.empty = self.node("Unsqueeze", [self.node("Equal", ["lengths", none]), self.numbers(1)])
+        self.empty = self.node(
+            "Unsqueeze", [self.node("Equal", ["lengths", none]), self.numbers(1)]
+        )
 
     def declare(self, name: str, dtype: str, shape: list[Any]) -> Any:
         """An input or output."""

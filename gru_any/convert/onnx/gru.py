@@ -1,0 +1,169 @@
+"""The operator GRU, and what a graph does with its lengths and states."""
+
+from typing import Any
+
+import numpy as np
+
+from .axes import ROWS, Array, Atom, Axis, Layer, Zeros, fits, size
+from .check import Node
+
+DIRECTIONS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}
+DEFINED = {
+    "direction", "hidden_size", "linear_before_reset", "layout", "clip", "activations",
+    "activation_alpha", "activation_beta",
+}  # fmt: skip
+
+
+def swap_gates(v: np.ndarray) -> np.ndarray:
+    """From ONNX' order z, r, h on the first axis to r, z, n, and back."""
+    z, r, n = np.split(v, 3)
+    return np.concatenate((r, z, n))
+
+
+def gru(
+    walk: Any,
+    node: Node,
+    x: Any,
+    W: Any,
+    R: Any,
+    B: Any = None,
+    lengths: Any = None,
+    h0: Any = None,
+) -> tuple[Array, Array]:
+    """The operator GRU -> Y and Y_h."""
+    x, options = walk.sequence(node, x), _options(node)
+    suffixes = DIRECTIONS[options["direction"]]
+    D, k, layout = len(suffixes), len(walk.layers), options["layout"]
+    R = walk.check_weight(node, "R", R, (D, -1, -1))
+    H = int(node.attributes.get("hidden_size", R.shape[2]))
+    R = walk.check_weight(node, "R", R, (D, 3 * H, H))
+    W = walk.check_weight(node, "W", W, (D, 3 * H, -1))
+    after = bool(options["linear_before_reset"])
+    time, batch = _time_and_batch(walk, node, x, layout)
+    walk.check_features(node, x.axes[2], W.shape[2])
+    params: dict[str, np.ndarray] = {}
+    biases = [None] * D if B is None else walk.check_weight(node, "B", B, (D, 6 * H))
+    for d, suffix in enumerate(suffixes):
+        arrays = {"weight_ih": W[d], "weight_hh": R[d], **_biases(walk, biases[d], after)}
+        params |= {f"{name}_l0{suffix}": swap_gates(v) for name, v in arrays.items()}
+    settings = {
+        "input_size": W.shape[2],
+        "hidden_size": H,
+        "bias": B is not None,
+        "reset_after": after,
+        "bidirectional": D == 2,
+        **({"reverse": True} if options["direction"] == "reverse" else {}),
+        "batch_first": len(walk.lead) == 2 and time == walk.lead[1],
+    }
+    first = _first_state(walk, node, h0, D, H, layout)
+    walk.lengths.add(_lengths(node, lengths))
+    directions = (Atom(f"directions {k}", 2),) if D == 2 else ()
+    units = (Atom(f"units {k}", H),)
+    stage = walk.put_out(node, Layer("GRU", settings, params, first), (*directions, *units))
+    rows = (Atom(ROWS, D),)
+    y: tuple[Axis, ...]
+    h: tuple[Axis, ...]
+    if layout:
+        y, h = (batch, time, directions, units), (batch, rows, units)
+    else:
+        y, h = (time, directions, batch, units), (rows, batch, units)
+    return Array("layer", stage, y), Array("state", (k,), h)
+
+
+def _options(node: Node) -> dict[str, Any]:
+    """The attributes with their defaults; refuse those with no counterpart."""
+    given = node.attributes
+    if set(given) - DEFINED:
+        node.refuse(f"has the attributes {sorted(set(given) - DEFINED)}, not known here")
+    if "clip" in given:
+        node.refuse(f"clips what goes into its gates at {given['clip']}; a GRU here clips nothing")
+    kinds = [name.lower() for name in given.get("activations", [])]
+    if kinds != ["sigmoid", "tanh"] * (len(kinds) // 2):
+        node.refuse(f"has the activations {given['activations']}, expected Sigmoid and Tanh")
+    options = {"direction": "forward", "layout": 0, "linear_before_reset": 0} | given
+    if options["direction"] not in DIRECTIONS:
+        node.refuse(f"has the direction {options['direction']!r}, expected {', '.join(DIRECTIONS)}")
+    if options["layout"] not in (0, 1):
+        node.refuse(f"has the layout {options['layout']}, expected 0 or 1")
+    return options
+
+
+def _biases(walk: Any, b: Any, after: bool) -> dict[str, np.ndarray]:
+    """The biases of one direction, from ONNX' two side by side."""
+    if b is None:
+        return {}
+    of_input, recurrent = np.split(b, 2)
+    if after:
+        return {"bias_ih": of_input, "bias_hh": recurrent}
+    walk.summed |= bool(recurrent.any())
+    return {"bias_ih": of_input + recurrent}
+
+
+def _time_and_batch(walk: Any, node: Node, x: Array, layout: int) -> tuple[Axis, Axis]:
+    """The axes of time and batch of x; the same for every GRU of a graph."""
+    if len(x.axes) != 3:
+        node.refuse(f"reads an array of {len(x.axes)} axes, expected 3")
+    time, batch = x.axes[layout], x.axes[1 - layout]
+    if {time, batch} != {*walk.lead, *([()] if len(walk.lead) == 1 else [])}:
+        node.refuse(f"reads axes {time} and {batch}, expected {walk.lead} of the input")
+    walk.time = time if walk.time is None else walk.time
+    if time != walk.time or not time:
+        node.refuse(f"takes {time} for the axis of time, expected {walk.time} as another GRU does")
+    return time, batch
+
+
+def _first_state(
+    walk: Any, node: Node, h0: Any, D: int, H: int, layout: int
+) -> tuple[str, tuple[int, int], Axis] | None:
+    """The input that is the first state, and which of its rows; None for zeros."""
+    if h0 is None or isinstance(h0, Zeros) or (isinstance(h0, np.ndarray) and not h0.any()):
+        return None
+    if isinstance(h0, np.ndarray):
+        node.refuse("starts from a constant state that is not 0; a GRU here has no such weights")
+    if h0.kind != "input":
+        node.refuse("starts from a state that the graph computes, expected an input of the graph")
+    name, rows = h0.key
+    axes = h0.axes
+    if len(axes) != 3 or size(axes[2]) != H or not fits(axes[layout], D):
+        node.refuse(f"starts from a state with axes {h0.axes}, expected (D, B, H) = ({D}, B, {H})")
+    return name, rows or (0, D), walk.values[name].axes[0] if rows else axes[layout]
+
+
+def _lengths(node: Node, lengths: Any) -> str | None:
+    """The name of the input that is the lengths."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Array) or lengths.kind != "input" or len(lengths.axes) != 1:
+        node.refuse("has lengths that are no input (B,) of the graph: lengths are an argument here")
+    return str(lengths.key[0])
+
+
+def empty(walk: Any, node: Node, lengths: Any, zero: Any) -> Array:
+    """The operator Equal, where it asks which rows have the length 0."""
+    if not isinstance(zero, np.ndarray) or zero.dtype.kind != "i" or zero.any() or zero.size != 1:
+        node.refuse("compares with something else than 0")
+    return Array("empty", _lengths(node, lengths), lengths.axes)
+
+
+def keep(walk: Any, node: Node, rows: Any, h0: Any, h_n: Any) -> Array:
+    """The operator Where, where rows of length 0 keep their first state, as they do here."""
+    kinds = [getattr(v, "kind", "constant") for v in (rows, h0, h_n)]
+    if kinds != ["empty", "input", "state"]:
+        node.refuse("chooses between what is not the first and the last state of a GRU")
+    firsts = [walk.layers[k].first for k in h_n.key]
+    if (
+        {rows.key} != walk.lengths
+        or h0.key[1]
+        or any(f is None or f[0] != h0.key[0] for f in firsts)
+    ):
+        node.refuse("chooses between the states of different GRUs")
+    if (
+        len(rows.axes) != 2
+        or not rows.axes[0]
+        or rows.axes[1]
+        or size(h_n.axes[0]) != size(h0.axes[0])
+    ):
+        node.refuse(f"chooses by {rows.axes}, expected an axis of the batch and one of length 1")
+    if h_n.axes[0][0].name != ROWS:
+        node.refuse(f"chooses between states with the axes {h_n.axes}, expected (L*D, B, H)")
+    return h_n

@@ -1,0 +1,311 @@
+"""ONNX against onnxruntime: what is written runs the same there, what is read, here."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+from conftest import require
+
+from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear
+from gru_any.convert import onnx as convert
+
+onnx, ort = require("onnx"), require("onnxruntime")
+helper, numpy_helper = onnx.helper, onnx.numpy_helper
+OPTIONS = list(itertools.product([1, 2], *[[False, True]] * 4))
+
+
+def close(ours, theirs, tolerance=1e-6):
+    assert ours.shape == theirs.shape
+    assert np.linalg.norm(ours - theirs) <= tolerance * max(np.linalg.norm(theirs), 1e-30)
+
+
+def session(model):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    model = model if isinstance(model, str) else model.SerializeToString()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def same(a, b):
+    assert repr(a) == repr(b)
+    assert all(np.array_equal(b.params[name], v) for name, v in a.params.items())
+
+
+# writing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "both", "after", "bias", "batch_first"), OPTIONS)
+def test_a_gru_written_runs_and_reads_the_same(tmp_path, layers, both, after, bias, batch_first):
+    gru = GRU(
+        3, 4, layers, bidirectional=both, reset_after=after, bias=bias, batch_first=batch_first,
+        seed=1,
+    )  # fmt: skip
+    path = str(tmp_path / "gru.onnx")
+    convert.save(path, gru)
+    same(gru, convert.load(path))
+    rng = np.random.default_rng(0)
+    for T, lengths in ((6, [4, 6, 0, 1]), (1, [1])):
+        B, D = len(lengths), 1 + both
+        x = rng.standard_normal((B, T, 3) if batch_first else (T, B, 3)).astype("float32")
+        h0 = rng.standard_normal((layers * D, B, 4)).astype("float32")
+        y, h_n = session(path).run(
+            ["y", "h_n"], {"x": x, "h0": h0, "lengths": np.array(lengths, np.int32)}
+        )
+        ours = gru(x, h0, lengths)
+        close(ours[0], y)
+        close(ours[1], h_n)
+
+
+def test_a_chain_goes_on_from_its_states(tmp_path):
+    chain = Chain(
+        Embedding(11, 3, seed=1), GRU(3, 4, 2, dropout=0.5, reset_after=True, seed=2), Dropout(0.1),
+        Linear(4, 6, seed=3), GRU(6, 5, seed=4), Linear(5, 11, bias=False, seed=5),
+    )  # fmt: skip
+    path = str(tmp_path / "chain.onnx")
+    convert.save(path, chain)
+    x = np.random.default_rng(0).integers(0, 11, (9, 2))
+    whole, _ = chain(x)
+    run = session(path)
+    names = [i.name for i in run.get_inputs()], [o.name for o in run.get_outputs()]
+    assert names == (["x", "lengths", "h0_0", "h0_1"], ["y", "h_n_0", "h_n_1"])
+    state, parts = [np.zeros((2, 2, 4), "float32"), np.zeros((1, 2, 5), "float32")], []
+    for part in (x[:4], x[4:5], x[5:]):
+        lengths = np.full(2, len(part), np.int32)
+        y, *state = run.run(
+            None, {"x": part, "lengths": lengths, "h0_0": state[0], "h0_1": state[1]}
+        )
+        parts.append(y)
+    close(np.concatenate(parts), whole)
+    again = convert.load(path)
+    assert [type(layer) for layer in again.layers] == [Embedding, GRU, Linear, GRU, Linear]
+    assert np.array_equal(again(x)[0], whole)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_precisions_come_back_bit_for_bit(tmp_path, dtype):
+    gru = GRU(3, 4, 2, bidirectional=True, reset_after=True, dtype=dtype, seed=0)
+    convert.save(tmp_path / "m", gru)
+    same(gru, convert.load(tmp_path / "m"))
+    assert convert.load(tmp_path / "m").dtype == dtype
+
+
+def test_from_another_backend(tmp_path):
+    require("torch")
+    convert.save(tmp_path / "a", GRU(3, 4, seed=0, backend="torch"))
+    convert.save(tmp_path / "b", GRU(3, 4, seed=0))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert convert.load(tmp_path / "a", backend="torch").backend.name == "torch"
+
+
+def test_a_writer_that_errs_writes_nothing(tmp_path, monkeypatch):
+    """A wrong variant, swapped gates or wrong weights are found before the file is there."""
+    from gru_any.convert.onnx import prove, write
+
+    monkeypatch.setattr(write, "swap_gates", lambda v: v)
+    with pytest.raises(RuntimeError, match=r"differs by .* from this library's own reader"):
+        convert.save(tmp_path / "m", GRU(3, 4, seed=0))
+    monkeypatch.setattr(prove, "_read_back", lambda content, x, lengths, state: None)
+    compare = prove._compare
+
+    def of_onnxruntime(who, ours, theirs, tolerance):
+        if theirs is not None:
+            compare(who, ours, theirs, tolerance)
+
+    monkeypatch.setattr(prove, "_compare", of_onnxruntime)
+    with pytest.raises(RuntimeError, match=r"differs by .* from onnxruntime"):
+        convert.save(tmp_path / "m", GRU(3, 4, seed=0))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (lambda: GRUCell(3, 4), TypeError, "cannot write GRUCell"),
+        (lambda: Chain(Linear(3, 4)), ValueError, "no GRU"),
+        (lambda: Chain(GRU(3, 3), GRU(3, 3, batch_first=True)), ValueError, "batch_first"),
+        (lambda: GRU(3, 4, backend="torch", dtype="bfloat16"), TypeError, "cannot write bfloat16"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, model, error, words):
+    require("torch")
+    with pytest.raises(error, match=words):
+        convert.save(tmp_path / "m", model())
+    assert not list(tmp_path.iterdir())
+
+
+# reading the operator ----------------------------------------------------------------------------
+
+
+def one_node(draw, T, B, I, H, layout):
+    """A model of one GRU node, with the attributes and inputs that `draw` names."""
+    rng, D = draw["rng"], 1 + (draw.get("direction") == "bidirectional")
+
+    def weight(*shape):
+        return rng.uniform(-1, 1, shape).astype("float32")
+
+    weights = {"W": weight(D, 3 * H, I), "R": weight(D, 3 * H, H)}
+    if draw["bias"]:
+        weights["bias"] = weight(D, 6 * H)
+    if draw["bias"] == "one":
+        weights["bias"][:, 3 * H :] = 0
+    if draw["h0"] == "zeros":
+        weights["h0"] = np.zeros((B, D, H) if layout else (D, B, H), "float32")
+    feed = {"x": weight(B, T, I) if layout else weight(T, B, I)}
+    if draw["h0"] == "input":
+        feed["h0"] = weight(B, D, H) if layout else weight(D, B, H)
+    if draw["lengths"]:
+        feed["lengths"] = rng.integers(1, T + 1, B).astype("int32")
+    names = {"bias": bool(draw["bias"]), "lengths": draw["lengths"], "h0": draw["h0"]}
+    attributes = {k: v for k, v in draw.items() if k in ATTRIBUTES}
+    node = helper.make_node(
+        "GRU", ["x", "W", "R", *(k if v else "" for k, v in names.items())], ["Y", "Y_h"],
+        hidden_size=H, **attributes, **({"layout": 1} if layout else {}),
+    )  # fmt: skip
+    return model_of([node], feed, weights, ["Y", "Y_h"]), feed
+
+
+def model_of(nodes, feed, weights, outputs, opset=14):
+    kinds = {k: helper.np_dtype_to_tensor_dtype(v.dtype) for k, v in feed.items()}
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info(k, kinds[k], v.shape) for k, v in feed.items()],
+        [helper.make_tensor_value_info(k, 1, [None] * (3 + (k == "Y"))) for k in outputs],
+        [numpy_helper.from_array(v, k) for k, v in weights.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def load(model, folder):
+    onnx.save(model, folder / "m.onnx")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the two biases")
+        return convert.load(folder / "m.onnx")
+
+
+ATTRIBUTES = (
+    "direction", "linear_before_reset", "activations", "activation_alpha", "activation_beta", "clip"
+)  # fmt: skip
+OTHERS = ["Relu", "HardSigmoid", "LeakyRelu", "Softsign", "ScaledTanh", "Affine", "Elu"]
+
+
+def drawn(seed):
+    """A random choice of everything that the operator has."""
+    rng = np.random.default_rng(seed)
+    direction = str(rng.choice(["forward", "reverse", "bidirectional"]))
+    D = 1 + (direction == "bidirectional")
+    draw = {
+        "rng": rng,
+        "direction": direction,
+        "linear_before_reset": int(rng.integers(2)),
+        "bias": rng.choice(["", "one", "both"]),
+        "h0": rng.choice(["", "zeros", "input"]),
+        "lengths": bool(rng.integers(2)),
+    }
+    kind = rng.integers(6)
+    if kind == 0:
+        draw["clip"] = float(rng.uniform(0.1, 2))
+    if kind in (1, 2):
+        draw["activations"] = ["Sigmoid", "Tanh"] * D
+    if kind == 2:
+        draw["activation_alpha"], draw["activation_beta"] = [0.3] * 2 * D, [0.7] * 2 * D
+    if kind == 3:
+        draw["activations"] = [str(rng.choice(OTHERS)), str(rng.choice(OTHERS))] * D
+        draw["activation_alpha"], draw["activation_beta"] = [0.3] * 2 * D, [0.7] * 2 * D
+    return draw
+
+
+def unsupported(draw):
+    """Why a model is refused: it clips, or its gates are others; for nothing else."""
+    if "clip" in draw:
+        return "clips"
+    return "has the activations" if set(draw.get("activations", [])) - {"Sigmoid", "Tanh"} else ""
+
+
+def turned(model, feed, H):
+    """The same model with layout 0, for onnxruntime, which has no other."""
+    model, feed = onnx.ModelProto.FromString(model.SerializeToString()), dict(feed)
+    (node,) = model.graph.node
+    node.attribute.remove(next(a for a in node.attribute if a.name == "layout"))
+    for name in {"x", "h0"} & set(feed):
+        feed[name] = np.ascontiguousarray(feed[name].transpose(1, 0, 2))
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    if "h0" in weights:
+        weights["h0"] = weights["h0"].transpose(1, 0, 2)
+    return model_of([node], feed, weights, ["Y", "Y_h"]), feed
+
+
+def test_a_hundred_random_models(tmp_path):
+    """Each equals onnxruntime, or is refused because of clip or other activations."""
+    counts = {"equal": 0, "clips": 0, "has the activations": 0}
+    seen = set()
+    for seed in range(100):
+        draw = drawn(seed)
+        layout, T, B, I, H = seed % 3 == 0, *(int(n) for n in draw["rng"].integers(2, 7, 4))
+        model, feed = one_node(draw, T, B, I, H, layout)
+        other, fed = turned(model, feed, H) if layout else (model, feed)
+        Y, Y_h = session(other).run(None, fed)
+        reason = unsupported(draw)
+        if reason:
+            with pytest.raises(ValueError, match=rf"\(GRU\) {reason}"):
+                load(model, tmp_path)
+            counts[reason] += 1
+            continue
+        ours = load(model, tmp_path)
+        assert ours.batch_first == layout
+        assert ours.reset_after == draw["linear_before_reset"]
+        h0 = feed.get("h0")
+        h0 = h0.transpose(1, 0, 2) if layout and h0 is not None else h0
+        y, h_n = ours(feed["x"], h0, feed.get("lengths"))
+        y = y.transpose(1, 0, 2) if layout else y
+        close(y, Y.transpose(0, 2, 1, 3).reshape(y.shape), 2e-6)
+        close(h_n, Y_h, 2e-6)
+        counts["equal"] += 1
+        seen.add((draw["direction"], draw["linear_before_reset"], layout, draw["lengths"]))
+    assert sum(counts.values()) == 100
+    assert counts["equal"] >= 60  # of the others, each clips or has other activations
+    assert min(counts.values()) > 10
+    assert len(seen) == 3 * 2 * 2 * 2
+
+
+def test_two_biases_of_reset_before_become_one(tmp_path):
+    draw = {"rng": np.random.default_rng(0), "bias": "both", "h0": "", "lengths": False}
+    model, _ = one_node(draw, 3, 2, 3, 4, False)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.warns(UserWarning, match="the two biases of ONNX' GRU were added to the one"):
+        convert.load(tmp_path / "m.onnx")
+
+
+# the tests that ONNX publishes -------------------------------------------------------------------
+
+
+def published():
+    """Node, inputs, outputs and name of each."""
+    from onnx.backend.test.case.node import gru
+
+    cases = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            gru, "expect", lambda node, **case: cases.update({case["name"]: (node, case)})
+        )
+        for name in vars(gru.GRU):
+            if name.startswith("export_"):
+                getattr(gru.GRU, name)()
+    return cases
+
+
+def test_published(tmp_path):
+    """Weights are inputs there; here they are in the model, as in any trained one."""
+    cases = published()
+    assert len(cases) >= 6
+    for node, case in cases.values():
+        x, *weights = case["inputs"]
+        weights = dict(zip(node.input[1:], weights, strict=True))
+        outputs = dict(zip([o for o in node.output if o], case["outputs"], strict=True))
+        ours = load(model_of([node], {node.input[0]: x}, weights, list(outputs)), tmp_path)
+        y, h_n = ours(x)
+        swapped = (1, 0, 2) if ours.batch_first else (0, 1, 2)
+        close(h_n.transpose(swapped), outputs["Y_h"])
+        if "Y" in outputs:
+            Y = outputs["Y"] if ours.batch_first else outputs["Y"].transpose(0, 2, 1, 3)
+            close(y, Y.reshape(y.shape))
