@@ -57,7 +57,8 @@ def parse(path: Any) -> Any:
     if not model.graph.node:
         raise ValueError(f"{path} is damaged or no ONNX file: it has no nodes")
     _refuse_extensions(model)
-    for tensor in model.graph.initializer:
+    attributes = [a for node in model.graph.node for a in node.attribute if a.HasField("t")]
+    for tensor in (*model.graph.initializer, *(a.t for a in attributes)):
         _check_size(tensor, path.parent)
     _check_form(onnx, model, path)
     return model
