@@ -16,6 +16,7 @@ from hypothesis import settings
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.pop("GRU_ANY_BACKEND", None)
 
 BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]

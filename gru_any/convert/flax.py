@@ -1,0 +1,118 @@
+"""Flax, linen and nnx: `GRUCell`. Reset after, z keeps, gates r, z, n.
+
+linen has an array for each gate, one bias for each and `hn`'s. nnx has one matrix for the input
+and one for the state, and no bias beside the second: c_n has no home there
+(https://flax.readthedocs.io).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..gru import GRU
+from .cells import cells_of, gru_of
+from .table import Table
+
+LINEN = Table(
+    "Flax linen",
+    reset_after=True,
+    rows={
+        "ir/kernel": "W_r",
+        "ir/bias": "b_r+c_r",
+        "iz/kernel": "W_z",
+        "iz/bias": "b_z+c_z",
+        "in/kernel": "W_n",
+        "in/bias": "b_n",
+        "hr/kernel": "U_r",
+        "hz/kernel": "U_z",
+        "hn/kernel": "U_n",
+        "hn/bias": "c_n",
+    },
+    turned=True,
+)
+NNX = Table(
+    "Flax nnx",
+    reset_after=True,
+    rows={
+        "dense_i/kernel": "W_r W_z W_n",
+        "dense_i/bias": "b_r+c_r b_z+c_z b_n",
+        "dense_h/kernel": "U_r U_z U_n",
+    },
+    turned=True,
+)
+TABLES = {"linen": LINEN, "nnx": NNX}
+DIRECTIONS = ("forward_rnn", "backward_rnn")
+
+
+def from_arrays(layers: Any, *, batch_first: bool = True) -> GRU:
+    """A GRU from the parameters of its layers; x is (B, T, I) unless `batch_first=False`.
+
+    Parameters
+    ----------
+    layers : nested mappings of one layer, or a list of them
+        As linen's `init` or nnx's `to_pure_dict(state(...))` gives them of a GRUCell, an RNN over
+        one, or a Bidirectional over two such RNNs.
+
+    Raises
+    ------
+    KeyError, ValueError, TypeError
+        A name is missing or unused; a shape or dtype does not fit.
+    """
+    layers = [layers] if isinstance(layers, Mapping) else layers
+    cells = [[dict(_flat(cell)) for cell in _directions(layer)] for layer in layers]
+    if len({len(layer) for layer in cells}) != 1:
+        raise ValueError("some layers have two directions and some one: make one GRU of each kind")
+    flat = [cell for layer in cells for cell in layer]
+    table = NNX if "dense_i/kernel" in flat[0] else LINEN
+    return gru_of(table, flat, len(cells[0]) == 2, batch_first)
+
+
+def to_arrays(gru: GRU, api: str = "linen") -> list[dict[str, Any]]:
+    """The parameters of each layer, for an RNN over a GRUCell, or a Bidirectional over two.
+
+    Flax always has biases: without them here, they are written as zeros.
+
+    Parameters
+    ----------
+    gru : GRU with reset_after
+    api : "linen" or "nnx"
+
+    Raises
+    ------
+    ValueError
+        reset_after is False; or c_n is not 0, which nnx has no home for.
+    """
+    if api not in TABLES:
+        raise ValueError(f'api is {api!r}, expected "linen" or "nnx"')
+    cells = [{"cell": _nested(cell)} for cell in cells_of(TABLES[api], gru)]
+    if len(gru.suffixes) == 1:
+        return cells
+    pairs = zip(cells[::2], cells[1::2], strict=True)
+    return [dict(zip(DIRECTIONS, pair, strict=True)) for pair in pairs]
+
+
+def _directions(layer: Any) -> list[Any]:
+    """The cells of a layer, forward before reverse, out of what is wrapped around them."""
+    if set(layer) == set(DIRECTIONS):
+        return [cell for name in DIRECTIONS for cell in _directions(layer[name])]
+    inner = list(layer.values())
+    if len(inner) == 1 and isinstance(inner[0], Mapping):
+        return _directions(inner[0])
+    return [layer]
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in flat.items():
+        layer, _, leaf = name.partition("/")
+        tree.setdefault(layer, {})[leaf] = array
+    return tree
