@@ -23,21 +23,36 @@ class Weights(NamedTuple):
     recurrent: tuple[Any, ...]
 
 
+class Alive:
+    """For each step of a block None, where all rows are alive, or (B, 1) of bool.
+
+    block (K, B, 1): all of them; before step `full` all rows are alive.
+    """
+
+    def __init__(self, block: Any, full: int = 0) -> None:
+        self.block, self.full = block, full
+
+    def __len__(self) -> int:
+        return self.block.shape[0]
+
+    def __getitem__(self, t: int) -> Any:
+        return None if t < self.full else self.block[t, :, :]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[t] for t in range(len(self)))
+
+
 class Padding(NamedTuple):
     """Which steps count. alive (T, B, 1) of bool; before step `full` all rows are alive."""
 
     alive: Any
     full: int
 
-    def steps(self, block: slice) -> list[Any] | None:
-        """For each step of the block None, where all rows are alive, or (B, 1) of bool.
-
-        None for the whole block where all rows are alive throughout.
-        """
+    def steps(self, block: slice) -> "Alive | None":
+        """Of a block; None where all rows are alive throughout."""
         if block.stop <= self.full:
             return None
-        steps = range(block.start, block.stop)
-        return [None if t < self.full else self.alive[t, :, :] for t in steps]
+        return Alive(self.alive[block, :, :], self.full - block.start)
 
     def clean(self, xp: Any, v: Any, block: slice) -> Any:
         """V (K, B, .) with zeros at the padded steps, whatever stood there."""
@@ -206,7 +221,7 @@ class Sweep(NamedTuple):
     def _stored(self, v: Any, x: Any) -> Any:
         return v if v.dtype == x.dtype else self.run.xp.astype(v, x.dtype)
 
-    def _alive(self, block: slice) -> list[Any] | None:
+    def _alive(self, block: slice) -> Alive | None:
         return None if self.padding is None else self.padding.steps(block)
 
     def _clean(self, v: Any, block: slice) -> Any:

@@ -75,7 +75,7 @@ class NumPy(Plain):
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As `Plain.output`."""
-        return _Filled(shape, dtype)
+        return Filled(np.empty(shape, dtype))
 
     def forward(
         self,
@@ -149,11 +149,11 @@ class Rows(np.ndarray):
         return array
 
 
-class _Filled:
+class Filled:
     """An array that is filled block by block."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        self._array = np.empty(shape, dtype)
+    def __init__(self, array: Any) -> None:
+        self._array = array
 
     def put(self, block: slice, piece: Any) -> None:
         """Write the piece where it belongs, as the array's dtype."""

@@ -35,13 +35,18 @@ def runner(backend: Any) -> Plain:
     NumPy's is compiled where Numba is installed. GRU_ANY_NO_NUMBA=1 does without it, and
     GRU_ANY_PLAIN=1 evaluates the equations as they stand; both are read at the import.
     """
-    return _runner(backend, chosen if backend.host else "plain")
+    way = chosen if backend.host else chosen_on_cuda if backend.cuda else "plain"
+    return _runner(backend, way)
 
 
 @cache
 def _runner(backend: Any, way: str) -> Plain:
     if way == "plain":
         return Plain(backend.xp, backend.device)
+    if backend.cuda:
+        from .cuda.runner import runner_on
+
+        return runner_on(backend, way)
     if way == "traced" or find_spec("numba") is None:
         from .numpy import NumPy
 

@@ -55,6 +55,11 @@ class Backend:
         """Whether arrays can be looked at without waiting for a device."""
         return self.name == "numpy"
 
+    @property
+    def cuda(self) -> bool:
+        """Whether arrays live on a CUDA device, or on one that the host plays."""
+        return self.name in ("cupy", cuda.FAKE)
+
     @cached_property
     def _dtypes(self) -> dict[str, Any]:
         return {}
@@ -139,7 +144,7 @@ class Backend:
         if self.name == "torch":
             array = array.detach().cpu()
             return (array.float() if plain_name(array.dtype) == "bfloat16" else array).numpy()
-        if self.name == "cupy":
+        if self.cuda:
             return array.get()
         if self.name == "array_api_strict":
             array = array.to_device(self.xp.Device("CPU_DEVICE"))

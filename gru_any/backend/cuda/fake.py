@@ -1,0 +1,162 @@
+"""An array library on a CUDA device that the host plays: for checks without a device.
+
+It is as strict as CuPy: nothing becomes an array of NumPy unasked, and what has to wait for the
+device is counted (`count`). See memory.py for what else is checked.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from .memory import Cell, cell_of, count, new, recording, use, wait
+
+DEVICE = "host"
+
+
+class Array(NDArrayOperatorsMixin):
+    """An array of this library; it never becomes one of NumPy unasked."""
+
+    __array_priority__ = 100
+    device = DEVICE
+
+    def __init__(self, host: np.ndarray) -> None:
+        self.host = host
+
+    dtype = property(lambda self: self.host.dtype)
+    shape = property(lambda self: self.host.shape)
+    strides = property(lambda self: self.host.strides)
+    itemsize = property(lambda self: self.host.itemsize)
+    nbytes = property(lambda self: self.host.nbytes)
+    ndim = property(lambda self: self.host.ndim)
+    size = property(lambda self: self.host.size)
+    T = property(lambda self: Array(self.host.T))
+
+    def __array_namespace__(self, api_version: Any = None) -> Any:
+        return sys.modules[__name__]
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return _computed(getattr(ufunc, method), inputs, kwargs)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return _computed(function, args, kwargs)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("implicit conversion to a NumPy array is not allowed; use get()")
+
+    def __getitem__(self, key: Any) -> Any:
+        masks = [k for k in (key if isinstance(key, tuple) else (key,)) if isinstance(k, Array)]
+        if any(mask.dtype.kind == "b" for mask in masks):
+            wait()  # for how many there are
+        return _computed(lambda v, k: v[k], (self, key), {})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        def put(out: Any, value: Any) -> None:
+            out[key] = value
+
+        _computed(put, (self, value), {}, [self])
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def get(self) -> np.ndarray:
+        """A copy on the host, which waits."""
+        wait()
+        use([_known(self)], [])
+        return self.host.copy()
+
+    def __float__(self) -> float:
+        return float(self.get())
+
+    def __int__(self) -> int:
+        return int(self.get())
+
+    def __bool__(self) -> bool:
+        return bool(self.get())
+
+    __index__ = __int__
+
+
+def _known(array: Array) -> Cell:
+    cell = cell_of(array.host)
+    assert cell is not None
+    return cell
+
+
+def _computed(function: Any, args: Any, kwargs: Any, written: Any = ()) -> Any:
+    """Call a function of NumPy; what is new in its result gets memory of this device."""
+    if recording() is not None:
+        raise RuntimeError("an operation of the array library while launches are recorded")
+    read: list[Array] = []
+    result = function(*_bare(args, read), **_bare(kwargs, read))
+    written = [*written, *(kwargs.get("out") or ())]
+    if result is None or kwargs.get("out"):
+        use([_known(a) for a in read], [_known(a) for a in written])
+        return written[0] if kwargs.get("out") else None
+    if isinstance(result, (tuple, list)):
+        return type(result)(_wrapped(r, read) for r in result)
+    return _wrapped(result, read)
+
+
+def _wrapped(result: Any, read: list[Array]) -> Any:
+    if not isinstance(result, (np.ndarray, np.generic)):
+        return result
+    if cell_of(result) is not None:  # a view
+        return Array(np.asarray(result))
+    host = new(result.shape, result.dtype)
+    host[...] = result
+    use([_known(a) for a in read], [_known(Array(host))])
+    return Array(host)
+
+
+def _bare(v: Any, read: list[Array]) -> Any:
+    """The same with NumPy's arrays; those of ours go to the list."""
+    if isinstance(v, Array):
+        read.append(v)
+        return v.host
+    if isinstance(v, (tuple, list)):
+        return type(v)(_bare(w, read) for w in v)
+    if isinstance(v, dict):
+        return {k: _bare(w, read) for k, w in v.items()}
+    if isinstance(v, np.ndarray):
+        raise TypeError("an array of NumPy among those of the device")
+    return v
+
+
+def asarray(v: Any, dtype: Any = None, device: Any = None, copy: Any = None) -> Array:
+    """As the standard says; from the host too, which does not wait."""
+    if isinstance(v, Array):
+        dtype = dtype or v.dtype
+        return v if not copy and v.dtype == dtype else _computed(np.array, (v,), {"dtype": dtype})
+    host = np.asarray(v, dtype=dtype)
+    count["copies"] += 1
+    array = Array(new(host.shape, host.dtype))
+    array.host[...] = host
+    use([], [_known(array)])
+    return array
+
+
+def ascontiguousarray(v: Array) -> Array:
+    """As NumPy's."""
+    return v if v.host.flags.c_contiguous else _computed(np.array, (v,), {"order": "C"})
+
+
+def _made(name: str, *args: Any, device: Any = None, **kwargs: Any) -> Array:
+    result = getattr(np, name)(*args, **kwargs)
+    host = new(result.shape, result.dtype)
+    if name != "empty":
+        host[...] = result
+        use([], [_known(Array(host))])
+    return Array(host)
+
+
+MAKERS = ("empty", "zeros", "ones", "full", "arange", "eye", "linspace")
+globals().update({name: partial(_made, name) for name in MAKERS})
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(np, name)

@@ -1,0 +1,191 @@
+"""What plans are written against (see ops.py), on the device that the host plays.
+
+Kernels are compiled by g++ (see shim.py), and products are NumPy's, on raw memory.
+"""
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from . import shim
+from .fake import Array, asarray
+from .memory import (
+    DONE,
+    LOCK,
+    Cell,
+    StreamError,
+    cell_at,
+    count,
+    learn,
+    local,
+    new,
+    recording,
+    stream,
+    use,
+    wait,
+)
+from .source import Kernel
+
+
+class Graph:
+    """Launches that were recorded."""
+
+    def __init__(self, launches: list[Callable[[], None]]) -> None:
+        self.launches = launches
+
+    def launch(self) -> None:
+        """As `ops.Ops.launch`."""
+        """Replay them."""
+        count["replays"] += 1
+        for launch in self.launches:
+            launch()
+
+
+class Ops:
+    """The handful of operations that plans are written against."""
+
+    def __init__(self) -> None:
+        self.records = True
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """As `ops.Ops.empty`."""
+        return Array(new(shape, np.dtype(dtype)))
+
+    def copy(self, array: Array) -> Array:
+        """As `ops.Ops.copy`."""
+        return asarray(array, copy=True)
+
+    def pointer(self, array: Array) -> int:
+        """As `ops.Ops.pointer`."""
+        return array.host.ctypes.data
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int], threads: int, numbers: Any, shared: int = 0
+    ) -> None:
+        """As `ops.Ops.launch`."""
+        count["launches"] += 1
+        _do(partial(_launch, kernel, (*grid, threads, shared, kernel.barrier), tuple(numbers)))
+
+    def blas(self, precision: str) -> Any:
+        """As `ops.Ops.blas`."""
+        return lambda *arguments: _do(partial(gemm, *arguments))
+
+    def stream(self) -> int:
+        """As `ops.Ops.stream`."""
+        return stream()
+
+    def event(self) -> dict[Any, int]:
+        """As `ops.Ops.event`."""
+        return dict(DONE.get(stream(), {}))
+
+    def wait(self, event: dict[Any, int]) -> None:
+        """As `ops.Ops.wait`."""
+        with LOCK:
+            learn(stream(), event)
+
+    @contextmanager
+    def on(self, number: int) -> Iterator[None]:
+        """As `ops.Ops.on`."""
+        before, local.stream = stream(), number
+        try:
+            yield
+        finally:
+            local.stream = before
+
+    def synchronize(self) -> None:
+        """As `ops.Ops.synchronize`."""
+        wait()
+
+    def record(self, steps: Callable[[], None]) -> Graph:
+        """As `ops.Ops.record`."""
+        launches: list[Callable[[], None]] = []
+        local.recorded = launches
+        try:
+            steps()
+        finally:
+            local.recorded = None
+        return Graph(launches)
+
+
+def _do(launch: Callable[[], None]) -> None:
+    recorded = recording()
+    if recorded is None:
+        launch()
+    else:
+        recorded.append(launch)
+
+
+@cache
+def _signature(kernel: Kernel) -> tuple[list[str], list[tuple[int, bool]]]:
+    """The parameters of a kernel; entries of the table that are arrays, and whether written."""
+    text = kernel.source.partition(f" {kernel.name}(")[2].partition('extern "C"')[0]
+    parameters = text.partition(")")[0].split(", ")
+    found = re.findall(
+        r"^  (const )?\w+(?: \w+)?\* const \w+ = \([^)]*\)table\[(\d+)\]", text, re.M
+    )
+    return parameters, [(int(n), not const) for const, n in found]
+
+
+def _launch(kernel: Kernel, shape: tuple[int, ...], numbers: tuple[int, ...]) -> None:
+    parameters, entries = _signature(kernel)
+    assert len(parameters) == len(numbers), f"{kernel.name} takes {len(parameters)} arguments"
+    read: list[Cell] = []
+    written: list[Cell] = []
+    for parameter, value in zip(parameters, numbers, strict=True):
+        if "*" in parameter and value:
+            (read if parameter.startswith("const ") else written).append(_at(value))
+    if parameters[0] == "const long long* table":
+        table = np.frombuffer(_at(numbers[0]).bytes, np.int64)
+        for n, is_written in entries:
+            if table[n]:
+                (written if is_written else read).append(_at(int(table[n])))
+    use(read, written)
+    values = (ctypes.c_longlong * 5)(*shape), (ctypes.c_longlong * len(numbers))(*numbers)
+    getattr(shim.library(kernel.source), f"run_{kernel.name}")(*values)
+
+
+def _at(address: int) -> Cell:
+    cell = cell_at(address)
+    if cell is None:
+        raise StreamError("a kernel is given an address outside of all memory")
+    return cell
+
+
+def gemm(
+    transa: bool,
+    transb: bool,
+    m: int,
+    n: int,
+    k: int,
+    a: int,
+    lda: int,
+    b: int,
+    ldb: int,
+    beta: float,
+    c: int,
+    ldc: int,
+    dtype: str,
+) -> None:
+    """C (m, n) = A B + beta C, column by column as in cuBLAS; A and B transposed if said so."""
+    count["products"] += 1
+    use([_at(a), _at(b)], [_at(c)])
+    A = _matrix(a, *((k, m) if transa else (m, k)), lda, dtype)
+    B = _matrix(b, *((n, k) if transb else (k, n)), ldb, dtype)
+    C = _matrix(c, m, n, ldc, dtype)
+    product = (A.T if transa else A) @ (B.T if transb else B)
+    C[...] = product + beta * C if beta else product
+
+
+def _matrix(address: int, rows: int, columns: int, ld: int, dtype: str) -> Any:
+    """A matrix in memory, column by column; all of it lies within one cell."""
+    cell, size = _at(address), np.dtype(dtype).itemsize
+    assert ld >= rows, "the leading dimension is less than the rows"
+    end = address + ((columns - 1) * ld + rows) * size
+    assert end <= cell.address + cell.size, "a matrix goes beyond its memory"
+    start = cell.bytes[address - cell.address : end - cell.address].view(dtype)
+    return np.lib.stride_tricks.as_strided(start, (rows, columns), (size, ld * size))

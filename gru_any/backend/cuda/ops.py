@@ -1,0 +1,87 @@
+"""The handful of operations that plans are written against, on CuPy. fake.py has the same."""
+
+import threading
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from .products import Products
+from .source import Kernel
+
+PLAIN_SHARED = 48 * 1024  # bytes of shared memory that a block may use unasked
+
+
+class Ops:
+    """On one device of CuPy. records: whether launches may be recorded as graphs."""
+
+    def __init__(self, cupy: Any) -> None:
+        self.cupy, self.records = cupy, True
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Memory for an array."""
+        return self.cupy.empty(shape, dtype=dtype)
+
+    def copy(self, array: Any) -> Any:
+        """A copy, contiguous."""
+        return self.cupy.array(array, copy=True, order="C")
+
+    def pointer(self, array: Any) -> int:
+        """The address of its first entry."""
+        return array.data.ptr
+
+    @cache  # noqa: B019, it lives as long as the process
+    def _function(self, kernel: Kernel, shared: int) -> Any:
+        module = self._module(kernel.source)
+        function = module.get_function(kernel.name)
+        if shared > PLAIN_SHARED:
+            function.max_dynamic_shared_size_bytes = shared
+        return function
+
+    @cache  # noqa: B019
+    def _module(self, source: str) -> Any:
+        return self.cupy.RawModule(code=source, options=("--std=c++17",))
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int], threads: int, numbers: Any, shared: int = 0
+    ) -> None:
+        """Launch on the current stream; CuPy hands Python's int over in 8 bytes."""
+        self._function(kernel, shared)(grid, (threads,), tuple(numbers), shared_mem=shared)
+
+    def blas(self, precision: str) -> Products:
+        """Matrix products with a handle and a workspace of their own."""
+        return Products(self.cupy, precision)
+
+    def stream(self) -> Hashable:
+        """What tells the current stream from others."""
+        return self.cupy.cuda.get_current_stream().ptr, threading.get_ident()
+
+    def event(self) -> Any:
+        """A mark after all that the current stream was given so far."""
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record()
+        return event
+
+    def wait(self, event: Any) -> None:
+        """Let the current stream go on after the mark; the host does not wait."""
+        self.cupy.cuda.get_current_stream().wait_event(event)
+
+    def synchronize(self) -> None:
+        """Wait until the device is done."""
+        self.cupy.cuda.Device().synchronize()
+
+    def record(self, steps: Callable[[], None]) -> Any:
+        """Record what `steps` launches as a graph, whose launch() replays it."""
+        stream = self.cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            try:
+                steps()
+            except BaseException:
+                self._abandon(stream)
+                raise
+            return stream.end_capture()
+
+    def _abandon(self, stream: Any) -> None:
+        with suppress(RuntimeError):
+            stream.end_capture()  # or the stream would stay in capture

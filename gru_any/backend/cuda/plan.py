@@ -1,0 +1,150 @@
+"""Blocks of steps on a device: a plan for each shape, and the lanes in which plans take turns."""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from .stages import STATE, Gemm
+from .walk import Walk
+
+PLANS = 32  # that a lane keeps
+THREADS = 256  # of a block, at most
+
+
+class Plan:
+    """The launches of one block of steps, written down once and replayed over other arrays.
+
+    It owns what lives within a step, a copy of U, and the table of the arrays. The first block runs
+    launch by launch, which compiles all there is to compile; the second is recorded.
+    """
+
+    def __init__(self, ops: Any, blas: Any, walk: Walk, sizes: Any, order: range, shift: int):
+        self.ops, self.blas, self.walk, self.sizes = ops, blas, walk, sizes
+        self.order, self.shift = order, shift
+        (B, H), number = sizes, walk.number
+        self.buffers = {
+            name: ops.empty((B, n * H), number)
+            for name, n in {STATE: 1, **walk.stages.buffers}.items()
+        }
+        self.U = ops.empty((3 * H, H), number)
+        self.table = ops.empty((3 * len(walk.arrays) + 3,), "int64")
+        self.pointers = {name: ops.pointer(v) for name, v in self.buffers.items()}
+        self.runs, self.graph = 0, None
+
+    def __call__(self, arrays: dict[str, Any], alive: Any, state: Any, U: Any) -> Any:
+        """Run the block over these arrays, from this state (B, H) -> the last state, a copy."""
+        self.buffers[STATE][...] = state
+        self.U[...] = U
+        places = [_place(self.ops, arrays[name]) for name in self.walk.arrays]
+        places.append((0, 0, 0) if alive is None else _place(self.ops, alive))
+        numbers = [self.ops.pointer(self.table), *(n for place in places for n in place)]
+        self.ops.launch(self.walk.set_table, (1, 1), 1, numbers)
+        self._run()
+        return self.ops.copy(self.buffers[STATE])
+
+    def _run(self) -> None:
+        self.runs += 1
+        if self.graph is None and self.runs > 1 and self.ops.records:
+            self.graph = _recorded(self.ops, self.steps)
+        if self.graph is None:
+            self.steps()
+        else:
+            self.graph.launch()
+
+    def steps(self) -> None:
+        """Launch everything, step after step; nothing here allocates memory."""
+        B, H = self.sizes
+        threads = min(THREADS, -(-H // 32) * 32)
+        grid = (-(-H // threads), min(B, 65535))
+        table, stages = self.ops.pointer(self.table), self.walk.stages.stages
+        owned = {
+            n: [self.pointers[name] for name in k.buffers] for n, k in self.walk.kernels.items()
+        }
+        for t in self.order:
+            for n, stage in enumerate(stages):
+                if isinstance(stage, Gemm):
+                    self._multiply(stage)
+                else:
+                    numbers = [table, t, t + self.shift, B, H, *owned[n]]
+                    self.ops.launch(self.walk.kernels[n], grid, threads, numbers)
+
+    def _multiply(self, op: Gemm) -> None:
+        """Out (B, N) = left (B, k) @ M, where M is U[rows]^T or U[rows], all row by row.
+
+        cuBLAS reads column by column, so for it this is out^T = M^T left^T.
+        """
+        B, H = self.sizes
+        rows = (op.rows.stop - op.rows.start) * H
+        N, k = (rows, H) if op.transposed else (H, rows)
+        left, out = self.pointers[op.left], self.pointers[op.out]
+        M = self.ops.pointer(self.U) + op.rows.start * H * H * self.U.itemsize
+        beta, number = float(op.add), self.walk.number
+        self.blas(op.transposed, False, N, B, k, M, H, left, k, beta, out, N, number)
+
+
+def _place(ops: Any, array: Any) -> tuple[int, int, int]:
+    """Address of an array (K, B, N) or (H,), and how far apart its steps and rows are."""
+    if array.ndim == 1:
+        return ops.pointer(array), 0, 0
+    steps, rows, _ = (stride // array.itemsize for stride in array.strides)
+    return ops.pointer(array), steps, rows
+
+
+def _recorded(ops: Any, steps: Callable[[], None]) -> Any:
+    """The steps as a graph; None where the device refuses, which is told once."""
+    try:
+        return ops.record(steps)
+    except (RuntimeError, NotImplementedError) as e:
+        ops.records = False
+        warnings.warn(
+            f"gru_any: CUDA refused to record the steps, which now run one by one, slower ({e})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+class Lane:
+    """Plans that share a workspace for products, and therefore take turns."""
+
+    def __init__(self, ops: Any, precision: str) -> None:
+        self.ops, self.precision, self.lock = ops, precision, threading.RLock()
+        self.plans: OrderedDict[Hashable, Any] = OrderedDict()
+        self.done: Any = None  # an event, and the stream it was recorded on
+        self.stream: Any = None
+
+    @cached_property
+    def blas(self) -> Any:
+        """The products, with a handle and a workspace of our own."""
+        return self.ops.blas(self.precision)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Alone in this lane, and on the device after all that was asked of it before."""
+        with self.lock:
+            stream = self.ops.stream()
+            if self.done is not None and stream != self.stream:
+                self.ops.wait(self.done)
+            try:
+                yield
+            finally:
+                self.done, self.stream = self.ops.event(), stream
+
+    def plan(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The plan of this key, made where there is none; those not used for long go."""
+        if key not in self.plans:
+            self.plans[key] = make()
+            while len(self.plans) > PLANS:
+                self.plans.popitem(last=False)
+        self.plans.move_to_end(key)
+        return self.plans[key]
+
+    def forget(self) -> None:
+        """Let go of all plans, after the device is done with them."""
+        with self.lock:
+            self.ops.synchronize()
+            self.plans.clear()

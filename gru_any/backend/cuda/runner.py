@@ -1,0 +1,124 @@
+"""How a CUDA device runs a block of steps: one kernel between two products, recorded and replayed.
+
+The loop over the steps is written against a handful of operations (see ops.py), so that it runs
+launch by launch, or is recorded as a CUDA graph, or runs on a device that the host plays (fake.py).
+"""
+
+import importlib
+from functools import partial
+from typing import Any
+
+from ..numpy import Filled
+from ..plain import Plain
+from .plan import Lane, Plan
+from .walk import Walk, backward_walk, forward_walk
+
+
+class CUDA(Plain):
+    """Runs blocks of steps with fused kernels, in float32 and float64.
+
+    way: "eager", "graph" or "persistent", the fastest that may be taken.
+    """
+
+    def __init__(self, xp: Any, device: Any, ops: Any, way: str, precision: str = "full") -> None:
+        super().__init__(xp, device)
+        self.ops, self.way = ops, way
+        ops.records = way != "eager"
+        self.lanes = [Lane(ops, precision)]
+
+    def own(self, v: Any) -> Any:
+        """As `Plain.own`."""
+        return self.ops.copy(v)
+
+    def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """As `Plain.output`."""
+        return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
+
+    def affine(self, x: Any, W: Any, b: Any) -> Any:
+        """As `Plain.affine`."""
+        a = super().affine(x, W, None)
+        if b is not None:
+            a += b
+        return a
+
+    def forward(
+        self,
+        step: Any,
+        a: Any,
+        h: Any,
+        recurrent: Any,
+        alive: Any,
+        reverse: bool,
+        keep: bool,
+    ) -> tuple[Any, Any]:
+        """As `Plain.forward`."""
+        (K, B, _), H = a.shape, h.shape[-1]
+        if not B or str(h.dtype) not in ("float32", "float64"):
+            return super().forward(step, a, h, recurrent, alive, reverse, keep)
+        U, *vectors = recurrent
+        walk = forward_walk(step, len(vectors), keep, str(h.dtype))
+        path = self._empty((K + 1, B, H), h)
+        path[K if reverse else 0, :, :] = h
+        saved = tuple(self._empty((K, B, n * H), h) for n in walk.widths)
+        arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved)}
+        order = range(K - 1, -1, -1) if reverse else range(K)
+        self._run(walk, arrays, alive, h, U, order, 0 if reverse else 1)
+        return path, saved if keep else None
+
+    def backward(
+        self,
+        step: Any,
+        dy: Any,
+        dh: Any,
+        previous: Any,
+        saved: Any,
+        U: Any,
+        alive: Any,
+        reverse: bool,
+        taps: bool,
+    ) -> tuple[Any, Any, Any]:
+        """As `Plain.backward`."""
+        K, B, H = previous.shape
+        if not B or str(dh.dtype) not in ("float32", "float64"):
+            return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps)
+        walk = backward_walk(step, len(saved), dy is not None, taps, str(dh.dtype))
+        parts = [self._empty((K, B, n * H), dh) for n in walk.widths]
+        arrays = {"dy": dy, "previous": previous, **_named("s", saved), **_named("p", parts)}
+        order = range(K) if reverse else range(K - 1, -1, -1)
+        dh = self._run(walk, arrays, alive, dh, U, order, 0)
+        g = parts.pop() if taps else None
+        return tuple(parts), dh, g
+
+    def _run(
+        self, walk: Walk, arrays: Any, alive: Any, state: Any, U: Any, order: range, shift: int
+    ) -> Any:
+        """Fill the arrays that results go to, step after step in this order -> the last state."""
+        arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
+        lane, sizes = self.lanes[0], state.shape
+        with lane.turn():
+            make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
+            plan = lane.plan((walk, sizes, order, shift), make)
+            return plan(arrays, None if alive is None else alive.block, state, U)
+
+    def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        return self.xp.empty(shape, dtype=like.dtype, device=self.device)
+
+
+def runner_on(backend: Any, way: str) -> CUDA:
+    """Return the runner of CuPy, or of the device that the host plays."""
+    if backend.name == "cupy":
+        from .ops import Ops
+
+        return CUDA(backend.xp, backend.device, Ops(importlib.import_module("cupy")), way)
+    from .fake_ops import Ops as Host
+
+    return CUDA(backend.xp, backend.device, Host(), way)
+
+
+def _named(letter: str, arrays: Any) -> dict[str, Any]:
+    return {f"{letter}{n}": v for n, v in enumerate(arrays)}
+
+
+def _tight(xp: Any, v: Any) -> Any:
+    """With the entries of a row side by side, as the kernels take them."""
+    return v if v.strides[-1] == v.itemsize else xp.ascontiguousarray(v)
