@@ -4,6 +4,7 @@ from __future__ import annotations  # numpy.random is loaded on first need
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -300,19 +301,20 @@ class GRU(Layer):
     ) -> tuple[Any, Any, list[LayerTape]]:
         xp, x, D = self.backend.xp, entry.x, len(self.suffixes)
         steps = self._segment(x.shape[0]) if segment else None
-        tapes, states = [], []
+        tapes: list[LayerTape] = []
+        states: list[Any] = []
         for layer in range(self.num_layers):
             mask = self._mask(rng, x.shape, self.dropout) if layer else None
             x = x if mask is None else x * mask
-            ys, sweeps = [], []
-            for d, suffix in enumerate(self.suffixes):
-                sweep = self._sweep(layer, suffix, entry.padding)
-                wanted = outputs or layer + 1 < self.num_layers
-                y, h, tape = sweep.forward(x, entry.h0[layer * D + d, :, :], keep, steps, wanted)
-                ys.append(y)
-                states.append(h)
-                sweeps.append((sweep, tape))
-            tapes.append(LayerTape(x, mask, sweeps))
+            wanted = outputs or layer + 1 < self.num_layers
+            sweeps = [self._sweep(layer, suffix, entry.padding) for suffix in self.suffixes]
+            calls = [
+                partial(sweep.forward, x, entry.h0[layer * D + d, :, :], keep, steps, wanted)
+                for d, sweep in enumerate(sweeps)
+            ]
+            ys, hs, kept = zip(*runner(self.backend).parallel(calls), strict=True)
+            states += hs
+            tapes.append(LayerTape(x, mask, list(zip(sweeps, kept, strict=True))))
             x = xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
         return x, self._stored(xp.stack(states)), tapes
 

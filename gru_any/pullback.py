@@ -1,7 +1,9 @@
 """The way back through the layers of a GRU."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
+from .backend import runner
 from .errors import check_shape
 from .params import refuse_stale
 from .sweep import Padding, Sweep
@@ -59,18 +61,17 @@ class Pullback:
     def _layer_back(self, layer: int, dy: Any, dh_n: Any, grads: Any, taps: Any) -> Any:
         """Through one layer: dL/d of its outputs -> of its inputs, and of its first states."""
         gru, tape, H = self._gru, self._tapes[layer], self._gru.hidden_size
-        D, total, dh0 = len(tape.sweeps), None, []
+        D, total, dh0, calls = len(tape.sweeps), None, [], []
         for d, (sweep, kept) in enumerate(tape.sweeps):
             part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
-            tap: dict[int, Any] | None = None if taps is None else {}
-            dx, dh, of_weights = sweep.backward(tape.x, kept, part, dh_n[layer * D + d], tap)
+            tap = None if taps is None else taps.setdefault(layer * D + d, {})
+            calls.append(partial(sweep.backward, tape.x, kept, part, dh_n[layer * D + d], tap))
+        for d, (dx, dh, of_weights) in enumerate(runner(gru.backend).parallel(calls)):
             names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
             for name, grad in zip(names, of_weights, strict=False):
                 grads[f"{name}_l{layer}{gru.suffixes[d]}"] = gru._stored(grad)
             total = dx if total is None else total + dx
             dh0.append(dh)
-            if taps is not None:
-                taps[layer * D + d] = tap
         return (total if tape.mask is None else total * tape.mask), dh0
 
     def _enter(self, dy: Any, dh_n: Any) -> tuple[Any, list[Any]]:

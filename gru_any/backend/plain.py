@@ -5,7 +5,7 @@ stacked. This is the definition that every faster way of running a block is test
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -86,6 +86,10 @@ class Plain:
             parts.reverse()
             gs.reverse()
         return self._stack(parts), dh, xp.stack(gs) if taps else None
+
+    def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Call functions that do not need each other -> what they return."""
+        return [call() for call in calls]
 
     def rows(self, v: Any) -> Any:
         """V (..., N) -> (rows, N), a matrix whose products this object takes care of."""

@@ -33,7 +33,8 @@ def runner(backend: Any) -> Plain:
     """How this backend runs a block of steps.
 
     NumPy's is compiled where Numba is installed. GRU_ANY_NO_NUMBA=1 does without it, and
-    GRU_ANY_PLAIN=1 evaluates the equations as they stand; both are read at the import.
+    GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA=eager (or graph, or plain)
+    is the fastest way that CuPy may take. All are read at the import.
     """
     way = chosen if backend.host else chosen_on_cuda if backend.cuda else "plain"
     return _runner(backend, way)
@@ -59,8 +60,12 @@ def _runner(backend: Any, way: str) -> Plain:
 def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, str]:
     """Which way a call of this size takes, and in words why it is not a faster one.
 
-    The name is "plain", "traced" or "compiled" on NumPy, and "plain" on all others but CuPy.
+    The name is "plain", "traced" or "compiled" on NumPy; "plain", "eager" (a kernel between two
+    products), "graph" (those recorded) or "persistent" (a kernel for all steps) on CuPy; else
+    "plain".
     """
+    if backend.cuda and dtype != "complex128":
+        return _path_on_cuda(backend, hidden_size, dtype)
     if not backend.host:
         return "plain", f"{backend.name} evaluates the equations as they stand, one call a step"
     if dtype == "complex128":
@@ -72,6 +77,21 @@ def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, s
     if find_spec("numba") is None:
         return "traced", 'Numba is not installed: pip install "gru-any[fast]"'
     return "compiled", "this is the fastest way on NumPy"
+
+
+def _path_on_cuda(backend: Any, hidden_size: int, dtype: str) -> tuple[str, str]:
+    if chosen_on_cuda == "plain":
+        switch = "GRU_ANY_PLAIN" if os.environ.get("GRU_ANY_PLAIN") else "GRU_ANY_CUDA"
+        return "plain", f"{switch} is set"
+    run: Any = runner(backend)
+    return run.path(hidden_size, dtype)
+
+
+def forget(backend: Any) -> None:
+    """Let go of what was recorded for this backend, and of its memory."""
+    if backend.cuda and chosen_on_cuda != "plain":
+        run: Any = runner(backend)
+        run.forget()
 
 
 def environment(backend: Any) -> dict[str, str]:

@@ -63,8 +63,8 @@ class Array(NDArrayOperatorsMixin):
 
     def get(self) -> np.ndarray:
         """A copy on the host, which waits."""
-        wait()
         use([_known(self)], [])
+        wait()
         return self.host.copy()
 
     def __float__(self) -> float:

@@ -5,6 +5,7 @@ Kernels are compiled by g++ (see shim.py), and products are NumPy's, on raw memo
 
 import ctypes
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -75,7 +76,7 @@ class Ops:
         """As `ops.Ops.blas`."""
         return lambda *arguments: _do(partial(gemm, *arguments))
 
-    def stream(self) -> int:
+    def stream(self) -> Any:
         """As `ops.Ops.stream`."""
         return stream()
 
@@ -91,7 +92,7 @@ class Ops:
     @contextmanager
     def on(self, number: int) -> Iterator[None]:
         """As `ops.Ops.on`."""
-        before, local.stream = stream(), number
+        before, local.stream = stream(), (threading.get_ident(), number)
         try:
             yield
         finally:

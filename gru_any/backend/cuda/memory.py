@@ -31,8 +31,8 @@ def recording() -> list[Callable[[], None]] | None:
 DONE: dict[Any, dict[Any, int]] = {"host": {}}
 
 
-def stream() -> int:
-    """The number of this thread's current stream."""
+def stream() -> Any:
+    """What this thread's current stream is called."""
     return getattr(local, "stream", 0)
 
 

@@ -1,8 +1,8 @@
 """The handful of operations that plans are written against, on CuPy. fake.py has the same."""
 
 import threading
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ class Ops:
 
     def __init__(self, cupy: Any) -> None:
         self.cupy, self.records = cupy, True
+        self._streams = threading.local()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Memory for an array."""
@@ -65,6 +66,15 @@ class Ops:
     def wait(self, event: Any) -> None:
         """Let the current stream go on after the mark; the host does not wait."""
         self.cupy.cuda.get_current_stream().wait_event(event)
+
+    @contextmanager
+    def on(self, number: int) -> Iterator[None]:
+        """On another stream of this thread, inside of the context."""
+        streams = self._streams.__dict__.setdefault("own", {})
+        if number not in streams:
+            streams[number] = self.cupy.cuda.Stream(non_blocking=True)
+        with streams[number]:
+            yield
 
     def synchronize(self) -> None:
         """Wait until the device is done."""

@@ -5,6 +5,8 @@ launch by launch, or is recorded as a CUDA graph, or runs on a device that the h
 """
 
 import importlib
+import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,8 @@ from ..numpy import Filled
 from ..plain import Plain
 from .plan import Lane, Plan
 from .walk import Walk, backward_walk, forward_walk
+
+LANES = 2  # that may run at the same time: the two directions of a layer
 
 
 class CUDA(Plain):
@@ -24,7 +28,43 @@ class CUDA(Plain):
         super().__init__(xp, device)
         self.ops, self.way = ops, way
         ops.records = way != "eager"
-        self.lanes = [Lane(ops, precision)]
+        self.lanes = [Lane(ops, precision) for _ in range(LANES)]
+        self._local = threading.local()
+
+    def _lane(self) -> Lane:
+        return self.lanes[getattr(self._local, "lane", 0)]
+
+    def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """As `Plain.parallel`: the first on the current stream, each other on one of its own."""
+        start, ends = self.ops.event(), []
+        results = [calls[0]()]
+        for n, call in enumerate(calls[1:], 1):
+            self._local.lane = n % LANES
+            try:
+                with self.ops.on(n % LANES):
+                    self.ops.wait(start)
+                    results.append(call())
+                    ends.append(self.ops.event())
+            finally:
+                self._local.lane = 0
+        for end in ends:
+            self.ops.wait(end)
+        return results
+
+    def forget(self) -> None:
+        """Let go of all plans and their memory, after the device is done with them."""
+        for lane in self.lanes:
+            lane.forget()
+
+    def path(self, hidden_size: int, dtype: str) -> tuple[str, str]:
+        """Which way a block of this size takes, and why not a faster one."""
+        if self.way == "eager":
+            return "eager", "GRU_ANY_CUDA is set to eager"
+        if not self.ops.records:
+            return "eager", "CUDA refused to record a graph in this process"
+        if self.way == "graph":
+            return "graph", "GRU_ANY_CUDA is set to graph"
+        return "graph", f"no kernel holds the weights of {hidden_size} units in {dtype} on its own"
 
     def own(self, v: Any) -> Any:
         """As `Plain.own`."""
@@ -94,7 +134,7 @@ class CUDA(Plain):
     ) -> Any:
         """Fill the arrays that results go to, step after step in this order -> the last state."""
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
-        lane, sizes = self.lanes[0], state.shape
+        lane, sizes = self._lane(), state.shape
         with lane.turn():
             make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
             plan = lane.plan((walk, sizes, order, shift), make)

@@ -72,13 +72,13 @@ def constant(value: float, number: str) -> str:
 
 def body(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
     """The lines of a group for row b and unit j; `on`: the row has not ended."""
-    tanh = "tanhf" if number == "float32" else "tanh"
+    function = "tanhf" if number == "float32" else "tanh"
     old = next((f"v{c}" for c, place in group.loads if place.array == STATE), "")
     ended = {"kept": f"on ? {{}} : {old}", "zero": "on ? {} : number(0)", "as it is": "{}"}
     lines = [f"const number v{c} = get({entry(place)});" for c, place in group.loads]
     for op in group.ops:
         x = [constant(i, number) if isinstance(i, float) else f"v{i}" for i in op.inputs]
-        value = f"{tanh}({x[0]})" if op.name == "tanh" else f" {SIGNS[op.name]} ".join(x)
+        value = f"{function}({x[0]})" if op.name == "tanh" else f" {SIGNS[op.name]} ".join(x)
         lines.append(f"const number v{op.output} = {value};")
     for column, place, rule in group.stores:
         lines.append(f"put({entry(place)}, {ended[rule].format(f'v{column}')});")

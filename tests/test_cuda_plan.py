@@ -1,0 +1,324 @@
+"""Whole GRUs on a device that the host plays: recorded, replayed, and stricter than a device."""
+
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+import gru_any
+from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
+from gru_any.backend import NUMPY, run, runner, select
+from gru_any.backend.cuda import fake, plan
+from gru_any.backend.cuda.fake_ops import Ops
+from gru_any.backend.cuda.memory import StreamError, count
+from gru_any.backend.plain import Plain
+from gru_any.optim import clip_by_global_norm
+
+HOST = fake.__name__
+VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+WAYS = pytest.mark.parametrize("way", ["eager", "graph"])
+LIMIT = {"float32": 2e-6, "float64": 1e-13}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Each test records anew."""
+    run._runner.cache_clear()
+    yield
+    run._runner.cache_clear()
+
+
+@pytest.fixture
+def take(monkeypatch):
+    return lambda way: monkeypatch.setattr(run, "chosen_on_cuda", way)
+
+
+def pair(**settings):
+    """The same GRU on NumPy and on the device."""
+    gru = GRU(**settings, seed=0)
+    return gru, gru.to(HOST)
+
+
+def batch(gru, T, B, seed):
+    rng = np.random.default_rng(seed)
+    D, H = len(gru.suffixes), gru.hidden_size
+    shapes = [(T, B, gru.input_size), (gru.num_layers * D, B, H)]
+    shapes += [(T, B, D * H), (gru.num_layers * D, B, H)]
+    return [rng.standard_normal(shape).astype(gru.dtype) for shape in shapes]
+
+
+def everything(gru, x, h0, dy, dh, **options):
+    x, h0, dy, dh = (asarray(v, like=gru) for v in (x, h0, dy, dh))
+    (y, h_n), pullback = gru.vjp(x, h0, **options)
+    grads, dx, dh0 = pullback(dy, dh)
+    short = gru(x, h0, **options)
+    return [to_numpy(v) for v in (y, h_n, *short, dx, dh0, *grads.values())]
+
+
+def assert_same(found, expected, limit):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert np.abs(ours - theirs).max() <= limit * np.abs(theirs).max()
+
+
+@WAYS
+@VARIANTS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("B", "lengths"), [(1, None), (5, None), (4, [20, 0, 7, 13])])
+def test_a_whole_gru(take, way, after, dtype, B, lengths):
+    """Three calls with other inputs: launched, recorded, and replayed."""
+    take(way)
+    host, device = pair(input_size=3, hidden_size=5, num_layers=2, bidirectional=True,
+                        reset_after=after, dtype=dtype)  # fmt: skip
+    before = count["replays"]
+    for seed in range(3):
+        arrays = batch(host, 20, B, seed)
+        found = everything(device, *arrays, lengths=lengths)
+        assert_same(found, everything(host, *arrays, lengths=lengths), LIMIT[dtype])
+    assert (count["replays"] > before) == (way == "graph")
+
+
+@VARIANTS
+def test_several_blocks_and_recomputing(after):
+    """The gradients are the same bits whether states are kept or computed again."""
+    host, device = pair(input_size=2, hidden_size=4, reset_after=after)
+    again = GRU(2, 4, reset_after=after, seed=0, recompute="sqrt", backend=HOST)
+    arrays = batch(host, 150, 3, 0)
+    found = everything(device, *arrays)
+    for a, b in zip(found, everything(again, *arrays), strict=True):
+        assert np.array_equal(a, b)
+    assert_same(found, everything(host, *arrays), 4e-6)
+
+
+def test_no_steps_no_rows_and_no_batch():
+    _, device = pair(input_size=3, hidden_size=4)
+    for T, B in ((0, 2), (3, 0), (0, 0)):
+        x = asarray(np.zeros((T, B, 3), "f4"), like=device)
+        (y, h_n), pullback = device.vjp(x)
+        grads, dx, _ = pullback(y)
+        assert (y.shape, h_n.shape, dx.shape) == ((T, B, 4), (1, B, 4), (T, B, 3))
+        assert all(np.all(to_numpy(g) == 0) for g in grads.values())
+    assert device(asarray(np.zeros((5, 3), "f4"), like=device))[0].shape == (5, 4)
+
+
+@VARIANTS
+def test_a_nan_stays_in_its_row(after):
+    host, device = pair(input_size=3, hidden_size=4, reset_after=after)
+    x, h0, dy, dh = batch(host, 6, 3, 0)
+    clean = everything(device, x, h0, dy, dh)
+    x[2, 1] = np.nan
+    found = everything(device, x, h0, dy, dh)
+    for a, b in zip(found[:6], clean[:6], strict=True):
+        assert np.array_equal(a[:, ::2], b[:, ::2])
+    assert np.isnan(found[0][2:, 1]).all()
+
+
+@VARIANTS
+def test_what_a_pullback_saved_is_its_own(after):
+    """Three forwards, then their pullbacks in the other order; and a pullback dropped unused."""
+    host, device = pair(input_size=3, hidden_size=5, reset_after=after)
+    arrays = [batch(host, 9, 4, seed) for seed in range(3)]
+    expected = [everything(host, *a)[4:] for a in arrays]
+    device.vjp(asarray(arrays[0][0], like=device))
+    results = [device.vjp(*(asarray(v, like=device) for v in a[:2])) for a in arrays]
+    kept = [to_numpy(y).copy() for (y, _), _ in results]
+    for (_, pullback), a, wanted in reversed(list(zip(results, arrays, expected, strict=True))):
+        grads, dx, dh0 = pullback(*(asarray(v, like=device) for v in a[2:]))
+        assert_same([to_numpy(v) for v in (dx, dh0, *grads.values())], wanted, 2e-6)
+    for ((y, _), _), before in zip(results, kept, strict=True):
+        assert np.array_equal(to_numpy(y), before)
+
+
+def test_weights_written_or_replaced_between_two_calls():
+    host, device = pair(input_size=3, hidden_size=5)
+    arrays = batch(host, 9, 4, 0)
+    for turn in range(4):
+        for gru in (host, device):
+            if turn % 2:
+                gru.params["weight_hh_l0"] *= 0.5
+            else:
+                gru.params["weight_hh_l0"] = gru.params["weight_hh_l0"] + 0.1
+        assert_same(everything(device, *arrays), everything(host, *arrays), 2e-6)
+
+
+def z_squared(xp, a, h, U):
+    _, (r, z, n, s) = before(xp, a, h, U)
+    return z * z * h + (1.0 - z * z) * n, (r, z, n, s)
+
+
+before = equations.reset_before
+
+
+def test_replace_an_equation_and_the_kernels_follow(monkeypatch):
+    host, device = pair(input_size=3, hidden_size=4, dtype="float64")
+    x = np.random.default_rng(0).standard_normal((5, 3, 3))
+    usual = to_numpy(device(asarray(x, like=device))[0])
+    monkeypatch.setattr(equations, "reset_before", z_squared)
+    found = to_numpy(device(asarray(x, like=device))[0])
+    assert np.abs(found - usual).max() > 1e-2
+    assert_same([found], [host(x)[0]], 1e-13)
+
+
+def test_shapes_of_steps_that_ours_do_not_have():
+    """A result that is a product; a product that two use; a state that goes on as it is."""
+
+    def product(xp, a, h, U):
+        return h @ U[: h.shape[1], :].T, (h,)
+
+    def twice(xp, a, h, U):
+        H = h.shape[1]
+        q = h @ U[:H, :].T
+        return a[:, :H] + q, (q * 2.0,)
+
+    gru, rng = GRU(3, 4, backend=HOST), np.random.default_rng(0)
+    a, h, U = (rng.standard_normal(s).astype("f4") for s in ((3, 2, 12), (2, 4), (12, 4)))
+    for step in (product, twice):
+        plain = Plain(NUMPY.xp, "cpu")
+        expected, extra = plain.forward(step, a, h, (U,), None, False, True)
+        arrays = (fake.asarray(v) for v in (a, h))
+        found, more = runner(gru.backend).forward(
+            step, *arrays, (fake.asarray(U),), None, False, True
+        )
+        assert_same([found.get(), more[0].get()], [expected, extra[0]], 2e-6)
+
+
+# streams, threads, memory ------------------------------------------------------------------------
+
+
+def test_streams_take_turns():
+    """What one stream recorded another may replay; nothing is read before it is there."""
+    host, device = pair(input_size=3, hidden_size=5, bidirectional=True)
+    arrays, ops = batch(host, 9, 4, 0), Ops()
+    expected = everything(host, *arrays)
+    everything(device, *arrays)  # and the host waits, so all streams know the weights
+    for number in (8, 9, 8, 9):
+        with ops.on(number):
+            assert_same(everything(device, *arrays), expected, 2e-6)
+
+
+def test_a_stream_that_did_not_wait_is_found():
+    ops = Ops()
+    with ops.on(1):
+        x = fake.asarray(np.ones(3, "f4"))
+        done = ops.event()
+    with pytest.raises(StreamError, match="did not wait"):
+        x + 1.0
+    ops.wait(done)
+    assert (x + 1.0).get().tolist() == [2, 2, 2]
+
+
+def test_threads():
+    host, device = pair(input_size=3, hidden_size=5, bidirectional=True)
+    inputs, wrong = [batch(host, 9, 4, seed) for seed in range(3)], []
+    expected = [everything(host, *a) for a in inputs]
+
+    def work(n):
+        try:
+            with Ops().on(10 + n):
+                for _ in range(4):
+                    assert_same(everything(device, *inputs[n]), expected[n], 2e-6)
+        except BaseException as e:
+            wrong.append(e)
+
+    everything(device, *inputs[0])
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_memory_that_was_let_go_of_is_nan_and_nothing_is_made_while_recording():
+    x = fake.asarray(np.ones(3, "f4"))
+    address = Ops().pointer(x)
+    del x
+    y = fake.empty(3, dtype="f4")
+    assert Ops().pointer(y) == address
+    assert np.isnan(y.get()).all()
+    for call in (lambda: fake.empty(3, dtype="f4"), lambda: y + 1.0, y.get):
+        with pytest.raises(RuntimeError, match="while launches are recorded"):
+            Ops().record(call)
+
+
+def test_plans_are_few_and_can_be_let_go_of(monkeypatch):
+    monkeypatch.setattr(plan, "PLANS", 3)
+    _, device = pair(input_size=3, hidden_size=4)
+    for B in (1, 2, 3, 4, 5, 1):
+        device(asarray(np.zeros((3, B, 3), "f4"), like=device))
+    lane = runner(device.backend).lanes[0]
+    assert len(lane.plans) == 3
+    run.forget(device.backend)
+    assert not lane.plans
+    run.forget(NUMPY)
+
+
+def test_a_device_that_refuses_to_record(monkeypatch):
+    """The right numbers all the same, told once."""
+    monkeypatch.setattr(Ops, "record", refuse)
+    host, device = pair(input_size=3, hidden_size=5)
+    arrays = batch(host, 9, 4, 0)
+    everything(device, *arrays)
+    with pytest.warns(RuntimeWarning, match="refused to record"):
+        found = everything(device, *arrays)
+    assert_same(found, everything(host, *arrays), 2e-6)
+    assert_same(everything(device, *arrays), everything(host, *arrays), 2e-6)
+    assert run.path(device.backend, 5)[0] == "eager"
+
+
+def refuse(self, steps):
+    raise RuntimeError("cudaErrorStreamCaptureUnsupported")
+
+
+# what waits for the device -----------------------------------------------------------------------
+
+
+def test_a_training_step_waits_for_nothing(take):
+    take("graph")
+    model = Chain(
+        Embedding(11, 4, backend=HOST, seed=0),
+        GRU(4, 5, 2, dropout=0.3, bidirectional=True, backend=HOST, seed=0),
+        Dropout(0.2, backend=HOST),
+        Linear(10, 11, backend=HOST, seed=0),
+    )
+    optimiser, rng = Adam(model.params), np.random.default_rng(0)
+    x = fake.asarray(rng.integers(0, 11, (7, 3)))
+    waits, losses = count["waits"], []
+    for _ in range(3):
+        (y, _), pullback = model.vjp(x, rng=rng, lengths=[7, 2, 5])
+        loss, dy = gru_any.softmax_cross_entropy(y, x)
+        grads, _, _ = pullback(dy)
+        clip_by_global_norm(grads, 1.0)
+        optimiser.step(model.params, grads)
+        losses.append(loss)
+    assert count["waits"] == waits
+    assert np.isfinite(float(losses[-1]))
+    assert count["waits"] == waits + 1
+
+
+# which way ---------------------------------------------------------------------------------------
+
+
+def test_the_path_in_words(take, monkeypatch):
+    backend = select(HOST)
+    assert run.path(backend, 1000)[0] == "graph"
+    assert "1000 units" in run.path(backend, 1000)[1]
+    for way in ("plain", "eager", "graph"):
+        take(way)
+        assert run.path(backend, 1000) == (way, run.path(backend, 1000)[1])
+        assert "GRU_ANY_CUDA" in run.path(backend, 1000)[1]
+    assert run.path(backend, 8, "complex128")[0] == "plain"
+    monkeypatch.setenv("GRU_ANY_CUDA", "fastest")
+    with pytest.raises(ValueError, match="expected one of plain, eager, graph"):
+        run._chosen_on_cuda()
+    monkeypatch.setenv("GRU_ANY_PLAIN", "1")
+    assert run._chosen_on_cuda() == "plain"
+
+
+def test_no_warning_where_all_is_well():
+    host, device = pair(input_size=3, hidden_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(3):
+            everything(device, *batch(host, 4, 2, seed))
