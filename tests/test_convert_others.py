@@ -451,6 +451,6 @@ def test_keras_models_that_branch_are_refused(tmp_path):
     keras.Model(x, [y, keras.layers.Dense(2)(y)]).save(tmp_path / "two.keras")
     keras.Model(x, keras.layers.Dense(2)(x + y)).save(tmp_path / "sum.keras")
     for name in ("two", "sum"):
-        with pytest.raises(ValueError, match="several outputs|alone"):
+        with pytest.raises(ValueError, match=r"several outputs|alone"):
             convert.keras.load(tmp_path / f"{name}.keras")
         assert convert.keras.load(tmp_path / f"{name}.keras", "gru").hidden_size == I
