@@ -22,6 +22,7 @@ import numpy as np
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear
+from gru_any.backend import BackendError
 from gru_any.data import streams
 from gru_any.schedules import cosine, warm_up
 from gru_any.train import evaluate, fit
@@ -44,14 +45,23 @@ class Text(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    try:
+        run(args)
+    except (BackendError, FloatingPointError, OSError, ValueError) as e:
+        sys.exit(f"{type(e).__name__}: {e}")
+
+
+def run(args: argparse.Namespace) -> None:
     if args.load:
         characters, model = load(args.load, args)
+        prompt = prompted(args.prompt, characters)
     else:
         text = split(read(args.data))
-        characters, model = text.characters, train(text, args)
+        characters, prompt = text.characters, prompted(args.prompt, text.characters)
+        model = train(text, args)
     if args.sample:
         rng = np.random.default_rng(args.seed)
-        print(write(model, characters, args.prompt, args.sample, args.temperature, rng))
+        print(write(model, characters, prompt, args.sample, args.temperature, rng))
 
 
 # the text ----------------------------------------------------------------------------------------
@@ -177,13 +187,21 @@ def bits_per_character(model: Chain, data: np.ndarray) -> float:
     return evaluate(model, gru_any.softmax_cross_entropy, part, chunk=2000) / math.log(2)
 
 
+def prompted(prompt: str | None, characters: str) -> str:
+    """The prompt, whose characters the model must know; without one "The ", as far as it does."""
+    if prompt is None:
+        return "".join(c for c in "The " if c in characters) or characters[0]
+    unknown = sorted(set(prompt) - set(characters))
+    if unknown or not prompt:
+        what = f"holds {unknown}" if unknown else "is empty"
+        sys.exit(f"--prompt {what}; the model knows {characters!r}")
+    return prompt
+
+
 def write(
     model: Chain, characters: str, prompt: str, length: int, temperature: float, rng: Any
 ) -> str:
     """Continue the prompt, each character drawn from what the model predicts."""
-    unknown = sorted(set(prompt) - set(characters))
-    if unknown or not prompt:
-        sys.exit(f"--prompt holds {unknown}; the model knows {characters!r}")
     out, state, fresh = list(prompt), None, [characters.index(c) for c in prompt]
     for _ in range(length):
         y, state = model(model.backend.put(np.array(fresh)[:, None]), state)
@@ -235,12 +253,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of weights, dropout and sample")
     add("--sample", type=int, default=400, metavar="N", help="characters to write at the end")
-    add("--prompt", default="The ", help="what the sample begins with")
+    add("--prompt", help='what the sample begins with; else "The "')
     add("--temperature", type=float, default=0.7, help="lower is more careful")
     add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
-    if args.temperature <= 0 or not 0 <= args.dropout < 1:
-        parser.error("--temperature must be above 0, and --dropout from 0 up to below 1")
+    if not args.temperature > 0 or not 0 <= args.dropout < 1 or min(args.seed, args.sample) < 0:
+        parser.error(
+            "--temperature must be above 0, --dropout from 0 up to below 1, --seed and --sample "
+            "at least 0"
+        )
     return args
 
 

@@ -149,7 +149,11 @@ def test_data_that_is_no_text(tmp_path, content, message):
     [
         (["--batch", "1000000"], "too many"),
         (["--hidden", "0"], "is not above 0"),
-        (["--temperature", "0"], "must be above 0"),
+        (["--temperature", "nan"], "must be above 0"),
+        (["--prompt", "xyz"], "--prompt holds ['x', 'y', 'z']; the model knows"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--clip", "0"], "ValueError: clip is 0.0, expected a number above 0"),
+        (["--out", "/dev/null"], "FileExistsError"),
         (["--load", "no such folder"], "--load no such folder"),
         (["--backend", "no_such_library"], "cannot be imported"),
     ],
@@ -158,6 +162,7 @@ def test_bad_arguments(tmp_path, arguments, message):
     (tmp_path / "data.txt").write_text("to be or not to be " * 500, "utf-8")
     text = run("train_text.py", "--data", tmp_path / "data.txt", *arguments, ok=False)
     assert message in text
+    assert "Traceback" not in text
 
 
 def test_without_the_text_of_cpython(tmp_path):
