@@ -49,7 +49,7 @@ class Mixed:
     def update(self, optimiser: Optimizer, grads: Any, norm: Any) -> Any:
         """Change the weights where the norm is finite, and the scale -> 1.0 where they were."""
         xp = self.model.backend.xp
-        finite = xp.isfinite(norm)
+        finite = xp.asarray(xp.isfinite(norm))  # NumPy would make it a scalar
         optimiser.step(self.model.params, grads, finite)
         good = (self.good + 1) * xp.astype(finite, xp.float32)
         grown = good >= GROWTH

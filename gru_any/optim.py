@@ -158,7 +158,7 @@ class SGD(Optimizer):
     def _later(self, xp: Any) -> Any:
         """0 in the first step, then 1."""
         later = self.count > 1
-        return later if isinstance(later, bool) else xp.astype(later, xp.float32)
+        return later if isinstance(later, bool) else xp.astype(xp.asarray(later), xp.float32)
 
 
 class RMSprop(Optimizer):

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: all that decides how it goes on, in one file, written whole.
 
 A folder holds the newest checkpoint and the one before it. Each carries a digest of its contents;
-where the newest is damaged the one before is taken.
+where the newest is damaged it is put aside, and the one before is taken.
 """
 
 import hashlib
@@ -17,6 +17,11 @@ from .checkpoint import settle, write_atomically
 
 FORMAT = 1
 NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
+ASIDE = "checkpoint.damaged.safetensors"
+
+
+class DamagedError(ValueError):
+    """A file is not what was written."""
 
 
 def store(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -50,7 +55,7 @@ def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None
     Raises
     ------
     ValueError
-        There are some, and none can be used.
+        There are some, and none can be used; or the newest is of a newer version.
     """
     problems = []
     for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
@@ -59,10 +64,11 @@ def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None
         if (folder / name).exists():
             try:
                 found = _read(folder / name)
-            except ValueError as e:
+            except DamagedError as e:
                 problems.append(str(e))
                 continue
             if problems:
+                os.replace(folder / NAMES[0], folder / ASIDE)  # lest it take this one's place
                 print(f"gru_any: {problems[0]}; going on from {folder / name}", file=sys.stderr)
             return found
     if problems:
@@ -78,12 +84,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as e:
-        raise ValueError(f"{path} is damaged: {e}") from e
-    text = metadata.get("gru_any.run")
-    if text is None:
+        raise DamagedError(f"{path} is damaged: {e}") from e
+    text = metadata.get("gru_any.run", "")
+    if not text and "digest" not in metadata:
         raise ValueError(f"{path} is no checkpoint of a training run")
     if metadata.get("digest") != _digest(text, arrays):
-        raise ValueError(f"{path} is damaged: its contents do not fit its digest")
+        raise DamagedError(f"{path} is damaged: its contents do not fit its digest")
     header = json.loads(text)
     if header["format"] > FORMAT:
         raise ValueError(

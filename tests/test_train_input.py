@@ -140,6 +140,66 @@ def test_what_is_no_checkpoint(tmp_path):
         train(out=tmp_path)
 
 
+def test_a_newer_checkpoint_is_left_as_it_is(tmp_path, monkeypatch):
+    """And not taken for a damaged one, though the one before could be read."""
+    with pytest.raises(RuntimeError, match="plug"):
+        train(out=tmp_path, save_every=2, loss=pulled(5))
+    with monkeypatch.context() as newer:
+        newer.setattr(resume, "FORMAT", 2)
+        with pytest.raises(RuntimeError, match="plug"):
+            train(out=tmp_path, save_every=2, loss=pulled(3))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="has format 2, this version reads up to 1"):
+        train(out=tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monkeypatch):
+    """Killed in the first save after falling back, between its two renames."""
+    with pytest.raises(RuntimeError, match="plug"):
+        train(out=tmp_path, save_every=2, loss=pulled(6))
+    (tmp_path / resume.NAMES[0]).write_bytes(b"damaged")
+    real = resume.os.replace
+
+    def killed(source, target):
+        if str(source).endswith("checkpoint.new.safetensors"):
+            raise RuntimeError("the plug is pulled")
+        real(source, target)
+
+    with monkeypatch.context() as unlucky:
+        unlucky.setattr(resume.os, "replace", killed)
+        with pytest.raises(RuntimeError, match="plug"):
+            train(out=tmp_path, save_every=1)
+    assert resume.restore(tmp_path)[0]["step"] == 2
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 12, 13, 17])
+def test_epochs_go_on_bit_for_bit(tmp_path, step):
+    """Validation at the ends of epochs of five pieces, two to an update."""
+    models, histories = [], []
+    for loss in (softmax_cross_entropy, pulled(step), softmax_cross_entropy):
+        model, folder = writer(), tmp_path / ("whole" if not models else "cut")
+
+        def valid(model=model):
+            return float(np.abs(model.params["2.bias"]).sum())
+
+        def go(model=model, loss=loss, folder=folder, valid=valid):
+            return fit(model, loss, lambda epoch: [streams(TEXT[epoch : epoch + 201], 4)],
+                       SGD(model.params, lr=0.1, momentum=0.9), epochs=4, tbptt=(10, 10),
+                       accumulate=2, valid=valid, average=0.9, out=folder, save_every=1,
+                       log_every=1, bar=False)  # fmt: skip
+
+        if loss is not softmax_cross_entropy:
+            with pytest.raises(RuntimeError, match="plug"):
+                go()
+            continue
+        histories.append([r | {"seconds": 0} for r in go().records])
+        models.append(model.params)
+    assert len([r for r in histories[0] if "valid" in r]) == 4
+    assert histories[0] == histories[1]
+    assert all(np.array_equal(models[1][k], v) for k, v in models[0].items())
+
+
 # files -------------------------------------------------------------------------------------------
 
 
