@@ -99,7 +99,8 @@ class Layer:
         from inspect import signature
 
         usual = signature(type(self)).parameters
-        given = {k: v for k, v in self.settings.items() if v != usual[k].default}
+        told = ("reset_after",)  # the variant, whichever it is
+        given = {k: v for k, v in self.settings.items() if k in told or v != usual[k].default}
         arguments = "".join(f"{name}={value!r}, " for name, value in given.items())
         count = sum(int(np.prod(p.shape)) for p in self.params.values())
         return (

@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 from conftest import require
@@ -26,6 +27,14 @@ def test_names_modules_and_the_environment(monkeypatch):
     monkeypatch.setenv("GRU_ANY_BACKEND", "array_api_strict")
     assert GRU(3, 4).backend.name == "array_api_strict"
     assert select("numpy") is NUMPY
+
+
+def test_a_required_library_fails_in_place_of_a_skip(monkeypatch):
+    with pytest.raises(pytest.skip.Exception, match="no_such_library: No module"):
+        require("no_such_library")
+    monkeypatch.setattr(conftest, "REQUIRED", {"no_such_library"})
+    with pytest.raises(pytest.fail.Exception, match=r"no_such_library\.part is required"):
+        require("no_such_library.part")
 
 
 @pytest.mark.parametrize("name", ["no_such_library", "math", "not a name", "", ".", 3])

@@ -186,6 +186,8 @@ def test_repr():
     assert "reset_after=True" in text
     assert 3 * 46 * (88 + 46 + 2) + 3 * 46 * (46 + 46 + 2) == 31_740
     assert "backend='numpy', dtype='float32')  # 31,740 parameters" in text
+    assert "reset_after=False" in repr(GRU(3, 4))
+    assert "reset_after=False" in repr(GRUCell(3, 4))
 
 
 def test_initialisers():
