@@ -29,6 +29,17 @@ class GRUCell(Layer):
     params : dict
         `weight_ih` (3H, I), `weight_hh` (3H, H), `bias_ih` (3H,) and, with reset_after, `bias_hh`
         (3H,). The thirds are r, z, n.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRUCell
+    >>> cell = GRUCell(3, 4, seed=0)
+    >>> h = None
+    >>> for frame in np.ones((5, 2, 3), dtype="float32"):
+    ...     h = cell(frame, h)
+    >>> h.shape
+    (2, 4)
     """
 
     def __init__(

@@ -24,6 +24,17 @@ class Chain:
     Notes
     -----
     `state` is a list of one h (L*D, B, H) for each GRU, in order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU, Chain, Embedding, Linear
+    >>> model = Chain(Embedding(10, 3, seed=0), GRU(3, 4, seed=1), Linear(4, 10, seed=2))
+    >>> y, state = model(np.array([[7], [1]]))  # (T, B) of integers
+    >>> y.shape, [h.shape for h in state]
+    ((2, 1, 10), [(1, 1, 4)])
+    >>> list(model.params)[:3]
+    ['0.weight', '1.weight_ih_l0', '1.weight_hh_l0']
     """
 
     def __init__(self, *layers: Any) -> None:

@@ -35,6 +35,15 @@ def save(path: Any, model: Any) -> None:
         The model is something else.
     OSError
         The folder does not exist or cannot be written.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> from gru_any import GRU, load, save
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> save(path, GRU(3, 4, reset_after=True))
+    >>> load(path).reset_after
+    True
     """
     from safetensors.numpy import save as to_bytes
 

@@ -56,6 +56,15 @@ def gradcheck(
     ------
     GradientError
         An error is above 1e-7 (central) or 1e-12 (complex), or a gradient vanishes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU, gradcheck
+    >>> x = np.random.default_rng(0).standard_normal((5, 2, 3))
+    >>> errors = gradcheck(GRU(3, 4, seed=0), x, method="complex")
+    >>> list(errors), max(errors.values()) < 1e-12
+    (['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'input0'], True)
     """
     if method not in TOLERANCE:
         raise ValueError(f"method is {method!r}, expected 'central' or 'complex'")

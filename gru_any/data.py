@@ -68,6 +68,14 @@ def streams(data: np.ndarray, rows: int) -> Batch:
     ------
     ValueError
         The sequence is too short.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any.data import streams
+    >>> batch = streams(np.arange(9), 2)
+    >>> batch.x.T.tolist(), batch.target.T.tolist()
+    ([[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]])
     """
     length = (len(data) - 1) // rows
     if length < 1:

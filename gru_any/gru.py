@@ -71,6 +71,20 @@ class GRU(Layer):
     -----
     The equations and their source are in `gru_any.equations`. Do not write into x, h0 or the
     parameters between `vjp` and the call of its pullback.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU
+    >>> gru = GRU(3, 4, num_layers=2, seed=0)
+    >>> x = np.ones((5, 2, 3), dtype="float32")  # (T, B, I)
+    >>> y, h_n = gru(x, lengths=[5, 2])
+    >>> y.shape, h_n.shape
+    ((5, 2, 4), (2, 2, 4))
+    >>> (y, h_n), pullback = gru.vjp(x)
+    >>> grads, dx, dh0 = pullback(np.ones_like(y))
+    >>> grads["weight_hh_l1"].shape, dx.shape
+    ((12, 4), (5, 2, 3))
     """
 
     def __init__(

@@ -222,6 +222,16 @@ class Adam(Optimizer):
     lr, eps, weight_decay : float
     betas : (float, float), b1 and b2
     amsgrad : bool
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import Adam
+    >>> params = {"w": np.array([1.0, -1.0])}
+    >>> optimiser = Adam(params, lr=0.1)
+    >>> optimiser.step(params, {"w": np.array([0.5, -2.0])})
+    >>> [round(v, 6) for v in params["w"].tolist()]  # the first step is lr, whatever the gradient
+    [0.9, -0.9]
     """
 
     def __init__(
@@ -296,6 +306,14 @@ def clip_by_global_norm(grads: MutableMapping[str, Any], max_norm: float) -> Any
 
     Returns the norm before, a number without axes on the device. In place where the library can;
     by PyTorch's definition, with the factor max_norm / (norm + 1e-6).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import clip_by_global_norm
+    >>> grads = {"a": np.array([3.0]), "b": np.array([4.0])}
+    >>> float(clip_by_global_norm(grads, 1.0)), round(float(grads["a"][0]), 4)
+    (5.0, 0.6)
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm!r}, expected a number above 0")

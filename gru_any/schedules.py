@@ -45,5 +45,13 @@ def plateau(rate: float, patience: int, factor: float = 0.5, last: float = 0.0) 
 
 
 def warm_up(steps: int, then: Schedule) -> Schedule:
-    """Rise in a straight line over the first steps to what `then` gives."""
+    """Rise in a straight line over the first steps to what `then` gives.
+
+    Examples
+    --------
+    >>> from gru_any.schedules import constant, warm_up
+    >>> rate = warm_up(4, constant(1.0))
+    >>> [rate(step) for step in range(6)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    """
     return lambda step, losses=(): then(step, losses) * min(1.0, (step + 1) / max(steps, 1))

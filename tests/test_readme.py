@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh.md"]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 # what a page needs beside the library; the pages on the derivation take their steps one by one
-NEEDS = {"docs/onnx.md": ["onnx", "onnxruntime"]}
+NEEDS = {"docs/onnx.md": ["onnx", "onnxruntime"], "docs/array_api.md": ["array_api_strict"]}
 PLAIN = {"docs/derivation.md", "docs/mistakes.md"}
 
 
@@ -25,7 +25,7 @@ def test_the_blocks_run(page, tmp_path, monkeypatch):
         require(name)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    with running("plain" if page in PLAIN else "compiled"):
+    with running("plain" if page in PLAIN else "compiled" if page in READMES else "traced"):
         for block in blocks(page):
             exec(compile(block, page, "exec"), names)
 

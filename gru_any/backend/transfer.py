@@ -30,6 +30,13 @@ def asarray(x: Any, like: Any) -> Any:
     ------
     TypeError
         x holds what is no number, or complex numbers where `like` is real.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU, asarray
+    >>> asarray([[0, 1.5, 2]], like=GRU(3, 4)).dtype
+    dtype('float32')
     """
     backend = like.backend if hasattr(like, "backend") else of(like)
     dtype = like.dtype if hasattr(like, "backend") else plain_name(like.dtype)

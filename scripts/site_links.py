@@ -1,0 +1,20 @@
+"""A hook of MkDocs: links from docs/ to files of the repository, which the site does not hold.
+
+A link to a module leads to the reference, where its source stands; of other files the name is left.
+"""
+
+import re
+from typing import Any
+
+OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)]*)\)")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return OUTSIDE.sub(inside, markdown)
+
+
+def inside(link: re.Match[str]) -> str:
+    text, path = link.groups()
+    if path in ("gru_any/equations.py", "gru_any/trace.py", "gru_any/inspect.py"):
+        return f"[{text}](reference.md#{path.removesuffix('.py').replace('/', '.')})"
+    return f"[{text}](index.md)" if path == "README.md" else text
