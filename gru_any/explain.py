@@ -161,8 +161,10 @@ def _recurrent(layer: Any) -> list[str]:
     ]
     if L > 1:
         notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
-    if len(getattr(layer, "suffixes", [""])) == 2:
-        notes.insert(2, "_reverse reads from each sequence's end; y holds both side by side.")
+    suffixes = getattr(layer, "suffixes", [""])
+    if "_reverse" in suffixes:
+        both = "; y holds both directions side by side" if len(suffixes) == 2 else ""
+        notes.insert(2, f"_reverse reads from each sequence's end{both}.")
     return notes
 
 

@@ -110,7 +110,7 @@ def saturation(gate: Any, low: float = 0.1, high: float = 0.9) -> tuple[np.ndarr
 
 
 def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
-    """How the gradient of a loss at the last step fades on its way back through time.
+    """How the gradient of a loss at the last step walked fades on its way back through time.
 
     The loss is a random direction of the last layer's last state. Its gradient to the state of
     every step, dL/dh_t, has in each row of the batch a norm; in relation to the norm at the last
@@ -151,7 +151,8 @@ def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
     direction = np.zeros((L, B, H))
     direction[-1] = np.random.default_rng(seed).standard_normal((B, H))
     taps = to_numpy(pullback.taps(None, gru.backend.put(direction, gru.dtype)))
-    squares = np.square(taps[:, ::-1], dtype=np.float64).sum(axis=-1).mean(axis=-1)
+    taps = taps if "_reverse" in gru.suffixes else taps[:, ::-1]  # the last step walked first
+    squares = np.square(taps, dtype=np.float64).sum(axis=-1).mean(axis=-1)
     return np.sqrt(squares / squares[-1, 0])
 
 

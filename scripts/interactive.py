@@ -75,8 +75,8 @@ def parts(model: Chain) -> tuple[Embedding, GRU, Linear]:
     """The layers of a model as train_text.py builds it."""
     kinds = (Embedding, GRU, Linear)
     found: list[Any] = [layer for layer in model.layers if isinstance(layer, kinds)]
-    if tuple(map(type, found)) != kinds or len(found[1].suffixes) == 2:
-        sys.exit("the page takes an Embedding, a GRU in one direction and a Linear layer")
+    if tuple(map(type, found)) != kinds or "_reverse" in found[1].suffixes:
+        sys.exit("the page takes an Embedding, a GRU that reads forward alone and a Linear layer")
     return found[0], found[1], found[2]
 
 

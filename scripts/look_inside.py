@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     characters, model = load(args.load) if args.load else small(args)
     gru = next((layer for layer in model.layers if isinstance(layer, GRU)), None)
-    if gru is None or len(gru.suffixes) == 2:
-        sys.exit(f"--load {args.load}: no GRU in one direction is in it")
+    if gru is None or "_reverse" in gru.suffixes:
+        sys.exit(f"--load {args.load}: no GRU that reads forward alone is in it")
     unknown = sorted(set(args.text) - set(characters))
     if unknown or len(args.text) < 10:
         sys.exit(f"--text is too short or holds {unknown}; the model knows {characters!r}")

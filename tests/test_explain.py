@@ -65,6 +65,7 @@ def test_another_equation_is_another_text(monkeypatch):
         (GRU(8, 16), None, ["x (T, B, 8) -> y (T, B, 16), h_n (1, B, 16)"]),
         (GRU(8, 16, 2, bidirectional=True), (5, 3, 8), ["y (5, 3, 32), h_n (4, 3, 16)"]),
         (GRU(8, 16, batch_first=True), (5, 3, 8), ["y (5, 3, 16), h_n (1, 5, 16)"]),
+        (GRU(8, 16, reverse=True), (5, 3, 8), ["end.\n", "weight_hh_l0_reverse"]),
         (GRU(8, 16), (5, 8), ["x (5, 8) -> y (5, 16), h_n (1, 16)"]),
         (GRUCell(8, 16), (8,), ["x (8,) -> (16,)"]),
         (

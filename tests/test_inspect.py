@@ -91,6 +91,14 @@ def test_spectrum_of_known_matrices():
     assert list(spectrum(GRUCell(2, 3))) == ["weight_hh"]
 
 
+def test_fading_where_the_last_step_is_the_first():
+    gru = GRU(2, 3, dtype="float64", seed=0)
+    turned = GRU(2, 3, reverse=True, dtype="float64")
+    turned.load_params({f"{name}_reverse": array for name, array in gru.params.items()})
+    x = np.random.default_rng(1).standard_normal((6, 2, 2))
+    assert np.allclose(fading(turned, x[::-1]), fading(gru, x), rtol=1e-12)
+
+
 def test_two_directions_have_no_last_step():
     with pytest.raises(ValueError, match="this one is bidirectional"):
         fading(GRU(2, 3, bidirectional=True), np.ones((4, 1, 2), "float32"))

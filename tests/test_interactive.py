@@ -166,7 +166,7 @@ def test_the_page_of_the_documentation_is_what_the_command_writes(interactive):
 
 def test_models_that_do_not_fit(interactive):
     two = Chain(Embedding(3, 2), GRU(2, 2, bidirectional=True), Linear(4, 3))
-    with pytest.raises(SystemExit, match="a GRU in one direction"):
+    with pytest.raises(SystemExit, match="a GRU that reads forward"):
         interactive.page("abc", two, "a")
     one = Chain(Embedding(3, 2), GRU(2, 2), Linear(2, 3))
     with pytest.raises(SystemExit, match="holds nothing that the model knows"):
