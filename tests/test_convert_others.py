@@ -386,9 +386,7 @@ def test_keras_files_both_ways(tmp_path, settings):
     assert kinds == [Embedding, GRU, Dropout, GRU, Linear]
     assert ours.layers[1].num_layers == 2
     close(ours(x)[0], model(x), 1e-6)
-    for array, expected in zip(
-        convert.keras.to_arrays(ours), model.get_weights(), strict=True
-    ):
+    for array, expected in zip(convert.keras.to_arrays(ours), model.get_weights(), strict=True):
         assert np.array_equal(array, expected)
     convert.keras.save(tmp_path / "again.keras", ours)
     again = keras.saving.load_model(tmp_path / "again.keras")
