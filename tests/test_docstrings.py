@@ -1,4 +1,4 @@
-"""Every example in a docstring runs; the public names have one; links between pages lead somewhere."""
+"""Every example in a docstring runs, the public names have one, and links between pages lead on."""
 
 import doctest
 import importlib
