@@ -43,11 +43,10 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
     OSError
         The file cannot be read.
 
-    Warns
+    Notes
     -----
-    UserWarning
-        Two biases were added to one: the operator has two where the reset gate comes before the
-        product and this library has one. The sum is rounded once.
+    Where the reset gate comes before the product the operator has two biases and this library has
+    one. They are added, the sum is rounded once, and the logger `gru_any.convert` reports it.
     """
     from .read import read
 

@@ -1,6 +1,6 @@
 """From the layers that were found to a model: the outputs, and which nodes are one GRU."""
 
-import warnings
+import logging
 from itertools import groupby
 from typing import Any
 
@@ -27,9 +27,8 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
     home = {"backend": select(backend, device), "dtype": walk.dtype}
     layers = [_make(list(group), home) for _, group in groupby(walk.layers, _Kind())]
     if walk.summed:
-        warnings.warn(
-            "the two biases of ONNX' GRU were added to the one of reset_after=False, and rounded",
-            stacklevel=4,
+        logging.getLogger("gru_any.convert").info(
+            "the two biases of ONNX' GRU were added to the one of reset_after=False, and rounded"
         )
     return layers[0] if len(layers) == 1 else Chain(*layers)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .axes import ROWS, Array, Atom, Axis, AxisError, Zeros, regroup, size
-from .check import Node
+from .check import Node, dtype_name
 
 Known = dict[str, int]
 
@@ -25,11 +25,9 @@ def identity(node: Node, known: Known, v: Any, *rest: Any) -> Any:
 
 def cast(node: Node, known: Known, v: Any) -> Any:
     """The operator Cast of constants and shapes; of others the reader knows the kinds."""
-    from onnx import helper
-
     if not isinstance(v, np.ndarray) or v.dtype == object:
         return v
-    return v.astype(helper.tensor_dtype_to_np_dtype(node.attributes["to"]))
+    return v.astype(dtype_name(node.attributes["to"]))
 
 
 def constant(node: Node, known: Known) -> Any:

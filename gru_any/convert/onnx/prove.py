@@ -23,7 +23,7 @@ def prove(content: bytes, model: Any) -> None:
     RuntimeError
         They differ.
     """
-    host = model.to("numpy")
+    host = model.to(np)
     x, lengths, state = _arguments(host)
     y, after = host(x, state, lengths)
     ours = [y, *(after if isinstance(model, Chain) else [after])]
@@ -64,7 +64,7 @@ def _read_back(content: bytes, x: Any, lengths: Any, state: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "written.onnx"
         path.write_bytes(content)
-        model = read(path, "numpy")
+        model = read(path, np)
     if isinstance(model, GRU) and isinstance(state, list):
         y, last = model(x, state[0], lengths)
     else:
