@@ -35,9 +35,10 @@ FOREIGN |= {
     f"convert/onnx/{name}": {"numpy"} for name in ("axes", "gru", "layers", "moves", "read")
 }
 FOREIGN |= {
+OF_ONNX = ["axes", "gru", "layers", "moves", "read", "write"]
+FOREIGN |= {f"convert/onnx/{name}": {"numpy"} for name in OF_ONNX} | {
     "convert/onnx/check": {"numpy", "onnx"},
     "convert/onnx/prove": {"numpy", "onnxruntime"},
-    "convert/onnx/write": {"numpy"},
 }
 LIBRARIES = {"numpy", "cupy", "torch", "jax", "jax.numpy", "array_api_strict"}
 
