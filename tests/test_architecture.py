@@ -36,6 +36,7 @@ FOREIGN |= {
 }
 FOREIGN |= {
 OF_ONNX = ["axes", "gru", "layers", "moves", "read", "write"]
+OF_ONNX = ["axes", "gru", "layers", "loop", "moves", "read", "write"]
 FOREIGN |= {f"convert/onnx/{name}": {"numpy"} for name in OF_ONNX} | {
     "convert/onnx/check": {"numpy", "onnx"},
     "convert/onnx/prove": {"numpy", "onnxruntime"},

@@ -37,6 +37,16 @@ def test_what_pytorch_exported_once_gives_its_numbers(name):
         assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize("name", ["keras_after", "keras_before"])
+def test_what_keras_exported_once_gives_its_numbers(name):
+    """Its steps are the body of a Loop."""
+    expected = values("keras", name)
+    model = convert.load(DATA / f"{name}.onnx")
+    assert (model.layers[0].reset_after, model.layers[0].batch_first) == ("after" in name, True)
+    y, _ = model(expected["x"])
+    assert np.linalg.norm(y - expected["y"]) <= 1e-6 * np.linalg.norm(expected["y"])
+
+
 def test_what_this_library_wrote_once_still_opens(tmp_path):
     model = convert.load(DATA / "gru_any_chain.onnx")
     expected = values("gru_any", "chain")
@@ -158,7 +168,7 @@ def test_one_name_for_two_values(tmp_path, proto):
 
 def test_other_domains_functions_and_subgraphs(tmp_path, proto):
     for change, words in (
-        (lambda p: p.graph.node[0].__setattr__("domain", "evil.ops"), "belongs to 'evil.ops'"),
+        (foreign, "belongs to 'evil.ops'"),
         (lambda p: p.functions.add(name="f", domain=""), "functions"),
         (lambda p: p.graph.sparse_initializer.add(), "sparse weights"),
         (lambda p: p.training_info.add(), "training information"),
@@ -169,6 +179,12 @@ def test_other_domains_functions_and_subgraphs(tmp_path, proto):
         bad = onnx.ModelProto.FromString(proto.SerializeToString())
         change(bad)
         refused(bad, tmp_path, words)
+
+
+def foreign(proto):
+    """Give a node a meaning that is defined elsewhere."""
+    proto.opset_import.add(domain="evil.ops", version=1)
+    proto.graph.node[0].domain = "evil.ops"
 
 
 def branch():

@@ -80,6 +80,13 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Positive:
+    """Whether a size is more than 0."""
+
+    size: Any
+
+
+@dataclass(frozen=True)
 class Zeros:
     """Zeros, of a shape that depends on the batch."""
 

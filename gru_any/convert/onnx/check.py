@@ -37,6 +37,16 @@ class Node:
         raise ValueError(f"{self.words} {why}")
 
 
+@dataclass(frozen=True)
+class Body:
+    """The graph that a Loop goes through."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[tuple[str, np.ndarray], ...]
+    nodes: tuple[Node, ...]
+
+
 def parse(path: Any) -> Any:
     """Read an onnx.ModelProto whose claims about itself are true.
 
@@ -73,9 +83,6 @@ def _refuse_extensions(model: Any) -> None:
     ):
         if part:
             raise ValueError(f"the model has {name}, which this reader does not know")
-    for node in graph.node:
-        if node.domain not in ("", "ai.onnx"):
-            raise ValueError(f"{_words(node)} belongs to {node.domain!r}, expected ONNX' operators")
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     if len(versions) != 1 or versions[0] not in OPSETS:
         known = f"{OPSETS[0]} to {OPSETS[-1]}"
@@ -99,19 +106,32 @@ def _check_form(onnx: Any, model: Any, path: Path) -> None:
         raise ValueError(f"{path} does not follow the standard: {e}") from e
 
 
-def nodes(graph: Any, folder: Path) -> Iterator[Node]:
-    """The operations of a graph, in order."""
+def nodes(graph: Any, folder: Path, nested: bool = True) -> Iterator[Node]:
+    """The operations of a graph, in order. `nested`: a Loop may have a body."""
     for node in graph.node:
-        attributes = {a.name: _attribute(node, a, folder) for a in node.attribute}
+        if node.domain not in ("", "ai.onnx"):
+            raise ValueError(f"{_words(node)} belongs to {node.domain!r}, expected ONNX' operators")
+        attributes = {a.name: _attribute(node, a, folder, nested) for a in node.attribute}
         yield Node(_words(node), node.op_type, (*node.input,), (*node.output,), attributes)
+
+
+def _body(graph: Any, folder: Path) -> Body:
+    return Body(
+        tuple(v.name for v in graph.input),
+        tuple(v.name for v in graph.output),
+        tuple((t.name, array(t, folder)) for t in graph.initializer),
+        tuple(nodes(graph, folder, nested=False)),
+    )
 
 
 def _words(node: Any) -> str:
     return f"node {node.name or '/'.join(node.output)!r} ({node.op_type})"
 
 
-def _attribute(node: Any, attribute: Any, folder: Path) -> Any:
+def _attribute(node: Any, attribute: Any, folder: Path, nested: bool) -> Any:
     onnx = library()
+    if nested and node.op_type == "Loop" and attribute.type == onnx.AttributeProto.GRAPH:
+        return _body(attribute.g, folder)
     if attribute.type == onnx.AttributeProto.TENSOR:
         return array(attribute.t, folder)
     kinds = ("FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS")

@@ -33,40 +33,47 @@ def gru(
     """The operator GRU -> Y and Y_h."""
     x, options = walk.sequence(node, x), _options(node)
     suffixes = DIRECTIONS[options["direction"]]
-    D, k, layout = len(suffixes), len(walk.layers), options["layout"]
+    D, layout = len(suffixes), options["layout"]
     R = walk.check_weight(node, "R", R, (D, -1, -1))
     H = int(node.attributes.get("hidden_size", R.shape[2]))
     R = walk.check_weight(node, "R", R, (D, 3 * H, H))
     W = walk.check_weight(node, "W", W, (D, 3 * H, -1))
     after = bool(options["linear_before_reset"])
-    time, batch = _time_and_batch(walk, node, x, layout)
-    walk.check_features(node, x.axes[2], W.shape[2])
     params: dict[str, np.ndarray] = {}
     biases = [None] * D if B is None else walk.check_weight(node, "B", B, (D, 6 * H))
     for d, suffix in enumerate(suffixes):
         arrays = {"weight_ih": W[d], "weight_hh": R[d], **_biases(walk, biases[d], after)}
         params |= {f"{name}_l0{suffix}": swap_gates(v) for name, v in arrays.items()}
-    settings = {
-        "input_size": W.shape[2],
+    layer = Layer("GRU", {"reset_after": after}, params)
+    layer.first = first_state(walk, node, h0, D, H, layout)
+    walk.lengths.add(_lengths(node, lengths))
+    return add_gru(walk, node, x, layer, options["direction"], layout)
+
+
+def add_gru(
+    walk: Any, node: Node, x: Array, layer: Layer, direction: str, layout: int = 0
+) -> tuple[Array, Array]:
+    """Add a layer with reset_after and params to the walk -> Y and Y_h."""
+    suffixes, k = DIRECTIONS[direction], len(walk.layers)
+    rows, I = layer.params[f"weight_ih_l0{suffixes[0]}"].shape
+    D, H = len(suffixes), rows // 3
+    time, batch = _time_and_batch(walk, node, x, layout)
+    walk.check_features(node, x.axes[2], I)
+    layer.settings |= {
+        "input_size": I,
         "hidden_size": H,
-        "bias": B is not None,
-        "reset_after": after,
+        "bias": any("bias" in name for name in layer.params),
         "bidirectional": D == 2,
-        **({"reverse": True} if options["direction"] == "reverse" else {}),
+        **({"reverse": True} if direction == "reverse" else {}),
         "batch_first": len(walk.lead) == 2 and time == walk.lead[1],
     }
-    first = _first_state(walk, node, h0, D, H, layout)
-    walk.lengths.add(_lengths(node, lengths))
     directions = (Atom(f"directions {k}", 2),) if D == 2 else ()
-    units = (Atom(f"units {k}", H),)
-    stage = walk.put_out(node, Layer("GRU", settings, params, first), (*directions, *units))
-    rows = (Atom(ROWS, D),)
-    y: tuple[Axis, ...]
-    h: tuple[Axis, ...]
+    units, of_state = (Atom(f"units {k}", H),), (Atom(ROWS, D),)
+    stage = walk.put_out(node, layer, (*directions, *units))
+    y: tuple[Axis, ...] = (time, directions, batch, units)
+    h: tuple[Axis, ...] = (of_state, batch, units)
     if layout:
-        y, h = (batch, time, directions, units), (batch, rows, units)
-    else:
-        y, h = (time, directions, batch, units), (rows, batch, units)
+        y, h = (batch, time, directions, units), (batch, of_state, units)
     return Array("layer", stage, y), Array("state", (k,), h)
 
 
@@ -112,7 +119,7 @@ def _time_and_batch(walk: Any, node: Node, x: Array, layout: int) -> tuple[Axis,
     return time, batch
 
 
-def _first_state(
+def first_state(
     walk: Any, node: Node, h0: Any, D: int, H: int, layout: int
 ) -> tuple[str, tuple[int, int], Axis] | None:
     """The input that is the first state, and which of its rows; None for zeros."""

@@ -9,6 +9,7 @@ import numpy as np
 from .axes import Array, Atom, Layer
 from .check import Node, dtype_name
 from .gru import empty, gru, keep
+from .loop import loop
 
 
 def embedding(walk: Any, node: Node, table: Any, x: Any) -> Array | None:
@@ -76,6 +77,7 @@ def cast(walk: Any, node: Node, v: Any) -> Array:
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "GRU": gru,
+    "Loop": loop,
     "Gather": embedding,
     "MatMul": linear,
     "Gemm": gemm,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, AxisError, Zeros, regroup, size
+from .axes import ROWS, Array, Atom, Axis, AxisError, Positive, Zeros, regroup, size
 from .check import Node, dtype_name
 
 Known = dict[str, int]
@@ -202,6 +202,29 @@ def arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
+def less(node: Node, known: Known, a: Any, b: Any) -> Any:
+    """The operator Less; of a size it may ask whether it is more than 0."""
+    a, b = _constant(node, a), _constant(node, b)
+    if b.dtype == object and b.size == 1 and a.dtype != object and not a.any():
+        return Positive(b.flat[0])
+    return arithmetic(np.less)(node, known, a, b)
+
+
+def both(node: Node, known: Known, a: Any, b: Any) -> Any:
+    """The operator And."""
+    return (
+        a if isinstance(a, Positive) and a == b else arithmetic(np.logical_and)(node, known, a, b)
+    )
+
+
+def split(node: Node, known: Known, v: Any, sizes: Any = None) -> Any:
+    """The operator Split of a constant, into equal parts."""
+    if sizes is not None or "split" in node.attributes:
+        node.refuse("cuts a constant into parts of sizes of their own")
+    parts = np.split(_constant(node, v), len(node.outputs), node.attributes.get("axis", 0))
+    return tuple(parts)
+
+
 def zeros(node: Node, known: Known, *values: Any) -> Any:
     """The operators ConstantOfShape and Expand: of a first state, zeros are understood."""
     filler = (
@@ -247,4 +270,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     "Add": arithmetic(np.add),
     "Sub": arithmetic(np.subtract),
     "Mul": arithmetic(np.multiply),
+    "Less": less,
+    "And": both,
+    "Split": split,
 }

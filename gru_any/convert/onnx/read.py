@@ -17,10 +17,10 @@ MEGABYTE = 2**20
 def read(path: Any, backend: Any = None, device: Any = None) -> Any:
     """See `gru_any.convert.onnx.load`."""
     model, folder = parse(path), Path(path).parent
-    if not any(node.op_type == "GRU" for node in model.graph.node):
+    if not {"GRU", "Loop"} & {node.op_type for node in model.graph.node}:
         raise ValueError(
-            f"{path} holds no node GRU; where an exporter writes the steps of a GRU as a loop or "
-            "one by one, take the weights from the library's own file"
+            f"{path} holds no GRU; where an exporter writes its steps one by one, take the weights "
+            "from the library's own file"
         )
     walk = Walk(model.graph, folder)
     for node in nodes(model.graph, folder):
@@ -77,17 +77,18 @@ class Walk:
                 self.values[name] = value
 
     def _apply(self, node: Node, arguments: list[Any]) -> Any:
-        layer = LAYERS.get(node.op) if any(isinstance(v, Array) for v in arguments) else None
+        running = node.op == "Loop" or any(isinstance(v, Array) for v in arguments)
+        layer = LAYERS.get(node.op) if running else None
         if not layer and node.op not in MOVES:
             node.refuse("is no part of an Embedding, a GRU or a Linear layer")
-        self._spend(node, arguments)
+        self.spend(node, arguments)
         try:
             found = layer(self, node, *arguments) if layer else None
             return MOVES[node.op](node, self.known, *arguments) if found is None else found
-        except (IndexError, KeyError, TypeError, AttributeError) as e:
+        except (IndexError, KeyError, TypeError, AttributeError, np.exceptions.AxisError) as e:
             return node.refuse(f"has arguments that do not fit: {e}")
 
-    def _spend(self, node: Node, arguments: list[Any]) -> None:
+    def spend(self, node: Node, arguments: list[Any]) -> None:
         """Refuse constants that grow without end."""
         self.budget -= sum(v.nbytes for v in arguments if isinstance(v, np.ndarray))
         if self.budget < 0:
