@@ -141,12 +141,13 @@ def _check_row(description: Any) -> None:
 def _merged(parts: list[Part], arrays: list[Any], whole: bool) -> Iterator[Any]:
     """Our layers; GRUs that follow each other and fit become one."""
     row: list[Any] = []
+    dtype = next((str(a.dtype) for found in arrays for a in found.values()), "float32")
     for i, (part, found) in enumerate(zip(parts, arrays, strict=True)):
         if part.kind not in RECURRENT:
             if row:
                 yield _one_gru(row)
                 row = []
-            yield _layer(part, found)
+            yield _layer(part, found, dtype)
             continue
         new = _recurrent(part, found)
         if row and not _fits(row[-1], new):
@@ -182,15 +183,20 @@ def _recurrent(part: Part, arrays: Any) -> tuple[list[Any], bool, bool]:
     if part.config.get("merge_mode", "concat") != "concat":
         raise ValueError(f"merge_mode {part.config['merge_mode']!r} has no counterpart")
     inner = part.config["layer"]
-    backward = part.config.get("backward_layer") or inner
-    if inner["class_name"] != "GRU" or backward["class_name"] != "GRU":
-        raise ValueError(f"a Bidirectional {inner['class_name']} has no counterpart, only a GRU")
-    _check_gru(inner["config"], backwards=False)
-    _check_gru(backward["config"], backwards=True)
+    _check_inner(inner, backwards=False)
     after = inner["config"].get("reset_after", True)
-    if backward["config"].get("reset_after", True) != after:
-        raise ValueError("the two directions differ in reset_after, which has no counterpart")
+    if backward := part.config.get("backward_layer"):
+        _check_inner(backward, backwards=True)
+        if backward["config"].get("reset_after", True) != after:
+            raise ValueError("the two directions differ in reset_after, which has no counterpart")
     return _cells("the Bidirectional", arrays, True, after), after, True
+
+
+def _check_inner(layer: Any, backwards: bool) -> None:
+    """Raise where a direction of a Bidirectional is no GRU like ours."""
+    if layer["class_name"] != "GRU":
+        raise ValueError(f"a Bidirectional {layer['class_name']} has no counterpart, only a GRU")
+    _check_gru(layer["config"], backwards)
 
 
 def _check_gru(config: Any, backwards: bool) -> None:
@@ -231,10 +237,10 @@ def _cells(where: str, arrays: Any, two: bool, reset_after: bool) -> list[Any]:
     return [read_cell([arrays[name] for name in group], reset_after) for group in groups]
 
 
-def _layer(part: Part, arrays: Any) -> Any:
+def _layer(part: Part, arrays: Any, dtype: str) -> Any:
     """An Embedding, Dropout or Linear layer."""
     found = [arrays[name] for name in sorted(arrays)]
-    settings: Any = {"dtype": str(found[0].dtype) if found else "float32", "backend": "numpy"}
+    settings: Any = {"dtype": dtype, "backend": "numpy"}
     config = part.config
     layer: Any = None
     if part.kind == "Embedding" and not config.get("mask_zero") and len(found) == 1:

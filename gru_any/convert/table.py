@@ -177,7 +177,7 @@ def floating(name: str, array: Any) -> np.ndarray:
     """An array of any library on the host, in this machine's byte order; bfloat16 as float32."""
     try:
         host = to_numpy(array)
-    except TypeError:  # of a library that is no backend here
+    except (TypeError, AttributeError):  # of a library that is no backend here
         host = np.asarray(array)
     if host.dtype.name == "bfloat16":
         return host.astype(np.float32)

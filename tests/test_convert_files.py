@@ -1,0 +1,318 @@
+"""Files of weights: those written once by other libraries, and those that nobody should trust."""
+
+import importlib
+import io
+import json
+import pickle
+import shutil
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import require
+from safetensors.numpy import save as safetensors
+
+from gru_any import GRU
+from gru_any.convert import chainer, equinox, keras, mlx, torch
+
+DATA = Path(__file__).parent / "data"
+EXPECTED = json.loads((DATA / "expected.json").read_text())
+X = np.array(EXPECTED["x"], "float32")  # (B, T, I)
+GIB = 2**30
+
+WRITTEN = {
+    "torch": (torch, "torch.safetensors", {"batch_first": True}),
+    "keras_after": (keras, "keras_after.keras", {}),
+    "keras_before": (keras, "keras_before.keras", {}),
+    "keras.weights": (keras, "keras.weights.h5", {"layer": "gru"}),
+    "equinox": (equinox, "equinox.eqx", {"batch_first": True}),
+    "mlx": (mlx, "mlx.safetensors", {}),
+    "mlx_npz": (mlx, "mlx.npz", {}),
+    "chainer": (chainer, "chainer.npz", {"prefix": "gru/"}),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_that_was_written_once_still_opens(name):
+    library, file, settings = WRITTEN[name]
+    if library is keras:
+        require("h5py")
+    model = library.load(DATA / file, **settings)
+    x = X if getattr(model, "batch_first", True) else X.transpose(1, 0, 2)
+    y = model(x)[0]
+    y = y if x is X else y.transpose(1, 0, 2)
+    expected = np.array(EXPECTED[name.removesuffix("_npz")])
+    assert np.linalg.norm(y - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def test_a_pt_file_is_read_with_torch():
+    require("torch")
+    one, two = torch.load(DATA / "torch.pt"), torch.load(DATA / "torch.safetensors")
+    assert all(np.array_equal(one.params[k], a) for k, a in two.params.items())
+
+
+def test_there_and_back(tmp_path):
+    require("h5py"), require("torch")
+    for name, file, settings in (
+        ("torch", "m.safetensors", {}), ("torch", "m.pt", {}), ("keras", "m.keras", {}),
+        ("keras", "m.weights.h5", {}), ("equinox", "m.eqx", {"bidirectional": True}),
+        ("mlx", "m.npz", {"bidirectional": True}), ("chainer", "m.npz", {"bidirectional": True}),
+    ):  # fmt: skip
+        library = importlib.import_module(f"gru_any.convert.{name}")
+        gru = GRU(3, 4, 2, bidirectional=True, reset_after=True, seed=0)
+        for array in gru.params.values():  # so that no sum is rounded
+            array[...] = np.round(array * 8) / 8
+        library.save(tmp_path / file, gru)
+        if name == "mlx":
+            settings = {**settings, "prefix": [f"layers.{i}." for i in range(4)]}
+        again = library.load(tmp_path / file, **settings)
+        x = np.ones((2, 4, 3), "float32")
+        y, expected = again(x)[0], gru(x)[0]
+        if again.batch_first:
+            y = again(x.transpose(1, 0, 2))[0].transpose(1, 0, 2)
+        assert np.allclose(y, expected, rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("torch.safetensors", torch.load),
+        ("torch.pt", torch.load),
+        ("keras_after.keras", keras.load),
+        ("keras.weights.h5", keras.load),
+        ("equinox.eqx", equinox.load),
+        ("mlx.npz", mlx.load),
+        ("chainer.npz", chainer.load),
+    ],
+)
+def test_truncated_and_foreign_files(tmp_path, file, load):
+    require("h5py")
+    if file.endswith(".pt"):
+        require("torch")
+    whole = (DATA / file).read_bytes()
+    path = tmp_path / file
+    for content in (b"", whole[:10], whole[: len(whole) // 2], b"\x00" * 500, b"\xff" * 500):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged|expected 2 or 4|promises"):
+            load(path)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none" / file)
+
+
+# promises ----------------------------------------------------------------------------------------
+
+
+def npy(header, data=b""):
+    text = str(header).encode().ljust(118) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+def npz(path, compression=zipfile.ZIP_STORED, **entries):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(f"{name}.npy", content)
+
+
+HUGE = {"descr": "<f4", "fortran_order": False, "shape": (2**20, 2**20)}
+
+
+@pytest.fixture
+def little():
+    """Fails where a test allocates more than 50 MB."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_safetensors_that_promise_terabytes(tmp_path, little):
+    entry = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
+    header = json.dumps({"weight_ih_l0": entry}).encode()
+    for content in (len(header).to_bytes(8, "little") + header, (2**60).to_bytes(8, "little")):
+        (tmp_path / "m.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="damaged or no safetensors file"):
+            torch.load(tmp_path / "m.safetensors")
+
+
+def test_npy_and_npz_that_promise_terabytes(tmp_path, little):
+    (tmp_path / "m.eqx").write_bytes(npy(HUGE))
+    with pytest.raises(ValueError, match=r"promises \(1048576, 1048576\)"):
+        equinox.load(tmp_path / "m.eqx")
+    npz(tmp_path / "m.npz", Wx=npy(HUGE))
+    with pytest.raises(ValueError, match="promises"):
+        mlx.load(tmp_path / "m.npz")
+    npz(tmp_path / "m.npz", Wx=npy(HUGE | {"shape": (-1, -1)}))
+    with pytest.raises(ValueError, match=r"Wx.npy"):
+        mlx.load(tmp_path / "m.npz")
+
+
+def test_a_zip_bomb(tmp_path, little):
+    zeros = npy(HUGE | {"shape": (2**22,)}, bytes(2**24))
+    npz(tmp_path / "m.npz", zipfile.ZIP_DEFLATED, **dict.fromkeys("abc", zeros))
+    del zeros
+    with pytest.raises(ValueError, match="do not compress so well"):
+        chainer.load(tmp_path / "m.npz")
+    with zipfile.ZipFile(tmp_path / "m.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", bytes(2**24))
+    with pytest.raises(ValueError, match="do not compress so well"):
+        keras.load(tmp_path / "m.keras")
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def test_pickles_are_not_run(tmp_path, capsys):
+    array = np.array([Bomb()], dtype=object)
+    with open(tmp_path / "m.eqx", "wb") as file:
+        np.save(file, array)
+    np.savez(tmp_path / "m.npz", Wx=array)
+    for load, name in ((equinox.load, "m.eqx"), (mlx.load, "m.npz"), (chainer.load, "m.npz")):
+        with pytest.raises(ValueError, match="pickled objects, which could run code"):
+            load(tmp_path / name)
+    theirs = require("torch")
+    theirs.save({"weight_ih_l0": Bomb()}, tmp_path / "m.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    for name in ("m.pt", "plain.pt"):
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            torch.load(tmp_path / name)
+    assert "never" not in capsys.readouterr().out
+
+
+def test_a_pt_file_with_more_than_weights(tmp_path, little):
+    theirs = require("torch")
+    tensor = theirs.zeros(1)
+    theirs.save({"state_dict": {"weight_ih_l0": tensor}, "epoch": 3}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="no flat state_dict"):
+        torch.load(tmp_path / "m.pt")
+    theirs.save({"weight_ih_l0": tensor.expand(2**20, 2**20)}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"promises \(1048576, 1048576\)"):
+        torch.load(tmp_path / "m.pt")
+
+
+def test_names_with_path_separators_touch_nothing(tmp_path):
+    array = np.ones((12, 3), "float32")
+    np.savez(tmp_path / "m.npz", **{"../../outside": array, "/etc/outside": array})
+    (tmp_path / "m.safetensors").write_bytes(safetensors({"../../outside": array}))
+    for load, name in ((mlx.load, "m.npz"), (mlx.load, "m.safetensors")):
+        with pytest.raises(KeyError, match="outside"):
+            load(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.npz", "m.safetensors"]
+
+
+# HDF5 and Keras' archives ------------------------------------------------------------------------
+
+
+def hdf5(fill):
+    h5py, buffer = require("h5py"), io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        fill(h5py, file)
+    return buffer.getvalue()
+
+
+def huge(h5py, file):
+    file.create_dataset("layers/gru/cell/vars/0", (2**20, 2**20), "<f4", chunks=(64, 64))
+
+
+def external_link(h5py, file):
+    file["layers/gru/cell/vars/0"] = h5py.ExternalLink("/etc/passwd", "/")
+
+
+def external_data(h5py, file):
+    file.create_dataset("layers/gru/cell/vars/0", (8,), "<f4", external=[("/etc/hostname", 0, 32)])
+
+
+def circle(h5py, file):
+    file.create_group("layers/a")
+    file["layers/a/again"] = file["layers"]
+
+
+def strange(h5py, file):
+    file["elsewhere"] = np.ones(3, "float32")
+
+
+def a_scalar(h5py, file):
+    file["layers/gru/cell/vars/0"] = np.float32(1)
+    file["layers/gru/cell/vars/1"] = np.ones((2, 2, 2), "float32")
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (huge, r"promises \(1048576, 1048576\), which is not in this file"),
+        (external_link, "is a link to elsewhere"),
+        (external_data, "which is not in this file"),
+        (circle, "is there twice, or in a circle"),
+        (strange, "as Keras 3 writes"),
+        (a_scalar, "say reset_after"),
+    ],
+)
+def test_hdf5_files_that_lie(tmp_path, little, fill, message):
+    (tmp_path / "m.weights.h5").write_bytes(hdf5(fill))
+    with pytest.raises(ValueError, match=message):
+        keras.load(tmp_path / "m.weights.h5")
+
+
+def test_hdf5_of_other_shapes(tmp_path):
+    (tmp_path / "m.weights.h5").write_bytes(hdf5(a_scalar))
+    with pytest.raises(ValueError, match=r"kernel is \(\), expected 2-D"):
+        keras.load(tmp_path / "m.weights.h5", reset_after=True)
+    with pytest.raises(KeyError, match=r"no weights of \['lstm'\]"):
+        keras.load(tmp_path / "m.weights.h5", "lstm")
+
+
+def entry(kind, **config):
+    return {"class_name": kind, "config": {"name": kind, **config}}
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("[", "Expecting value"),
+        ("5", "no model that has a counterpart"),
+        ("[" * 100000, "recursion"),
+        ({"class_name": "Functional", "config": {}}, "'layers'"),
+        ({"class_name": "Custom", "config": {}}, "expected a row of layers"),
+        ([entry("LSTM")], "a LSTM with"),
+        ([entry("Lambda", code="x")], "a Lambda with"),
+        ([entry("Dense", activation="relu")], "'activation': 'relu'"),
+        ([entry("Embedding", mask_zero=True)], "'mask_zero': True"),
+        ([entry("GRU")], "expected cell/vars/0, 1 and 2"),
+        ([entry("Bidirectional", merge_mode="sum")], "merge_mode 'sum'"),
+        ([entry("Bidirectional", layer=entry("LSTM"))], "a Bidirectional LSTM"),
+        ([{"class_name": "GRU"}], "'config'"),
+        ([entry("Dropout", rate="much")], "counterpart"),
+    ],
+)
+def test_archives_that_lie(tmp_path, description, message):
+    content = hdf5(lambda h5py, file: None)
+    if isinstance(description, list):
+        description = {"class_name": "Sequential", "config": {"layers": description}}
+    if not isinstance(description, str):
+        description = json.dumps(description)
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        archive.writestr("config.json", description)
+        archive.writestr("model.weights.h5", content)
+    with pytest.raises(ValueError, match=message):
+        keras.load(tmp_path / "m.keras")
+
+
+def test_an_archive_without_its_parts(tmp_path):
+    require("h5py")
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        archive.writestr("config.json", "{}")
+    with pytest.raises(ValueError, match=r"no \.keras file"):
+        keras.load(tmp_path / "m.keras")
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    shutil.copy(DATA / "torch.safetensors", tmp_path / "m.safetensors")
+    before = (tmp_path / "m.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="has no home in PyTorch"):
+        torch.save(tmp_path / "m.safetensors", GRU(3, 4))
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
