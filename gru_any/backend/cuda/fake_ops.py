@@ -50,6 +50,8 @@ class Graph:
 class Ops:
     """The handful of operations that plans are written against."""
 
+    multiprocessors = 2  # few, so that a block of a test gets several rows
+
     def __init__(self) -> None:
         self.records = True
 

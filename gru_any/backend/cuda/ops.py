@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from .products import Products
@@ -18,6 +18,11 @@ class Ops:
     def __init__(self, cupy: Any) -> None:
         self.cupy, self.records = cupy, True
         self._streams = threading.local()
+
+    @cached_property
+    def multiprocessors(self) -> int:
+        """How many blocks run at the same time, one on each."""
+        return int(self.cupy.cuda.Device().attributes["MultiProcessorCount"])
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Memory for an array."""

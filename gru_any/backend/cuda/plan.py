@@ -39,9 +39,9 @@ class Plan:
         """Run the block over these arrays, from this state (B, H) -> the last state, a copy."""
         self.buffers[STATE][...] = state
         self.U[...] = U
-        places = [_place(self.ops, arrays[name]) for name in self.walk.arrays]
-        places.append((0, 0, 0) if alive is None else _place(self.ops, alive))
-        numbers = [self.ops.pointer(self.table), *(n for place in places for n in place)]
+        of_arrays = [arrays[name] for name in self.walk.arrays]
+        numbers = [self.ops.pointer(self.table)]
+        numbers += [n for v in (*of_arrays, alive) for n in place(self.ops, v)]
         self.ops.launch(self.walk.set_table, (1, 1), 1, numbers)
         self._run()
         return self.ops.copy(self.buffers[STATE])
@@ -86,8 +86,13 @@ class Plan:
         self.blas(op.transposed, False, N, B, k, M, H, left, k, beta, out, N, number)
 
 
-def _place(ops: Any, array: Any) -> tuple[int, int, int]:
-    """Address of an array (K, B, N) or (H,), and how far apart its steps and rows are."""
+def place(ops: Any, array: Any) -> tuple[int, int, int]:
+    """Address of an array (K, B, N) or (H,), and how far apart its steps and rows are.
+
+    Zeros for None.
+    """
+    if array is None:
+        return 0, 0, 0
     if array.ndim == 1:
         return ops.pointer(array), 0, 0
     steps, rows, _ = (stride // array.itemsize for stride in array.strides)

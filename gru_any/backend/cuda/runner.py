@@ -12,7 +12,8 @@ from typing import Any
 
 from ..numpy import Filled
 from ..plain import Plain
-from .plan import Lane, Plan
+from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
+from .plan import Lane, Plan, place
 from .walk import Walk, backward_walk, forward_walk
 
 LANES = 2  # that may run at the same time: the two directions of a layer
@@ -64,7 +65,9 @@ class CUDA(Plain):
             return "eager", "CUDA refused to record a graph in this process"
         if self.way == "graph":
             return "graph", "GRU_ANY_CUDA is set to graph"
-        return "graph", f"no kernel holds the weights of {hidden_size} units in {dtype} on its own"
+        if hidden_size <= LARGEST.get(dtype, LARGEST["float32"]):
+            return "persistent", "this is the fastest way on CUDA"
+        return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
 
     def own(self, v: Any) -> Any:
         """As `Plain.own`."""
@@ -134,11 +137,28 @@ class CUDA(Plain):
     ) -> Any:
         """Fill the arrays that results go to, step after step in this order -> the last state."""
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
+        mask = None if alive is None else alive.block
+        if self.way == "persistent" and fits(walk, state.shape[1]):
+            return self._all_at_once(walk, arrays, mask, state, U, order, shift)
         lane, sizes = self._lane(), state.shape
         with lane.turn():
             make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
-            plan = lane.plan((walk, sizes, order, shift), make)
-            return plan(arrays, None if alive is None else alive.block, state, U)
+            return lane.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
+
+    def _all_at_once(
+        self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
+    ) -> Any:
+        """One kernel for all steps."""
+        B, H = state.shape
+        rows = min(-(-B // self.ops.multiprocessors), ROWS)
+        kernel, last = persistent_kernel(walk, H, rows), self._empty(state.shape, state)
+        U, state = (self.xp.ascontiguousarray(v) for v in (U, state))
+        numbers = [len(order), B, order[0], order.step, shift, *place(self.ops, mask)]
+        numbers += [self.ops.pointer(v) for v in (U, state, last)]
+        numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
+        shared = shared_numbers(walk, H, rows) * state.itemsize
+        self.ops.launch(kernel, (-(-B // rows), 1), 3 * H, numbers, shared)
+        return last
 
     def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
         return self.xp.empty(shape, dtype=like.dtype, device=self.device)

@@ -1,6 +1,7 @@
 """CUDA source on the host, for checks without a device: unchanged, between a header and a footer.
 
-A thread of a block is a thread of the host, or one turn of a loop where the kernel has no barrier.
+Without barriers, the threads of a block are turns of a loop. With barriers they are fibers, or, for
+the sanitizers, threads of the host.
 A thread that leaves a barrier out, or memory that two threads use at once, shows under the thread
 sanitizer; what lies outside of an array under the address sanitizer.
 """
@@ -59,20 +60,20 @@ template <class F> static void grid(const long long* shape, F run) {
 """
 BARRIERS = r"""
 #define BARRIERS
+#define __ldcg(place) (*(place))
+#define SHARED(name) unsigned char* const name = block->memory
+"""
+# for the sanitizers, which look for what threads do at the same time
+THREADS = r"""
 #include <atomic>
 #include <barrier>
 #include <memory>
 #include <thread>
 #include <vector>
-#define __ldcg(place) (*(place))
 #define __threadfence() std::atomic_thread_fence(std::memory_order_seq_cst)
-#define SHARED(name) unsigned char* const name = block.memory
-struct Block {  // what the threads of a block share
-  std::barrier<>* barrier = nullptr;
-  unsigned char* memory = nullptr;
-};
-static thread_local Block block;
-static inline void __syncthreads() { block.barrier->arrive_and_wait(); }
+struct Block { unsigned char* memory; std::barrier<>* barrier; };
+static thread_local const Block* block;
+static inline void __syncthreads() { block->barrier->arrive_and_wait(); }
 static inline unsigned atomicAdd(unsigned* place, unsigned v) {
   return __atomic_fetch_add(place, v, __ATOMIC_SEQ_CST);
 }
@@ -81,26 +82,91 @@ static inline unsigned seen(const unsigned* place) {
   return __atomic_load_n(place, __ATOMIC_SEQ_CST);
 }
 """
-TOGETHER = r"""
+TOGETHER_IN_THREADS = r"""
 template <class F> static void together(const long long* shape, F run) {
   const long long across = shape[0], blocks = shape[0] * shape[1], threads = shape[2];
   const long long at_once = shape[4] == 2 ? blocks : 1;
   for (long long first = 0; first < blocks; first += at_once) {
     std::vector<std::thread> all;
+    std::vector<Block> own(at_once);
     std::vector<std::unique_ptr<std::barrier<>>> barriers;
     std::vector<std::unique_ptr<long double[]>> memory;  // aligned to 16 bytes
-    for (long long k = first; k < first + at_once; ++k) {
+    for (auto& block_ : own) {
       barriers.push_back(std::make_unique<std::barrier<>>(threads));
       memory.push_back(std::make_unique<long double[]>(shape[3] / sizeof(long double) + 1));
       memset((void*)memory.back().get(), 0xff, shape[3]);  // not a number
+      block_ = {(unsigned char*)memory.back().get(), barriers.back().get()};
+    }
+    for (long long k = first; k < first + at_once; ++k)
       for (long long t = 0; t < threads; ++t)
-        all.emplace_back([=, bar = barriers.back().get(), own = memory.back().get()] {
-          blockIdx = {k % across, k / across}, threadIdx = {t, 0};
-          block = {bar, (unsigned char*)own};
+        all.emplace_back([=, block_ = &own[k - first]] {
+          blockIdx = {k % across, k / across}, threadIdx = {t, 0}, block = block_;
           run();
         });
-    }
     for (auto& thread : all) thread.join();
+  }
+}
+"""
+# in one thread of the host: each goes on until it has to wait, then the next
+FIBERS = r"""
+#include <ucontext.h>
+#include <vector>
+#define __threadfence()
+struct Block { unsigned char* memory; long long arrived, turn; };
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  Index thread, group;
+  Block* block;
+  bool done;
+};
+static ucontext_t scheduler;
+static Fiber* fiber;
+static Block* block;
+static inline void wait() { swapcontext(&fiber->context, &scheduler); }
+"""
+TOGETHER_IN_FIBERS = r"""
+static inline void __syncthreads() {
+  Block* const mine = block;
+  const long long turn = mine->turn;
+  if (++mine->arrived == blockDim.x) mine->arrived = 0, ++mine->turn;
+  while (mine->turn == turn) wait();
+}
+static inline unsigned atomicAdd(unsigned* place, unsigned v) { return (*place += v) - v; }
+static inline unsigned seen(const unsigned* place) { return wait(), *place; }
+static void (*entry)();
+static void enter() { entry(), fiber->done = true, wait(); }
+
+template <class F> static void together(const long long* shape, F run) {
+  const long long across = shape[0], blocks = shape[0] * shape[1], threads = shape[2];
+  const long long at_once = shape[4] == 2 ? blocks : 1;
+  static F* kernel;
+  kernel = &run, entry = [] { (*kernel)(); };
+  std::vector<long double> memory((shape[3] / sizeof(long double) + 1) * at_once);
+  for (long long first = 0; first < blocks; first += at_once) {
+    memset((void*)memory.data(), 0xff, memory.size() * sizeof(long double));  // not a number
+    std::vector<Block> own(at_once);
+    for (long long k = 0; k < at_once; ++k)
+      own[k] = {(unsigned char*)(memory.data() + memory.size() / at_once * k), 0, 0};
+    std::vector<Fiber> all(at_once * threads);
+    for (size_t i = 0; i < all.size(); ++i) {
+      const long long k = i / threads, t = i % threads;
+      all[i].stack.resize(1 << 16), all[i].done = false, all[i].block = &own[k];
+      all[i].thread = {t, 0}, all[i].group = {(first + k) % across, (first + k) / across};
+      getcontext(&all[i].context);
+      all[i].context.uc_stack.ss_sp = all[i].stack.data();
+      all[i].context.uc_stack.ss_size = all[i].stack.size();
+      makecontext(&all[i].context, enter, 0);
+    }
+    for (bool left = true; left;) {
+      left = false;
+      for (auto& next : all) {
+        if (next.done) continue;
+        left = true, fiber = &next, block = next.block;
+        threadIdx = next.thread, blockIdx = next.group;
+        swapcontext(&scheduler, &next.context);
+      }
+    }
   }
 }
 """
@@ -160,7 +226,7 @@ int main(int, char** names) {
 """
 
 
-def host_source(source: str) -> str:
+def host_source(source: str, threads: bool = False) -> str:
     """The source as C++ for the host, with a function run_NAME for each kernel."""
     head, mark, rest = source.partition("#ifndef HOST")
     source = head + HALF + mark + rest if mark else source
@@ -171,7 +237,8 @@ def host_source(source: str) -> str:
     ]
     if "__syncthreads" not in source:
         return "\n".join([HEADER, source, *runs, ""])
-    return "\n".join([BARRIERS, HEADER, TOGETHER, source, *runs, ""])
+    before, after = (THREADS, TOGETHER_IN_THREADS) if threads else (FIBERS, TOGETHER_IN_FIBERS)
+    return "\n".join([BARRIERS, HEADER, before, after, source, *runs, ""])
 
 
 def kernels(source: str) -> list[str]:
@@ -202,11 +269,11 @@ def build(text: str, *flags: str, suffix: str = "") -> Path:
 
 @cache
 def library(source: str) -> Any:
-    """The kernels of a source as functions of this process."""
-    return ctypes.CDLL(str(build(host_source(source), "-shared", "-fPIC", suffix=".so")))
+    """The kernels of a source as functions of this process, one at a time."""
+    return ctypes.PyDLL(str(build(host_source(source), "-shared", "-fPIC", suffix=".so")))
 
 
 def program(source: str, *flags: str) -> Path:
     """A program that runs one kernel of the source, for the sanitizers."""
     rows = ", ".join(f'{{"{name}", run_{name}}}' for name in kernels(source))
-    return build(host_source(source) + MAIN % rows, *flags)
+    return build(host_source(source, threads=True) + MAIN % rows, *flags)

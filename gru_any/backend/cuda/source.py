@@ -8,8 +8,9 @@ replayed over other arrays. Every argument is 8 bytes wide, a pointer or a numbe
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ...trace import Op
 from ..fused import SIGNS
-from .stages import STATE, Group, Place
+from .stages import STATE, Group, Place, Store
 
 TYPES = {"float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16"}
 
@@ -72,17 +73,30 @@ def constant(value: float, number: str) -> str:
 
 def body(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
     """The lines of a group for row b and unit j; `on`: the row has not ended."""
-    function = "tanhf" if number == "float32" else "tanh"
     old = next((f"v{c}" for c, place in group.loads if place.array == STATE), "")
-    ended = {"kept": f"on ? {{}} : {old}", "zero": "on ? {} : number(0)", "as it is": "{}"}
-    lines = [f"const number v{c} = get({entry(place)});" for c, place in group.loads]
-    for op in group.ops:
+    return [
+        *(f"const number v{c} = get({entry(place)});" for c, place in group.loads),
+        *operations(group.ops, number),
+        *(f"put({entry(store.place)}, {stored(store, old)});" for store in group.stores),
+    ]
+
+
+def operations(ops: list[Op], number: str) -> list[str]:
+    """A line for each operation, from variables to a new one."""
+    lines, function = [], "tanhf" if number == "float32" else "tanh"
+    for op in ops:
         x = [constant(i, number) if isinstance(i, float) else f"v{i}" for i in op.inputs]
         value = f"{function}({x[0]})" if op.name == "tanh" else f" {SIGNS[op.name]} ".join(x)
         lines.append(f"const number v{op.output} = {value};")
-    for column, place, rule in group.stores:
-        lines.append(f"put({entry(place)}, {ended[rule].format(f'v{column}')});")
     return lines
+
+
+def stored(store: Store, old: str) -> str:
+    """What goes to a place; old: the state before, for a row that has ended."""
+    value = f"v{store.column}"
+    if store.ended == "as it is":
+        return value
+    return f"on ? {value} : {old if store.ended == 'kept' else 'number(0)'}"
 
 
 def touched(group: Group) -> dict[str, bool]:

@@ -1,0 +1,103 @@
+"""The kernels that go through all steps: compiled by NVRTC, and run by threads under sanitizers."""
+
+import os
+
+import numpy as np
+import pytest
+from cuda_tools import ARCHITECTURES, compiled, run_program
+
+from gru_any import equations
+from gru_any.backend.cuda.persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
+from gru_any.backend.cuda.source import prelude
+from gru_any.backend.cuda.walk import backward_walk, forward_walk
+
+THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
+SPILLED = 64  # bytes that a thread of the largest may have to keep in memory
+EVERY = [False, True]
+
+
+def walks(after, number="float32", name=""):
+    variant = equations.variant(after)
+    return [
+        forward_walk(variant.step, int(after), True, number, (), f"{name}forward"),
+        backward_walk(variant.backward, 4, True, False, number, (), f"{name}backward"),
+    ]
+
+
+@pytest.mark.parametrize("after", EVERY, ids=["before", "after"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvrtc_compiles_them(after, architecture, record_property):
+    if not THOROUGH and architecture not in (80, 120):
+        return
+    sizes = {"float32": (33, 64, 128), "float64": (64,)} if THOROUGH else {"float32": (128,)}
+    for number, of_number in sizes.items():
+        for H in of_number:
+            for walk in walks(after, number):
+                cubin, usage = compiled(persistent_kernel(walk, H, ROWS).source, architecture)
+                assert cubin.startswith(b"\x7fELF")
+                [(registers, spilled)] = usage.values()
+                record_property(f"{walk.name} H={H} {number} sm_{architecture}", str(usage))
+                assert registers * 3 * H <= 65536
+                assert spilled <= SPILLED
+
+
+def test_what_fits():
+    (forward, _), (wide, _) = walks(True), walks(True, "float64")
+    assert [fits(forward, H) for H in (1, 128, 129)] == [True, True, False]
+    assert [fits(wide, H) for H in (64, 65)] == [True, False]
+    assert LARGEST["float32"] * 3 <= 1024
+
+
+def job(walk, kernel, B, H, K, rows, values):
+    """The launch of a kernel over arrays that are exactly as long as they must be."""
+    width = {"a": 3, **{f"p{n}": w for n, w in enumerate(walk.widths)}}
+    arrays = {
+        name: values((K + (name == "path"), B, width.get(name, 1) * H)) for name in walk.arrays
+    }
+    alive = np.ones((K, B), bool)
+    alive[K // 2 :, 1] = False
+    numbers = [K, B, 0, 1, 1, alive, B, 1]
+    numbers += [values((3 * H, H)), values((B, H)), values((B, H))]
+    for name in walk.arrays:
+        steps, n, _ = (s // 4 for s in arrays[name].strides)
+        numbers += [arrays[name], *((0, 0) if name.startswith("c") else (steps, n))]
+    shape = (-(-B // rows), 1, 3 * H, 4 * shared_numbers(walk, H, rows), 1)
+    return kernel.name, shape, numbers
+
+
+def jobs(H, rows=2, B=3, K=3):
+    """A source with every kernel for H units, and a launch of each."""
+    rng, text, launches = np.random.default_rng(0), "", []
+
+    def values(shape):
+        return rng.uniform(-0.5, 0.5, shape).astype("f4")
+
+    for after in EVERY:
+        for walk in walks(after, name=f"{('before', 'after')[after]}_"):
+            kernel = persistent_kernel(walk, H, rows)
+            common, mark, own = kernel.source.partition("constexpr")
+            text = text or common
+            text += f"namespace {walk.name} {{\n{mark}{own}}}\nusing {walk.name}::{kernel.name};\n"
+            launches.append(job(walk, kernel, B, H, K, rows, values))
+    assert text.startswith(prelude("float32"))
+    return text, launches
+
+
+@pytest.mark.parametrize("H", [5, 8] if THOROUGH else [5])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(sanitizer, H, tmp_path):
+    """No barrier is missing, and nothing outside of an array is touched."""
+    text, launches = jobs(H)
+    run_program(tmp_path, text, launches, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+
+
+@pytest.mark.parametrize("barrier", range(5) if THOROUGH else [2])
+def test_a_missing_barrier_is_found(barrier, tmp_path):
+    text, launches = jobs(5)
+    lines = text.split("__syncthreads();")
+    start = next(n for n, part in enumerate(lines) if "after_backward_all" in part)
+    at = start + barrier if barrier < 4 else 1 + barrier
+    lines[at] += lines.pop(at + 1)
+    broken = "__syncthreads();".join(lines)
+    with pytest.raises(AssertionError, match="data race"):
+        run_program(tmp_path, broken, launches, "-fsanitize=thread", "-fno-sanitize-recover=all")
