@@ -130,10 +130,14 @@ class Layer:
         return self.backend.xp.astype(v, self.backend.dtype(self.dtype), copy=False)
 
     def _mask(self, rng: Any, shape: tuple[int, ...], p: float) -> Any:
-        """0 with probability p, else 1 / (1 - p), drawn on the host; None where nothing drops."""
+        """0 with probability p, else 1 / (1 - p), drawn on the host; None where nothing drops.
+
+        A byte for each number goes to the device, which does not wait for it.
+        """
         if rng is None or not p:
             return None
-        return self.backend.put((rng.random(shape) >= p) / (1 - p), self.dtype)
+        kept = self.backend.put((rng.random(shape) >= p).view(np.uint8))
+        return self.backend.xp.astype(kept, self.backend.dtype(self.dtype)) * (1 / (1 - p))
 
     def _refuse_complex(self) -> None:
         if self.dtype == "complex128":

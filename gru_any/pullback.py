@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-from .backend import runner
 from .errors import check_shape
 from .params import refuse_stale
 from .sweep import Padding, Sweep
@@ -66,7 +65,7 @@ class Pullback:
             part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
             tap = None if taps is None else taps.setdefault(layer * D + d, {})
             calls.append(partial(sweep.backward, tape.x, kept, part, dh_n[layer * D + d], tap))
-        for d, (dx, dh, of_weights) in enumerate(runner(gru.backend).parallel(calls)):
+        for d, (dx, dh, of_weights) in enumerate(gru._run.parallel(calls)):
             names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
             for name, grad in zip(names, of_weights, strict=False):
                 grads[f"{name}_l{layer}{gru.suffixes[d]}"] = gru._stored(grad)

@@ -30,16 +30,7 @@ CONVERT = {
     "read.py": {"onnx"},
     "write.py": {"onnx"},
     "check.py": {"onnx"},
-    "prove.py": {"onnx", "onnxruntime"},
-FOREIGN |= {
-    f"convert/onnx/{name}": {"numpy"} for name in ("axes", "gru", "layers", "moves", "read")
-}
-FOREIGN |= {
-OF_ONNX = ["axes", "gru", "layers", "moves", "read", "write"]
-OF_ONNX = ["axes", "gru", "layers", "loop", "moves", "read", "write"]
-FOREIGN |= {f"convert/onnx/{name}": {"numpy"} for name in OF_ONNX} | {
-    "convert/onnx/check": {"numpy", "onnx"},
-    "convert/onnx/prove": {"numpy", "onnxruntime"},
+    "prove.py": {"onnxruntime"},
 }
 LIBRARIES = {"numpy", "cupy", "torch", "jax", "jax.numpy", "array_api_strict"}
 

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
 from gru_any.backend import NUMPY, run, runner, select
 from gru_any.backend.cuda import fake, plan
-from gru_any.backend.cuda.fake_ops import Ops
+from gru_any.backend.cuda.fake_ops import Ops, _do, gemm
 from gru_any.backend.cuda.memory import StreamError, count
 from gru_any.backend.plain import Plain
 from gru_any.optim import clip_by_global_norm
@@ -298,6 +299,39 @@ def test_a_training_step_waits_for_nothing(take):
     assert count["waits"] == waits
     assert np.isfinite(float(losses[-1]))
     assert count["waits"] == waits + 1
+
+
+def test_a_dropout_mask_is_a_byte_for_each_number():
+    layer, x = Dropout(0.5, backend=HOST), fake.asarray(np.ones((7, 9), "f4"))
+    before = count["bytes copied"]
+    y, _ = layer.vjp(x, rng=np.random.default_rng(0))
+    assert count["bytes copied"] - before == 63
+    assert set(y.get().ravel()) == {0, 2}
+
+
+@VARIANTS
+def test_tf32_is_asked_for_in_every_product(after, monkeypatch):
+    asked = []
+
+    def products(self, precision):
+        def call(*arguments):
+            asked.append(precision)
+            _do(partial(gemm, *arguments))
+
+        return call
+
+    monkeypatch.setattr(Ops, "blas", products)
+    monkeypatch.setattr(fake.Array, "__matmul__", None)
+    host = GRU(3, 5, reset_after=after, seed=0, bidirectional=True)
+    device = GRU(3, 5, reset_after=after, bidirectional=True, backend=HOST, precision="tf32")
+    device.load_params(host.params)
+    arrays = batch(host, 9, 4, 0)
+    for lengths in (None, [9, 3, 0, 5]):
+        found = everything(device, *arrays, lengths=lengths)
+        assert_same(found, everything(host, *arrays, lengths=lengths), 2e-6)
+    assert set(asked) == {"tf32"}
+    with pytest.raises(ValueError, match="expected"):
+        GRU(3, 5, precision="half")
 
 
 # which way ---------------------------------------------------------------------------------------

@@ -29,25 +29,25 @@ chosen = _chosen()
 chosen_on_cuda = _chosen_on_cuda()
 
 
-def runner(backend: Any) -> Plain:
-    """How this backend runs a block of steps.
+def runner(backend: Any, precision: str = "full") -> Plain:
+    """How this backend runs a block of steps; precision: "tf32" where CUDA may multiply so.
 
     NumPy's is compiled where Numba is installed. GRU_ANY_NO_NUMBA=1 does without it, and
     GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA=eager (or graph, or plain)
     is the fastest way that CuPy may take. All are read at the import.
     """
     way = chosen if backend.host else chosen_on_cuda if backend.cuda else "plain"
-    return _runner(backend, way)
+    return _runner(backend, way, precision if backend.cuda else "full")
 
 
 @cache
-def _runner(backend: Any, way: str) -> Plain:
+def _runner(backend: Any, way: str, precision: str) -> Plain:
     if way == "plain":
         return Plain(backend.xp, backend.device)
     if backend.cuda:
         from .cuda.runner import runner_on
 
-        return runner_on(backend, way)
+        return runner_on(backend, way, precision)
     if way == "traced" or find_spec("numba") is None:
         from .numpy import NumPy
 
@@ -90,8 +90,9 @@ def _path_on_cuda(backend: Any, hidden_size: int, dtype: str) -> tuple[str, str]
 def forget(backend: Any) -> None:
     """Let go of what was recorded for this backend, and of its memory."""
     if backend.cuda and chosen_on_cuda != "plain":
-        run: Any = runner(backend)
-        run.forget()
+        for precision in ("full", "tf32"):
+            run: Any = runner(backend, precision)
+            run.forget()
 
 
 def environment(backend: Any) -> dict[str, str]:

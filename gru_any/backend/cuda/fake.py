@@ -58,6 +58,10 @@ class Array(NDArrayOperatorsMixin):
 
         _computed(put, (self, value), {}, [self])
 
+    def sum(self, **options: Any) -> Any:
+        """As the namespace's."""
+        return np.sum(self, **options)
+
     def __len__(self) -> int:
         return len(self.host)
 
@@ -132,6 +136,7 @@ def asarray(v: Any, dtype: Any = None, device: Any = None, copy: Any = None) -> 
         return v if not copy and v.dtype == dtype else _computed(np.array, (v,), {"dtype": dtype})
     host = np.asarray(v, dtype=dtype)
     count["copies"] += 1
+    count["bytes copied"] += host.nbytes
     array = Array(new(host.shape, host.dtype))
     array.host[...] = host
     use([], [_known(array)])

@@ -14,6 +14,7 @@ from ..numpy import Filled
 from ..plain import Plain
 from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from .plan import Lane, Plan, place
+from .rows import Rows, multiply
 from .walk import Walk, backward_walk, forward_walk
 
 LANES = 2  # that may run at the same time: the two directions of a layer
@@ -22,14 +23,15 @@ LANES = 2  # that may run at the same time: the two directions of a layer
 class CUDA(Plain):
     """Runs blocks of steps with fused kernels, in float32 and float64.
 
-    way: "eager", "graph" or "persistent", the fastest that may be taken.
+    way: "eager", "graph" or "persistent", the fastest that may be taken; precision: of products in
+    float32, "full" or "tf32".
     """
 
     def __init__(self, xp: Any, device: Any, ops: Any, way: str, precision: str = "full") -> None:
         super().__init__(xp, device)
         self.ops, self.way = ops, way
         ops.records = way != "eager"
-        self.lanes = [Lane(ops, precision) for _ in range(LANES)]
+        self.lanes, self.precision = [Lane(ops, precision) for _ in range(LANES)], precision
         self._local = threading.local()
 
     def _lane(self) -> Lane:
@@ -76,6 +78,17 @@ class CUDA(Plain):
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As `Plain.output`."""
         return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
+
+    def rows(self, v: Any) -> Any:
+        """As `Plain.rows`."""
+        rows = super().rows(v)
+        single = self.precision == "tf32" and str(v.dtype) == "float32"
+        return Rows(rows, self._product) if single and rows.size else rows
+
+    def _product(self, left: Any, right: Any) -> Any:
+        lane = self._lane()
+        with lane.turn():
+            return multiply(self.ops, lane.blas, left, right)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
@@ -164,15 +177,17 @@ class CUDA(Plain):
         return self.xp.empty(shape, dtype=like.dtype, device=self.device)
 
 
-def runner_on(backend: Any, way: str) -> CUDA:
+def runner_on(backend: Any, way: str, precision: str) -> CUDA:
     """Return the runner of CuPy, or of the device that the host plays."""
     if backend.name == "cupy":
         from .ops import Ops
 
-        return CUDA(backend.xp, backend.device, Ops(importlib.import_module("cupy")), way)
+        return CUDA(
+            backend.xp, backend.device, Ops(importlib.import_module("cupy")), way, precision
+        )
     from .fake_ops import Ops as Host
 
-    return CUDA(backend.xp, backend.device, Host(), way)
+    return CUDA(backend.xp, backend.device, Host(), way, precision)
 
 
 def _named(letter: str, arrays: Any) -> dict[str, Any]:
