@@ -1,0 +1,372 @@
+"""Everything worth knowing on a machine with a CUDA device, in one command and under 8 minutes.
+
+    python scripts/gpu_check.py                  versions, tests, every path against NumPy, speed
+    python scripts/gpu_check.py --part bench     one part alone: tests, paths or bench
+    python scripts/gpu_check.py --dry-run        on a device that the host plays: no figure counts
+
+Needs CuPy; with PyTorch, its GRU runs beside ours in the same precision. After every cell the
+results stand in OUT: results.json, results.md and speed.png. A part that fails is written down, and
+the rest goes on. Figures are milliseconds, the median of several rounds; T is 100.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+WIDTHS, BATCHES = (64, 128, 256, 512, 1024), (1, 32, 128, 256)
+WEAKEST = {512: 0, 1024: 1, 256: 2, 64: 3, 128: 4}  # widths, in the order they are measured
+
+
+class Cell(NamedTuple):
+    """What is measured. other: "gru", or "cell", a GRU cell of PyTorch in a loop."""
+
+    H: int
+    B: int
+    layers: int = 1
+    directions: int = 1
+    reset_after: bool = True
+    precision: str = "full"
+    other: str = "gru"
+    T: int = 100
+
+
+def cells(full: bool) -> list[Cell]:
+    """Every cell, those where we expect to be weakest first."""
+    found = [Cell(H, B, reset_after=after) for H in WIDTHS for B in BATCHES for after in (1, 0)]
+    few = [(2, 1), (6, 1), (1, 2)]
+    found += [Cell(H, 32, *shape) for H in (128, 256, 1024) for shape in few]
+    halves = itertools.product((256, 1024), (32, 256), ("tf32", "float16"))
+    found += [Cell(H, B, precision=precision) for H, B, precision in halves]
+    found += [Cell(H, 32, reset_after=False, other="cell") for H in (64, 256, 1024)]
+    if full:
+        every = itertools.product(WIDTHS, BATCHES, (1, 2, 6), (1, 2), (True, False),
+                                  ("full", "tf32", "float16"))  # fmt: skip
+        found += [Cell(*settings) for settings in every]
+    return sorted(dict.fromkeys(found), key=lambda c: (c.layers * c.directions > 1, WEAKEST[c.H]))
+
+
+DRY = [Cell(5, 2, T=4), Cell(4, 3, 2, 2, False, T=4), Cell(4, 2, precision="float16", T=4)]
+
+
+# the parts ---------------------------------------------------------------------------------------
+
+
+def versions(backend: Any) -> dict[str, str]:
+    """What this ran on and with."""
+    found = {"Python": platform.python_version(), "system": platform.platform()}
+    for name in ("gru-any", "numpy", "cupy-cuda12x", "cupy-cuda13x", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if backend.name != "cupy":
+        return found | {"device": "played by the host"}
+    runtime = backend.xp.cuda.runtime
+    properties = runtime.getDeviceProperties(backend.device.id)
+    capability = f"{properties['major']}.{properties['minor']}"
+    driver = str(runtime.driverGetVersion())
+    return found | {"device": properties["name"].decode(), "driver": driver, "sm": capability}
+
+
+def tests(check: "Check") -> str:
+    """The tests that concern CuPy, none of which may be skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/test_trace.py"] if check.dry else ["-k", "cupy or cuda"]
+    environment = {**os.environ, "GRU_ANY_REQUIRE": "" if check.dry else "cupy"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=check.left(150))  # fmt: skip
+    last = (done.stdout.strip().splitlines() or ["nothing was printed"])[-1]
+    return last if done.returncode == 0 else f"FAILED: {last}\n{done.stdout[-2000:]}"
+
+
+def paths(check: "Check") -> list[dict[str, Any]]:
+    """Every path, variant and dtype against NumPy: the largest difference, over the largest."""
+    rows = []
+    for way, after, dtype in itertools.product(
+        ("plain", "eager", "graph", "persistent"), (True, False), ("float32", "float64")
+    ):
+        row = {"path": way, "reset_after": after, "dtype": dtype}
+        try:
+            worst, limit = compare(check.name, way, after, dtype)
+            row |= {"worst": worst, "limit": limit, "good": worst <= limit}
+        except Exception as e:
+            row |= {"error": repr(e), "good": False}
+        rows.append(row)
+        print("  ", row, flush=True)
+    return rows
+
+
+def compare(name: str, way: str, after: bool, dtype: str) -> tuple[float, float]:
+    """One path, launched, recorded and replayed, against NumPy -> the worst, and the limit."""
+    from gru_any import GRU, to_numpy
+    from gru_any.backend import run
+
+    before, run.chosen_on_cuda, worst = run.chosen_on_cuda, way, 0.0
+    try:
+        host = GRU(3, 5, 2, bidirectional=True, reset_after=after, dtype=dtype, seed=0)
+        model = host.to(name)
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            x, dy = (rng.standard_normal((20, 7, n)).astype(dtype) for n in (3, 10))
+            for lengths in (None, [20, 3, 0, 11, 20, 1, 19]):
+                expected, found = (
+                    outcome(gru, gru.backend.put(x), gru.backend.put(dy), lengths)
+                    for gru in (host, model)
+                )
+                for ours_, theirs_ in zip(found, expected, strict=True):
+                    gap = np.abs(to_numpy(ours_) - theirs_).max() / np.abs(theirs_).max()
+                    worst = max(worst, float(gap)) if gap == gap else float("inf")
+    finally:
+        run.chosen_on_cuda = before
+    return worst, 2e-6 if dtype == "float32" else 1e-13
+
+
+def outcome(gru: Any, x: Any, dy: Any, lengths: Any) -> list[Any]:
+    (y, h_n), pullback = gru.vjp(x, lengths=lengths)
+    grads, dx, dh0 = pullback(dy)
+    return [y, h_n, dx, dh0, *(grads[name] for name in sorted(grads))]
+
+
+def bench(check: "Check") -> list[dict[str, Any]]:
+    """Ours beside PyTorch's, cell after cell, until the time is up."""
+    chosen, rows = DRY if check.dry else cells(check.full), []
+    for n, cell in enumerate(chosen):
+        left = check.left(600) / (len(chosen) - n)
+        if check.left(600) < 2:
+            print(f"   time is up: {len(chosen) - n} cells are left out")
+            break
+        rows.append({**cell._asdict(), **measure(check, cell, min(left, 12.0))})
+        print("  ", rows[-1], flush=True)
+        check.results["bench"] = rows
+        check.write()
+    return rows
+
+
+def measure(check: "Check", cell: Cell, seconds: float) -> dict[str, Any]:
+    """Milliseconds of both, forward and training; an error in place of what failed."""
+    row: dict[str, Any] = {}
+    for name, maker in (("ours", ours), ("torch", theirs)):
+        try:
+            made = maker(check, cell)
+            if made is None:
+                continue
+            wait, calls = made
+            for mode, call in calls.items():
+                row[f"{name} {mode}"] = timed(call, wait, seconds / 4)
+        except Exception as e:
+            row[f"{name} error"] = repr(e)[:300]
+    for mode in ("forward", "training"):
+        if f"ours {mode}" in row and f"torch {mode}" in row:
+            row[f"times {mode}"] = row[f"torch {mode}"] / row[f"ours {mode}"]
+    return row
+
+
+def timed(call: Any, wait: Any, seconds: float) -> float:
+    """Milliseconds of one call: the median of rounds that take a few hundredths of a second."""
+    for _ in range(3):  # launched, recorded, replayed
+        call()
+    wait()
+    start, n, found = time.perf_counter(), 1, []
+    while time.perf_counter() - start < seconds or len(found) < 3:
+        begin = time.perf_counter()
+        for _ in range(n):
+            call()
+        wait()
+        took = time.perf_counter() - begin
+        if took < 0.02 and n < 1000:
+            n *= 2
+        else:
+            found.append(1e3 * took / n)
+        if time.perf_counter() - start > 3 * seconds:
+            break
+    return statistics.median(found or [1e3 * took / n])
+
+
+# the contenders ----------------------------------------------------------------------------------
+
+
+def inputs(cell: Cell) -> Any:
+    rng = np.random.default_rng(0)
+    dtype = "float16" if cell.precision == "float16" else "float32"
+    shapes = ((cell.T, cell.B, cell.H), (cell.T, cell.B, cell.directions * cell.H))
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes], dtype
+
+
+def ours(check: "Check", cell: Cell) -> Any:
+    from gru_any import GRU
+    from gru_any.backend.run import forget
+
+    (x, dy), dtype = inputs(cell)
+    gru = GRU(cell.H, cell.H, cell.layers, bidirectional=cell.directions == 2, dtype=dtype, seed=0,
+              reset_after=bool(cell.reset_after), backend=check.name,
+              precision="full" if cell.precision == "full" else "tf32")  # fmt: skip
+    forget(gru.backend)
+    x, dy = gru.backend.put(x), gru.backend.put(dy)
+    calls = {"forward": lambda: gru(x), "training": lambda: gru.vjp(x)[1](dy)}
+    return gru.backend.synchronize, calls
+
+
+def theirs(check: "Check", cell: Cell) -> Any:
+    try:
+        import torch
+    except ImportError:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not check.dry:
+        return None
+    torch.backends.cudnn.allow_tf32 = cell.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = cell.precision == "tf32"
+    (x, dy), dtype = inputs(cell)
+    kind = getattr(torch, dtype)
+    x, dy = (torch.as_tensor(v, device=device) for v in (x, dy))
+    if cell.other == "cell":
+        model = torch.nn.GRUCell(cell.H, cell.H).to(device, kind)
+    else:
+        model = torch.nn.GRU(cell.H, cell.H, cell.layers, bidirectional=cell.directions == 2)
+        model = model.to(device, kind)
+    x.requires_grad_()
+
+    def forward() -> Any:
+        if cell.other == "gru":
+            return model(x)[0]
+        h, hs = torch.zeros_like(x[0]), []
+        for step in x:
+            h = model(step, h)
+            hs.append(h)
+        return torch.stack(hs)
+
+    def silent() -> None:
+        with torch.no_grad():
+            forward()
+
+    def training() -> None:
+        torch.autograd.grad(forward(), [x, *model.parameters()], dy)
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    return wait, {"forward": silent, "training": training}
+
+
+# results -----------------------------------------------------------------------------------------
+
+
+class Check:
+    """The run: its clock, and what it found so far."""
+
+    def __init__(self, dry: bool, full: bool, out: Path, minutes: float) -> None:
+        self.dry, self.full, self.out = dry, full, out
+        self.end = time.monotonic() + 60 * minutes
+        self.name = "gru_any.backend.cuda.fake" if dry else "cupy"
+        self.results: dict[str, Any] = {"dry run": dry, "date": time.strftime("%Y-%m-%d")}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def left(self, most: float) -> float:
+        """Seconds that are left, but not more than these."""
+        return max(min(most, self.end - time.monotonic()), 0.1)
+
+    def part(self, name: str, function: Any) -> None:
+        """One part; what it raises is a result too."""
+        print(name, flush=True)
+        start = time.monotonic()
+        try:
+            self.results[name] = function(self)
+        except Exception as e:
+            traceback.print_exc()
+            self.results[f"{name} error"] = repr(e)[:2000]
+        self.results[f"{name} seconds"] = round(time.monotonic() - start, 1)
+        self.write()
+
+    def write(self) -> None:
+        """The JSON, the table and the picture."""
+        text = json.dumps(self.results, indent=1)
+        (self.out / "results.json").write_text(text, "utf-8")
+        (self.out / "results.md").write_text(self.table(), "utf-8")
+        self.draw()
+
+    def table(self) -> str:
+        """The results for people."""
+        rows = self.results.get("bench", [])
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [f"# Results of {self.results['date']}{', a dry run' if self.dry else ''}", ""]
+        lines += [f"- {k}: {v}" for k, v in self.results.items() if k not in ("bench", "paths")]
+        lines += [f"- {row}" for row in self.results.get("paths", [])]
+        lines += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        for row in rows:
+            lines.append("| " + " | ".join(_short(row.get(name, "")) for name in names) + " |")
+        ratios = [v for row in rows for k, v in row.items() if k.startswith("times ")]
+        if ratios:
+            low, middle = min(ratios), statistics.median(ratios)
+            lines += ["", f"Times as fast as PyTorch: least {low:.2f}, median {middle:.2f}."]
+        return "\n".join(lines) + "\n"
+
+    def draw(self) -> None:
+        """A bar for each cell that PyTorch ran too."""
+        rows = [row for row in self.results.get("bench", []) if "times training" in row]
+        try:
+            import matplotlib
+        except ImportError:
+            return
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axis = pyplot.subplots(figsize=(8, 1 + 0.2 * len(rows)), layout="constrained")
+        names = [f"{r['H']}x{r['B']} L{r['layers']} D{r['directions']} {r['precision']} "
+                 f"{'after' if r['reset_after'] else 'before'}" for r in rows]  # fmt: skip
+        places = np.arange(len(rows))
+        for shift, mode in ((-0.2, "forward"), (0.2, "training")):
+            axis.barh(places + shift, [r.get(f"times {mode}", 0) for r in rows], 0.4, label=mode)
+        axis.set_yticks(places, names, fontsize=6)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlabel("times as fast as PyTorch" + (", a dry run" if self.dry else ""))
+        axis.legend()
+        figure.savefig(self.out / "speed.png", dpi=120)
+        pyplot.close(figure)
+
+
+def _short(v: Any) -> str:
+    return f"{v:.3g}" if isinstance(v, float) else str(v)
+
+
+PARTS = {"tests": tests, "paths": paths, "bench": bench}
+
+
+def main() -> int:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--part", choices=PARTS, help="this part alone")
+    parser.add_argument("--full", action="store_true", help="every combination of sizes")
+    parser.add_argument("--dry-run", action="store_true", help="without a device")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which cells are left out")
+    given = parser.parse_args()
+    from gru_any.backend import BackendError, select
+
+    check = Check(given.dry_run, given.full, given.out, given.minutes)
+    try:
+        backend = select(check.name)
+    except BackendError as e:
+        print(e, file=sys.stderr)
+        return 1
+    check.results |= versions(backend)
+    for name, function in PARTS.items():
+        if given.part in (None, name):
+            check.part(name, function)
+    print((given.out / "results.md").read_text("utf-8"))
+    bad = [row for row in check.results.get("paths", []) if not row["good"]]
+    return 1 if bad or any(" error" in k for k in check.results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What CuPy and cuBLAS are asked for, with stand-ins that write it down."""
+
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import require
+from cuda_tools import compiled
+
+from gru_any.backend import BackendError, select
+from gru_any.backend.cuda import products
+from gru_any.backend.cuda.fake_ops import gemm
+from gru_any.backend.cuda.ops import Ops
+from gru_any.backend.cuda.source import Kernel
+
+
+class Library:
+    """As cuBLAS, column by column in the host's memory."""
+
+    def __init__(self, status=0):
+        self.calls, self.status = [], status
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((name, arguments))
+            if name == "cublasGemmEx":
+                self.multiply(*arguments)
+            return self.status
+
+        return call
+
+    def multiply(self, handle, ta, tb, m, n, k, alpha, a, at, lda, b, bt, ldb, beta, c, ct, ldc,
+                 compute, algorithm):  # fmt: skip
+        number = ctypes.c_double if compute == products.DOUBLE else ctypes.c_float
+        one, old = (ctypes.cast(v, ctypes.POINTER(number))[0] for v in (alpha, beta))
+        assert one == 1
+        assert at == bt == ct
+        dtype = {0: "f4", 1: "f8"}[ct]
+        A, B, C = (matrix(*v, dtype) for v in ((a, lda, m if not ta else k, k if not ta else m),
+                                               (b, ldb, k if not tb else n, n if not tb else k),
+                                               (c, ldc, m, n)))  # fmt: skip
+        C[...] = (A.T if ta else A) @ (B.T if tb else B) + old * C
+
+
+def matrix(address, ld, rows, columns, dtype):
+    size = np.dtype(dtype).itemsize
+    count = (columns - 1) * ld + rows
+    memory = (ctypes.c_char * (count * size)).from_address(address)
+    flat = np.frombuffer(memory, dtype)
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (size, ld * size))
+
+
+@pytest.fixture
+def stream():
+    return SimpleNamespace(ptr=7)
+
+
+@pytest.fixture
+def cupy(stream):
+    """As much of CuPy as is used, writing down what happens."""
+    calls = []
+    device = SimpleNamespace(compute_capability="90", attributes={"MultiProcessorCount": 132})
+    empty = lambda n, dtype: SimpleNamespace(data=SimpleNamespace(ptr=99), nbytes=n)  # noqa: E731
+
+    class Stream:
+        def __init__(self, non_blocking):
+            assert non_blocking  # or it would wait for the null stream
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def begin_capture(self):
+            calls.append("begin")
+
+        def end_capture(self):
+            calls.append("end")
+            return "graph"
+
+    cuda = SimpleNamespace(
+        get_current_stream=lambda: stream, Device=lambda: device, Stream=Stream, calls=calls
+    )
+    return SimpleNamespace(cuda=cuda, empty=empty, calls=calls)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_product_is_what_it_should_be(cupy, monkeypatch, dtype, beta):
+    """h U^T into a window of a wider matrix: row by row, C^T = U h^T."""
+    lib = Library()
+    monkeypatch.setattr(products, "library", lambda: lib)
+    blas, rng = products.Products(cupy, "full"), np.random.default_rng(0)
+    h, U, C = (rng.standard_normal(s).astype(dtype) for s in ((4, 5), (15, 5), (4, 20)))
+    expected = C.copy()
+    expected[:, 2:17] = h @ U.T + beta * C[:, 2:17]
+    arguments = (True, False, 15, 4, 5, U.ctypes.data, 5, h.ctypes.data, 5, beta,
+                 C.ctypes.data + 2 * C.itemsize, 20, dtype)  # fmt: skip
+    blas(*arguments)
+    assert np.allclose(C, expected, rtol=0, atol=1e-5)
+
+
+def test_stream_workspace_and_precision(cupy, stream, monkeypatch):
+    lib = Library()
+    monkeypatch.setattr(products, "library", lambda: lib)
+    one = np.ones((1, 1), "f4")
+    call = (False, False, 1, 1, 1, *(one.ctypes.data, 1) * 2, 0.0, one.ctypes.data, 1, "float32")
+    kept = []  # or their ends would be among the calls
+    for precision, compute in (("full", products.FULL), ("tf32", products.TF32)):
+        lib.calls.clear()
+        kept.append(blas := products.Products(cupy, precision))
+        for stream.ptr in (7, 7, 8):
+            blas(*call)
+        names = [name for name, _ in lib.calls]
+        bound = ["cublasSetStream_v2", "cublasSetWorkspace_v2"]  # in this order
+        assert names == ["cublasCreate_v2", *bound, *["cublasGemmEx"] * 2, *bound, "cublasGemmEx"]
+        assert lib.calls[2][1][1:] == (99, 32 * products.MIB)
+        assert lib.calls[3][1][-2:] == (compute, products.ANY_ALGORITHM)
+    assert compute == 77
+    monkeypatch.setattr(products, "library", lambda: Library(status=13))
+    with pytest.raises(RuntimeError, match="cuBLAS status 13"):
+        products.Products(cupy, "full")
+
+
+def test_without_cublas_it_says_what_to_install(monkeypatch):
+    pathfinder = require("cuda.pathfinder")
+
+    def missing(name):
+        raise RuntimeError("libcublas.so.13 not found")
+
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", missing)
+    products.library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"cuBLAS cannot be loaded .*gru-any\[cuda13\]"):
+        products.library()
+
+
+def test_recording_ends_whatever_happens(cupy):
+    assert Ops(cupy).record(lambda: cupy.calls.append("launch")) == "graph"
+    assert cupy.calls == ["begin", "launch", "end"]
+    cupy.calls.clear()
+
+    def fails():
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported")
+
+    with pytest.raises(RuntimeError, match="Unsupported"):
+        Ops(cupy).record(fails)
+    assert cupy.calls == ["begin", "end"]
+
+
+def test_a_launch(cupy):
+    launched = []
+
+    class Module:
+        def __init__(self, code, options):
+            assert options == ("--std=c++17",)
+
+        def get_function(self, name):
+            class Function:
+                def __call__(self, *arguments, **options):
+                    launched.append((name, arguments, options, vars(self)))
+
+            return Function()
+
+    cupy.RawModule = Module
+    ops = Ops(cupy)
+    ops.launch(Kernel("k", "source"), (3, 2), 64, [1, 2])
+    ops.launch(Kernel("k", "source"), (3, 2), 64, [1, 2], shared=1 << 16)
+    assert launched[0] == ("k", ((3, 2), (64,), (1, 2)), {"shared_mem": 0}, {})
+    assert launched[1][3] == {"max_dynamic_shared_size_bytes": 1 << 16}
+    assert ops.multiprocessors == 132
+
+
+def test_real_cupy_without_a_device_says_why():
+    cupy = require("cupy")
+    if cupy.cuda.is_available():
+        assert select("cupy").name == "cupy"
+        return
+    with pytest.raises(BackendError, match="CUDA driver"):
+        select("cupy")
+    with pytest.raises(RuntimeError, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
+        Ops(cupy).empty((3,), "float32")
+
+
+def test_nvrtc_is_there_and_names_the_line():
+    with pytest.raises(AssertionError, match=r"gru\.cu"):
+        compiled("no source", 80)
+
+
+def test_the_mapping_is_that_of_the_host():
+    """The stand-in for cuBLAS here and the device that the host plays multiply alike."""
+    assert gemm.__code__.co_varnames[:13] == products.Products.__call__.__code__.co_varnames[1:14]

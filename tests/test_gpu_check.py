@@ -1,0 +1,60 @@
+"""scripts/gpu_check.py without a device, so that it works where there is one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def check(*arguments):
+    return subprocess.run([sys.executable, str(SCRIPTS / "gpu_check.py"), *map(str, arguments)],
+                          capture_output=True, text=True, timeout=200)  # fmt: skip
+
+
+def test_a_dry_run(tmp_path):
+    done = check("--dry-run", "--part", "bench", "--minutes", 0.2, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert found["dry run"]
+    assert found["bench"][0]["ours training"] > 0
+    assert not [key for row in found["bench"] for key in row if "error" in key]
+    assert "a dry run" in (tmp_path / "results.md").read_text("utf-8")
+    assert (tmp_path / "speed.png").exists()
+
+
+def test_a_part_that_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    def fails(check):
+        raise RuntimeError("out of memory")
+
+    made = gpu_check.Check(True, False, tmp_path, 1)
+    made.part("bench", fails)
+    made.part("tests", lambda check: "fine")
+    assert made.results["bench error"] == "RuntimeError('out of memory')"
+    assert made.results["tests"] == "fine"
+    row = gpu_check.measure(made, gpu_check.Cell(-1, 1), 0.1)
+    assert "ours error" in row
+    assert gpu_check.compare(made.name, "graph", True, "float32")[0] < 2e-6
+
+
+def test_the_cells(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    usual, full = gpu_check.cells(False), gpu_check.cells(True)
+    assert len(usual) == 5 * 4 * 2 + 9 + 8 + 3
+    assert set(usual) <= set(full)
+    assert usual[0].H == 512
+
+
+def test_without_a_device_it_says_why(tmp_path):
+    pytest.importorskip("cupy")
+    done = check("--part", "tests", "--out", tmp_path)
+    if done.returncode == 1 and not done.stdout:
+        assert "CUDA" in done.stderr
