@@ -258,7 +258,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, default=1, help="layers of the GRU")
     add("--dropout", type=float, default=0.5, help="between layers and before the output")
     add("--noise", type=float, default=0.2, help="deviation of noise on the standardised input")
-    add("--epochs", type=int, default=100, help="readings of the training part")
+    add("--epochs", type=int, default=60, help="readings of the training part")
     add("--steps", type=int, help="stop after so many updates")
     add("--batch", type=int, default=16, help="sequences side by side")
     add("--rate", type=float, default=4e-3, help="highest learning rate of AdamW")
