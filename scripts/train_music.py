@@ -20,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -87,8 +86,10 @@ def read(file: str | None) -> dict[str, Pieces]:
         parts = readers[path.suffix](path)
         for name, pieces in parts.items():
             check(name, pieces)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, pickle.UnpicklingError) as e:
-        sys.exit(f"--data {file} cannot be read: {e}")
+    except ImportError:
+        sys.exit(f"--data {file}: reading .mat files needs scipy: pip install scipy")
+    except Exception as e:  # a damaged pickle may raise anything
+        sys.exit(f"--data {file} cannot be read: {type(e).__name__}: {e}")
     return parts
 
 

@@ -121,13 +121,33 @@ def test_music_files(tmp_path, monkeypatch):
     (tmp_path / "d.pickle").write_bytes(pickle.dumps({**notes, "test": [[(5,)]]}))
     (tmp_path / "e.pickle").write_bytes(b"")
     (tmp_path / "f.pickle").write_bytes(pickle.dumps({**notes, "valid": []}))
+    (tmp_path / "h.pickle").write_bytes(pickle.dumps(["train"]))
+    np.savez(tmp_path / "h.npz", **{**packed, "train_frames": packed["train_frames"] / 2})
+    np.savez(tmp_path / "i.npz", **{**packed, "train_frames": packed["train_frames"][:, :5]})
     for name, message in {
         "code.pickle": "plain lists", "b.npz": "add up to 3", "c.npz": "cannot be read",
         "d.pickle": "note 5", "e.pickle": "cannot be read", "f.pickle": "no piece of two frames",
         "g.txt": "is none of", "none.npz": "cannot be read",
+        "h.pickle": "TypeError", "h.npz": "TypeError", "i.npz": r"no \(T, 88\)",
     }.items():  # fmt: skip
         with pytest.raises(SystemExit, match=message):
             train_music.read(str(tmp_path / name))
+
+
+def test_music_of_matlab(tmp_path, monkeypatch):
+    matlab = require("scipy.io")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import train_music
+
+    parts = train_music.synthetic()
+    cells = {f"{k}data": np.array([*v, None], object)[:-1] for k, v in parts.items()}
+    matlab.savemat(tmp_path / "a.mat", cells)
+    (tmp_path / "b.mat").write_bytes(b"no matrix" * 50)
+    assert train_music.digest(train_music.read(str(tmp_path / "a.mat"))) == train_music.digest(
+        parts
+    )
+    with pytest.raises(SystemExit, match="cannot be read"):
+        train_music.read(str(tmp_path / "b.mat"))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +174,7 @@ def test_data_that_is_no_text(tmp_path, content, message):
         (["--prompt", ""], "--prompt is empty"),
         (["--clip", "0"], "ValueError: clip is 0.0, expected a number above 0"),
         (["--out", "/dev/null"], "FileExistsError"),
+        (["--chunk", "300"], "--chunk 300: the training part has 8550 characters"),
         (["--load", "no such folder"], "--load no such folder"),
         (["--backend", "no_such_library"], "cannot be imported"),
     ],
