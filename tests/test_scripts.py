@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import require
 from conftest import running
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
