@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import require
-from conftest import running
+from conftest import require, running
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = ["--steps", "30", "--hidden", "16", "--batch", "8", "--chunk", "16", "--backend", "numpy"]
