@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     groups = buckets([len(p) - 1 for p in train], args.batch)
     print(f"padding: {waste([len(p) - 1 for p in train], groups):.1%} of the training frames")
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
-    settings |= {"noise": args.noise, "shift": args.shift, "warm_up": args.warm_up}
+    settings |= {"noise": args.noise, "shift": args.shift, "moved": args.moved}
+    settings |= {"warm_up": args.warm_up}
     history = fit(
         **made,
         epochs=args.epochs,
@@ -177,12 +178,12 @@ def batches(pieces: Pieces, args: argparse.Namespace, epoch: int) -> Any:
     noisy = np.asarray([len(p) - 1 for p in pieces]) + rng.integers(0, args.noise + 1, len(pieces))
     groups = buckets(noisy * (np.asarray([len(p) for p in pieces]) > 1), args.batch)
     for g in rng.permutation(len(groups)):
-        yield batch([moved(pieces[i], rng, args.shift) for i in groups[g]])
+        yield batch([moved(pieces[i], rng, args.shift, args.moved) for i in groups[g]])
 
 
-def moved(piece: np.ndarray, rng: Any, most: int) -> np.ndarray:
+def moved(piece: np.ndarray, rng: Any, most: int, chance: float) -> np.ndarray:
     """The piece in another key, by up to so many semitones; no note leaves the keyboard."""
-    if not most:
+    if not most or (chance < 1 and rng.random() >= chance):
         return piece
     used = np.flatnonzero(piece.any(axis=0))
     low, high = (used[0], KEYS - 1 - used[-1]) if len(used) else (0, 0)
@@ -264,6 +265,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tbptt", type=int, nargs=2, default=[100, 100], help="k1 k2, in frames")
     add("--noise", type=int, default=0, help="frames by which lengths are blurred to mix groups")
     add("--shift", type=int, default=0, help="move each piece by up to so many semitones")
+    add("--moved", type=float, default=1.0, help="the chance of a piece to be moved by --shift")
     add("--rate", type=float, default=4e-3, help="highest learning rate of AdamW")
     add("--warm-up", type=int, default=50, help="steps up to that rate")
     add("--decay", type=float, default=0.01, help="weight decay of AdamW")
