@@ -103,9 +103,6 @@ def test_only_the_backend_imports_an_array_library(path):
         assert found <= CONVERT.get(path.name, set()) | {"numpy"}
     elif part(path) != "backend":
         assert foreign(path) - sys.stdlib_module_names == FOREIGN.get(part(path), set())
-    if part(path) != "backend":
-        name = str(path.relative_to(ROOT).with_suffix(""))
-        assert foreign(path) - sys.stdlib_module_names == FOREIGN.get(name, set())
 
 
 @EACH
