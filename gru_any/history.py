@@ -16,9 +16,10 @@ class History(NamedTuple):
     ----------
     records : list of dict
         With "step", "epoch", "seconds", and either "loss", "rate" and "norm" (means since the
-        record before, but the rate), or "valid".
+        record before, but the rate; with mixed precision "scale" too), or "valid".
     reason : str
-        Why it ended: "done", "patience", "minutes" or "interrupted".
+        Why it ended: "done", "patience", "minutes" or "interrupted"; "finished" where it had
+        ended before.
     best : float or None
         The lowest validation loss.
     """

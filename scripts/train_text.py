@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         run(args)
     except (BackendError, FloatingPointError, OSError, ValueError) as e:
         sys.exit(f"{type(e).__name__}: {e}")
+    except KeyboardInterrupt:  # before or after the training; in between fit sees to it
+        sys.exit("stopped")
 
 
 def run(args: argparse.Namespace) -> None:
