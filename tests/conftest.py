@@ -5,6 +5,7 @@ GRU_ANY_REQUIRE=torch,cupy,... turns the skip of a test that needs one of them i
 
 import importlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -55,6 +56,13 @@ def require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as e:
         return refuse(name, str(e))
+
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    """Skip where there is no C++ compiler, which the host needs to play a CUDA device."""
+    if shutil.which("g++") is None:
+        refuse("g++", "not installed")
 
 
 class Home:

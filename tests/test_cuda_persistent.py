@@ -11,6 +11,7 @@ from gru_any.backend.cuda.persistent import LARGEST, ROWS, fits, persistent_kern
 from gru_any.backend.cuda.source import prelude
 from gru_any.backend.cuda.walk import backward_walk, forward_walk
 
+pytestmark = pytest.mark.usefixtures("compiler")
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 SPILLED = 64  # bytes that a thread of the largest may have to keep in memory
 EVERY = [False, True]

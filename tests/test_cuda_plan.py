@@ -16,6 +16,7 @@ from gru_any.backend.cuda.memory import StreamError, count
 from gru_any.backend.plain import Plain
 from gru_any.optim import clip_by_global_norm
 
+pytestmark = pytest.mark.usefixtures("compiler")
 HOST = fake.__name__
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 WAYS = pytest.mark.parametrize("way", ["eager", "graph", "persistent"])

@@ -18,6 +18,7 @@ from gru_any.backend.cuda.walk import backward_walk, forward_walk
 from gru_any.backend.plain import Plain
 from gru_any.sweep import Alive
 
+pytestmark = pytest.mark.usefixtures("compiler")
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 HALVES = ("a", "path", "dy", "previous", *(f"s{n}" for n in range(4)), "p0", "p1")

@@ -101,8 +101,11 @@ class Ops:
             local.stream = before
 
     def synchronize(self) -> None:
-        """As `ops.Ops.synchronize`."""
+        """As `ops.Ops.synchronize`: for all streams."""
         wait()
+        with LOCK:
+            for known in list(DONE.values()):
+                learn("host", known)
 
     def record(self, steps: Callable[[], None]) -> Graph:
         """As `ops.Ops.record`."""

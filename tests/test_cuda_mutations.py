@@ -1,0 +1,194 @@
+"""Mistakes that a CUDA path invites, made on purpose: each is noticed without a device.
+
+A missing barrier is in test_cuda_persistent.py.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from gru_any import GRU, asarray, to_numpy
+from gru_any.backend import run
+from gru_any.backend.cuda import fake, plan, source, walk
+from gru_any.backend.cuda.fake_ops import Ops
+from gru_any.backend.cuda.memory import DONE, StreamError
+from gru_any.backend.cuda.stages import Gemm
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def noticed():
+    """Whether whole GRUs give other numbers than on NumPy, or a check of the device speaks."""
+    walk.forward_walk.cache_clear()
+    walk.backward_walk.cache_clear()
+    run._runner.cache_clear()
+    Ops().synchronize()  # what a mistake before this one left undone
+    host = GRU(3, 5, bidirectional=True, seed=0, dtype="float64")
+    device, rng = host.to(fake.__name__), np.random.default_rng(0)
+    x, dy = rng.standard_normal((6, 4, 3)), rng.standard_normal((6, 4, 10))
+    lengths, results = [6, 2, 0, 5], []
+    try:
+        for gru in (host, device, device):
+            (y, h), pullback = gru.vjp(asarray(x, like=gru), lengths=lengths)
+            grads, dx, dh = pullback(asarray(dy, like=gru))
+            results.append([to_numpy(v) for v in (y, h, dx, dh, *grads.values())])
+    except AssertionError as e:
+        return type(e).__name__
+    good = [np.allclose(a, b, rtol=0, atol=1e-12)
+            for found in results[1:] for a, b in zip(found, results[0], strict=True)]  # fmt: skip
+    return not all(good)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.setattr(run, "chosen_on_cuda", "graph")
+    yield
+    walk.forward_walk.cache_clear()
+    walk.backward_walk.cache_clear()
+    run._runner.cache_clear()
+
+
+def test_no_mistake_no_notice():
+    assert noticed() is False
+
+
+MISTAKES = {
+    "leading dimension": lambda b: (
+        lambda ta, tb, m, n, k, a, lda, *rest: b(ta, tb, m, n, k, a, lda + 1, *rest)
+    ),
+    "transposition": lambda b: lambda ta, *rest: b(not ta, *rest),
+    "sizes": lambda b: lambda ta, tb, m, n, *rest: b(ta, tb, n, m, *rest),
+    "beta": lambda b: lambda *v: b(*v[:9], 0.0, *v[10:]),
+    "rows of U": lambda b: lambda *v: b(*v[:5], v[5] + 8, *v[6:]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_product(mistake, monkeypatch):
+    right = Ops.blas
+    monkeypatch.setattr(Ops, "blas", lambda self, p: MISTAKES[mistake](right(self, p)))
+    assert noticed()
+
+
+def test_a_dropped_operand(monkeypatch):
+    """The last sum of every kernel is of one number alone."""
+    right = source.operations
+
+    def wrong(ops, number):
+        lines = right(ops, number)
+        last = max(n for n, line in enumerate(lines) if " + " in line)
+        lines[last] = lines[last].partition(" + ")[0] + ";"
+        return lines
+
+    monkeypatch.setattr(source, "operations", wrong)
+    assert noticed()
+
+
+@pytest.mark.parametrize("rule", ["kept", "zero"])
+def test_rows_that_have_ended(rule, monkeypatch):
+    right = source.stored
+    monkeypatch.setattr(
+        source, "stored",
+        lambda store, old: right(store._replace(ended="as it is") if store.ended == rule else store,
+                                 old),
+    )  # fmt: skip
+    assert noticed()
+
+
+def test_the_wrong_order_of_stages(monkeypatch):
+    right = walk.staged
+
+    def wrong(*arguments):
+        stages = right(*arguments)
+        first = next(n for n, stage in enumerate(stages.stages) if isinstance(stage, Gemm))
+        return stages._replace(stages=[*stages.stages[first + 1 :], *stages.stages[: first + 1]])
+
+    monkeypatch.setattr(walk, "staged", wrong)
+    assert noticed()
+
+
+@pytest.mark.parametrize("change", [lambda t: t + 1, lambda t: 0])
+def test_the_wrong_step(change, monkeypatch):
+    """A kernel that is given another step: outside of an array, or the same again."""
+    right = Ops.launch
+
+    def wrong(self, kernel, grid, threads, numbers, shared=0):
+        if kernel.name != "set_table" and numbers[1] != change(numbers[1]) < 6:
+            numbers = [numbers[0], change(numbers[1]), *numbers[2:]]
+        right(self, kernel, grid, threads, numbers, shared)
+
+    monkeypatch.setattr(Ops, "launch", wrong)
+    assert noticed()
+
+
+def test_a_table_that_is_not_filled_again(monkeypatch):
+    """A replay over the arrays of the call before, whose memory was given back."""
+    right, seen = Ops.launch, []
+
+    def wrong(self, kernel, *arguments):
+        if kernel.name != "set_table" or seen.count(kernel) < 1:
+            right(self, kernel, *arguments)
+        seen.append(kernel)
+
+    monkeypatch.setattr(Ops, "launch", wrong)
+    assert noticed()
+
+
+def test_a_stream_that_does_not_wait(monkeypatch):
+    monkeypatch.setattr(Ops, "wait", lambda self, event: None)
+    assert noticed() == "StreamError"
+
+
+def test_swapped_streams(monkeypatch):
+    """The second direction ends on another stream than the one that is waited for."""
+    right = Ops.on
+
+    @contextmanager
+    def wrong(self, number):
+        with right(self, number), right(self, number + 5):
+            yield
+
+    def event(self):
+        return dict(DONE.get(0, {}))
+
+    monkeypatch.setattr(Ops, "on", wrong)
+    monkeypatch.setattr(Ops, "event", event)
+    assert noticed() == "StreamError"
+
+
+def test_a_lane_without_turns(monkeypatch):
+    """Two streams use the buffers of one plan."""
+
+    @contextmanager
+    def turn(self):
+        yield
+
+    gru = GRU(3, 5, seed=0, backend=fake.__name__)
+    x, ops = fake.asarray(np.ones((6, 4, 3), "f4")), Ops()
+    for right in (True, False):
+        if not right:
+            monkeypatch.setattr(plan.Lane, "turn", turn)
+        ready = ops.event()
+        with ops.on(3):
+            ops.wait(ready)
+            gru(x)
+        if right:
+            gru(x)
+        else:
+            with pytest.raises(StreamError, match="did not wait"):
+                gru(x)
+
+
+def test_memory_that_is_given_back_too_early(monkeypatch):
+    """A plan that does not keep its buffers."""
+    right = plan.Plan.__init__
+
+    def wrong(self, *arguments):
+        right(self, *arguments)
+        self.pointers = dict(self.pointers)
+        for name in [n for n in self.buffers if n != "state"]:
+            del self.buffers[name]
+
+    monkeypatch.setattr(plan.Plan, "__init__", wrong)
+    assert noticed() == "StreamError"
