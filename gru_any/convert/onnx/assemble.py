@@ -18,6 +18,8 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
     grus = [layer for layer in walk.layers if layer.kind == "GRU"]
     if not grus:
         raise ValueError("the graph holds no GRU")
+    if walk.pair:
+        raise ValueError("two GRUs read the same, and nothing joins what they put out")
     if len(walk.lengths) > 1:
         raise ValueError(f"the GRUs take lengths from {walk.lengths}, expected the same for all")
     _check_first_states(grus)
@@ -35,15 +37,17 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
 
 def _check_output(walk: Any, name: str, v: Any) -> None:
     """An output must be what the last layer puts out, or states in their order."""
-    if isinstance(v, Array) and v.kind == "layer" and v.key == walk.stage:
+    if isinstance(v, Array) and v.kind == "layer" and v.key == walk.stage and not v.flipped:
         return
-    if not isinstance(v, Array) or v.kind != "state" or list(v.key) != sorted(set(v.key)):
+    states = v.key if isinstance(v, Array) and v.kind == "state" else ()
+    places = [walk.layers.index(g) if g in walk.layers else -1 for g in states]
+    if not states or places != sorted({*places} - {-1}):
         raise ValueError(
             f"the output {name!r} is neither what the last layer puts out nor the states of GRUs "
             "in their order"
         )
-    for k in v.key:
-        walk.layers[k].last = name
+    for layer in states:
+        layer.last = name
 
 
 def _check_first_states(grus: list[Layer]) -> None:

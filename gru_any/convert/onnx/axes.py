@@ -6,7 +6,7 @@ An axis is a tuple of atoms, slowest first: `(D, H)` is the axis of features of 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,19 +56,21 @@ class Array:
     """An array that is known only when the model runs.
 
     kind : "input" of the graph, output of a "layer", or "state" of GRUs
-    key : the name and the rows of the input; the number of the layer; the numbers of the GRUs
+    key : the name and the rows of the input; the stage of the walk; the GRUs
+    flipped : the axis along which it runs backwards, if there is one
     """
 
     kind: str
     key: Any
     axes: tuple[Axis, ...]
+    flipped: Axis = ()
 
     def arranged(self, axes: Sequence[Axis]) -> "Array":
         """The same numbers with other axes."""
-        return Array(self.kind, self.key, tuple(axes))
+        return replace(self, axes=tuple(axes))
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
     """A layer that was found: its kind, settings and parameters, without numbers of layers."""
 
@@ -82,6 +84,13 @@ class Layer:
 @dataclass(frozen=True)
 class Positive:
     """Whether a size is more than 0."""
+
+    size: Any
+
+
+@dataclass(frozen=True)
+class Full:
+    """Lengths of which each is this size."""
 
     size: Any
 

@@ -74,7 +74,8 @@ def add_gru(
     h: tuple[Axis, ...] = (of_state, batch, units)
     if layout:
         y, h = (batch, time, directions, units), (batch, of_state, units)
-    return Array("layer", stage, y), Array("state", (k,), h)
+    backwards = time if x.flipped else ()
+    return Array("layer", stage, y, backwards), Array("state", (layer,), h)
 
 
 def _options(node: Node) -> dict[str, Any]:
@@ -113,6 +114,8 @@ def _time_and_batch(walk: Any, node: Node, x: Array, layout: int) -> tuple[Axis,
     time, batch = x.axes[layout], x.axes[1 - layout]
     if {time, batch} != {*walk.lead, *([()] if len(walk.lead) == 1 else [])}:
         node.refuse(f"reads axes {time} and {batch}, expected {walk.lead} of the input")
+    if x.flipped not in ((), time):
+        node.refuse(f"reads what is turned round along {x.flipped}, not along time")
     walk.time = time if walk.time is None else walk.time
     if time != walk.time or not time:
         node.refuse(f"takes {time} for the axis of time, expected {walk.time} as another GRU does")
@@ -157,7 +160,7 @@ def keep(walk: Any, node: Node, rows: Any, h0: Any, h_n: Any) -> Array:
     kinds = [getattr(v, "kind", "constant") for v in (rows, h0, h_n)]
     if kinds != ["empty", "input", "state"]:
         node.refuse("chooses between what is not the first and the last state of a GRU")
-    firsts = [walk.layers[k].first for k in h_n.key]
+    firsts = [layer.first for layer in h_n.key]
     if (
         {rows.key} != walk.lengths
         or h0.key[1]

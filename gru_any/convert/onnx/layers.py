@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .axes import Array, Atom, Layer
 from .check import Node, dtype_name
+from .directions import join, turn
 from .gru import empty, gru, keep
+from .index import KINDS, choose, natural, negative, shift, whole
 from .loop import loop
 
 
@@ -22,6 +25,10 @@ def embedding(walk: Any, node: Node, table: Any, x: Any) -> Array | None:
     if not walk.types[walk.entry].startswith("int"):
         node.refuse(f"takes rows by an input of dtype {walk.types[walk.entry]}")
     n, width = walk.check_weight(node, "table", table, (-1, -1)).shape
+    if walk.rows not in (None, n):
+        node.refuse(
+            f"counts negative indices from {walk.rows}, expected {n}, the rows of the table"
+        )
     layer = Layer("Embedding", {"n": n, "size": width}, {"weight": table})
     features = (Atom("embedding", width),)
     return Array("layer", walk.put_out(node, layer, features), (*x.axes, features))
@@ -51,6 +58,10 @@ def gemm(walk: Any, node: Node, x: Any, W: Any, b: Any = None) -> Array:
 def bias(walk: Any, node: Node, *terms: Any) -> Array:
     """The operator Add, where it adds the bias of the Linear layer just before."""
     x, b = sorted(terms, key=lambda v: isinstance(v, np.ndarray))
+    if getattr(b, "kind", "") in KINDS:
+        return whole(walk, node, x, b)
+    if x.kind == "input" and isinstance(b, np.ndarray) and b.dtype.kind == "i" and b.size == 1:
+        return shift(node, x, b)
     x, layer = walk.sequence(node, x), walk.layers[-1] if walk.layers else None
     if not isinstance(b, np.ndarray) or layer is None or layer.kind != "Linear":
         node.refuse("adds what is not the bias of a Linear layer just before")
@@ -58,7 +69,7 @@ def bias(walk: Any, node: Node, *terms: Any) -> Array:
     walk.check_features(node, x.axes[-1], width)
     if layer.settings["bias"]:
         node.refuse("adds a second bias to a Linear layer")
-    if b.size not in (1, width) or b.size != math.prod(b.shape[-1:]):
+    if b.dtype.name != walk.dtype or b.size not in (1, width) or b.size != math.prod(b.shape[-1:]):
         node.refuse(f"adds numbers of shape {b.shape}, expected a bias ({width},)")
     layer.params["bias"] = np.broadcast_to(b.reshape(-1), (width,))
     layer.settings["bias"] = True
@@ -70,7 +81,10 @@ def cast(walk: Any, node: Node, v: Any) -> Array:
     """The operator Cast, where it changes nothing."""
     target = dtype_name(node.attributes["to"])
     dtype = walk.types[v.key[0]] if v.kind == "input" else walk.dtype
-    if target != dtype and not (target.startswith("int") and dtype.startswith("int")):
+    if v.kind == "input" and dtype.startswith("int") and target == "float32":
+        return replace(v, kind="number")
+    integers = target.startswith("int") and (v.kind in KINDS or dtype.startswith("int"))
+    if target != dtype and not integers:
         node.refuse(f"casts from {dtype} to {target}; a model here has one dtype")
     return v
 
@@ -83,6 +97,11 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "Gemm": gemm,
     "Add": bias,
     "Cast": cast,
+    "ReverseSequence": turn,
+    "Concat": join,
     "Equal": empty,
+    "Less": negative,
+    "Not": natural,
+    "Mul": choose,
     "Where": keep,
 }

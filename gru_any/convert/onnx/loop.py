@@ -169,10 +169,13 @@ def _layer(
     units = params["weight_hh_l0"].shape[1]
     if isinstance(start, Array):
         start = start.arranged(((), *start.axes))
+    if x.flipped:
+        params = {f"{name}_reverse": v for name, v in params.items()}
+    walk.open_for_twin(node, x)
     layer = Layer("GRU", {"reset_after": after}, params)
     layer.first = first_state(walk, node, start, 1, units, 0)
     walk.lengths.add(None)
-    y, h_n = add_gru(walk, node, walk.sequence(node, x), layer, "forward")
+    y, h_n = add_gru(walk, node, x, layer, "reverse" if x.flipped else "forward")
     return y.arranged((y.axes[0], *y.axes[2:])), h_n.arranged(h_n.axes[1:])
 
 

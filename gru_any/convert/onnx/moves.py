@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, AxisError, Positive, Zeros, regroup, size
+from .axes import ROWS, Array, Atom, Axis, AxisError, Full, Positive, Zeros, regroup, size
 from .check import Node, dtype_name
 
 Known = dict[str, int]
@@ -232,7 +232,17 @@ def zeros(node: Node, known: Known, *values: Any) -> Any:
     )
     if isinstance(filler, Zeros) or (isinstance(filler, np.ndarray) and not filler.any()):
         return Zeros()
-    return node.refuse("spreads something else than zeros over the batch")
+    if isinstance(filler, np.ndarray) and filler.size == 1 and filler.dtype.kind in "iO":
+        return Full(filler.flat[0])
+    return node.refuse("spreads something else than zeros or one length over the batch")
+
+
+def product(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
+    """The operator ReduceProd of a shape."""
+    if _constant(node, v).ndim != 1:
+        node.refuse("multiplies what is no shape")
+    result = np.prod(v, keepdims=bool(node.attributes.get("keepdims", 1)))
+    return _shape(np.asarray(result, dtype=object))
 
 
 def _constant(node: Node, v: Any) -> np.ndarray:
@@ -270,6 +280,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     "Add": arithmetic(np.add),
     "Sub": arithmetic(np.subtract),
     "Mul": arithmetic(np.multiply),
+    "ReduceProd": product,
     "Less": less,
     "And": both,
     "Split": split,

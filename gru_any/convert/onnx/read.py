@@ -1,5 +1,6 @@
 """From the nodes of an ONNX graph to layers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ class Walk:
     features : the axis of what the last layer put out
     stage : counts the arrays that went from layer to layer
     summed : whether two biases were added to one
+    source : what the last Loop read, of which features, and whether backwards
+    pair : the stages of two GRUs that read the same in both directions
+    rows : so many are added to negative indices
     time : the axis of time, once a GRU said which it is
     lengths : the names of the inputs that GRUs take as lengths
     """
@@ -53,6 +57,9 @@ class Walk:
         self.lead: tuple[Axis, ...] = ()
         self.features: Axis = ()
         self.stage, self.summed = 0, False
+        self.source: tuple[Any, Axis, bool] | None = None
+        self.pair: tuple[int, int] | None = None
+        self.rows: int | None = None
         self.time: Axis | None = None
         self.lengths: set[str | None] = set()
         for tensor in graph.initializer:
@@ -102,9 +109,24 @@ class Walk:
             node.refuse("reads something else than the outputs of the layer before")
         if v.kind == "input" and not self.entry:
             self._enter(node, v)
-        if v.key != (self.stage or (self.entry, None)):
+        if v.key != self.latest():
             node.refuse("reads another array than the layer before put out: the graph branches")
+        if v.flipped or self.pair:
+            node.refuse("reads a sequence that runs backwards, or one of two directions alone")
         return v
+
+    def latest(self) -> Any:
+        """The key of what the last layer put out."""
+        return self.stage or (self.entry, None)
+
+    def open_for_twin(self, node: Node, x: Array) -> None:
+        """Let a GRU read x, which is new, or was just read by a GRU in the other direction."""
+        twin = self.source and x.key == self.source[0] and bool(x.flipped) != self.source[2]
+        if self.source and twin and not self.pair:
+            self.features, self.pair = self.source[1], (self.stage, self.stage + 1)
+        else:
+            self.sequence(node, replace(x, flipped=()))
+        self.source = (x.key, self.features, bool(x.flipped))
 
     def _enter(self, node: Node, v: Array) -> None:
         axes = self.values[v.key[0]].axes

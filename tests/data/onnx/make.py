@@ -100,19 +100,25 @@ def by_torch() -> None:
 def by_keras() -> None:
     import keras
 
-    L = keras.layers
-    keras.utils.set_random_seed(0)
-    rng, answers = np.random.default_rng(0), {}
-    x = rng.standard_normal((2, 5, 3)).astype("float32")
-    for name, layer in {
-        "after": L.GRU(4, return_sequences=True, bias_initializer="glorot_uniform"),
-        "before": L.GRU(4, return_sequences=True, reset_after=False, bias_initializer="normal"),
-        "both": L.Bidirectional(L.GRU(4, return_sequences=True)),
+    L, answers, rng = keras.layers, {}, np.random.default_rng(0)
+    ids = {"shape": (None,), "dtype": "int32"}
+    for name, layers in {
+        "after": [L.Input((None, 3)), L.GRU(4, return_sequences=True)],
+        "before": [L.Input((None, 3)), L.GRU(4, return_sequences=True, reset_after=False)],
+        "both": [L.Input((None, 3)), L.Bidirectional(L.GRU(4, return_sequences=True))],
+        "chain": [
+            L.Input(**ids),
+            L.Embedding(9, 3),
+            L.GRU(4, return_sequences=True),
+            L.GRU(5, return_sequences=True),
+        ],
     }.items():
-        model = keras.Sequential([L.Input((None, 3)), layer, L.Dense(2, bias_initializer="normal")])
-        model(x)
-        model.export(str(HERE / f"keras_{name}.onnx"), format="onnx", verbose=False)
+        model = keras.Sequential([*layers, L.Dense(2)])
+        model.set_weights([rng.uniform(-1, 1, w.shape) for w in model.get_weights()])
+        x = rng.standard_normal((2, 5, 3)).astype("float32")
+        x = rng.integers(0, 9, (2, 5)).astype("int32") if name == "chain" else x
         answers |= {f"keras_{name}.x": x, f"keras_{name}.y": np.asarray(model(x))}
+        model.export(str(HERE / f"keras_{name}.onnx"), format="onnx", verbose=False)
     np.savez(HERE / "keras.npz", **answers)
 
 
