@@ -22,6 +22,10 @@ def library() -> Any:
     return onnx
 
 
+class NodeError(ValueError):
+    """A node that has no counterpart here."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One operation of a graph."""
@@ -34,7 +38,7 @@ class Node:
 
     def refuse(self, why: str) -> NoReturn:
         """Raise the error that names this node."""
-        raise ValueError(f"{self.words} {why}")
+        raise NodeError(f"{self.words} {why}")
 
 
 @dataclass(frozen=True)

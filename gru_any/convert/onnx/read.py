@@ -8,7 +8,7 @@ import numpy as np
 
 from .assemble import assemble
 from .axes import Array, Atom, Axis, Layer, fits
-from .check import Node, array, dtype_name, nodes, parse
+from .check import Node, NodeError, array, dtype_name, nodes, parse
 from .layers import LAYERS
 from .moves import MOVES
 
@@ -92,7 +92,9 @@ class Walk:
         try:
             found = layer(self, node, *arguments) if layer else None
             return MOVES[node.op](node, self.known, *arguments) if found is None else found
-        except (IndexError, KeyError, TypeError, AttributeError, np.exceptions.AxisError) as e:
+        except NodeError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
             return node.refuse(f"has arguments that do not fit: {e}")
 
     def spend(self, node: Node, arguments: list[Any]) -> None:
