@@ -23,12 +23,10 @@ PATHS = {
     "plain": "the equations as they stand, one call of the library for each operation",
     "traced": "the step's operations, written down once, as NumPy calls into reused buffers",
     "compiled": "the step's operations, written down once, as one Numba loop over many steps",
-    "eager": "the step's operations, written down once, as CUDA kernels launched one by one",
-    "graph": "the same kernels, recorded once as a CUDA graph of many steps",
+    "eager": "the step's operations, written down once, as a CUDA kernel between two products",
+    "graph": "those kernels and products, recorded once as a CUDA graph of many steps",
     "persistent": "the step's operations, written down once, as one CUDA kernel over many steps",
 }
-INPUT = ast.parse("a = x @ W.T + b").body
-GIVEN = ast.parse("a = x @ W.T").body
 
 
 def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "text") -> str:
@@ -179,8 +177,9 @@ def _biases(bias: bool, after: bool) -> str:
 def _lines(layer: Any) -> list[tuple[str, list[Any]]]:
     step, backward, _ = equations.variant(layer.reset_after)
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
+    product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
     return [
-        ("For all steps at once, W being weight_ih:", INPUT if layer.bias else GIVEN),
+        ("For all steps at once, W being weight_ih:", ast.parse(product).body),
         (
             f"Each step, reset {order} the product, U being weight_hh, * element by element:",
             formulas(step, "h'", H=H),

@@ -159,7 +159,7 @@ def test_the_page_of_the_documentation_is_what_the_command_writes(interactive):
         "STEP": interactive.javascript(interactive.forward(False)),
     }
     template = interactive.Page(interactive.TEMPLATE.read_text("utf-8"))
-    assert template.substitute(filled) == page
+    assert template.substitute(filled) == page, "write it again; docs/inside.md has the commands"
     assert len(page) < 300_000
     assert not re.findall(r"https?:|\bsrc=|@import|fetch\(|XMLHttpRequest", page)
 
