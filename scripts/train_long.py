@@ -199,8 +199,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="z as in Tallec and Ollivier 2018, else as in PyTorch")  # fmt: skip
     add("--recompute", choices=["sqrt"], help="less memory, more time, the same numbers")
     add("--steps", type=int, default=1500, help="updates")
-    add("--batch", type=int, default=32, help="sequences side by side")
-    add("--rate", type=float, default=4e-3, help="highest learning rate of Adam")
+    add("--batch", type=int, default=8, help="sequences side by side")
+    add("--rate", type=float, default=1e-2, help="highest learning rate of Adam")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--validate-every", type=int, default=100, help="steps")
     add("--seed", type=int, default=0, help="of weights and sequences")
