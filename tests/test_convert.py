@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gru_any import GRU, Chain, Embedding, GRUCell, Linear, convert
+from gru_any import GRU, Chain, Embedding, Linear, convert
 from gru_any.convert import chainer, equinox, flax, haiku, haste, keras, mlx, torch
 
 I, H = 3, 4
@@ -252,10 +252,14 @@ def test_shapes_and_dtypes_must_fit():
 def test_what_is_no_gru_is_refused():
     with pytest.raises(TypeError, match="is a Linear, expected a GRU"):
         mlx.to_arrays(Linear(2, 3))
-    with pytest.raises(TypeError, match="cannot write a GRUCell"):
-        keras.to_arrays(Chain(GRUCell(2, 3)))
     with pytest.raises(ValueError, match='expected "linen" or "nnx"'):
         flax.to_arrays(GRU(I, H, reset_after=True), "haiku")
+
+
+@pytest.mark.parametrize("library", [torch, keras, equinox, flax, mlx, chainer, haste])
+def test_the_reverse_direction_alone_has_no_home(library):
+    with pytest.raises(ValueError, match="reverse=True alone has no home"):
+        library.to_arrays(GRU(I, H, reset_after=True, reverse=True))
 
 
 def test_foreign_byte_order_and_bfloat16():

@@ -72,14 +72,24 @@ def cells_of(table: Table, gru: Any) -> list[dict[str, np.ndarray]]:
 
 def ours(gru: Any) -> list[dict[str, np.ndarray]]:
     """Our arrays of each layer and direction, forward before reverse."""
-    if not isinstance(gru, GRU):
-        raise TypeError(f"the model is a {type(gru).__name__}, expected a GRU")
+    check_gru(gru)
     layers = [f"_l{i}{suffix}" for i in range(gru.num_layers) for suffix in gru.suffixes]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [
         {name: to_numpy(gru.params[name + at]) for name in names if name + at in gru.params}
         for at in layers
     ]
+
+
+def check_gru(model: Any) -> None:
+    """Raise where the model is no GRU that reads forward."""
+    if not isinstance(model, GRU):
+        raise TypeError(f"the model is a {type(model).__name__}, expected a GRU")
+    if model.suffixes == ["_reverse"]:
+        raise ValueError(
+            "a GRU with reverse=True alone has no home in the other library: load its weights into "
+            "one that reads forward, and turn x and y round"
+        )
 
 
 def under(arrays: Arrays, prefix: str) -> dict[str, Any]:

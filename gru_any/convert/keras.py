@@ -14,7 +14,7 @@ import numpy as np
 from ..chain import Chain
 from ..checkpoint import write_atomically
 from ..gru import GRU
-from ..layers import Dropout, Embedding, Linear
+from ..layers import Linear
 from .cells import assemble, ours
 from .table import Table, floating, read, write
 
@@ -141,9 +141,5 @@ def layer_arrays(layer: Any) -> list[np.ndarray]:
     """What a layer of a Chain is in Keras."""
     if isinstance(layer, GRU):
         return to_arrays(layer)
-    if not isinstance(layer, Embedding | Linear | Dropout):
-        raise TypeError(
-            f"cannot write a {type(layer).__name__}, only GRU and the layers of a Chain"
-        )
     arrays = [floating(name, a) for name, a in layer.params.items()]
     return [np.ascontiguousarray(a.T) if isinstance(layer, Linear) else a for a in arrays]

@@ -14,7 +14,7 @@ import numpy as np
 from ..chain import Chain
 from ..gru import GRU
 from ..layers import Embedding, Linear
-from .cells import assemble, shown, under
+from .cells import assemble, check_gru, shown, under
 from .files import read_safetensors, write_safetensors
 from .table import check_variant, floating
 
@@ -138,6 +138,7 @@ def _layer(arrays: Any, number: int, batch_first: bool) -> Any:
 
 def _state_dict(layer: Any) -> dict[str, np.ndarray]:
     if isinstance(layer, GRU):
+        check_gru(layer)
         check_variant("PyTorch", True, layer.reset_after)
     return {name: floating(name, a) for name, a in layer.params.items()}
 

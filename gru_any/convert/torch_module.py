@@ -86,6 +86,7 @@ def _over(gru: GRU, params: Any) -> GRU:
     dtype = str(first.dtype).rpartition(".")[2]
     host = first.device.type == "cpu" and dtype != "bfloat16"  # which NumPy has not
     backend = select("numpy") if host else select("torch", str(first.device))
+    backend.dtype(dtype)  # it must have it
     put = _putter(backend)
     arrays = zip(gru.params, (put(p) for p in params), strict=True)
     twin = object.__new__(type(gru))

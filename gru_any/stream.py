@@ -1,0 +1,128 @@
+"""A model that reads without end: steps or chunks come in, the state is kept between them."""
+
+from typing import Any
+
+import numpy as np
+
+from .backend import to_numpy
+from .chain import Chain
+from .errors import check_shape
+from .gru import GRU
+
+
+class Stream:
+    """A GRU or Chain with a state of its own, for rows that go on from call to call.
+
+    Letters: T time, B batch (the streams side by side), I input, H hidden, L layers.
+
+    Parameters
+    ----------
+    model : GRU or Chain
+        Not with a GRU that reads from the end: it would have to wait for it.
+
+    Raises
+    ------
+    ValueError
+        A GRU is bidirectional or reverse.
+    TypeError
+        It is neither a GRU nor a Chain.
+
+    Notes
+    -----
+    Whatever the cut into steps and chunks, the outputs are those of the whole at once, to rounding;
+    the same cuts give the same bits. A Stream may hold weights that were prepared for single steps:
+    call `refresh` after changing the model's parameters, or the change may not be seen.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, GRU | Chain):
+            raise TypeError(f"the model is a {type(model).__name__}, expected a GRU or a Chain")
+        self.model = model
+        self._layers = model.layers if isinstance(model, Chain) else (model,)
+        self._grus = [layer for layer in self._layers if isinstance(layer, GRU)]
+        for gru in self._grus:
+            if "_reverse" in gru.suffixes:
+                raise ValueError(
+                    f"{gru!r} cannot stream: its reverse direction reads from the end, which has "
+                    "not come yet"
+                )
+        self._states: list[Any] = [None] * len(self._grus)
+        self.refresh()
+
+    def __call__(self, x: Any, lengths: Any = None) -> Any:
+        """Read a chunk x, shaped as the model takes it -> y; T may be anything, 0 too.
+
+        lengths : B integers in 0..T
+            How many steps of each row there are. A row with none keeps its state.
+        """
+        if isinstance(self.model, Chain):
+            y, self._states = self.model(x, self._states, lengths)
+        else:
+            y, h = self.model(x, self._states[0], lengths)
+            self._states = [h]
+        return y
+
+    def step(self, x_t: Any) -> Any:
+        """Read one step: x_t (B, I) or (I,), integers (B,) in front of an Embedding -> y_t."""
+        y, states, new = x_t, iter(self._states), []
+        for step, recurrent in self._steps:
+            if recurrent:
+                y, h = step(y, next(states))
+                new.append(h)
+            else:
+                y = step(y)
+        self._states = new
+        return y
+
+    def refresh(self) -> None:
+        """Take the model's parameters as they are now; the state stays."""
+        # the place for steps with prepared weights; a GRU's own step reads its weights every time
+        self._steps = [
+            (layer.step, True) if isinstance(layer, GRU) else (layer, False)
+            for layer in self._layers
+        ]
+
+    @property
+    def state(self) -> Any:
+        """The state as the model returns it, a copy, which `numpy.save` keeps; None at the start.
+
+        h (L, B, H) of a GRU, (L, H) without a batch; of a Chain a list, one h for each GRU. What it
+        is set to is where the next call goes on.
+        """
+        if any(h is None for h in self._states):
+            return None
+        copies = [self._copy(h) for h in self._states]
+        return copies if isinstance(self.model, Chain) else copies[0]
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if state is None:
+            self.reset()
+            return
+        states = list(state) if isinstance(self.model, Chain) else [state]
+        if len(states) != len(self._grus):
+            raise ValueError(f"state holds {len(states)}, expected {len(self._grus)}")
+        for gru, h in zip(self._grus, states, strict=True):
+            gru.backend.check("state", h, gru.dtype)
+            sizes = {"L": gru.num_layers, "H": gru.hidden_size}
+            check_shape("state", h, "(L, H)" if h.ndim == 2 else "(L, B, H)", sizes)
+        self._states = [self._copy(h) for h in states]
+
+    def reset(self, rows: Any = None) -> None:
+        """Begin anew from zeros: all rows, or those where `rows`, B booleans, is true."""
+        if rows is None:
+            self._states = [None] * len(self._grus)
+        elif all(h is not None for h in self._states):
+            self._states = [self._without(h, rows) for h in self._states]
+
+    def _without(self, h: Any, rows: Any) -> Any:
+        """H (L, B, H) with zeros in these rows."""
+        rows = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows)
+        if rows.dtype != bool or h.ndim != 3 or rows.shape != h.shape[1:2]:
+            wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"
+            raise ValueError(f"rows is {rows.dtype} {rows.shape}, expected booleans {wanted}")
+        xp, there = self.model.backend.xp, self.model.backend.put(rows[None, :, None], "bool")
+        return xp.where(there, xp.zeros_like(h), h)
+
+    def _copy(self, h: Any) -> Any:
+        return self.model.backend.xp.astype(h, h.dtype, copy=True)
