@@ -244,3 +244,19 @@ def test_looking_inside(trained, tmp_path, capsys, monkeypatch):
         look_inside.main([*command, "xyz" * 9])
     with pytest.raises(SystemExit, match=r"train_text\.py --out no_such makes one"):
         look_inside.main(["--load", "no_such"])
+
+
+def test_text_is_typed_as_it_is_predicted(trained):
+    folder, _ = trained
+    command = ["stream_text.py", folder / "out", "--length", 30, "--delay", 0, "--prompt", "den "]
+    one = run(*command, "--seed", 3)
+    assert one.startswith("den ")
+    assert len(one.splitlines()[0]) == 4 + 30
+    assert "30 characters in " in one
+    written = run(
+        "train_text.py", "--load", folder / "out", "--sample", 30, "--backend", "numpy",
+        "--prompt", "den ", "--seed", 3,
+    )  # fmt: skip
+    assert written.splitlines()[0] == one.splitlines()[0]
+    assert "the model knows" in run(*command[:-1], "xyz", ok=False)
+    assert "holds no model of train_text.py" in run("stream_text.py", folder, ok=False)
