@@ -10,7 +10,11 @@ ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh.md"]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 # what a page needs beside the library; the pages on the derivation take their steps one by one
-NEEDS = {"docs/onnx.md": ["onnx", "onnxruntime"], "docs/array_api.md": ["array_api_strict"]}
+NEEDS = {
+    "docs/onnx.md": ["onnx", "onnxruntime"],
+    "docs/array_api.md": ["array_api_strict"],
+    "docs/convert.md": ["h5py", "torch"],
+}
 PLAIN = {"docs/derivation.md", "docs/mistakes.md"}
 
 
