@@ -134,12 +134,12 @@ class Sweep(NamedTuple):
 
         taps: a dict that is given dL/dh' (K, B, H) of each block under its first step.
         """
-        dx = self.run.output(x.shape, x.dtype)
+        dx, ready = self.run.output(x.shape, x.dtype), self._laid_out(x)
         total: list[Any] = []
         for segment in reversed(tape):
             kept = self._recompute(x, segment) if segment.kept is None else segment.kept
             for block, of_block in zip(reversed(segment.blocks), reversed(kept), strict=True):
-                piece, dh, g, grads = self._block_back(x, block, of_block, dy, dh, taps is not None)
+                piece, dh, g, grads = ready._block_back(x, block, of_block, dy, dh, taps is not None)
                 total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
                 dx.put(block, self._stored(piece, x))
                 if taps is not None:
@@ -170,7 +170,7 @@ class Sweep(NamedTuple):
         return kept
 
     def _laid_out(self, x: Any) -> "Sweep":
-        """The same, with the weights as the way forward likes them."""
+        """The same, with the weights as the backend likes them in memory."""
         W, b, (U, *c) = self.weights
         W, U = (self.run.laid_out(M, x.shape[0] * x.shape[1]) for M in (W, U))
         return self._replace(weights=Weights(W, b, (U, *c)))

@@ -13,15 +13,17 @@ HEAD = '''\
 import math
 import numpy as np
 from numba import njit
-from gru_any.backend.tile import product
+from gru_any.backend.barrier import meet, members, share
+from gru_any.backend.tile import UNIT_BYTES, product1, product2, product3
 
 f = np.{dtype}
+UNIT = UNIT_BYTES // f(0).itemsize
 flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits whatever is stored
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
 def dots(x, U, y, first, last):
-    """y = x U^T, for so few rows that U is not worth turning; four rows of U at a time."""
+    """y = x U^T, for so few rows that U is not worth packing; four rows of U at a time."""
     four = len(U) - len(U) % 4
     for b in range(first, last):
         v, w = x[b], y[b]
@@ -38,6 +40,22 @@ def dots(x, U, y, first, last):
             for j in range(len(v)):
                 p += v[j] * U[k, j]
             w[k] = p
+
+
+@njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
+def sums(x, U, y, first, last):
+    """y = x U, likewise."""
+    four = len(U) - len(U) % 4
+    for b in range(first, last):
+        v, w = x[b], y[b]
+        w[:] = f(0)
+        for k in range(0, four, 4):
+            p, q, r, s = v[k], v[k + 1], v[k + 2], v[k + 3]
+            for j in range(len(w)):
+                w[j] += p * U[k, j] + q * U[k + 1, j] + (r * U[k + 2, j] + s * U[k + 3, j])
+        for k in range(four, len(U)):
+            for j in range(len(w)):
+                w[j] += v[k] * U[k, j]
 
 
 '''
@@ -74,10 +92,12 @@ class Place(tuple[str, str, int]):
         array, first, _ = self
         return f"{array}_{first}" if first else array
 
-    def entry(self) -> str:
-        """The entry of row b and unit j there."""
-        number = self[2]
-        return f"{self.name()}[b, {number} * H + j]" if number else f"{self.name()}[b, j]"
+    def row(self) -> str:
+        """The units of row b there, from `left` on."""
+        array, first, number = self
+        if first is None:
+            return f"{array}[left:]"
+        return f"{self.name()}[b, {number} * H + left :]"
 
 
 class Layout:
@@ -140,27 +160,34 @@ class Layout:
 
     def fused(self, n: int, stage: list[Op]) -> tuple[list[str], str]:
         """The function of one stage, a loop over rows and units; and its call."""
-        loads, lines, stores, rows = [], [], [], {}
-        made = {op.output for op in stage}
-        for column in sorted(
-            {i for op in stage for i in op.inputs if not isinstance(i, float)} - made
-        ):
-            place = self.read[column]
+        loads, lines, stores, views, rows = [], [], [], [], {}  # type: ignore[var-annotated]
+
+        def entry(place: Place) -> str:
             rows[place.name()] = place.argument()
-            loads.append(
-                f"v{column} = {place.entry() if place[1] is not None else place[0] + '[j]'}"
-            )
+            view = f"x{len(views)}"  # Numba sees that its index is not negative, so it vectorises
+            views.append(f"{view} = {place.row()}")
+            return f"{view}[j]"
+
+        made = {op.output for op in stage}
+        used = {i for op in stage for i in op.inputs if not isinstance(i, float)}
+        for column in sorted(used - made):
+            loads.append(f"v{column} = {entry(self.read[column])}")
         for op in stage:
             x = [f"f({i!r})" if isinstance(i, float) else f"v{i}" for i in op.inputs]
             value = f"tanh({x[0]})" if op.name == "tanh" else f" {SIGNS[op.name]} ".join(x)
             lines.append(f"v{op.output} = {value}")
             for place in self.written.get(op.output, []):
-                rows[place.name()] = place.argument()
-                stores.append(f"{place.entry()} = v{op.output}")
-        head = [f"@njit(**flags)\ndef fused{n}(first, last, H, {', '.join(rows)}):"]
-        loop = ["    for b in range(first, last):", "        for j in range(H):"]
-        body = [f"            {line}" for line in (*loads, *lines, *stores)]
-        return [*head, *loop, *body, ""], f"fused{n}(first, last, H, {', '.join(rows.values())})"
+                stores.append(f"{entry(place)} = v{op.output}")
+        call = f"fused{n}(first, last, left, right, H, {', '.join(rows.values())})"
+        return [
+            "@njit(**flags)",
+            f"def fused{n}(first, last, left, right, H, {', '.join(rows)}):",
+            "    for b in range(first, last):",
+            *(f"        {view}" for view in views),
+            "        for j in range(right - left):",
+            *(f"            {line}" for line in (*loads, *lines, *stores)),
+            "",
+        ], call
 
     def product(self, op: Product, few: bool) -> str:
         """The call that does one matrix product."""
@@ -171,15 +198,17 @@ class Layout:
         if len(op.inputs) <= max(p[2] for p in places if p[0] == left[0]):  # a part of the array
             x += f"[:, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
         matrix = f"M{self.products.index(op)}"
-        if few and op.transposed:
-            return f"dots({x}, {matrix}, {y}, first, last)"
-        return f"product({x}, {matrix}, zeros[:, : {y}.shape[1]], {y}, first, last)"
+        if few:
+            return f"{'dots' if op.transposed else 'sums'}({x}, {matrix}, {y}, first, last)"
+        arguments = f"{matrix}, zeros[:, : {y}.shape[1]], {y}, first, last, left, right"
+        return f"product{len(op.outputs)}({x}, {arguments})"
 
     def source(self, arrays: list[str], state: str, dtype: str, few: bool) -> str:
         """A module with `walk`, which takes the rows first to last of a block through all steps.
 
         state: the array of (., B, H) of which a row that has ended keeps its entry; few: so few
-        steps and rows that the matrices are not worth turning.
+        steps and rows that the matrices are not worth packing. The members of `sync` share the
+        units; each needs what all have made before a product.
         """
         names = ", ".join([*self.matrices(), *arrays, *self.buffers])
         lines, walk = [HEAD.format(dtype=dtype) + TANH[dtype]], []
@@ -189,19 +218,20 @@ class Layout:
                 lines += function
                 walk.append(call)
             else:
-                walk.append(self.product(stage, few))
+                walk += ["times = meet(sync, me, count, times)", self.product(stage, few)]
         return "\n".join([
             *lines,
             "@njit(cache=CACHE, **flags)",
-            f"def walk(ts, ins, outs, ended, zeros, first, last, {names}):",
-            f"    H = {state}.shape[2]",
+            f"def walk(ts, ins, outs, ended, zeros, first, last, me, sync, {names}):",
+            f"    H, count, times = {state}.shape[2], members(sync), 1",
+            "    left, right = share(H, UNIT, me, count)",
             "    for n in range(len(ts)):",
             "        t, i, o = ts[n], ins[n], outs[n]",
             *(f"        {line}" for line in walk),
             "        if len(ended):",
             "            for b in range(first, last):",
             "                if ended[t, b]:",
-            "                    for j in range(H):",
+            "                    for j in range(left, right):",
             f"                        {state}[o, b, j] = {state}[i, b, j]",
             "",
         ])  # fmt: skip
@@ -224,7 +254,8 @@ class Layout:
             "        for j in range(3 * H):",
             "            a[0, r, j] += b[j]",
             "    zeros, t = np.zeros((B, 3 * H), h.dtype), np.zeros(1, np.int64)",
-            f"    walk(t, t, t + 1, np.zeros((0, 0), np.bool_), zeros, 0, B, {arguments})",
+            "    none, alone = np.zeros((0, 0), np.bool_), np.zeros(0, np.int64)",
+            f"    walk(t, t, t + 1, none, zeros, 0, B, 0, alone, {arguments})",
             "    return path[1]",
             "",
         ])  # fmt: skip

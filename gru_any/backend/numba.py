@@ -1,7 +1,8 @@
 """How Numba runs a block of steps: the traced equations, as one compiled walk over all steps.
 
 Rows of a batch do not need each other, so they are split over threads, which never wait for one
-another. All products are our own: BLAS keeps its threads busy for a while after each of its own.
+another. Where there are few rows and many units, the units are split, and the threads wait for each
+other at each product. All products are our own: BLAS keeps its threads busy for a while after each.
 """
 
 from functools import cached_property, lru_cache
@@ -12,9 +13,11 @@ import numpy as np
 from .compiled import compiled
 from .fused import Layout, Place
 from .numpy import NumPy, Rows, backward_program, forward_program
-from .threads import split
+from .packed import Packed, own, product, repeated
+from .threads import ALONE, GRAIN, count, split, together
 
 FEW = 8  # so few rows are not worth a copy of the matrix
+SHARED = 100_000  # multiply-adds of a step that are worth a wait of the threads for each other
 NOTHING = np.zeros((0, 0), bool)
 
 
@@ -22,22 +25,18 @@ class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
 
     def laid_out(self, W: Any, rows: int) -> Any:
-        """As `Plain.laid_out`: column by column, since its transpose is what we multiply by."""
-        if rows <= FEW or W.dtype.kind == "c":
-            return W
-        out = np.empty(W.T.shape, W.dtype)
-        _products(W.dtype).turn(_own(W), out)
-        return out.T
+        """As `Plain.laid_out`."""
+        return W if rows <= FEW or W.dtype.kind == "c" else Packed(W)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
-        (K, B, n), N = x.shape, W.shape[0]
-        if x.dtype.kind == "c" or K * B <= FEW:
+        if not isinstance(W, Packed):
             a = np.matmul(x, W.T)
             return a if b is None else a + b
+        (K, B, n), N = x.shape, len(W.matrix)
         out = self._lend((K, B, N), x.dtype)
-        base = _repeated(np.zeros(N, x.dtype) if b is None else b, K * B)
-        _product(x.reshape(K * B, n), W.T, base, out.reshape(K * B, N))
+        rows = out.reshape(K * B, N)
+        product(x.reshape(K * B, n), W.panels(slice(0, N), True, 1), b, rows)
         return out
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -52,7 +51,7 @@ class Numba(NumPy):
         if len(x) > FEW or x.dtype.kind == "c":
             return super().step(step, x, h, W, b, recurrent)
         b = np.zeros(len(W), W.dtype) if b is None else b
-        return forward_step(step, len(recurrent) - 1, x.dtype)(*map(_own, (x, W, b, h, *recurrent)))
+        return forward_step(step, len(recurrent) - 1, x.dtype)(*map(own, (x, W, b, h, *recurrent)))
 
     def forward(
         self,
@@ -68,12 +67,12 @@ class Numba(NumPy):
         if a.dtype.kind == "c":
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         (K, B, _), H = a.shape, h.shape[-1]
-        few = recurrent[0].flags.c_contiguous
+        few = not isinstance(recurrent[0], Packed)
         walk = forward_walk(step, len(recurrent) - 1, keep, a.dtype, few)
         path = self._states((K + 1, B, H), a.dtype, keep)
         path[K if reverse else 0] = h
         saved = [np.empty((K, B, H), a.dtype) for _ in walk.widths]
-        arrays = [a, path, *map(_own, recurrent[1:]), *saved]
+        arrays = [a, path, *map(own, recurrent[1:]), *saved]
         walk(_forwards(K, reverse), arrays, path, recurrent[0], alive)
         return path, tuple(saved) if keep else None
 
@@ -91,45 +90,15 @@ class Numba(NumPy):
     ) -> tuple[Any, Any, Any]:
         """As `Plain.backward`."""
         K, B, H = previous.shape
-        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
+        few = not isinstance(U, Packed)
+        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype, few)
         parts = [self._lend((K, B, n * H), dh.dtype) for n in walk.widths]
         pair = np.empty((2, B, H), dh.dtype)
         pair[0] = dh
-        arrays = [*([] if dy is None else [_own(dy)]), pair, previous, *saved, *parts]
+        arrays = [*([] if dy is None else [own(dy)]), pair, previous, *saved, *parts]
         walk(_backwards(K, reverse), arrays, pair, U, alive)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
-
-
-PRODUCT = """\
-from numba import njit
-from gru_any.backend.tile import product
-
-MATRICES = "{dtype}[:, :], {dtype}[:, ::1], {dtype}[:, :], {dtype}[:, ::1]"
-
-
-@njit(f"void({{MATRICES}}, intp, intp)", cache=CACHE, nogil=True, error_model="numpy")
-def fill(x, M, base, y, first, last):
-    product(x, M, base, y, first, last)
-
-
-@njit("void({dtype}[:, ::1], {dtype}[:, ::1])", cache=CACHE, nogil=True, error_model="numpy")
-def turn(v, out):
-    whole = len(v) - len(v) % 8
-    for i in range(0, whole, 8):  # so many rows at a time: NumPy takes ten times as long
-        for j in range(v.shape[1]):
-            for k in range(8):
-                out[j, i + k] = v[i + k, j]
-    for i in range(whole, len(v)):
-        for j in range(v.shape[1]):
-            out[j, i] = v[i, j]
-"""
-
-
-@lru_cache(maxsize=4)
-def _products(dtype: Any) -> Any:
-    """The compiled product, for x in any order of memory; and a transposed copy."""
-    return compiled(PRODUCT.format(dtype=dtype.name))
 
 
 class Tiled(Rows):
@@ -137,28 +106,13 @@ class Tiled(Rows):
 
     def __matmul__(self, M: Any) -> Any:
         """As `Rows.__matmul__`."""
-        out = np.empty((len(self), M.shape[1]), self.dtype)
-        zeros = _repeated(np.zeros(M.shape[1], self.dtype), len(self))
-        _product(self.view(np.ndarray), M, zeros, out)
+        matrix = M.matrix if isinstance(M, Packed) else M
+        if len(matrix) == 1 or matrix.shape[1] < 4 or len(self) <= FEW:
+            return super().__matmul__(matrix)
+        packed = M if isinstance(M, Packed) else Packed(M)
+        out = np.empty((len(self), matrix.shape[1]), self.dtype)
+        product(self.view(np.ndarray), packed.panels(slice(0, len(matrix)), False, 1), None, out)
         return out
-
-
-def _product(x: Any, M: Any, base: Any, y: Any) -> None:
-    """Fill y = base + x @ M, the rows of y split over threads."""
-    x, M, fill = x if x.flags.writeable else x.copy(), _own(M), _products(y.dtype).fill
-    split(lambda first, last: fill(x, M, base, y, first, last), len(y), y.size * x.shape[1])
-
-
-def _repeated(row: Any, count: int) -> Any:
-    """The same row so many times or twice, in the memory of one."""
-    count = max(count, 2)  # one row alone is contiguous: for Numba another type
-    return np.ndarray((count, len(row)), row.dtype, _own(row), 0, (0, row.itemsize))
-
-
-def _own(v: Any) -> Any:
-    """The array as the code was compiled for: contiguous, and not marked as read-only."""
-    v = v.view(np.ndarray)
-    return v if v.flags.carray else np.require(v, requirements=("C", "W"))
 
 
 @lru_cache(maxsize=64)
@@ -202,7 +156,7 @@ def forward_step(step: Any, vectors: int, dtype: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any) -> Any:
+def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any, few: bool) -> Any:
     """A function that walks a block of steps back."""
     program = backward_program(step, saved, given, taps)
     names = [*(["dy"] if given else []), "pair", "previous", *(f"s{n}" for n in range(saved))]
@@ -216,7 +170,7 @@ def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any) ->
         names.append(f"p{p}")
         for n, column in enumerate(extra):
             results.setdefault(column, []).append(Place((f"p{p}", "t", n)))
-    return Walk(Layout(program, inputs, results), names, "pair", program.extras, dtype, False)
+    return Walk(Layout(program, inputs, results), names, "pair", program.extras, dtype, few)
 
 
 class Walk:
@@ -240,20 +194,27 @@ class Walk:
     def __call__(self, steps: Any, arrays: list[Any], state: Any, U: Any, alive: Any) -> None:
         """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
         B, H = state.shape[1:]
-        matrices = [self._matrix(op, U) for op in self.layout.products]
+        matrices = [self._matrix(op, U, H) for op in self.layout.products]
         buffers = [np.empty((B, n * H), state.dtype) for n in self.layout.buffers.values()]
         arrays, ended = [*matrices, *arrays, *buffers], _ended(alive, B)
-        zeros = _repeated(np.zeros(3 * H, state.dtype), B)
+        zeros, walk = repeated(np.zeros(3 * H, state.dtype), B), self.walk
+        of_step, members = 3 * B * H * H, min(count(), H // 64)
+        work = of_step * len(steps[0])
 
         def rows(first: int, last: int) -> None:
-            self.walk(*steps, ended, zeros, first, last, *arrays)
+            walk(*steps, ended, zeros, first, last, 0, ALONE, *arrays)
 
-        split(rows, B, 3 * len(steps[0]) * B * H * H)
+        def units(me: int, sync: np.ndarray) -> None:
+            walk(*steps, ended, zeros, 0, B, me, sync, *arrays)
 
-    def _matrix(self, op: Any, U: Any) -> Any:
-        H = U.shape[1]
-        rows = U[op.rows.start * H : op.rows.stop * H]
-        return _own(rows.T if op.transposed and not self.few else rows)
+        if B < 8 and members > 1 and of_step >= SHARED and work >= GRAIN and not self.few:
+            together(units, members)
+        else:
+            split(rows, B, work)
+
+    def _matrix(self, op: Any, U: Any, H: int) -> Any:
+        rows = slice(op.rows.start * H, op.rows.stop * H)
+        return own(U[rows]) if self.few else U.panels(rows, op.transposed, len(op.outputs))
 
 
 def _ended(alive: Any, B: int) -> Any:

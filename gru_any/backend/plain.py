@@ -16,7 +16,7 @@ class Plain:
         self.xp, self.device = xp, device
 
     def laid_out(self, W: Any, rows: int) -> Any:
-        """The weights W as the way forward over so many rows likes them in memory."""
+        """The weights W as a sweep over so many rows likes them in memory."""
         return W
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
