@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import require
 
 from gru_any import (
     GRU,
@@ -404,6 +405,13 @@ def test_another_environment_is_told(tmp_path, monkeypatch, capfd):
         training(tmp_path)
     training(tmp_path)
     assert "numpy 1.0, now it is" in capfd.readouterr().err
+
+
+def test_the_environment_holds_the_version_of_the_backends_library(backend):
+    from gru_any.backend import environment
+
+    library = backend.name.partition(".")[0]
+    assert environment(backend.backend)[library] == require(library).__version__
 
 
 KILLED = """

@@ -98,6 +98,7 @@ def forget(backend: Any) -> None:
 def environment(backend: Any) -> dict[str, str]:
     """What may change the last bits of a number: versions, threads, and how the backend runs."""
     import platform
+    from importlib import import_module
     from importlib.metadata import PackageNotFoundError, version
 
     from .threads import count
@@ -109,6 +110,8 @@ def environment(backend: Any) -> dict[str, str]:
             return "not installed"
 
     versions = {name: release(name) for name in ("gru-any", "numpy", "numba")}
+    library = backend.name.partition(".")[0]  # whose wheel may have another name
+    versions[library] = getattr(import_module(library), "__version__", "unknown")
     return {
         "Python": platform.python_version(),
         **versions,
