@@ -2,116 +2,28 @@
 
     python scripts/mistakes.py --picture docs/mistakes.png
 
-Each mistake is one line put in the place of the right one of `gru_any/equations.py`. Printed are
-what `gradcheck` says of it, the error of the gradient on `demo_sequence.py` before training and
-after it, and the loss that training with the wrong gradient reaches there.
+The wrong steps are those of `wrong_steps.py`. Printed are what `gradcheck` says of each, the error
+of the gradient on `demo_sequence.py` before training and after it, the loss that training with the
+wrong gradient reaches there, and what a small character model trained with it is worth.
 """
 
 import argparse
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import numpy as np
+import train_text
 from demo_sequence import HIDDEN, INPUT, ITERATIONS, RATE, TARGETS
 from tqdm import tqdm
+from wrong_steps import AFTER, BEFORE, Mistake, made
 
-from gru_any import GRU, SGD, equations, gradcheck
-from gru_any.backend import run
+from gru_any import GRU, SGD, Adam, Chain, Embedding, Linear, gradcheck, softmax_cross_entropy
 from gru_any.checks import GradientError
+from gru_any.data import streams
+from gru_any.schedules import cosine
+from gru_any.train import evaluate, fit
 
 BLACK, ORANGE = "#000000", "#e69f00"  # told apart by the colour-blind, and in grey
-
-
-class Mistake(NamedTuple):
-    """A wrong backward step: lines (right, wrong). U_r, U_z, U_n are the thirds of U."""
-
-    name: str
-    reset_after: bool
-    lines: tuple[tuple[str, str], ...]
-
-
-def mistakes(reset_after: bool, tanh: Any, reset: Any, state: Any, both: str) -> list[Mistake]:
-    """The four, all at once, and the controls: no gradient to r, and its sign turned.
-
-    tanh, reset: (right, wrong); state: (right, wrong with 3, wrong with 4); both: with 3 and 4.
-    """
-    right, transpose, order = state
-    gate, formula = reset[0].split(" = ")
-    lines = {
-        "1 tanh": (tanh,),
-        "2 reset gate": (reset,),
-        "3 transpose": ((right, transpose),),
-        "4 order": ((right, order),),
-        "all four": (tanh, reset, (right, both)),
-        "da_r = 0": ((reset[0], f"{gate} = 0.0 * r"),),
-        "da_r = -da_r": ((reset[0], f"{gate} = -{formula}"),),
-    }
-    return [Mistake(name, reset_after, changed) for name, changed in lines.items()]
-
-
-TANH = (
-    "da_n = g * (1.0 - z) * (1.0 - n * n)",
-    "da_n = g * (1.0 - z) * (1.0 - n) * (1.0 - n)",
-)
-BEFORE = mistakes(
-    False,
-    TANH,
-    (
-        "da_r = ds * h * r * (1.0 - r)",
-        "da_r = da_n * (h @ U_n.T + b_n) * r * (1.0 - r)",
-    ),
-    (
-        "return g * z + ds * r + da[..., : 2 * H] @ U[: 2 * H, :], (da,)",
-        "return g * z + (da_n @ U_n.T) * r + da_r @ U_r.T + da_z @ U_z.T, (da,)",
-        "return g * z + (da_n * r) @ U_n + da_r @ U_r + da_z @ U_z, (da,)",
-    ),
-    "return g * z + (da_n * r) @ U_n.T + da_r @ U_r.T + da_z @ U_z.T, (da,)",
-)
-AFTER = mistakes(
-    True,
-    TANH,
-    (
-        "da_r = da_n * m * r * (1.0 - r)",
-        "da_r = (da_n @ U_n) * h * r * (1.0 - r)",
-    ),
-    (
-        "return g * z + dq @ U, (da, dq)",
-        "return g * z + (da_n * r) @ U_n.T + da_r @ U_r.T + da_z @ U_z.T, (da, dq)",
-        "return g * z + (da_n @ U_n) * r + da_r @ U_r + da_z @ U_z, (da, dq)",
-    ),
-    "return g * z + (da_n @ U_n.T) * r + da_r @ U_r.T + da_z @ U_z.T, (da, dq)",
-)
-
-
-@contextmanager
-def made(mistake: Mistake | None, gru: GRU) -> Iterator[None]:
-    """The equations with the mistake in them, inside of the context."""
-    if mistake is None:
-        yield
-        return
-    name = "reset_after_backward" if mistake.reset_after else "reset_before_backward"
-    right, way = getattr(equations, name), run.chosen
-    text = inspect.getsource(right)
-    for line, wrong in mistake.lines:
-        assert text.count(line) == 1, f"{name} no longer holds {line}"
-        text = text.replace(line, wrong)
-    names = dict(vars(equations))
-    exec(text, names)
-
-    def backward(xp: Any, g: Any, h: Any, saved: Any, U: Any) -> Any:
-        H, b = h.shape[-1], gru.params["bias_ih_l0"]
-        names.update(U_r=U[:H, :], U_z=U[H : 2 * H, :], U_n=U[2 * H :, :], b_n=b[2 * H :])
-        return names[name](xp, g, h, saved, U)
-
-    setattr(equations, name, backward)
-    run.chosen = "plain"  # one call a step, so that the names above are those of the call
-    try:
-        yield
-    finally:
-        setattr(equations, name, right)
-        run.chosen = way
 
 
 def demo(reset_after: bool, seed: int) -> tuple[GRU, Any]:
@@ -140,6 +52,30 @@ def train(mistake: Mistake | None, after: bool, seed: int, iterations: int) -> A
             losses.append(loss)
             optimiser.step(gru.params, grads)
     return losses, gru
+
+
+def bits(mistake: Mistake | None, after: bool, text: train_text.Text, steps: int) -> str:
+    """Bits per character on the text's validation part, after so many steps of 16 x 32."""
+    V, home = len(text.characters), {"backend": "numpy"}
+    gru = GRU(32, 64, reset_after=after, seed=1, **home)
+    model = Chain(Embedding(V, 32, seed=0, **home), gru, Linear(64, V, seed=2, **home))
+    with made(mistake, gru), np.errstate(over="ignore"):
+        try:
+            fit(
+                model,
+                softmax_cross_entropy,
+                lambda epoch: [streams(text.train, 16)],
+                Adam(model.params),
+                steps=steps,
+                tbptt=(32, 32),
+                clip=1.0,
+                schedule=cosine(5e-3, steps),
+                bar=False,
+            )
+        except FloatingPointError as e:
+            return "overflow, step" + str(e).partition("in step")[2].partition(",")[0]
+    loss = evaluate(model, softmax_cross_entropy, [streams(text.valid, 16)], chunk=100)
+    return f"{loss / math.log(2):.3f}"
 
 
 def parts(gru: GRU, x: Any) -> list[Any]:
@@ -171,35 +107,32 @@ def verdict(mistake: Mistake) -> str:
     return "passes"
 
 
-def row(mistake: Mistake, trained: GRU, losses: list[Any]) -> str:
-    """One line of the table."""
-    x = demo(mistake.reset_after, 0)[1]
+def cells(mistake: Mistake, trained: GRU) -> list[str]:
+    """What can be said of a mistake without training with it."""
     first, cosines = errors(mistake, *demo(mistake.reset_after, 0))
-    last, _ = errors(mistake, trained, x)
-    cells = [
-        mistake.name,
-        verdict(mistake),
-        *(f"{v:.3f}" for v in first),
-        *(f"{v:.2f}" for v in cosines[:2]),
-    ]
-    return " | ".join([*cells, f"{last[0]:.3f}", *(f"{of_seed[-1]:.2e}" for of_seed in losses)])
+    last, _ = errors(mistake, trained, demo(mistake.reset_after, 0)[1])
+    before = [f"{v:.3f}" for v in first] + [f"{v:.2f}" for v in cosines[:2]]
+    return [verdict(mistake), *before, f"{last[0]:.3f}"]
 
 
-def table(after: bool, seeds: int, iterations: int) -> dict[str, Any]:
-    """Print what became of one variant; return the losses by name, "right" for the right ones."""
+def table(after: bool, text: train_text.Text, args: argparse.Namespace) -> dict[str, Any]:
+    """Print what became of one variant; return the losses by name, "none" for the right ones."""
     found = {}
-    right = [train(None, after, seed, iterations) for seed in range(seeds)]
+    heads = ["mistake", "gradcheck", "all", "r", "z", "n", "cos", "cos r", "all, trained"]
+    heads += [*(f"seed {seed}" for seed in range(args.seeds)), "text"]
     print(f"\n### reset {'after' if after else 'before'}\n")
-    print("| mistake | gradcheck | all | r | z | n | cos | cos r | all, trained |", end="")
-    print("".join(f" seed {seed} |" for seed in range(seeds)))
-    print("|---" * (9 + seeds) + "|")
-    found["right"] = [losses for losses, _ in right]
-    print("| none | passes |" + " 0 |" * 4 + " 1 | 1 | 0 |", end="")
-    print("".join(f" {losses[-1]:.2e} |" for losses in found["right"]))
-    for mistake in tqdm(AFTER if after else BEFORE, leave=False):
-        wrong = [train(mistake, after, seed, iterations)[0] for seed in range(seeds)]
-        tqdm.write(f"| {row(mistake, right[0][1], wrong)} |")
-        found[mistake.name] = wrong
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for mistake in tqdm([None, *(AFTER if after else BEFORE)], leave=False):
+        name = mistake.name if mistake else "none"
+        runs = [train(mistake, after, seed, args.iterations) for seed in range(args.seeds)]
+        found[name] = [losses for losses, _ in runs]
+        if mistake is None:
+            right, start = runs[0][1], ["passes", *"000011", "0"]
+        else:
+            start = cells(mistake, right)
+        ends = [f"{losses[-1]:.2e}" for losses in found[name]]
+        worth = bits(mistake, after, text, args.steps)
+        tqdm.write(f"| {' | '.join([name, *start, *ends, worth])} |")
     whole, r = parts(*demo(after, 0))[:2]
     share = np.linalg.norm(r) / np.linalg.norm(whole)
     print(f"\nThe rows of r hold {share:.3f} of the gradient's norm.")
@@ -210,11 +143,11 @@ def draw(path: str, found: list[dict[str, Any]]) -> None:
     """The loss by iteration, wrong equations over right ones, two rows of panels a variant."""
     import matplotlib.pyplot as plt
 
-    names = [name for name in found[0] if name not in ("right", "da_r = 0")]
+    names = [name for name in found[0] if name not in ("none", "da_r = 0")]
     figure, axes = plt.subplots(4, 3, figsize=(9, 10), sharex=True, sharey=True)
     for k, losses in enumerate(found):
         for axis, name in zip(axes[2 * k : 2 * k + 2].flat, names, strict=True):
-            axis.semilogy(np.transpose(losses["right"]), color=BLACK, lw=2.4)
+            axis.semilogy(np.transpose(losses["none"]), color=BLACK, lw=2.4)
             axis.semilogy(np.transpose(losses[name]), "--", color=ORANGE, lw=1.4)
             axis.set_title(f"reset {('before', 'after')[k]}: {name}", fontsize=10)
             axis.grid(alpha=0.3)
@@ -232,9 +165,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings of each (3)")
+    parser.add_argument("--steps", type=int, default=800, help="of the character model (800)")
     parser.add_argument("--picture", help="where to draw the losses")
     args = parser.parse_args(arguments)
-    found = [table(after, args.seeds, args.iterations) for after in (False, True)]
+    text = train_text.split(train_text.read([]))
+    found = [table(after, text, args) for after in (False, True)]
     if args.picture:
         draw(args.picture, found)
 

@@ -73,14 +73,15 @@ def test_the_mistakes(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import mistakes
 
+    monkeypatch.setattr(mistakes.train_text, "read", lambda files: "to be or not to be, " * 100)
     picture = tmp_path / "mistakes.png"
     with running("plain"):
-        mistakes.main(["--iterations", "1", "--seeds", "1", "--picture", str(picture)])
+        mistakes.main(["--iterations=1", "--seeds=1", "--steps=1", f"--picture={picture}"])
     assert picture.stat().st_size > 10_000
     found = rows(capsys.readouterr().out)
     assert len(found) == 2 * 8
     for printed, on_page in zip(found, rows(text_of("docs/mistakes.md")), strict=True):
-        if len(on_page) == 11:  # not the first of each table, without a mistake
+        if len(on_page) == 12:  # not the first of each table, without a mistake
             assert float(printed[0]) > 1000 * checks.TOLERANCE["central"]
             now, then = ([float(v) for v in row[:7]] for row in (printed, on_page))
             assert np.allclose(now, then, rtol=0.03, atol=0.006)
