@@ -73,7 +73,7 @@ def test_a_changed_graph(tmp_path, name):
             found, expected = outputs
             assert all(among(v, expected) for v in found), proto
             counts["equal"] += 1
-    assert min(counts.values()) >= 10
+    assert min(counts.values()) >= 5
 
 
 def run(proto, ours, rng):
