@@ -26,6 +26,7 @@ PATHS = {
     "eager": "the step's operations, written down once, as a CUDA kernel between two products",
     "graph": "those kernels and products, recorded once as a CUDA graph of many steps",
     "persistent": "the step's operations, written down once, as one CUDA kernel over many steps",
+    "whole": "the same, with the weights spread over the whole device",
 }
 
 

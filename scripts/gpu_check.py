@@ -96,7 +96,7 @@ def paths(check: "Check") -> list[dict[str, Any]]:
     """Every path, variant and dtype against NumPy: the largest difference, over the largest."""
     rows = []
     for way, after, dtype in itertools.product(
-        ("plain", "eager", "graph", "persistent"), (True, False), ("float32", "float64")
+        ("plain", "eager", "graph", "persistent", "whole"), (True, False), ("float32", "float64")
     ):
         row = {"path": way, "reset_after": after, "dtype": dtype}
         try:

@@ -7,6 +7,7 @@ import pytest
 from cuda_tools import ARCHITECTURES, compiled, run_program
 
 from gru_any import equations
+from gru_any.backend.cuda import whole
 from gru_any.backend.cuda.persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from gru_any.backend.cuda.source import prelude
 from gru_any.backend.cuda.walk import backward_walk, forward_walk
@@ -84,14 +85,6 @@ def jobs(H, rows=2, B=3, K=3):
     return text, launches
 
 
-@pytest.mark.parametrize("H", [5, 8] if THOROUGH else [5])
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(sanitizer, H, tmp_path):
-    """No barrier is missing, and nothing outside of an array is touched."""
-    text, launches = jobs(H)
-    run_program(tmp_path, text, launches, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
-
-
 @pytest.mark.parametrize("barrier", range(5) if THOROUGH else [2])
 def test_a_missing_barrier_is_found(barrier, tmp_path):
     text, launches = jobs(5)
@@ -102,3 +95,69 @@ def test_a_missing_barrier_is_found(barrier, tmp_path):
     broken = "__syncthreads();".join(lines)
     with pytest.raises(AssertionError, match="data race"):
         run_program(tmp_path, broken, launches, "-fsanitize=thread", "-fno-sanitize-recover=all")
+
+
+# the whole device --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", EVERY, ids=["before", "after"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvrtc_compiles_those_of_the_whole_device(after, architecture, record_property):
+    if not THOROUGH and architecture not in (80, 120):
+        return
+    for B, H in ((32, 1024), (1, 777)) if THOROUGH else ((32, 1024),):
+        for walk in walks(after):
+            kernel = whole.whole_kernel(walk, B, H, whole.units(H, 132))
+            [(registers, spilled)] = compiled(kernel.source, architecture)[1].values()
+            record_property(f"{kernel.name} {B} {H} sm_{architecture}", str((registers, spilled)))
+            assert registers <= 168
+            assert spilled <= SPILLED
+
+
+def test_what_a_device_holds():
+    forward, _ = walks(True)
+    h100 = (132, 227 * 1024)
+    sizes = [(1, 1024), (32, 1024), (64, 512), (65, 64), (32, 2048)]
+    assert [whole.holds(forward, *s, *h100) for s in sizes] == [True, True, True, False, False]
+    assert not whole.holds(forward, 32, 1024, 68, 64 * 1024)
+
+
+def whole_jobs(B=3, H=5, own=2, K=3):
+    """As `jobs`, without what every source begins with: three blocks, the last with a unit less."""
+    rng, text, launches = np.random.default_rng(0), "", []
+
+    def values(shape):
+        return rng.uniform(-0.5, 0.5, shape).astype("f4")
+
+    for after in EVERY:
+        for walk in walks(after, name=f"{('before', 'after')[after]}_"):
+            kernel = whole.whole_kernel(walk, B, H, own)
+            start = len(prelude("float32"))
+            text += f"namespace {kernel.name}_ {{\n{kernel.source[start:]}}}\n"
+            text += f"using {kernel.name}_::{kernel.name};\n"
+            _, _, (_, _, first, *rest) = job(walk, kernel, B, H, K, 1, values)
+            shared = [values((2, B, n * H)) for n in whole.exchanged(walk).values()]
+            numbers = [K, first, *rest[:8], np.zeros(1, "u4"), *shared, *rest[8:]]
+            size = 4 * whole.shared_numbers(walk, B, H, own)
+            shape = (-(-H // own), 1, whole.threads(B, own), size, 2)
+            launches.append((kernel.name, shape, numbers))
+    return text, launches
+
+
+def test_blocks_that_do_not_meet_are_found(tmp_path):
+    text, launches = whole_jobs()
+    text = prelude("float32") + text
+    broken = text.replace("while ((int)(seen(counter) - target) < 0) {}", "")
+    assert broken != text
+    with pytest.raises(AssertionError, match="data race"):
+        run_program(tmp_path, broken, launches, "-fsanitize=thread", "-fno-sanitize-recover=all")
+
+
+@pytest.mark.parametrize("H", [5, 8] if THOROUGH else [5])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(sanitizer, H, tmp_path):
+    """No barrier is missing, and nothing outside of an array is touched."""
+    text, launches = jobs(H)
+    more, others = whole_jobs(H=H)
+    text, launches = text + more, launches + others
+    run_program(tmp_path, text, launches, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")

@@ -7,7 +7,8 @@ from typing import Any
 
 from .plain import Plain
 
-CUDA = ("plain", "eager", "graph", "persistent")  # from the simplest to the fastest
+# from the simplest to the fastest, as we believe; "whole" has to be asked for
+CUDA = ("plain", "eager", "graph", "persistent", "whole")
 
 
 def _chosen() -> str:
@@ -19,7 +20,8 @@ def _chosen() -> str:
 
 def _chosen_on_cuda() -> str:
     """The fastest way that may be taken on CuPy; GRU_ANY_CUDA names it."""
-    way = "plain" if os.environ.get("GRU_ANY_PLAIN") else os.environ.get("GRU_ANY_CUDA") or CUDA[-1]
+    asked = os.environ.get("GRU_ANY_CUDA") or "persistent"
+    way = "plain" if os.environ.get("GRU_ANY_PLAIN") else asked
     if way not in CUDA:
         raise ValueError(f"GRU_ANY_CUDA is {way!r}, expected one of {', '.join(CUDA)}")
     return way

@@ -51,6 +51,7 @@ class Ops:
     """The handful of operations that plans are written against."""
 
     multiprocessors = 2  # few, so that a block of a test gets several rows
+    shared = 96 * 1024
 
     def __init__(self) -> None:
         self.records = True

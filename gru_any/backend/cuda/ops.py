@@ -24,6 +24,11 @@ class Ops:
         """How many blocks run at the same time, one on each."""
         return int(self.cupy.cuda.Device().attributes["MultiProcessorCount"])
 
+    @cached_property
+    def shared(self) -> int:
+        """Bytes of shared memory that a block may ask for."""
+        return int(self.cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Memory for an array."""
         return self.cupy.empty(shape, dtype=dtype)

@@ -16,6 +16,8 @@ from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from .plan import Lane, Plan, place
 from .rows import Rows, multiply
 from .walk import Walk, backward_walk, forward_walk
+from .whole import exchanged, holds, threads, units, whole_kernel
+from .whole import shared_numbers as shared_by_all
 
 LANES = 2  # that may run at the same time: the two directions of a layer
 
@@ -23,8 +25,8 @@ LANES = 2  # that may run at the same time: the two directions of a layer
 class CUDA(Plain):
     """Runs blocks of steps with fused kernels, in float32 and float64.
 
-    way: "eager", "graph" or "persistent", the fastest that may be taken; precision: of products in
-    float32, "full" or "tf32".
+    way: "eager", "graph", "persistent" or "whole", the fastest that may be taken; precision: of
+    products in float32, "full" or "tf32".
     """
 
     def __init__(self, xp: Any, device: Any, ops: Any, way: str, precision: str = "full") -> None:
@@ -39,6 +41,8 @@ class CUDA(Plain):
 
     def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """As `Plain.parallel`: the first on the current stream, each other on one of its own."""
+        if self.way == "whole":  # two such kernels would wait for each other's multiprocessors
+            return super().parallel(calls)
         start, ends = self.ops.event(), []
         results = [calls[0]()]
         for n, call in enumerate(calls[1:], 1):
@@ -67,6 +71,8 @@ class CUDA(Plain):
             return "eager", "CUDA refused to record a graph in this process"
         if self.way == "graph":
             return "graph", "GRU_ANY_CUDA is set to graph"
+        if self.way == "whole":
+            return "whole", "GRU_ANY_CUDA asks for it, where the device's memory holds the weights"
         if hidden_size <= LARGEST.get(dtype, LARGEST["float32"]):
             return "persistent", "this is the fastest way on CUDA"
         return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
@@ -151,7 +157,10 @@ class CUDA(Plain):
         """Fill the arrays that results go to, step after step in this order -> the last state."""
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
         mask = None if alive is None else alive.block
-        if self.way == "persistent" and fits(walk, state.shape[1]):
+        (B, H), device = state.shape, (self.ops.multiprocessors, self.ops.shared)
+        if self.way == "whole" and holds(walk, B, H, *device):
+            return self._on_the_whole_device(walk, arrays, mask, state, U, order, shift)
+        if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
             return self._all_at_once(walk, arrays, mask, state, U, order, shift)
         lane, sizes = self._lane(), state.shape
         with lane.turn():
@@ -171,6 +180,24 @@ class CUDA(Plain):
         numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
         shared = shared_numbers(walk, H, rows) * state.itemsize
         self.ops.launch(kernel, (-(-B // rows), 1), 3 * H, numbers, shared)
+        return last
+
+    def _on_the_whole_device(
+        self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
+    ) -> Any:
+        """One kernel for all steps, alone on the device: its blocks wait for one another."""
+        B, H = state.shape
+        own, last = units(H, self.ops.multiprocessors), self._empty(state.shape, state)
+        U, state = (self.xp.ascontiguousarray(v) for v in (U, state))
+        counter = self.xp.zeros((1,), dtype=self.xp.uint32, device=self.device)
+        shared = [self._empty((2, B, n * H), state) for n in exchanged(walk).values()]
+        numbers = [len(order), order[0], order.step, shift, *place(self.ops, mask)]
+        numbers += [self.ops.pointer(v) for v in (U, state, last, counter, *shared)]
+        numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
+        size = shared_by_all(walk, B, H, own) * state.itemsize
+        with self.lanes[0].turn():
+            kernel = whole_kernel(walk, B, H, own)
+            self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last
 
     def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
