@@ -1,8 +1,8 @@
 """One kernel for all steps of a block, with U spread over all multiprocessors of a device.
 
 A block of threads owns a few units, for all rows: what gives them, of the three thirds of U, stands
-in its shared memory for the whole sequence. What the products read goes through global memory, in two
-copies that take turns, and all blocks meet at a barrier before each product. So all blocks must run
+in its shared memory for the whole sequence. What the products read goes through global memory, in
+two copies that take turns, and all blocks meet at a barrier before each product. So all blocks must run
 at the same time, one on each multiprocessor. (After FlashRNN, Poeppel et al. 2025.)
 
 Off unless asked for by GRU_ANY_CUDA=whole: no device has shown yet where it pays.
