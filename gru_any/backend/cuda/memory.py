@@ -88,11 +88,14 @@ class Cell:
         self.read: dict[Any, int] = {}
 
 
+_pool: dict[tuple[Any, int], list[Cell]] = {}  # spare cells: of a stream, of a size
+
+
 class _Owner:
     """Gives its cell back when nothing refers to it any more."""
 
     def __init__(self, cell: Cell, shape: tuple[int, ...], dtype: Any) -> None:
-        self.cell, self.stream = cell, stream()
+        self.cell, self.stream, self.pool = cell, stream(), _pool  # at exit, names go first
         self.__array_interface__ = {
             "shape": shape,
             "typestr": np.dtype(dtype).str,
@@ -103,10 +106,9 @@ class _Owner:
     def __del__(self) -> None:
         self.cell.bytes.fill(255)  # NaN in every floating dtype
         self.cell.live = False
-        _pool.setdefault((self.stream, self.cell.size), []).append(self.cell)
+        self.pool.setdefault((self.stream, self.cell.size), []).append(self.cell)
 
 
-_pool: dict[tuple[int, int], list[Cell]] = {}  # spare cells: of a stream, of a size
 _cells: dict[int, Cell] = {}
 _addresses: list[int] = []
 

@@ -2,8 +2,8 @@
 
 A block of threads owns a few units, for all rows: what gives them, of the three thirds of U, stands
 in its shared memory for the whole sequence. What the products read goes through global memory, in
-two copies that take turns, and all blocks meet at a barrier before each product. So all blocks must run
-at the same time, one on each multiprocessor. (After FlashRNN, Poeppel et al. 2025.)
+two copies that take turns, and all blocks meet at a barrier before each product. So all of them
+must run at the same time, one on each multiprocessor. (After FlashRNN, Poeppel et al. 2025.)
 
 Off unless asked for by GRU_ANY_CUDA=whole: no device has shown yet where it pays.
 """
