@@ -171,8 +171,8 @@ class Sweep(NamedTuple):
 
     def _laid_out(self, x: Any) -> "Sweep":
         """The same, with the weights as the backend likes them in memory."""
-        W, b, (U, *c) = self.weights
-        W, U = (self.run.laid_out(M, x.shape[0] * x.shape[1]) for M in (W, U))
+        (W, b, (U, *c)), (T, B, _) = self.weights, x.shape
+        W, U = self.run.laid_out(W, T * B, 1), self.run.laid_out(U, B, T)
         return self._replace(weights=Weights(W, b, (U, *c)))
 
     def _block(self, x: Any, h: Any, block: slice, keep: bool) -> tuple[Kept, Any]:

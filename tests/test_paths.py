@@ -34,7 +34,7 @@ def forward(path, problem, alive=None, reverse=False):
     variant, a, h, recurrent, _, _ = problem
     with running(path):
         run = runner(NUMPY)
-        recurrent = (run.laid_out(recurrent[0], a.shape[0] * a.shape[1]), *recurrent[1:])
+        recurrent = (run.laid_out(recurrent[0], a.shape[1], a.shape[0]), *recurrent[1:])
         states, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
         short, _ = run.forward(variant.step, a, h, recurrent, alive, reverse, False)
     assert np.array_equal(states, short, equal_nan=True)
@@ -47,7 +47,7 @@ def backward(path, problem, states, saved, alive=None, reverse=False):
     before = states[1:] if reverse else states[:-1]
     with running(path):
         run = runner(NUMPY)
-        U = run.laid_out(recurrent[0], before.shape[0] * before.shape[1])
+        U = run.laid_out(recurrent[0], before.shape[1], before.shape[0])
         back = (before, saved, U, alive, reverse)
         parts, first, g = run.backward(variant.backward, dy, dh, *back, True)
         _, again, none = run.backward(variant.backward, dy, dh, *back, False)

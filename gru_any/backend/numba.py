@@ -13,20 +13,21 @@ import numpy as np
 from .compiled import compiled
 from .fused import Layout, Place
 from .numpy import NumPy, Rows, backward_program, forward_program
-from .packed import Packed, own, product, repeated
+from .packed import Packed, addresses, own, product
 from .threads import ALONE, GRAIN, count, split, together
 
-FEW = 8  # so few rows are not worth a copy of the matrix
-SHARED = 100_000  # multiply-adds of a step that are worth a wait of the threads for each other
-NOTHING = np.zeros((0, 0), bool)
+FEW = 8  # so few rows in all are not worth a copy of the matrix
+SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
+NOTHING, NO_PRODUCTS = np.zeros((0, 0), bool), np.zeros(0, int)
 
 
 class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
 
-    def laid_out(self, W: Any, rows: int) -> Any:
+    def laid_out(self, W: Any, rows: int, times: int) -> Any:
         """As `Plain.laid_out`."""
-        return W if rows <= FEW or W.dtype.kind == "c" else Packed(W)
+        few = rows == 1 or rows * times <= FEW
+        return W if few or W.dtype.kind == "c" else Packed(W)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
@@ -197,17 +198,18 @@ class Walk:
         matrices = [self._matrix(op, U, H) for op in self.layout.products]
         buffers = [np.empty((B, n * H), state.dtype) for n in self.layout.buffers.values()]
         arrays, ended = [*matrices, *arrays, *buffers], _ended(alive, B)
-        zeros, walk = repeated(np.zeros(3 * H, state.dtype), B), self.walk
+        zeros, walk = np.zeros(3 * H, state.dtype), self.walk
+        functions = NO_PRODUCTS if self.few else addresses(state.dtype)
         of_step, members = 3 * B * H * H, min(count(), H // 64)
         work = of_step * len(steps[0])
 
         def rows(first: int, last: int) -> None:
-            walk(*steps, ended, zeros, first, last, 0, ALONE, *arrays)
+            walk(*steps, ended, zeros, first, last, 0, ALONE, functions, *arrays)
 
         def units(me: int, sync: np.ndarray) -> None:
-            walk(*steps, ended, zeros, 0, B, me, sync, *arrays)
+            walk(*steps, ended, zeros, 0, B, me, sync, functions, *arrays)
 
-        if B < 8 and members > 1 and of_step >= SHARED and work >= GRAIN and not self.few:
+        if B < 8 and members > 1 and of_step >= SHARED and work >= GRAIN:
             together(units, members)
         else:
             split(rows, B, work)

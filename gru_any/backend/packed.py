@@ -9,26 +9,37 @@ from .compiled import compiled
 from .threads import split
 
 SOURCE = """\
-from numba import njit
+from numba import cfunc, njit
 from gru_any.backend import tile
 
-flags = dict(cache=CACHE, nogil=True, error_model="numpy")
+fill1, fill2, fill3 = (tile.products(gates, {bits}) for gates in (1, 2, 3))
 
 
-@njit(**flags)
-def fill(x, P, base, y, first, last):
-    tile.product1(x, P, base, y, first, last, 0, y.shape[1])
-
-
-@njit(**flags)
+@njit(cache=CACHE, nogil=True, error_model="numpy")
 def pack(M, P, gates):
     tile.pack(M, P, gates, 0, len(P))
 """
+PRODUCT = """
+
+@cfunc("void({types})", cache=CACHE)
+def product{gates}({names}):
+    fill{gates}({names})
+"""
+NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right"
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    return compiled(SOURCE)
+@lru_cache(maxsize=4)
+def _compiled(dtype: Any) -> Any:
+    types = ", ".join(["intp"] * 12)
+    products = [PRODUCT.format(types=types, gates=gates, names=NAMES) for gates in (1, 2, 3)]
+    return compiled(SOURCE.format(bits=8 * dtype.itemsize) + "".join(products))
+
+
+@lru_cache(maxsize=4)
+def addresses(dtype: Any) -> Any:
+    """Where the compiled products for 1, 2 and 3 gates stand in memory."""
+    code = _compiled(dtype)
+    return np.array([code.product1.address, code.product2.address, code.product3.address])
 
 
 class Packed:
@@ -56,22 +67,17 @@ def _panels(M: Any, gates: int) -> Any:
     M = M.view(np.ndarray)
     M = M if M.flags.writeable and M.flags.forc else M.copy()
     P = panels(*M.shape, gates, M.dtype)
-    _compiled().pack(M, P, gates)
+    _compiled(M.dtype).pack(M, P, gates)
     return P
 
 
 def product(x: Any, P: Any, base: Any, y: Any) -> None:
-    """Fill y = base + x M, the rows of y split over threads; P: the panels of M."""
-    x = (x if x.flags.writeable else x.copy())[:, :]
-    base = repeated(np.zeros(y.shape[1], y.dtype) if base is None else base, len(y))
-    fill = _compiled().fill
-    split(lambda first, last: fill(x, P, base, y, first, last), len(y), y.size * x.shape[1])
-
-
-def repeated(row: Any, count: int) -> Any:
-    """The same row so many times or twice, in the memory of one."""
-    count = max(count, 2)  # one row alone is contiguous: for Numba another type
-    return np.ndarray((count, len(row)), row.dtype, own(row), 0, (0, row.itemsize))
+    """Fill y = base + x M, the rows of y split over threads; P: the panels of M (K, N)."""
+    (R, K), N, fill = x.shape, y.shape[1], _compiled(y.dtype).product1.ctypes
+    base = np.zeros(N, y.dtype) if base is None else own(base)
+    steps = [stride // x.itemsize for stride in x.strides]
+    of = [x.ctypes.data, *steps, P.ctypes.data, K, base.ctypes.data, y.ctypes.data, N]
+    split(lambda first, last: fill(*of, first, last, 0, N), R, R * K * N)
 
 
 def own(v: Any) -> Any:

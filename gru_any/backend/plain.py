@@ -15,8 +15,8 @@ class Plain:
     def __init__(self, xp: Any, device: Any) -> None:
         self.xp, self.device = xp, device
 
-    def laid_out(self, W: Any, rows: int) -> Any:
-        """The weights W as a sweep over so many rows likes them in memory."""
+    def laid_out(self, W: Any, rows: int, times: int) -> Any:
+        """The weights W as a sweep that multiplies so many rows so many times likes them."""
         return W
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:

@@ -27,38 +27,18 @@ DEEP = 512  # so many entries of a row of x are used before the next tile begins
 class Emit:
     """Writes what a tile is made of, in LLVM's language."""
 
-    def __init__(self, context: Any, builder: Any, number: Any) -> None:
+    def __init__(self, context: Any, builder: Any, bits: int) -> None:
         self.context, self.builder = context, builder
-        self.number = context.get_data_type(number)
-        self.lanes = BYTES * 8 // number.bitwidth
+        self.number = ir.FloatType() if bits == 32 else ir.DoubleType()
+        self.lanes = BYTES * 8 // bits
         self.vector = ir.VectorType(self.number, self.lanes)
-        self.align = number.bitwidth // 8
+        self.align = bits // 8
 
-    def array(self, kind: Any, value: Any) -> Any:
-        """Numba's array."""
-        return self.context.make_array(kind)(self.context, self.builder, value)
-
-    def address(self, array: Any, row: Any, column: Any, kind: Any) -> Any:
-        """Where an entry stands, as a pointer to so many numbers."""
+    def address(self, start: Any, place: Any, kind: Any) -> Any:
+        """Where a number stands, counted from a start, as a pointer to so many numbers."""
         b = self.builder
-        offset = ir.IntType(64)(0)
-        for index, stride in zip(
-            (row, column), cgutils.unpack_tuple(b, array.strides), strict=True
-        ):
-            offset = b.add(offset, b.mul(index, stride))
-        start = b.bitcast(array.data, ir.IntType(8).as_pointer())
-        return b.bitcast(b.gep(start, [offset]), kind.as_pointer())
-
-    def length(self, array: Any, axis: int) -> Any:
-        """The array's shape along an axis."""
-        return cgutils.unpack_tuple(self.builder, array.shape)[axis]
-
-    def packed(self, array: Any, row: Any, width: int, column: Any) -> Any:
-        """The numbers from a column on of a row of all the panels, which follow each other."""
-        place = self.builder.add(self.builder.mul(row, ir.IntType(64)(width)), column)
-        pointer = self.builder.gep(array.data, [place])
-        pointer = self.builder.bitcast(pointer, self.vector.as_pointer())
-        return self.builder.load(pointer, align=BYTES)
+        offset = b.mul(place, ir.IntType(64)(self.align))
+        return b.inttoptr(b.add(start, offset), kind.as_pointer())
 
     def mask(self, count: Any) -> Any:
         """True in the first `count` lanes."""
@@ -67,27 +47,27 @@ class Emit:
             "<", ir.Constant(numbers, list(range(self.lanes))), self._spread(count, numbers)
         )
 
-    def load(self, array: Any, row: Any, column: Any, mask: Any) -> Any:
-        """The numbers from a column on; zeros where the mask says so."""
-        pointer = self.address(array, row, column, self.vector)
+    def load(self, start: Any, place: Any, mask: Any = None) -> Any:
+        """The numbers from a place on; zeros where the mask says so."""
+        pointer = self.address(start, place, self.vector)
         if mask is None:
             return self.builder.load(pointer, align=self.align)
         arguments = [pointer, ir.IntType(32)(self.align), mask, ir.Constant(self.vector, None)]
-        return self._intrinsic("llvm.masked.load", self.vector, pointer, arguments)
+        return self._intrinsic("llvm.masked.load", self.vector, arguments)
 
-    def store(self, value: Any, array: Any, row: Any, column: Any, mask: Any) -> None:
-        """Write the numbers from a column on, where the mask says so."""
-        pointer = self.address(array, row, column, self.vector)
+    def store(self, value: Any, start: Any, place: Any, mask: Any) -> None:
+        """Write the numbers from a place on, where the mask says so."""
+        pointer = self.address(start, place, self.vector)
         if mask is None:
             self.builder.store(value, pointer, align=self.align)
             return
         arguments = [value, pointer, ir.IntType(32)(self.align), mask]
-        self._intrinsic("llvm.masked.store", ir.VoidType(), pointer, arguments)
+        self._intrinsic("llvm.masked.store", ir.VoidType(), arguments)
 
-    def repeated(self, array: Any, row: Any, column: Any) -> Any:
-        """One entry in every lane."""
-        entry = self.builder.load(self.address(array, row, column, self.number))
-        return self._spread(entry, self.vector)
+    def repeated(self, start: Any, place: Any) -> Any:
+        """One number in every lane."""
+        number = self.builder.load(self.address(start, place, self.number))
+        return self._spread(number, self.vector)
 
     def _spread(self, value: Any, kind: Any) -> Any:
         nothing, first = ir.Constant(kind, ir.Undefined), ir.IntType(32)(0)
@@ -96,7 +76,7 @@ class Emit:
             self.builder.insert_element(nothing, value, first), nothing, pattern
         )
 
-    def _intrinsic(self, name: str, result: Any, pointer: Any, arguments: list[Any]) -> Any:
+    def _intrinsic(self, name: str, result: Any, arguments: list[Any]) -> Any:
         kind = ir.FunctionType(result, [a.type for a in arguments])
         suffix = f"v{self.lanes}f{8 * self.align}.p0"
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"{name}.{suffix}")
@@ -104,110 +84,129 @@ class Emit:
 
 
 @intrinsic
-def tile(typing, rows, panels, gates, x, P, base, y, r, p, n, start, stop):  # type: ignore[no-untyped-def]
-    """Fill y = base + x[:, start : stop] @ M[start : stop], some rows from r, panels of M from p.
+def tile(typing, bits, rows, panels, gates, x, xr, xc, P, K, old, stride, y, H, r, p, n, start, stop):  # type: ignore[no-untyped-def]
+    """Fill y = old + x[:, start : stop] @ M[start : stop], some rows from r, panels of M from p.
 
-    rows, panels and gates are literal. n is how many units are left from panel p on, None if
-    enough.
+    bits (of a number), rows, panels and gates are literal. x, P, old and y are addresses; the
+    entries of x are xr and xc apart, the rows of old stride, those of y gates H. n is how many
+    units are left from panel p on, None if enough.
     """
-    if not all(isinstance(v, types.IntegerLiteral) for v in (rows, panels, gates)):
+    literal = (bits, rows, panels, gates)
+    if not all(isinstance(v, types.IntegerLiteral) for v in literal):
         return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, y.dtype)
-        arrays = zip((x, P, base, y), args[3:7], strict=True)
-        X, packed, old, out = (emit.array(kind, value) for kind, value in arrays)
-        r, p, n, start, stop = args[7:]
-        index, G = ir.IntType(64), gates.literal_value
-        width = VECTORS[G] * emit.lanes
-        lines = [builder.add(r, index(i)) for i in range(rows.literal_value)]
-        whole = isinstance(signature.args[9], types.NoneType)
-        H = builder.udiv(emit.length(out, 1), index(G))
-        places, factors = [], []
+        emit, G = Emit(context, builder, bits.literal_value), gates.literal_value
+        x, xr, xc, P, K, old, stride, y, H, r, p, n, start, stop = args[4:]
+        index, V = ir.IntType(64), VECTORS[G]
+        add, mul, width = builder.add, builder.mul, V * emit.lanes
+        whole = isinstance(signature.args[15], types.NoneType)
+        lines = [add(r, index(i)) for i in range(rows.literal_value)]
+        columns, factors = [], []
         for q in range(panels.literal_value):
-            panel = builder.add(p, index(q))
-            row = builder.mul(panel, emit.length(packed, 1))
-            for v in range(G * VECTORS[G]):
-                unit = index(v % VECTORS[G] * emit.lanes)
+            panel = add(p, index(q))
+            for v in range(G * V):
+                unit = index(v % V * emit.lanes)
                 mask = None if whole else emit.mask(builder.sub(n, unit))
-                gate = builder.mul(H, index(v // VECTORS[G]))
-                column = builder.add(builder.mul(panel, index(width)), builder.add(gate, unit))
-                places.append((column, mask))
-                factors.append((row, index(v * emit.lanes)))
+                column = add(mul(panel, index(width)), add(mul(H, index(v // V)), unit))
+                columns.append((column, mask))
+                factors.append((mul(panel, K), index(v * emit.lanes)))
         sums = [
-            [cgutils.alloca_once_value(builder, emit.load(old, i, *place)) for place in places]
+            [
+                cgutils.alloca_once_value(builder, emit.load(old, add(mul(i, stride), c), mask))
+                for c, mask in columns
+            ]
             for i in lines
         ]
         with cgutils.for_range(builder, stop, start, index) as loop:
             numbers = [
-                emit.packed(packed, builder.add(row, loop.index), G * width, c)
+                emit.load(P, add(mul(add(row, loop.index), index(G * width)), c))
                 for row, c in factors
             ]
             for i, row in zip(lines, sums, strict=True):
-                entry = emit.repeated(X, i, loop.index)
+                entry = emit.repeated(x, add(mul(i, xr), mul(loop.index, xc)))
                 for total, number in zip(row, numbers, strict=True):
                     term = builder.fmul(entry, number, flags=("contract",))
                     new = builder.fadd(builder.load(total), term, flags=("contract",))
                     builder.store(new, total)
         for i, row in zip(lines, sums, strict=True):
-            for total, place in zip(row, places, strict=True):
-                emit.store(builder.load(total), out, i, *place)
+            line = mul(i, mul(H, index(G)))
+            for total, (c, mask) in zip(row, columns, strict=True):
+                emit.store(builder.load(total), y, add(line, c), mask)
         return context.get_dummy_value()
 
-    return types.void(rows, panels, gates, x, P, base, y, r, p, n, start, stop), generate
+    of = (bits, rows, panels, gates, x, xr, xc, P, K, old, stride, y, H, r, p, n, start, stop)
+    return types.void(*of), generate
 
 
-def strips(rows: int, panels: int, gates: int) -> Any:
+def strips(rows: int, panels: int, gates: int, bits: int) -> Any:
     """A function that fills rows of y in tiles of one shape, and gives the first row left."""
+    units = VECTORS[gates] * BYTES * 8 // bits  # of a panel
 
-    def fill(x, P, base, y, first, last, low, high, start, stop):  # type: ignore[no-untyped-def]
-        H = y.shape[1] // gates
+    def fill(x, xr, xc, P, K, old, stride, y, H, first, last, low, high, start, stop):  # type: ignore[no-untyped-def]
         end = last - (last - first) % rows
         wide = low
         if end > first:
-            whole = min(high, H // (P.shape[2] // gates))
-            wide += max(0, whole - low) // panels * panels
+            wide += max(0, min(high, H // units) - low) // panels * panels
         for p in range(low, wide, panels):
             for r in range(first, end, rows):
-                tile(rows, panels, gates, x, P, base, y, r, p, None, start, stop)
+                tile(bits, rows, panels, gates,
+                     x, xr, xc, P, K, old, stride, y, H, r, p, None, start, stop)  # fmt: skip
         for p in range(wide, high):
             for r in range(first, end, rows):
-                n = H - p * (P.shape[2] // gates)
-                tile(rows, 1, gates, x, P, base, y, r, p, n, start, stop)
+                tile(bits, rows, 1, gates,
+                     x, xr, xc, P, K, old, stride, y, H, r, p, H - p * units, start, stop)  # fmt: skip
         return end
 
     # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
-    fill.__qualname__ = f"fill_{rows}x{panels}x{gates}"
+    fill.__qualname__ = f"fill_{rows}x{panels}x{gates}x{bits}"
     return njit(nogil=True, error_model="numpy")(fill)
 
 
-def products(gates: int) -> Any:
+def products(gates: int, bits: int) -> Any:
     """A function: y = base + x M in some rows of y, and in the units from one to another.
 
-    y (R, GH); M (K, GH) as panels; the rows of x, base and y are contiguous. The units begin and
-    end where panels do, or at the end of y.
+    Addresses: x (R, K), whose entries are xr and xc apart, M (K, GH) as panels, base (GH,),
+    y (R, GH). The units begin and end where panels do, or at the end of y.
     """
-    many, some, one = (strips(*shape, gates) for shape in SHAPES)
+    many, some, one = (strips(*shape, gates, bits) for shape in SHAPES)
+    units = VECTORS[gates] * BYTES * 8 // bits
 
-    def product(x, P, base, y, first, last, left, right):  # type: ignore[no-untyped-def]
-        units = P.shape[2] // gates
+    def product(x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
         low, high = left // units, -(-right // units)
-        deep = min(DEEP, x.shape[1])
-        r = many(x, P, base, y, first, last, low, high, 0, deep)
-        r = some(x, P, base, y, r, last, low, high, 0, deep)
-        one(x, P, base, y, r, last, low, high, 0, deep)
-        sums = y[:, : y.shape[1]]  # for Numba of the same type as base
-        for start in range(DEEP, x.shape[1], DEEP):
-            stop = min(start + DEEP, x.shape[1])
-            r = many(x, P, sums, y, first, last, low, high, start, stop)
-            r = some(x, P, sums, y, r, last, low, high, start, stop)
-            one(x, P, sums, y, r, last, low, high, start, stop)
+        old, stride = base, 0
+        for start in range(0, K, DEEP):
+            stop = min(start + DEEP, K)
+            of, to = (x, xr, xc, P, K, old, stride, y, H), (low, high, start, stop)
+            r = many(*of, first, last, *to)
+            r = some(*of, r, last, *to)
+            one(*of, r, last, *to)
+            old, stride = y, gates * H
 
-    product.__qualname__ = f"product_{gates}"
+    product.__qualname__ = f"product_{gates}x{bits}"
     return njit(nogil=True, error_model="numpy")(product)
 
 
-product1, product2, product3 = map(products, (1, 2, 3))
+@intrinsic
+def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
+    """Call one of the products by its address."""
+    index = ir.IntType(64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [index] * 12)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 13), generate
+
+
+@njit(nogil=True, error_model="numpy")
+def multiply(function, gates, x, column, P, zeros, y, first, last, left, right):  # type: ignore[no-untyped-def]
+    """y = x[:, column : column + K] M in some rows and units; P: the panels of M (K, .)."""
+    start = np.intp(x.ctypes.data) + column * y.itemsize
+    matrix, base, out = P.ctypes.data, zeros.ctypes.data, y.ctypes.data
+    call(function, start, x.shape[1], 1, matrix, P.shape[1], base, out, y.shape[1] // gates,
+         first, last, left, right)  # fmt: skip
 
 
 def panels(N: int, K: int, gates: int, dtype: Any) -> Any:
