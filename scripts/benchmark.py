@@ -6,8 +6,9 @@
 Each contender runs in a process of its own. For every cell (sizes, forward or training, reset after
 or before) they are asked in turn, several rounds, and the table shows medians: the time of PyTorch,
 and of each other how many times faster it is, round by round, with the quartiles in brackets.
-PyTorch has the reset gate after the product alone; both variants are held against that. Last comes
-the length: time and memory of this library for T from 10 to 10,000 (`length.py`).
+PyTorch has the reset gate after the product alone; both variants are held against that. Then comes,
+cell by cell, which bars are held (`bars.py`), and last the length: time and memory of this library
+for T from 10 to 10,000 (`length.py`).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bars import report
 from contenders import MAKERS, threads_of
 from length import sweep
 
@@ -274,7 +276,7 @@ def main() -> None:
             if key not in results:
                 times = measure(contenders, cell, 3 if args.quick else args.rounds, args.seconds)
                 found = summary(times)
-                results[key] = {"cell": cell, "threads": threads, "found": found}
+                results[key] = {"cell": cell, "threads": threads, "found": found, "times": times}
                 results["machine"] = {"cell": (0, "", False), "threads": 0, "found": machine()}
                 if args.json:
                     args.json.write_text(json.dumps(results, indent=1))
@@ -284,6 +286,7 @@ def main() -> None:
     cells_only = {k: v for k, v in results.items() if k != "machine"}
     ours = [v["found"][names[0]]["faster"][1] for v in cells_only.values()]
     print(f"{names[0]}: {statistics.median(ours):.2f} times in the median of {len(ours)} cells")
+    report(cells_only)
     if args.picture:
         draw(cells_only, args.picture)
     if not (args.quick or args.cases):

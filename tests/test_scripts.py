@@ -1,5 +1,6 @@
 """The scripts, as a person runs them, with few steps."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -219,7 +220,7 @@ def test_the_benchmark(tmp_path):
     command = ["benchmark.py", "--cases", "3,2,4,5", "--rounds", "2", "--seconds", "0.001"]
     command += ["--json", tmp_path / "all.json"]
     text = run(*command)
-    assert text.count("T=3 B=2 I=4 H=5") == 4
+    assert text.count("T=3 B=2 I=4 H=5") == 8  # the figures, and which bars are held
     before = (tmp_path / "all.json").read_text("utf-8")
     run(*command)
     assert (tmp_path / "all.json").read_text("utf-8") == before
@@ -260,3 +261,27 @@ def test_text_is_typed_as_it_is_predicted(trained):
     assert written.splitlines()[0] == one.splitlines()[0]
     assert "the model knows" in run(*command[:-1], "xyz", ok=False)
     assert "holds no model of train_text.py" in run("stream_text.py", folder, ok=False)
+
+
+def test_the_bars(monkeypatch, capsys):
+    """Two cells made up: what is held, what is not, and what reset before costs."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    bars = importlib.import_module("bars")
+    times = {"numba": [1.0, 1.0, 9.0], "numpy": [2.1, 2.0, 2.0], "torch": [1.3, 2.0, 2.0],
+             "onnxruntime": [1.5, 1.0, 1.0], "jax": [1.2, 0.98, 9.0], "floor": [0.5, 0.5, 0.5]}  # fmt: skip
+    before = {**times, "numba": [2.0, 2.0, 2.0]}
+    cells = [(True, times), (False, before)]
+    results = {str(after): {"cell": ((100, 32, 64, 128), "forward", after), "threads": 2, "times": t}
+               for after, t in cells}  # fmt: skip
+    bars.report(results)
+    first, second, total = capsys.readouterr().out.splitlines()
+    assert "held numba 1.30 of torch (bar 1.20)" in first
+    assert "held numba 0.98 of the best of onnxruntime, openvino, jax (bar 1.00)" in first
+    assert "held numpy 1.00 of torch (bar 1.00)" in first
+    assert "NOT numba 0.50 of floor (bar 0.71)" in first
+    assert second.count("NOT") == 2
+    assert "held numba 1.00 of torch (bar 1.00)" in second
+    assert total.startswith("5 of 8 bars held; reset before costs more than 1.25 times")
+    assert "in 1 of 1 pairs (at most 2.00 times)" in total
+    one = bars.bars((1, 1, 64, 64), "training", False, 1)
+    assert one == [("numba", 1.0, ("torch",))]

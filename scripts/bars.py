@@ -1,0 +1,87 @@
+"""What the speed is held against: for each cell of benchmark.py its bars, and which are held.
+
+A bar is "at least so many times as fast as the fastest of these". It is held where the median over
+the rounds, round by round, is within 3 % of it. Bars are for two threads; on one, PyTorch alone.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NEAR = 0.97
+PEERS = ("onnxruntime", "openvino", "jax")
+
+
+class Bar(NamedTuple):
+    """Who is held to be how many times as fast as the fastest of whom."""
+
+    who: str
+    times: float
+    whom: tuple[str, ...]
+
+
+def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
+    """Those of one cell; case is T, B, I, H."""
+    T, B, _, H = case
+    torch, forward = ("torch",), mode == "forward"
+    if threads < 2:
+        return [Bar("numba", 1.0, torch)]
+    best = (0.9 if H >= 512 and B > 1 else 1.0) if forward else 1.3
+    found = [
+        Bar("numba", (1.2 if forward else 1.4) if after else 1.0, torch),
+        Bar("numba", best, PEERS if forward else ("torch", "jax")),
+        Bar("numpy", 1.0, torch),
+    ]
+    if forward:
+        found.append(Bar("numba", 1 / _of_bare_products(T, B, H), ("floor",)))
+    return found
+
+
+def _of_bare_products(T: int, B: int, H: int) -> float:
+    """How many times the time of the bare products a forward run may take."""
+    if B == 1:
+        return 1.5 if T == 1 else 1.0
+    return 1.1 if H >= 512 else 1.2 if H >= 256 else 1.4
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print for every cell which bars are held, and what reset before costs beside reset after."""
+    held = total = 0
+    for result in results.values():
+        case, mode, after = result["cell"]
+        words = []
+        for bar in bars(case, mode, after, result["threads"]):
+            ratio = _ratio(result["times"], bar)
+            if ratio is not None:
+                total, ok = total + 1, ratio >= NEAR * bar.times
+                held += ok
+                whom = "the best of " * (len(bar.whom) > 1) + ", ".join(bar.whom)
+                words.append(f"{'held' if ok else 'NOT'} {bar.who} {ratio:.2f} of {whom}"
+                             f" (bar {bar.times:.2f})")  # fmt: skip
+        size = "T={} B={} I={} H={}".format(*case)
+        variant = "after" if after else "before"
+        print(f"{size:24} {mode:8} {variant:6} {result['threads']}t  {'; '.join(words)}")
+    costs = _reset_before(results)
+    over = sum(cost > 1.25 / NEAR for cost in costs)
+    print(f"{held} of {total} bars held; reset before costs more than 1.25 times reset after in "
+          f"{over} of {len(costs)} pairs (at most {max(costs, default=0):.2f} times)")  # fmt: skip
+
+
+def _ratio(times: dict[str, list[float]], bar: Bar) -> float | None:
+    """How many times as fast, in the median of the rounds; None where nobody is there."""
+    whom = [times[name] for name in bar.whom if name in times]
+    if bar.who not in times or not whom:
+        return None
+    return float(np.median(np.min(whom, axis=0) / np.asarray(times[bar.who])))
+
+
+def _reset_before(results: dict[str, Any]) -> list[float]:
+    """The time of reset before over that of reset after, with Numba, in each pair of cells."""
+    seconds: dict[Any, float] = {}
+    for result in results.values():
+        case, mode, after = result["cell"]
+        if "numba" in result["times"]:
+            key = (tuple(case), mode, result["threads"], after)
+            seconds[key] = float(np.median(result["times"]["numba"]))
+    pairs = [(k, s) for k, s in seconds.items() if not k[3] and (*k[:3], True) in seconds]
+    return [s / seconds[(*k[:3], True)] for k, s in pairs]
