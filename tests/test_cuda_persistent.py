@@ -144,6 +144,7 @@ def whole_jobs(B=3, H=5, own=2, K=3):
     return text, launches
 
 
+@pytest.mark.skipif(not THOROUGH, reason="one more program to build; GRU_ANY_THOROUGH=1 does")
 def test_blocks_that_do_not_meet_are_found(tmp_path):
     text, launches = whole_jobs()
     text = prelude("float32") + text
