@@ -22,8 +22,8 @@ def values(group, name):
 
 
 @pytest.mark.parametrize("name", [
-    "torch_script_chain", "torch_script_stream", "torch_script_packed", "torch_dynamo_chain",
-    "torch_dynamo_stream",
+    "torch_script_chain", "torch_script_stream", "torch_script_packed", "torch_script_unsorted",
+    "torch_dynamo_chain", "torch_dynamo_stream",
 ])  # fmt: skip
 def test_what_pytorch_exported_once_gives_its_numbers(name):
     expected = values("torch", name)

@@ -37,6 +37,8 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
 
 def _check_output(walk: Any, name: str, v: Any) -> None:
     """An output must be what the last layer puts out, or states in their order."""
+    if isinstance(v, Array) and v.order:
+        raise ValueError(f"the rows of the output {name!r} are sorted by their lengths")
     if isinstance(v, Array) and v.kind == "layer" and v.key == walk.stage and not v.flipped:
         return
     states = v.key if isinstance(v, Array) and v.kind == "state" else ()

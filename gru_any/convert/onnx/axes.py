@@ -58,12 +58,14 @@ class Array:
     kind : "input" of the graph, output of a "layer", or "state" of GRUs
     key : the name and the rows of the input; the stage of the walk; the GRUs
     flipped : the axis along which it runs backwards, if there is one
+    order : the lengths by which rows are sorted and the axis of these rows, where they are
     """
 
     kind: str
     key: Any
     axes: tuple[Axis, ...]
     flipped: Axis = ()
+    order: Any = ()
 
     def arranged(self, axes: Sequence[Axis]) -> "Array":
         """The same numbers with other axes."""

@@ -31,7 +31,7 @@ def gru(
     h0: Any = None,
 ) -> tuple[Array, Array]:
     """The operator GRU -> Y and Y_h."""
-    x, options = walk.sequence(node, x), _options(node)
+    x, options = walk.sequence(node, x, getattr(x, "order", ())), _options(node)
     suffixes = DIRECTIONS[options["direction"]]
     D, layout = len(suffixes), options["layout"]
     R = walk.check_weight(node, "R", R, (D, -1, -1))
@@ -47,6 +47,7 @@ def gru(
     layer = Layer("GRU", {"reset_after": after}, params)
     layer.first = first_state(walk, node, h0, D, H, layout)
     walk.lengths.add(_lengths(node, lengths))
+    _check_order(node, x, lengths, h0, layout)
     return add_gru(walk, node, x, layer, options["direction"], layout)
 
 
@@ -75,7 +76,7 @@ def add_gru(
     if layout:
         y, h = (batch, time, directions, units), (batch, of_state, units)
     backwards = time if x.flipped else ()
-    return Array("layer", stage, y, backwards), Array("state", (layer,), h)
+    return Array("layer", stage, y, backwards, x.order), Array("state", (layer,), h, (), x.order)
 
 
 def _options(node: Node) -> dict[str, Any]:
@@ -143,22 +144,36 @@ def _lengths(node: Node, lengths: Any) -> str | None:
     """The name of the input that is the lengths."""
     if lengths is None:
         return None
-    if not isinstance(lengths, Array) or lengths.kind != "input" or len(lengths.axes) != 1:
+    kind = getattr(lengths, "kind", "")
+    if kind not in ("input", "sorted") or len(lengths.axes) != 1:
         node.refuse("has lengths that are no input (B,) of the graph: lengths are an argument here")
     return str(lengths.key[0])
+
+
+def _check_order(node: Node, x: Array, lengths: Any, h0: Any, layout: int) -> None:
+    """Refuse sorted rows beside rows that are not."""
+    by = lengths.key[0] if getattr(lengths, "kind", "") == "sorted" else None
+    wanted = [(by, x.axes[1 - layout]) if by else ()]
+    found = [x.order]
+    if isinstance(h0, Array):
+        wanted.append((by, h0.axes[1 - layout]) if by else ())
+        found.append(h0.order)
+    if found != wanted:
+        node.refuse("reads rows, lengths and states of which only some are sorted")
 
 
 def empty(walk: Any, node: Node, lengths: Any, zero: Any) -> Array:
     """The operator Equal, where it asks which rows have the length 0."""
     if not isinstance(zero, np.ndarray) or zero.dtype.kind != "i" or zero.any() or zero.size != 1:
         node.refuse("compares with something else than 0")
-    return Array("empty", _lengths(node, lengths), lengths.axes)
+    name = _lengths(node, lengths)
+    return Array("empty" if lengths.kind == "input" else "", name, lengths.axes)
 
 
 def keep(walk: Any, node: Node, rows: Any, h0: Any, h_n: Any) -> Array:
     """The operator Where, where rows of length 0 keep their first state, as they do here."""
     kinds = [getattr(v, "kind", "constant") for v in (rows, h0, h_n)]
-    if kinds != ["empty", "input", "state"]:
+    if kinds != ["empty", "input", "state"] or h0.order or h_n.order:
         node.refuse("chooses between what is not the first and the last state of a GRU")
     firsts = [layer.first for layer in h_n.key]
     if (

@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from . import index, sort
 from .axes import Array, Atom, Layer
 from .check import Node, dtype_name
 from .directions import join, turn
 from .gru import empty, gru, keep
-from .index import KINDS, choose, natural, negative, shift, whole
 from .loop import loop
 
 
 def embedding(walk: Any, node: Node, table: Any, x: Any) -> Array | None:
     """The operator Gather, where it takes rows of a table of weights."""
+    if isinstance(table, Array) and getattr(x, "kind", "") in ("order", "inverse"):
+        return sort.arrange(node, table, x)
     if not isinstance(table, np.ndarray) or table.dtype.kind != "f":
         return None
     if node.attributes.get("axis", 0) or walk.stage:
@@ -58,10 +60,10 @@ def gemm(walk: Any, node: Node, x: Any, W: Any, b: Any = None) -> Array:
 def bias(walk: Any, node: Node, *terms: Any) -> Array:
     """The operator Add, where it adds the bias of the Linear layer just before."""
     x, b = sorted(terms, key=lambda v: isinstance(v, np.ndarray))
-    if getattr(b, "kind", "") in KINDS:
-        return whole(walk, node, x, b)
+    if getattr(b, "kind", "") in index.KINDS:
+        return index.whole(walk, node, x, b)
     if x.kind == "input" and isinstance(b, np.ndarray) and b.dtype.kind == "i" and b.size == 1:
-        return shift(node, x, b)
+        return index.shift(node, x, b)
     x, layer = walk.sequence(node, x), walk.layers[-1] if walk.layers else None
     if not isinstance(b, np.ndarray) or layer is None or layer.kind != "Linear":
         node.refuse("adds what is not the bias of a Linear layer just before")
@@ -83,12 +85,13 @@ def cast(walk: Any, node: Node, v: Any) -> Array:
     dtype = walk.types[v.key[0]] if v.kind == "input" else walk.dtype
     if v.kind == "input" and dtype.startswith("int") and target == "float32":
         return replace(v, kind="number")
-    integers = target.startswith("int") and (v.kind in KINDS or dtype.startswith("int"))
+    integers = target.startswith("int") and (v.kind in PASSING or dtype.startswith("int"))
     if target != dtype and not integers:
         node.refuse(f"casts from {dtype} to {target}; a model here has one dtype")
     return v
 
 
+PASSING = (*index.KINDS, *sort.KINDS)  # integers of any kind
 LAYERS: dict[str, Callable[..., Any]] = {
     "GRU": gru,
     "Loop": loop,
@@ -100,8 +103,10 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "ReverseSequence": turn,
     "Concat": join,
     "Equal": empty,
-    "Less": negative,
-    "Not": natural,
-    "Mul": choose,
+    "Less": index.negative,
+    "Not": index.natural,
+    "Mul": index.choose,
+    "TopK": sort.order,
+    "ScatterElements": sort.inverse,
     "Where": keep,
 }

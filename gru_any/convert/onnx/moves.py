@@ -6,12 +6,14 @@ runs. What the model computes is an `Array` or `Zeros`.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .axes import ROWS, Array, Atom, Axis, AxisError, Full, Positive, Zeros, regroup, size
 from .check import Node, dtype_name
+from .sort import numbers
 
 Known = dict[str, int]
 
@@ -144,7 +146,7 @@ def _rows(node: Node, v: Array, axis: int, rows: slice) -> Array:
     if v.kind != "input" or axis or v.key[1]:
         node.refuse(f"cuts an array along an axis that must stay whole: {v.axes}")
     atom = v.axes[0][0]._replace(size=stop - start)
-    return Array("input", (v.key[0], (start, stop)), ((atom,), *v.axes[1:]))
+    return replace(v, key=(v.key[0], (start, stop)), axes=((atom,), *v.axes[1:]))
 
 
 def gather(node: Node, known: Known, v: Any, at: Any) -> Any:
@@ -177,12 +179,14 @@ def concat(node: Node, known: Known, *values: Any) -> Any:
     if not all(isinstance(v, Array) and v.kind == "state" for v in values):
         node.refuse("joins arrays that are neither constants nor the states of GRUs")
     axis %= len(values[0].axes)
+    if len({v.order for v in values}) > 1:
+        node.refuse("joins states whose rows are in different orders")
     joined = [v.axes[axis] for v in values]
     if any(atom.name != ROWS for atoms in joined for atom in atoms):
         node.refuse(f"joins states along another axis than layers and directions: {joined}")
     rows = Atom(ROWS, sum(size(atoms) for atoms in joined))
     axes = (*values[0].axes[:axis], (rows,), *values[0].axes[axis + 1 :])
-    return Array("state", sum((v.key for v in values), ()), axes)
+    return replace(values[0], key=sum((v.key for v in values), ()), axes=axes)
 
 
 def arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -282,6 +286,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     "Mul": arithmetic(np.multiply),
     "ReduceProd": product,
     "Less": less,
+    "Range": numbers,
     "And": both,
     "Split": split,
 }

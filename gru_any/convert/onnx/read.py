@@ -105,14 +105,17 @@ class Walk:
 
     # the sequence that goes from layer to layer --------------------------------------------------
 
-    def sequence(self, node: Node, v: Any) -> Array:
+    def sequence(self, node: Node, v: Any, order: Any = ()) -> Array:
         """Refuse what is not the output of the last layer, or the input of the first."""
-        if not isinstance(v, Array) or v.kind == "state" or (v.kind == "input" and v.key[1]):
+        rows = isinstance(v, Array) and v.kind == "input" and v.key[1]
+        if not isinstance(v, Array) or v.kind not in ("input", "layer") or rows:
             node.refuse("reads something else than the outputs of the layer before")
         if v.kind == "input" and not self.entry:
             self._enter(node, v)
         if v.key != self.latest():
             node.refuse("reads another array than the layer before put out: the graph branches")
+        if v.order != order:
+            node.refuse("reads rows that are sorted by their lengths")
         if v.flipped or self.pair:
             node.refuse("reads a sequence that runs backwards, or one of two directions alone")
         return v

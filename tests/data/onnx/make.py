@@ -63,6 +63,18 @@ def by_torch() -> None:
             y, h_n = self.gru(rnn.pack_padded_sequence(x, lengths))
             return rnn.pad_packed_sequence(y)[0], h_n
 
+    class Unsorted(nn.Module):
+        """With lengths in any order, two layers, and a first state."""
+
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4, 2, bidirectional=True, batch_first=True)
+
+        def forward(self, x, lengths, h0):
+            options = {"enforce_sorted": False, "batch_first": True}
+            y, h_n = self.gru(rnn.pack_padded_sequence(x, lengths, **options), h0)
+            return rnn.pad_packed_sequence(y, batch_first=True)[0], h_n
+
     torch.manual_seed(0)
     answers = {}
     x = torch.randn(5, 2, 3)
@@ -93,6 +105,12 @@ def by_torch() -> None:
     export(
         "torch_script_packed", Packed(), {"x": x, "lengths": torch.tensor([5, 3])},
         input_names=["x", "lengths"], dynamo=False, dynamic_axes=axes | {"lengths": {0: "B"}},
+    )  # fmt: skip
+    export(
+        "torch_script_unsorted", Unsorted(),
+        {"x": x.transpose(0, 1), "lengths": torch.tensor([3, 5]), "h0": torch.randn(4, 2, 4)},
+        input_names=["x", "lengths", "h0"], dynamo=False,
+        dynamic_axes={"x": {0: "B", 1: "T"}, "lengths": {0: "B"}, "h0": {1: "B"}},
     )  # fmt: skip
     np.savez(HERE / "torch.npz", **answers)
 
