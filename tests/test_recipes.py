@@ -159,3 +159,21 @@ def test_on_torch(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "gru_any" in out
     assert "times (1 turns of 2 updates" in out
+
+
+def test_moved_pieces():
+    """A piece in another key has the same intervals, and no note leaves the keyboard."""
+    import train_music
+
+    piece = np.zeros((2, 88), np.uint8)
+    piece[0, [1, 5]], piece[1, 84] = 1, 1
+    rng = np.random.default_rng(0)
+    shifts = set()
+    for _ in range(200):
+        found = train_music.moved(piece, rng, 5, 0.5)
+        by = int(found[1].argmax()) - 84
+        assert found.sum() == 3
+        assert found[0].nonzero()[0].tolist() == [1 + by, 5 + by]
+        shifts.add(by)
+    assert shifts == {-1, 0, 1, 2, 3}
+    assert all(train_music.moved(piece, rng, 5, 0.0) is piece for _ in range(50))
