@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, GRUCell, Linear, asarray
@@ -41,6 +41,7 @@ def pieces(stream, x, cuts):
 
 @pytest.mark.parametrize("dtype", LIMIT)
 @pytest.mark.parametrize("make", [gru, lambda dtype: gru(dtype, True), chain])
+@settings(max_examples=12)
 @given(cuts=st.lists(st.integers(0, T), max_size=T))
 def test_any_cut_gives_the_whole(make, dtype, cuts):
     model = make(dtype)
