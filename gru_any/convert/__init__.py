@@ -6,17 +6,16 @@ libraries nothing is imported.
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-__all__ = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*"))
+LIBRARIES = ("chainer", "equinox", "flax", "haiku", "haste", "keras", "mlx", "onnx", "torch")
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in LIBRARIES:
         return import_module(f".{name}", __name__)
-    raise AttributeError(f"gru_any.convert has no {name!r}, only {', '.join(__all__)}")
+    raise AttributeError(f"gru_any.convert has no {name!r}, only {', '.join(LIBRARIES)}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(LIBRARIES)
