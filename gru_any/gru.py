@@ -5,6 +5,7 @@ from __future__ import annotations  # numpy.random is loaded on first need
 import math
 from collections.abc import Iterator
 from functools import partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -210,9 +211,21 @@ class GRU(Layer):
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
         new state; the one given is not written.
         """
+        return self._step(self._steps(), x_t, state)
+
+    def _prepared(self) -> Any:
+        """`step` with the parameters taken as they are now, for a stream: less to do in each."""
+        return partial(self._step, self._steps())
+
+    def _steps(self) -> list[Any]:
         if "_reverse" in self.suffixes:
             way = "bidirectional" if len(self.suffixes) == 2 else "reverse"
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
+        step = equations.variant(self.reset_after).step
+        layers = range(self.num_layers)
+        return [self._run.prepared(step, *self._weights(layer, "")) for layer in layers]
+
+    def _step(self, steps: list[Any], x_t: Any, state: Any = None) -> tuple[Any, Any]:
         self.backend.check("x_t", x_t, self.dtype)
         rows, H = x_t.shape[:-1], self.hidden_size
         if len(rows) > 1 or x_t.shape[-1:] != (self.input_size,):
@@ -223,15 +236,17 @@ class GRU(Layer):
         if state.shape != (self.num_layers, *rows, H):
             sizes = {"L": self.num_layers, "B": rows[0] if rows else 1, "H": H}
             check_shape("state", state, "(L, B, H)" if rows else "(L, H)", sizes)
-        xp, run, x, states = self.backend.xp, self._run, x_t, []
-        for layer in range(self.num_layers):
+        xp, x, states = self.backend.xp, x_t, []
+        for layer, step in enumerate(steps):
             h = state[layer, ...]
-            x, h = (self._compute(v if rows else v[None, :]) for v in (x, h))
-            W, b, recurrent = self._weights(layer, "")
-            h = run.step(equations.variant(self.reset_after).step, x, h, W, b, recurrent)
+            if not rows:
+                x, h = x[None, :], h[None, :]
+            h = step(self._compute(x), self._compute(h))
             x = self._stored(h if rows else h[0, :])
             states.append(x)
-        return x, xp.stack(states)
+        if len(states) > 1:
+            return x, xp.stack(states)
+        return x, xp.asarray(x[None, ...], copy=True)
 
     def taps(self, x: Any, h0: Any = None, lengths: Any = None) -> dict[str, Any]:
         """Return the gates r and z, the candidate n and the state h of every step.

@@ -76,9 +76,8 @@ class Stream:
 
     def refresh(self) -> None:
         """Take the model's parameters as they are now; the state stays."""
-        # the place for steps with prepared weights; a GRU's own step reads its weights every time
         self._steps = [
-            (layer.step, True) if isinstance(layer, GRU) else (layer, False)
+            (layer._prepared(), True) if isinstance(layer, GRU) else (layer, False)
             for layer in self._layers
         ]
 

@@ -239,14 +239,16 @@ class Layout:
             "",
         ])  # fmt: skip
 
-    def single(self, vectors: list[str]) -> str:
+    def single(self, vectors: list[str], dtype: Any) -> str:
         """A function for one step forward, the product with the input included: -> h' (B, H)."""
         rows = [f"U[{op.rows.start} * H : {op.rows.stop} * H]" for op in self.products]
         buffers = [f"np.empty((B, {n} * H), h.dtype)" for n in self.buffers.values()]
         arguments = ", ".join([*rows, "a", "path", *vectors, *buffers])
+        matrix, vector = f"{dtype}[:, ::1]", f"{dtype}[::1]"
+        kinds = ", ".join([matrix, matrix, vector, matrix, matrix, *(vector for _ in vectors)])
         return "\n".join([
             "",
-            "@njit(cache=CACHE, **flags)",
+            f"@njit('{matrix}({kinds})', cache=CACHE, **flags)",
             f"def step(x, W, b, h, {', '.join(['U', *vectors])}):",
             "    B, H = h.shape",
             "    a, path = np.empty((1, B, 3 * H), h.dtype), np.empty((2, B, H), h.dtype)",

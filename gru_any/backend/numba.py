@@ -47,12 +47,24 @@ class Numba(NumPy):
         """As `Plain.rows`."""
         return super().rows(v).view(Rows if v.dtype.kind == "c" else Tiled)
 
-    def step(self, step: Any, x: Any, h: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """As `Plain.step`."""
-        if len(x) > FEW or x.dtype.kind == "c":
-            return super().step(step, x, h, W, b, recurrent)
+    def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+        """As `Plain.prepared`."""
+        many = super().prepared(step, W, b, recurrent)
+        if W.dtype.kind == "c":
+            return many
+        call = forward_step(step, len(recurrent) - 1, W.dtype)
         b = np.zeros(len(W), W.dtype) if b is None else b
-        return forward_step(step, len(recurrent) - 1, x.dtype)(*map(own, (x, W, b, h, *recurrent)))
+        W, b, *others = map(own, (W, b, *recurrent))
+
+        def one(x: Any, h: Any) -> Any:
+            if len(x) > FEW:
+                return many(x, h)
+            try:
+                return call(x, W, b, h, *others)
+            except TypeError:  # not of the types that it was compiled for
+                return call(own(x), W, b, own(h), *others)
+
+        return one
 
     def forward(
         self,
@@ -153,7 +165,7 @@ def forward_walk(step: Any, vectors: int, keep: bool, dtype: Any, few: bool) -> 
 def forward_step(step: Any, vectors: int, dtype: Any) -> Any:
     """A function that takes a few rows one step forward: x, W, b, h, U, ... -> h'."""
     walk = forward_walk(step, vectors, False, dtype, True)
-    return compiled(walk.source + walk.layout.single([f"c{n}" for n in range(vectors)])).step
+    return compiled(walk.source + walk.layout.single([f"c{n}" for n in range(vectors)], dtype)).step
 
 
 @lru_cache(maxsize=64)

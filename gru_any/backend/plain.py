@@ -52,11 +52,15 @@ class Plain:
             saved.reverse()
         return xp.stack(states), self._stack(saved) if keep else None
 
-    def step(self, step: Any, x: Any, h: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """One step of a stream: x (B, I), h (B, H), the weights of the input and of the state."""
-        a = self.affine(x[None, :, :], W, b)
-        path, _ = self.forward(step, a, h, recurrent, None, False, False)
-        return path[1, :, :]
+    def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+        """A function x (B, I), h (B, H) -> the next h, with these weights, for streams."""
+
+        def one(x: Any, h: Any) -> Any:
+            a = self.affine(x[None, :, :], W, b)
+            path, _ = self.forward(step, a, h, recurrent, None, False, False)
+            return path[1, :, :]
+
+        return one
 
     def backward(
         self,
