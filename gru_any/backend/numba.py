@@ -119,10 +119,11 @@ class Tiled(Rows):
 
     def __matmul__(self, M: Any) -> Any:
         """As `Rows.__matmul__`."""
-        matrix = M.matrix if isinstance(M, Packed) else M
-        if len(matrix) == 1 or matrix.shape[1] < 4 or len(self) <= FEW:
+        packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
+        few = packed is None and len(self) <= FEW
+        if few or len(matrix) == 1 or matrix.shape[1] < 4:  # left to NumPy
             return super().__matmul__(matrix)
-        packed = M if isinstance(M, Packed) else Packed(M)
+        packed = packed or Packed(matrix)
         out = np.empty((len(self), matrix.shape[1]), self.dtype)
         product(self.view(np.ndarray), packed.panels(slice(0, len(matrix)), False, 1), None, out)
         return out
