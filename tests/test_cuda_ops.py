@@ -12,6 +12,7 @@ from gru_any.backend import BackendError, select
 from gru_any.backend.cuda import products
 from gru_any.backend.cuda.fake_ops import gemm
 from gru_any.backend.cuda.ops import Ops
+from gru_any.backend.cuda.rows import Rows
 from gru_any.backend.cuda.source import Kernel
 
 
@@ -191,3 +192,10 @@ def test_nvrtc_is_there_and_names_the_line():
 def test_the_mapping_is_that_of_the_host():
     """The stand-in for cuBLAS here and the device that the host plays multiply alike."""
     assert gemm.__code__.co_varnames[:13] == products.Products.__call__.__code__.co_varnames[1:14]
+
+
+def test_sums_of_rows_by_position_as_cupy_asks():
+    rows = Rows(np.arange(6.0).reshape(2, 3), None)
+    assert rows.sum(0, None, None, False).tolist() == [3, 5, 7]
+    assert rows.T[:2].sum(1, None, None, True).tolist() == [[3], [5]]
+    assert np.sum(rows, axis=0).tolist() == [3, 5, 7]

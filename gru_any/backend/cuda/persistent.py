@@ -100,7 +100,7 @@ class _Skeleton:
             "#pragma unroll",
             f"for (int k = 0; k < H; ++k) w[k] = U[{weight}];",
             "if (here) state[j] = mine ? before[b * H + unit] : number(0);",
-            "__syncthreads();",
+            *(["__syncthreads();"] if isinstance(self.walk.stages.stages[0], Gemm) else []),
         ]
 
     def _steps(self) -> list[str]:

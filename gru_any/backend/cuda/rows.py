@@ -20,9 +20,11 @@ class Rows:
     def __matmul__(self, M: Any) -> Any:
         return self.product(self.array, M.array if isinstance(M, Rows) else M)
 
-    def sum(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
-        """As of an array; the function `sum` of the namespace calls it."""
-        return self.array.sum(axis=axis, dtype=dtype, **options)
+    def sum(
+        self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False
+    ) -> Any:
+        """As of an array; the function `sum` of the namespace calls it, CuPy's by position."""
+        return self.array.sum(axis=axis, dtype=dtype, keepdims=keepdims)
 
 
 def multiply(ops: Any, blas: Any, left: Any, right: Any) -> Any:

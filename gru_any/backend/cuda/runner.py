@@ -41,7 +41,8 @@ class CUDA(Plain):
 
     def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """As `Plain.parallel`: the first on the current stream, each other on one of its own."""
-        if self.way == "whole":  # two such kernels would wait for each other's multiprocessors
+        # two kernels of the whole device would wait for each other's multiprocessors
+        if self.way == "whole" or len(calls) == 1:
             return super().parallel(calls)
         start, ends = self.ops.event(), []
         results = [calls[0]()]
