@@ -57,6 +57,8 @@ def text(arguments: list[str]) -> Recipe:
 def music(arguments: list[str]) -> Recipe:
     s = importlib.import_module("train_music")
     args = s.parse(arguments)
+    if args.by_frames:
+        sys.exit("--by-frames has no counterpart here: leave it out")
     parts = s.synthetic() if args.synthetic else s.read(args.data)
     made = s.recipe(args, parts["train"])
     updates = sum(1 for batch in made["batches"](0) for _ in cut(batch, args.tbptt))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 
 import gru_any
 from gru_any import GRU, AdamW, Chain, Dropout, Linear, init
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"padding: {waste([len(p) - 1 for p in train], groups):.1%} of the training frames")
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
     settings |= {"noise": args.noise, "shift": args.shift, "moved": args.moved}
-    settings |= {"warm_up": args.warm_up}
+    settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames}
     history = fit(
         **made,
         epochs=args.epochs,
@@ -204,7 +205,7 @@ def recipe(args: argparse.Namespace, train: Pieces) -> dict[str, Any]:
     updates = sum(len(list(cut(b, args.tbptt))) for b in batches(train, args, 0))
     return {
         "model": model,
-        "loss": nats,
+        "loss": by_frames(args.batch * args.tbptt[0]) if args.by_frames else nats,
         "batches": lambda epoch: batches(train, args, epoch),
         "optimiser": AdamW(model.params, lr=args.rate, weight_decay=args.decay),
         "tbptt": args.tbptt,
@@ -239,6 +240,20 @@ def nats(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
     return value * KEYS, dy * KEYS
 
 
+def by_frames(full: int) -> Any:
+    """The same, with a gradient in proportion to the frames, 1 at so many.
+
+    Where one piece of a group is longer than the others, it would have many updates for itself.
+    """
+
+    def loss(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
+        value, dy = nats(y, target, mask)
+        xp = array_namespace(dy)
+        return value, dy * (xp.sum(xp.astype(mask, dy.dtype)) / full)
+
+    return loss
+
+
 def score(model: Chain, pieces: Pieces) -> float:
     """Nats per frame over whole pieces."""
     groups = buckets([len(p) - 1 for p in pieces], 32)
@@ -269,6 +284,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rate", type=float, default=4e-3, help="highest learning rate of AdamW")
     add("--warm-up", type=int, default=50, help="steps up to that rate")
     add("--decay", type=float, default=0.01, help="weight decay of AdamW")
+    add("--by-frames", action="store_true", help="an update counts as much as it has frames")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--average", type=float, help="decay of a running average of the weights")
     add("--seed", type=int, default=0, help="of weights, order and dropout")

@@ -177,3 +177,16 @@ def test_moved_pieces():
         shifts.add(by)
     assert shifts == {-1, 0, 1, 2, 3}
     assert all(train_music.moved(piece, rng, 5, 0.0) is piece for _ in range(50))
+
+
+def test_gradients_by_frames():
+    """The sum over a group's pieces is the gradient of the mean over its frames."""
+    import train_music
+
+    rng = np.random.default_rng(0)
+    y, target = rng.standard_normal((12, 3, 88)), rng.integers(0, 2, (12, 3, 88)) * 1.0
+    mask = np.arange(12)[:, None] < np.array([12, 5, 2])
+    loss = train_music.by_frames(3 * 4)
+    parts = [loss(y[t : t + 4], target[t : t + 4], mask[t : t + 4])[1] for t in (0, 4, 8)]
+    expected = train_music.nats(y, target, mask)[1] * mask.sum() / 12
+    np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-12)
