@@ -101,6 +101,29 @@ def test_truncated_and_foreign_files(tmp_path, file, load):
         load(tmp_path / "none" / file)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*WRITTEN, "torch.pt"])
+def test_changed_bytes_are_refused_in_words_or_do_no_harm(tmp_path, name):
+    library, file, settings = WRITTEN.get(name, (torch, "torch.pt", {}))
+    if library is keras:
+        require("h5py")
+    if name == "torch.pt":
+        require("torch")
+    whole, rng = (DATA / file).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 6)):
+            span = len(content) if rng.random() < 0.5 else min(400, len(content))
+            content[rng.integers(span)] = rng.integers(256)
+        (tmp_path / file).write_bytes(content)
+        try:
+            library.load(tmp_path / file, **settings)
+        except (ValueError, KeyError, TypeError):
+            refused += 1
+    assert refused > 20
+
+
 # promises ----------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def read_npz(path: Any) -> dict[str, np.ndarray]:
         than it has.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
             entries = archive.infolist()
             refuse_bomb(path, entries)
             return dict(_members(archive, entries))
@@ -94,7 +95,7 @@ def read_npy(file: IO[bytes], name: str, size: int, whole: bool = False) -> np.n
         version = form.read_magic(file)
         readers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
         shape, fortran, dtype = readers[version](file)
-    except (ValueError, KeyError) as e:
+    except (ValueError, KeyError, SyntaxError, TokenError, RecursionError) as e:
         raise ValueError(f"{name} is damaged or no array: {e}") from e
     if dtype.hasobject:
         raise ValueError(f"{name} holds pickled objects, which could run code, and is not read")

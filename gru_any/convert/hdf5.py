@@ -33,7 +33,7 @@ def read_hdf5(content: bytes, name: Any) -> dict[str, np.ndarray]:
                 raise ValueError(f"it promises {total} bytes and has {len(content)}")
             for path, dataset in found:
                 arrays[path] = dataset[()]
-    except (OSError, RuntimeError, KeyError, ValueError) as e:
+    except (OSError, RuntimeError, LookupError, ArithmeticError, TypeError, ValueError) as e:
         raise ValueError(f"{name} is damaged or no HDF5 file of weights: {e}") from e
     return arrays
 

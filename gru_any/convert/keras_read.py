@@ -1,5 +1,6 @@
 """Reading files of Keras 3: `.weights.h5`, and `.keras`, a zip file of it and of config.json."""
 
+import io
 import json
 import re
 import zipfile
@@ -78,7 +79,7 @@ def _model(description: Any, arrays: Any, names: list[str] | None) -> Iterator[A
 def _open_archive(path: Any) -> tuple[Any, bytes]:
     """The description and the HDF5 file."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
             refuse_bomb(path, archive.infolist())
             description = json.loads(archive.read("config.json"))
             return description, archive.read("model.weights.h5")

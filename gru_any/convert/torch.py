@@ -4,6 +4,7 @@ Files are safetensors, or what `torch.save` writes, read with `weights_only` (th
 PyTorch). `as_module` puts a GRU of ours into a PyTorch model.
 """
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,12 +146,11 @@ def _state_dict(layer: Any) -> dict[str, np.ndarray]:
 
 def _read_pt(path: Any) -> dict[str, Any]:
     """The tensors of a file of torch.save, nothing else; no code in it is run."""
-    import pickle
-
     torch = _import(path)
+    content = io.BytesIO(Path(path).read_bytes())
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
+        found = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever PyTorch's reader stumbles over
         raise ValueError(f"{path} is damaged, or holds more than tensors: {e}") from e
     if not isinstance(found, Mapping) or not all(torch.is_tensor(t) for t in found.values()):
         raise ValueError(
