@@ -5,7 +5,6 @@ from __future__ import annotations  # numpy.random is loaded on first need
 import math
 from collections.abc import Iterator
 from functools import partial
-from functools import partial
 from typing import Any
 
 import numpy as np

@@ -134,12 +134,12 @@ class Sweep(NamedTuple):
 
         taps: a dict that is given dL/dh' (K, B, H) of each block under its first step.
         """
-        dx, ready = self.run.output(x.shape, x.dtype), self._laid_out(x)
+        dx, way = self.run.output(x.shape, x.dtype), self._laid_out(x)
         total: list[Any] = []
         for segment in reversed(tape):
             kept = self._recompute(x, segment) if segment.kept is None else segment.kept
             for block, of_block in zip(reversed(segment.blocks), reversed(kept), strict=True):
-                piece, dh, g, grads = ready._block_back(x, block, of_block, dy, dh, taps is not None)
+                piece, dh, g, grads = way._block_back(x, block, of_block, dy, dh, taps is not None)
                 total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
                 dx.put(block, self._stored(piece, x))
                 if taps is not None:

@@ -267,12 +267,17 @@ def test_the_bars(monkeypatch, capsys):
     """Two cells made up: what is held, what is not, and what reset before costs."""
     monkeypatch.syspath_prepend(SCRIPTS)
     bars = importlib.import_module("bars")
-    times = {"numba": [1.0, 1.0, 9.0], "numpy": [2.1, 2.0, 2.0], "torch": [1.3, 2.0, 2.0],
-             "onnxruntime": [1.5, 1.0, 1.0], "jax": [1.2, 0.98, 9.0], "floor": [0.5, 0.5, 0.5]}  # fmt: skip
+    times = {
+        "numba": [1.0, 1.0, 9.0], "numpy": [2.1, 2.0, 2.0], "torch": [1.3, 2.0, 2.0],
+        "onnxruntime": [1.5, 1.0, 1.0], "jax": [1.2, 0.98, 9.0], "floor": [0.5, 0.5, 0.5],
+    }  # fmt: skip
     before = {**times, "numba": [2.0, 2.0, 2.0]}
     cells = [(True, times), (False, before)]
-    results = {str(after): {"cell": ((100, 32, 64, 128), "forward", after), "threads": 2, "times": t}
-               for after, t in cells}  # fmt: skip
+    size = (100, 32, 64, 128)
+    results = {
+        str(after): {"cell": (size, "forward", after), "threads": 2, "times": t}
+        for after, t in cells
+    }
     bars.report(results)
     first, second, total = capsys.readouterr().out.splitlines()
     assert "held numba 1.30 of torch (bar 1.20)" in first

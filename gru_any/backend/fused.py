@@ -59,8 +59,8 @@ def sums(x, U, y, left, right):
 
 
 '''
-# float32: tanh(x) from a rational function p / q = tanh(x / 2), which damps its errors: within 1.8e-7
-# and 1 where it should be; it vectorises; NaN stays NaN
+# float32: from a rational function p / q = tanh(x / 2), whose errors that damps: within 1.8e-7, and
+# 1 where it should be; it vectorises; NaN stays NaN
 TANH = {
     "float32": """
 @njit(nogil=True, error_model="numpy", fastmath={"contract"})

@@ -66,7 +66,7 @@ def _panels(M: Any, gates: int) -> Any:
 
     M = M.view(np.ndarray)
     M = M if M.flags.writeable and M.flags.forc else M.copy()
-    P = panels(*M.shape, gates, M.dtype)
+    P = panels(M.shape[0], M.shape[1], gates, M.dtype)
     _compiled(M.dtype).pack(M, P, gates)
     return P
 

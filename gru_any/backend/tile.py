@@ -84,12 +84,12 @@ class Emit:
 
 
 @intrinsic
-def tile(typing, bits, rows, panels, gates, x, xr, xc, P, K, old, stride, y, H, r, p, n, start, stop):  # type: ignore[no-untyped-def]
+def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: ignore[no-untyped-def]
     """Fill y = old + x[:, start : stop] @ M[start : stop], some rows from r, panels of M from p.
 
-    bits (of a number), rows, panels and gates are literal. x, P, old and y are addresses; the
-    entries of x are xr and xc apart, the rows of old stride, those of y gates H. n is how many
-    units are left from panel p on, None if enough.
+    bits (of a number), rows, panels and gates are literal. of: x, xr, xc, P, K, old, stride, y, H;
+    x, P, old and y are addresses; the entries of x are xr and xc apart, the rows of old stride,
+    those of y gates H. n is how many units are left from panel p on, None if enough.
     """
     literal = (bits, rows, panels, gates)
     if not all(isinstance(v, types.IntegerLiteral) for v in literal):
@@ -97,10 +97,11 @@ def tile(typing, bits, rows, panels, gates, x, xr, xc, P, K, old, stride, y, H, 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit, G = Emit(context, builder, bits.literal_value), gates.literal_value
-        x, xr, xc, P, K, old, stride, y, H, r, p, n, start, stop = args[4:]
+        x, xr, xc, P, K, old, stride, y, H = cgutils.unpack_tuple(builder, args[4])
+        r, p, n, start, stop = args[5:]
         index, V = ir.IntType(64), VECTORS[G]
         add, mul, width = builder.add, builder.mul, V * emit.lanes
-        whole = isinstance(signature.args[15], types.NoneType)
+        whole = isinstance(signature.args[7], types.NoneType)
         lines = [add(r, index(i)) for i in range(rows.literal_value)]
         columns, factors = [], []
         for q in range(panels.literal_value):
@@ -135,27 +136,23 @@ def tile(typing, bits, rows, panels, gates, x, xr, xc, P, K, old, stride, y, H, 
                 emit.store(builder.load(total), y, add(line, c), mask)
         return context.get_dummy_value()
 
-    of = (bits, rows, panels, gates, x, xr, xc, P, K, old, stride, y, H, r, p, n, start, stop)
-    return types.void(*of), generate
+    return types.void(*literal, of, r, p, n, start, stop), generate
 
 
 def strips(rows: int, panels: int, gates: int, bits: int) -> Any:
     """A function that fills rows of y in tiles of one shape, and gives the first row left."""
     units = VECTORS[gates] * BYTES * 8 // bits  # of a panel
 
-    def fill(x, xr, xc, P, K, old, stride, y, H, first, last, low, high, start, stop):  # type: ignore[no-untyped-def]
-        end = last - (last - first) % rows
-        wide = low
+    def fill(of, first, last, low, high, start, stop):  # type: ignore[no-untyped-def]
+        end, wide = last - (last - first) % rows, low
         if end > first:
-            wide += max(0, min(high, H // units) - low) // panels * panels
+            wide += max(0, min(high, of[-1] // units) - low) // panels * panels
         for p in range(low, wide, panels):
             for r in range(first, end, rows):
-                tile(bits, rows, panels, gates,
-                     x, xr, xc, P, K, old, stride, y, H, r, p, None, start, stop)  # fmt: skip
+                tile(bits, rows, panels, gates, of, r, p, None, start, stop)
         for p in range(wide, high):
             for r in range(first, end, rows):
-                tile(bits, rows, 1, gates,
-                     x, xr, xc, P, K, old, stride, y, H, r, p, H - p * units, start, stop)  # fmt: skip
+                tile(bits, rows, 1, gates, of, r, p, of[-1] - p * units, start, stop)
         return end
 
     # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
@@ -177,10 +174,10 @@ def products(gates: int, bits: int) -> Any:
         old, stride = base, 0
         for start in range(0, K, DEEP):
             stop = min(start + DEEP, K)
-            of, to = (x, xr, xc, P, K, old, stride, y, H), (low, high, start, stop)
-            r = many(*of, first, last, *to)
-            r = some(*of, r, last, *to)
-            one(*of, r, last, *to)
+            of = (x, xr, xc, P, K, old, stride, y, H)
+            r = many(of, first, last, low, high, start, stop)
+            r = some(of, r, last, low, high, start, stop)
+            one(of, r, last, low, high, start, stop)
             old, stride = y, gates * H
 
     product.__qualname__ = f"product_{gates}x{bits}"
@@ -202,7 +199,7 @@ def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right
 
 @njit(nogil=True, error_model="numpy")
 def multiply(function, gates, x, column, P, zeros, y, first, last, left, right):  # type: ignore[no-untyped-def]
-    """y = x[:, column : column + K] M in some rows and units; P: the panels of M (K, .)."""
+    """Y = x[:, column : column + K] M in some rows and units; P: the panels of M (K, .)."""
     start = np.intp(x.ctypes.data) + column * y.itemsize
     matrix, base, out = P.ctypes.data, zeros.ctypes.data, y.ctypes.data
     call(function, start, x.shape[1], 1, matrix, P.shape[1], base, out, y.shape[1] // gates,
