@@ -50,7 +50,8 @@ class Optimizer:
         """Change the parameters by their gradients, in place where the library can.
 
         finite : array of bool without axes, or None
-            Where it is False, neither parameters nor state change; it stays on the device.
+            Where it is False, neither parameters nor state change; it stays on the device. The
+            entries of params are replaced then.
 
         Raises
         ------
@@ -329,11 +330,15 @@ def clip_by_global_norm(grads: MutableMapping[str, Any], max_norm: float) -> Any
 
 
 def clip_by_value(grads: MutableMapping[str, Any], limit: float) -> None:
-    """Cut every number of the gradients to -limit..limit, by replacing the entries of the dict."""
+    """Cut every number of the gradients to -limit..limit, in place where the library can."""
     if not limit > 0:
         raise ValueError(f"limit is {limit!r}, expected a number above 0")
     for name, g in grads.items():
-        grads[name] = of(g).xp.clip(g, -limit, limit)
+        cut = of(g).xp.clip(g, -limit, limit)
+        try:
+            g[...] = cut
+        except TypeError:  # an array that cannot be written to
+            grads[name] = cut
 
 
 def _wide(xp: Any, g: Any) -> Any:
