@@ -1,8 +1,10 @@
 """Files of weights: those written once by other libraries, and those that nobody should trust."""
 
+import errno
 import importlib
 import io
 import json
+import os
 import pickle
 import shutil
 import tracemalloc
@@ -338,4 +340,22 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="has no home in PyTorch"):
         torch.save(tmp_path / "m.safetensors", GRU(3, 4))
     assert (tmp_path / "m.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "torch.pt"])
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, name):
+    library, file, _ = WRITTEN.get(name, (torch, "torch.pt", {}))
+    if library is keras or name == "torch.pt":
+        require("h5py" if library is keras else "torch")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / file
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="was not written"):
+        library.save(path, GRU(3, 4, reset_after=True))
+    assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1

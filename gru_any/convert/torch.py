@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..chain import Chain
+from ..checkpoint import write_atomically
 from ..gru import GRU
 from ..layers import Embedding, Linear
 from .cells import assemble, check_gru, shown, under
@@ -87,7 +88,9 @@ def save(path: Any, model: Any) -> None:
         write_safetensors(path, arrays, {"format": "pt"})
         return
     torch = _import(path)
-    torch.save({name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, path)
+    content = io.BytesIO()
+    torch.save({name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, content)
+    write_atomically(path, content.getvalue())
 
 
 def as_module(gru: GRU) -> Any:
