@@ -27,10 +27,8 @@ def walks(after, number="float32", name=""):
 
 
 @pytest.mark.parametrize("after", EVERY, ids=["before", "after"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES if THOROUGH else (80, 120))
 def test_nvrtc_compiles_them(after, architecture, record_property):
-    if not THOROUGH and architecture not in (80, 120):
-        return
     sizes = {"float32": (33, 64, 128), "float64": (64,)} if THOROUGH else {"float32": (128,)}
     for number, of_number in sizes.items():
         for H in of_number:
@@ -103,10 +101,8 @@ def test_a_missing_barrier_is_found(barrier, tmp_path):
 
 
 @pytest.mark.parametrize("after", EVERY, ids=["before", "after"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES if THOROUGH else (80, 120))
 def test_nvrtc_compiles_those_of_the_whole_device(after, architecture, record_property):
-    if not THOROUGH and architecture not in (80, 120):
-        return
     for B, H in ((32, 1024), (1, 777)) if THOROUGH else ((32, 1024),):
         for walk in walks(after):
             kernel = whole.whole_kernel(walk, B, H, whole.units(H, 132))
