@@ -119,7 +119,7 @@ class Tiled(Rows):
         """As `Rows.__matmul__`."""
         packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
         few = packed is None and len(self) <= FEW
-        if few or len(matrix) == 1 or matrix.shape[1] < 4:  # left to NumPy
+        if few or len(matrix) < 2 or matrix.shape[1] < 4:  # left to NumPy
             return super().__matmul__(matrix)
         packed = packed or Packed(matrix)
         out = np.empty((len(self), matrix.shape[1]), self.dtype)
