@@ -80,6 +80,7 @@ def prepare(name: str, case: list[int], mode: str, reset_after: bool) -> Any:
     if call is not None:
         call()
         call()
+        call = MAKERS[name](x, dy, gru, mode)  # a stream begins anew
     return call
 
 
