@@ -121,16 +121,18 @@ class GRUCell(Layer):
         return self.backend.xp.expand_dims(v, axis=0) if v.ndim == 1 else v
 
     def _sweep(self) -> Sweep:
+        run, dtype = runner(self.backend), self.backend.dtype(self.arithmetic)
+
         def get(name: str) -> Any:
-            return self._compute(self.params[name])
+            return run.wide(self.params[name], dtype)
 
         return Sweep(
-            runner(self.backend),
+            run,
             equations.variant(self.reset_after),
             weights(self.backend.xp, get, self.bias, self.reset_after),
             None,
             False,
-            self.backend.dtype(self.arithmetic),
+            dtype,
         )
 
 

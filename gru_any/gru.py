@@ -240,7 +240,7 @@ class GRU(Layer):
             h = state[layer, ...]
             if not rows:
                 x, h = x[None, :], h[None, :]
-            h = step(self._compute(x), self._compute(h))
+            h = step(self._wide(x), self._compute(h))
             x = self._stored(h if rows else h[0, :])
             states.append(x)
         if len(states) > 1:
@@ -312,11 +312,16 @@ class GRU(Layer):
     def _run(self) -> Any:
         return runner(self.backend, self.precision)
 
+    def _wide(self, v: Any) -> Any:
+        if self.arithmetic == self.dtype:
+            return v
+        return self._run.wide(v, self.backend.dtype(self.arithmetic))
+
     # the stack of layers -------------------------------------------------------------------------
 
     def _weights(self, layer: int, suffix: str) -> Weights:
         def get(name: str) -> Any:
-            return self._compute(self.params[f"{name}_l{layer}{suffix}"])
+            return self._wide(self.params[f"{name}_l{layer}{suffix}"])
 
         return weights(self.backend.xp, get, self.bias, self.reset_after)
 

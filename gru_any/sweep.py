@@ -215,8 +215,7 @@ class Sweep(NamedTuple):
         return self._clean(self._wide(x[block, :, :]), block)
 
     def _wide(self, v: Any) -> Any:
-        """For the arithmetic, which is float32 for half precision."""
-        return v if v.dtype == self.dtype else self.run.xp.astype(v, self.dtype)
+        return self.run.wide(v, self.dtype)
 
     def _stored(self, v: Any, x: Any) -> Any:
         return v if v.dtype == x.dtype else self.run.xp.astype(v, x.dtype)

@@ -15,6 +15,10 @@ from gru_any.backend.cuda.ops import Ops
 from gru_any.backend.cuda.rows import Rows
 from gru_any.backend.cuda.source import Kernel
 
+# types of factors and result, and of the computation, that cublasGemmEx knows
+TAKEN = [(0, 0, products.FULL), (0, 0, products.TF32), (1, 1, products.DOUBLE),
+         (2, 0, products.FULL), (14, 0, products.FULL)]  # fmt: skip
+
 
 class Library:
     """As cuBLAS, column by column in the host's memory."""
@@ -36,11 +40,12 @@ class Library:
         number = ctypes.c_double if compute == products.DOUBLE else ctypes.c_float
         one, old = (ctypes.cast(v, ctypes.POINTER(number))[0] for v in (alpha, beta))
         assert one == 1
-        assert at == bt == ct
-        dtype = {0: "f4", 1: "f8"}[ct]
-        A, B, C = (matrix(*v, dtype) for v in ((a, lda, m if not ta else k, k if not ta else m),
-                                               (b, ldb, k if not tb else n, n if not tb else k),
-                                               (c, ldc, m, n)))  # fmt: skip
+        assert at == bt
+        assert (at, ct, compute) in TAKEN
+        kinds = {0: "f4", 1: "f8", 2: "f2"}
+        A = matrix(a, lda, *((k, m) if ta else (m, k)), kinds[at]).astype(kinds[ct])
+        B = matrix(b, ldb, *((n, k) if tb else (k, n)), kinds[bt]).astype(kinds[ct])
+        C = matrix(c, ldc, m, n, kinds[ct])
         C[...] = (A.T if ta else A) @ (B.T if tb else B) + old * C
 
 
@@ -87,16 +92,18 @@ def cupy(stream):
     return SimpleNamespace(cuda=cuda, empty=empty, calls=calls)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_a_product_is_what_it_should_be(cupy, monkeypatch, dtype, beta):
-    """h U^T into a window of a wider matrix: row by row, C^T = U h^T."""
+@pytest.mark.parametrize("precision", ["full", "tf32"])
+def test_a_product_is_what_it_should_be(cupy, monkeypatch, dtype, beta, precision):
+    """h U^T into a window of a wider matrix: row by row, C^T = U h^T; of halves into float32."""
     lib = Library()
     monkeypatch.setattr(products, "library", lambda: lib)
-    blas, rng = products.Products(cupy, "full"), np.random.default_rng(0)
+    blas, rng = products.Products(cupy, precision), np.random.default_rng(0)
     h, U, C = (rng.standard_normal(s).astype(dtype) for s in ((4, 5), (15, 5), (4, 20)))
+    C = C.astype(np.result_type(dtype, "f4"))
     expected = C.copy()
-    expected[:, 2:17] = h @ U.T + beta * C[:, 2:17]
+    expected[:, 2:17] = h.astype(C.dtype) @ U.astype(C.dtype).T + beta * C[:, 2:17]
     arguments = (True, False, 15, 4, 5, U.ctypes.data, 5, h.ctypes.data, 5, beta,
                  C.ctypes.data + 2 * C.itemsize, 20, dtype)  # fmt: skip
     blas(*arguments)
@@ -199,3 +206,6 @@ def test_sums_of_rows_by_position_as_cupy_asks():
     assert rows.sum(0, None, None, False).tolist() == [3, 5, 7]
     assert rows.T[:2].sum(1, None, None, True).tolist() == [[3], [5]]
     assert np.sum(rows, axis=0).tolist() == [3, 5, 7]
+    halves = Rows(np.full((5000, 1), 1, "f2"), None)  # float16 cannot count so far
+    assert np.sum(halves, axis=0).tolist() == [5000]
+    assert np.sum(halves, axis=0).dtype == np.float32

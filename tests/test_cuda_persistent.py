@@ -10,7 +10,7 @@ from gru_any import equations
 from gru_any.backend.cuda import whole
 from gru_any.backend.cuda.persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from gru_any.backend.cuda.source import prelude
-from gru_any.backend.cuda.walk import backward_walk, forward_walk
+from gru_any.backend.cuda.walk import backward_walk, forward_walk, typed
 
 pytestmark = pytest.mark.usefixtures("compiler")
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
@@ -38,6 +38,20 @@ def test_nvrtc_compiles_them(after, architecture, record_property):
                 [(registers, spilled)] = usage.values()
                 record_property(f"{walk.name} H={H} {number} sm_{architecture}", str(usage))
                 assert registers * 3 * H <= 65536
+                assert spilled <= SPILLED
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"] if THOROUGH else ["float16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES if THOROUGH else (80,))
+def test_nvrtc_compiles_those_over_halves(architecture, half):
+    for after in EVERY if THOROUGH else [True]:
+        for walk in walks(after):
+            names = ("U", "dy", *(f"s{n}" for n in range(4)), "p0", "p1")
+            walk = typed(walk, tuple((name, half) for name in names))
+            kernels = persistent_kernel(walk, 128, ROWS), whole.whole_kernel(walk, 32, 1024, 8)
+            for kernel in kernels:
+                [(registers, spilled)] = compiled(kernel.source, architecture)[1].values()
+                assert registers <= 168
                 assert spilled <= SPILLED
 
 

@@ -10,9 +10,10 @@ import pytest
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
 from gru_any.backend import NUMPY, run, runner, select
-from gru_any.backend.cuda import fake, plan
+from gru_any.backend.cuda import fake, plan, walk
 from gru_any.backend.cuda.fake_ops import Ops, _do, gemm
 from gru_any.backend.cuda.memory import StreamError, count
+from gru_any.backend.cuda.stages import Gemm
 from gru_any.backend.plain import Plain
 from gru_any.optim import clip_by_global_norm
 
@@ -92,6 +93,77 @@ def test_a_whole_gru(take, way, after, dtype, B, lengths):
     assert (count["replays"] > before) == (way == "graph")
 
 
+def gap_of_halves(after, T, lengths=None):
+    """The largest difference from float64 on the same rounded numbers, in eps of float16."""
+    rounded, device = pair(input_size=3, hidden_size=5, num_layers=2, bidirectional=True,
+                           reset_after=after, dtype="float16")  # fmt: skip
+    host, worst = rounded.to(dtype="float64"), 0.0
+    for seed in range(3):
+        arrays = batch(rounded, T, 5, seed)
+        found = everything(device, *arrays, lengths=lengths)
+        expected = everything(host, *(v.astype("f8") for v in arrays), lengths=lengths)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == np.float16
+            gap = np.abs(ours - theirs).max() / np.abs(theirs).max()
+            worst = max(worst, gap / np.finfo("f2").eps)
+    return worst
+
+
+@pytest.mark.parametrize("way", ["graph", "persistent", "whole"])
+@VARIANTS
+def test_a_whole_gru_in_half_precision(take, way, after):
+    take(way)
+    T = 6 if way == "whole" else 20
+    assert gap_of_halves(after, T) <= 8
+    assert gap_of_halves(after, T, [T, 0, 4, T - 1, 1]) <= 8
+
+
+def test_a_state_that_products_do_not_see_is_noticed(monkeypatch):
+    """The copy of the state in half precision that stays as it was before the block."""
+    right = walk.narrowed
+
+    def wrong(stages):
+        return right(stages)._replace(stages=[
+            part if isinstance(part, Gemm) else group
+            for part, group in zip(right(stages).stages, stages.stages, strict=True)
+        ])  # fmt: skip
+
+    assert gap_of_halves(False, 3) <= 8
+    monkeypatch.setattr(walk, "narrowed", wrong)
+    walk.typed.cache_clear()
+    run._runner.cache_clear()
+    assert gap_of_halves(False, 3) > 8
+    walk.typed.cache_clear()
+
+
+@VARIANTS
+@pytest.mark.parametrize("precision", ["full", "tf32"])
+def test_halves_stay_halves_and_sums_are_float32(after, precision, monkeypatch):
+    """Every product reads halves; saved arrays are halves, states are not."""
+    asked = []
+
+    def products(self, precision):
+        def call(*arguments):
+            asked.append(arguments[-1])
+            _do(partial(gemm, *arguments))
+
+        return call
+
+    monkeypatch.setattr(Ops, "blas", products)
+    monkeypatch.setattr(fake.Array, "__matmul__", None)
+    gru = GRU(3, 5, reset_after=after, seed=0, dtype="float16", backend=HOST, precision=precision)
+    x, h0, dy, dh = batch(gru, 9, 4, 0)
+    everything(gru, x, h0, dy, dh, lengths=[9, 2, 0, 5])
+    assert set(asked) == {"float16"}
+    sweep = gru._sweep(0, "", None)
+    h = fake.asarray(h0[0].astype("f4"))
+    y, last, [segment] = sweep.forward(fake.asarray(x), h, keep=True)
+    assert (y.dtype, last.dtype, segment.kept[0].path.dtype) == ("float16", "float32", "float32")
+    assert {str(v.dtype) for v in segment.kept[0].saved} == {"float16"}
+    _, dh, grads = sweep.backward(fake.asarray(x), [segment], fake.asarray(dy), h)
+    assert {str(v.dtype) for v in (dh, *grads)} == {"float32"}
+
+
 @VARIANTS
 def test_several_blocks_and_recomputing(after):
     """The gradients are the same bits whether states are kept or computed again."""
@@ -104,15 +176,18 @@ def test_several_blocks_and_recomputing(after):
     assert_same(found, everything(host, *arrays), 4e-6)
 
 
-def test_no_steps_no_rows_and_no_batch():
-    _, device = pair(input_size=3, hidden_size=4)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_no_steps_no_rows_and_no_batch(dtype):
+    _, device = pair(input_size=3, hidden_size=4, dtype=dtype)
     for T, B in ((0, 2), (3, 0), (0, 0)):
-        x = asarray(np.zeros((T, B, 3), "f4"), like=device)
+        x = asarray(np.zeros((T, B, 3), dtype), like=device)
         (y, h_n), pullback = device.vjp(x)
         grads, dx, _ = pullback(y)
         assert (y.shape, h_n.shape, dx.shape) == ((T, B, 4), (1, B, 4), (T, B, 3))
         assert all(np.all(to_numpy(g) == 0) for g in grads.values())
-    assert device(asarray(np.zeros((5, 3), "f4"), like=device))[0].shape == (5, 4)
+    x = asarray(np.zeros((5, 3), dtype), like=device)
+    assert device(x)[0].shape == (5, 4)
+    assert np.allclose(to_numpy(device.step(x)[0]), 0, atol=0.5)
 
 
 @VARIANTS
@@ -174,7 +249,7 @@ def test_replace_an_equation_and_the_kernels_follow(monkeypatch):
 
 
 def test_shapes_of_steps_that_ours_do_not_have():
-    """A result that is a product; a product that two use; a state that goes on as it is."""
+    """A result that is a product, or a sum with one; one that two use; a state that goes on."""
 
     def product(xp, a, h, U):
         return h @ U[: h.shape[1], :].T, (h,)
@@ -184,9 +259,13 @@ def test_shapes_of_steps_that_ours_do_not_have():
         q = h @ U[:H, :].T
         return a[:, :H] + q, (q * 2.0,)
 
+    def added(xp, a, h, U):
+        H = h.shape[1]
+        return 0.5 * a[:, :H] + h @ U[:H, :].T, (h,)
+
     gru, rng = GRU(3, 4, backend=HOST), np.random.default_rng(0)
     a, h, U = (rng.standard_normal(s).astype("f4") for s in ((3, 2, 12), (2, 4), (12, 4)))
-    for step in (product, twice):
+    for step in (product, twice, added):
         plain = Plain(NUMPY.xp, "cpu")
         expected, extra = plain.forward(step, a, h, (U,), None, False, True)
         arrays = (fake.asarray(v) for v in (a, h))

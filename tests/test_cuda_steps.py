@@ -25,7 +25,7 @@ HALVES = ("a", "path", "dy", "previous", *(f"s{n}" for n in range(4)), "p0", "p1
 STORAGE = {
     "float32": (),
     "float64": (),
-    "float16": tuple((name, "float16") for name in HALVES),
+    "float16": tuple((name, "float16") for name in (*HALVES, "U")),  # and so are products
     "bfloat16": tuple((name, "bfloat16") for name in HALVES),
 }
 
@@ -34,12 +34,13 @@ def walks(after, dtype, name=""):
     """Forward, forward without keeping, back; with every input and output there is."""
     variant, types = equations.variant(after), STORAGE[dtype]
     number = "float64" if dtype == "float64" else "float32"
-    return [
+    found = [
         forward_walk(variant.step, int(after), True, number, types, f"{name}forward"),
         forward_walk(variant.step, int(after), False, number, types, f"{name}short"),
         backward_walk(variant.backward, 4, True, True, number, types, f"{name}backward"),
         backward_walk(variant.backward, 4, False, False, number, types, f"{name}last"),
     ]
+    return [walk.narrow for walk in found]
 
 
 def source(walk):
@@ -156,6 +157,7 @@ def test_half_storage(after, dtype, K, limit):
     a, h, (U, *c), dy, dh = problem(after, B, H, np.float32, K)
     (a, a_bits), (dy, dy_bits), (h, _) = (rounded(v, dtype) for v in (a, dy, h))
     run, variant = Plain(NUMPY.xp, "cpu"), equations.variant(after)
+    U = rounded(U, dtype)[0].astype(np.float32)
     wide = [v.astype(np.float64) for v in (U, *c)]
     path, saved = run.forward(variant.step, a, h, wide, None, False, True)
     forward, _, backward, _ = walks(after, dtype)
@@ -186,6 +188,7 @@ def test_half_storage(after, dtype, K, limit):
     theirs |= {n: bits(K, B, w) for n, w in zip(names, widths, strict=True)}
     types = {**backward.types, names[-1]: dtype}
     backward = backward_walk(variant.backward, 4, True, True, "float32", tuple(types.items()))
+    backward = backward.narrow
     pairs.append((plan(backward, range(K - 1, -1, -1), 0, theirs, dh), first))
     found = [widened(theirs[n].get(), dtype) for n in names]
     pairs += zip(found, (*parts, g), strict=True)
@@ -237,13 +240,13 @@ def test_sanitizers(flags, tmp_path):
     text = head + "\n".join(body for walk in found for body in bodies(walk))
     launches = []
     for walk in found:
-        size = {name: dict(walk.types).get(name, "float32") for name in walk.arrays}
         width = {"a": 3, **{f"p{n}": w for n, w in enumerate(walk.widths)}}
+        shapes = {name: (2, B, width.get(name, 1) * H) for name in walk.arrays}
+        shapes |= {n: (B, k * H) for n, k in walk.stages.buffers.items()}
         arrays = {
-            name: np.zeros((2, B, width.get(name, 1) * H), "u2" if "16" in kind else "f4")
-            for name, kind in size.items()
+            name: np.zeros(shape, "u2" if "16" in walk.dtype(name) else "f4")
+            for name, shape in shapes.items()
         }
-        arrays |= {n: np.zeros((B, k * H), "f4") for n, k in walk.stages.buffers.items()}
         arrays["state"], alive = np.zeros((B, H), "f4"), np.ones((2, B), bool)
         table = [x for n in walk.arrays for x in place(arrays[n])] + place(alive)
         for kernel in walk.kernels.values():

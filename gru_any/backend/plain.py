@@ -19,6 +19,10 @@ class Plain:
         """The weights W as a sweep that multiplies so many rows so many times likes them."""
         return W
 
+    def wide(self, v: Any, dtype: Any) -> Any:
+        """V as a sweep takes it: in the dtype of the arithmetic, which is float32 for halves."""
+        return v if v.dtype == dtype else self.xp.astype(v, dtype)
+
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """X (K, B, I), W (N, I), b (N,) or None -> x W^T + b (K, B, N)."""
         a = self.rows(x) @ W.T

@@ -178,17 +178,22 @@ def gemm(
     ldc: int,
     dtype: str,
 ) -> None:
-    """C (m, n) = A B + beta C, column by column as in cuBLAS; A and B transposed if said so."""
+    """C (m, n) = A B + beta C, column by column as in cuBLAS; A and B transposed if said so.
+
+    dtype: of A and B; C is float32 where they are halves.
+    """
     count["products"] += 1
     use([_at(a), _at(b)], [_at(c)])
     A = _matrix(a, *((k, m) if transa else (m, k)), lda, dtype)
     B = _matrix(b, *((n, k) if transb else (k, n)), ldb, dtype)
-    C = _matrix(c, m, n, ldc, dtype)
+    number = np.result_type(dtype, np.float32)
+    C = _matrix(c, m, n, ldc, number)
+    A, B = A.astype(number), B.astype(number)
     product = (A.T if transa else A) @ (B.T if transb else B)
     C[...] = product + beta * C if beta else product
 
 
-def _matrix(address: int, rows: int, columns: int, ld: int, dtype: str) -> Any:
+def _matrix(address: int, rows: int, columns: int, ld: int, dtype: Any) -> Any:
     """A matrix in memory, column by column; all of it lies within one cell."""
     cell, size = _at(address), np.dtype(dtype).itemsize
     assert ld >= rows, "the leading dimension is less than the rows"

@@ -9,7 +9,7 @@ registers. (That is how cuDNN runs small sizes; Diamos et al. 2016 is the source
 
 from functools import lru_cache
 
-from .source import Kernel, operations, prelude, stored
+from .source import TYPES, Kernel, operations, prelude, stored
 from .stages import STATE, Gemm, Group, Place
 from .walk import Walk
 
@@ -21,7 +21,7 @@ PARTS = "parts"  # of the sums of a product on the way back, one for each third 
 def fits(walk: Walk, H: int) -> bool:
     """Whether the block's registers hold U, and its products are all of one kind."""
     kinds = {stage.transposed for stage in walk.stages.stages if isinstance(stage, Gemm)}
-    return LARGEST[walk.number] >= H and len(kinds) == 1 and not walk.types
+    return LARGEST[walk.number] >= H and len(kinds) == 1
 
 
 def shared_numbers(walk: Walk, H: int, rows: int) -> int:
@@ -57,14 +57,14 @@ class _Skeleton:
     def source(self) -> str:
         """The whole source."""
         arrays = [
-            f"{'' if n in self._written() else 'const '}number* {n}, "
+            f"{'' if n in self._written() else 'const '}{TYPES[self.walk.dtype(n)]}* {n}, "
             f"long long {n}_step, long long {n}_row"
             for n in self.walk.arrays
         ]
         parameters = [
             *(f"long long {n}" for n in ("K", "B", "first", "next", "shift")),
             "const unsigned char* alive, long long alive_step, long long alive_row",
-            "const number* U, const number* before, number* after",
+            f"const {TYPES[self.walk.dtype('U')]}* U, const number* before, number* after",
             *arrays,
         ]
         return "\n".join([
@@ -98,7 +98,7 @@ class _Skeleton:
             "const bool here = row < ROWS, mine = here && b < B;",
             "number w[H];",
             "#pragma unroll",
-            f"for (int k = 0; k < H; ++k) w[k] = U[{weight}];",
+            f"for (int k = 0; k < H; ++k) w[k] = get(U[{weight}]);",
             "if (here) state[j] = mine ? before[b * H + unit] : number(0);",
             *(["__syncthreads();"] if isinstance(self.walk.stages.stages[0], Gemm) else []),
         ]
@@ -126,7 +126,8 @@ class _Skeleton:
         for column, place in dict(p for group in self._groups() for p in group.loads).items():
             if place.array not in self.widths and column not in made:
                 self.known.add(column)
-                lines.append(f"const number v{column} = mine ? {self._entry(place)} : number(0);")
+                value = f"mine ? get({self._entry(place)}) : number(0)"
+                lines.append(f"const number v{column} = {value};")
         return lines
 
     def _entry(self, place: Place) -> str:
@@ -151,7 +152,8 @@ class _Skeleton:
             if name in self.walk.stages.buffers and name not in self.widths:
                 continue  # for later groups, which find it in a variable
             who = "here" if name in self.widths else "mine"
-            lines.append(f"if ({who}) {self._entry(store.place)} = {stored(store, self.old)};")
+            value = stored(store, self.old)
+            lines.append(f"if ({who}) put({self._entry(store.place)}, {value});")
         return lines
 
     def _product(self, op: Gemm) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from .stages import STATE, Gemm
+from .stages import NARROW, STATE, Gemm
 from .walk import Walk
 
 PLANS = 32  # that a lane keeps
@@ -25,19 +25,21 @@ class Plan:
     def __init__(self, ops: Any, blas: Any, walk: Walk, sizes: Any, order: range, shift: int):
         self.ops, self.blas, self.walk, self.sizes = ops, blas, walk, sizes
         self.order, self.shift = order, shift
-        (B, H), number = sizes, walk.number
+        B, H = sizes
         self.buffers = {
-            name: ops.empty((B, n * H), number)
+            name: ops.empty((B, n * H), walk.dtype(name))
             for name, n in {STATE: 1, **walk.stages.buffers}.items()
         }
-        self.U = ops.empty((3 * H, H), number)
+        self.U = ops.empty((3 * H, H), walk.dtype("U"))
         self.table = ops.empty((3 * len(walk.arrays) + 3,), "int64")
         self.pointers = {name: ops.pointer(v) for name, v in self.buffers.items()}
         self.runs, self.graph = 0, None
 
     def __call__(self, arrays: dict[str, Any], alive: Any, state: Any, U: Any) -> Any:
         """Run the block over these arrays, from this state (B, H) -> the last state, a copy."""
-        self.buffers[STATE][...] = state
+        for name in (STATE, NARROW):
+            if name in self.buffers:
+                self.buffers[name][...] = state
         self.U[...] = U
         of_arrays = [arrays[name] for name in self.walk.arrays]
         numbers = [self.ops.pointer(self.table)]
@@ -82,8 +84,8 @@ class Plan:
         N, k = (rows, H) if op.transposed else (H, rows)
         left, out = self.pointers[op.left], self.pointers[op.out]
         M = self.ops.pointer(self.U) + op.rows.start * H * H * self.U.itemsize
-        beta, number = float(op.add), self.walk.number
-        self.blas(op.transposed, False, N, B, k, M, H, left, k, beta, out, N, number)
+        beta, dtype = float(op.add), self.walk.dtype("U")
+        self.blas(op.transposed, False, N, B, k, M, H, left, k, beta, out, N, dtype)
 
 
 def place(ops: Any, array: Any) -> tuple[int, int, int]:

@@ -43,7 +43,7 @@ def library() -> Any:
 class Products:
     """C = A B + beta C, column by column, on the current stream of CuPy.
 
-    precision: "full" or, for float32, "tf32".
+    precision: "full" or, for float32, "tf32". Of halves the products are float32.
     """
 
     def __init__(self, cupy: Any, precision: str) -> None:
@@ -73,15 +73,19 @@ class Products:
         ldc: int,
         dtype: str,
     ) -> None:
-        """A (m, k), B (k, n), C (m, n) at these addresses, with these leading dimensions."""
+        """A (m, k), B (k, n), C (m, n) at these addresses, with these leading dimensions.
+
+        dtype: of A and B; C is float32 where they are halves.
+        """
         self._bind(self.current().ptr)
         number = ctypes.c_double if dtype == "float64" else ctypes.c_float
-        kind, compute = KINDS[dtype], DOUBLE if dtype == "float64" else self.single
+        kind, of_sums = KINDS[dtype], KINDS["float64" if dtype == "float64" else "float32"]
+        compute = {"float64": DOUBLE, "float32": self.single}.get(dtype, FULL)
         one, old = number(1), number(beta)
         sizes = (TRANSPOSED[transa], TRANSPOSED[transb], m, n, k)
         left, right = (a, kind, lda), (b, kind, ldb)
         self._do("cublasGemmEx", self.handle, *sizes, ctypes.byref(one), *left, *right,
-                 ctypes.byref(old), c, kind, ldc, compute, ANY_ALGORITHM)  # fmt: skip
+                 ctypes.byref(old), c, of_sums, ldc, compute, ANY_ALGORITHM)  # fmt: skip
 
     def _bind(self, stream: int) -> None:
         """Go on in this stream; cuBLAS forgets the workspace with each change."""

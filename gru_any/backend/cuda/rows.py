@@ -1,4 +1,7 @@
-"""Products of many rows in TF32, which CuPy's own operator would do in full float32."""
+"""Products of many rows that CuPy's own operator would do otherwise.
+
+In TF32, which it would do in full float32, and of halves into float32, which it would round.
+"""
 
 from typing import Any
 
@@ -24,17 +27,21 @@ class Rows:
         self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False
     ) -> Any:
         """As of an array; the function `sum` of the namespace calls it, CuPy's by position."""
+        dtype = "float32" if self.array.itemsize == 2 else dtype
         return self.array.sum(axis=axis, dtype=dtype, keepdims=keepdims)
 
 
 def multiply(ops: Any, blas: Any, left: Any, right: Any) -> Any:
-    """Left (m, k) @ right (k, n), row by row: for cuBLAS, C^T = right^T left^T."""
-    (m, k), n = left.shape, right.shape[1]
-    out = ops.empty((m, n), str(left.dtype))
+    """Left (m, k) @ right (k, n), row by row: for cuBLAS, C^T = right^T left^T.
+
+    In float32 for halves.
+    """
+    (m, k), n, dtype = left.shape, right.shape[1], str(left.dtype)
+    out = ops.empty((m, n), "float32" if left.itemsize == 2 else dtype)
     left, l_turned, l_apart = _as_stored(ops, left)
     right, r_turned, r_apart = _as_stored(ops, right)
     pointers = (ops.pointer(right), r_apart, ops.pointer(left), l_apart)
-    blas(r_turned, l_turned, n, m, k, *pointers, 0.0, ops.pointer(out), n, str(out.dtype))
+    blas(r_turned, l_turned, n, m, k, *pointers, 0.0, ops.pointer(out), n, dtype)
     return out
 
 

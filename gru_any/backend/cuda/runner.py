@@ -15,7 +15,7 @@ from ..plain import Plain
 from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from .plan import Lane, Plan, place
 from .rows import Rows, multiply
-from .walk import Walk, backward_walk, forward_walk
+from .walk import Walk, backward_walk, forward_walk, typed
 from .whole import exchanged, holds, threads, units, whole_kernel
 from .whole import shared_numbers as shared_by_all
 
@@ -24,6 +24,9 @@ LANES = 2  # that may run at the same time: the two directions of a layer
 
 class CUDA(Plain):
     """Runs blocks of steps with fused kernels, in float32 and float64.
+
+    Of a half model, what products read and what the way back needs is stored in its dtype, but for
+    the states; arithmetic, states and sums are float32.
 
     way: "eager", "graph", "persistent" or "whole", the fastest that may be taken; precision: of
     products in float32, "full" or "tf32".
@@ -86,13 +89,19 @@ class CUDA(Plain):
         """As `Plain.output`."""
         return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
 
+    def wide(self, v: Any, dtype: Any) -> Any:
+        """As `Plain.wide`; kernels and products read halves as they are."""
+        return super().wide(v, dtype) if v.ndim == 1 else v
+
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""
         rows = super().rows(v)
         single = self.precision == "tf32" and str(v.dtype) == "float32"
-        return Rows(rows, self._product) if single and rows.size else rows
+        return Rows(rows, self._product) if (single or v.itemsize == 2) and rows.size else rows
 
     def _product(self, left: Any, right: Any) -> Any:
+        if right.dtype != left.dtype:  # states, beside halves
+            right = self.xp.astype(right, left.dtype)
         lane = self._lane()
         with lane.turn():
             return multiply(self.ops, lane.blas, left, right)
@@ -122,7 +131,7 @@ class CUDA(Plain):
         walk = forward_walk(step, len(vectors), keep, str(h.dtype))
         path = self._empty((K + 1, B, H), h)
         path[K if reverse else 0, :, :] = h
-        saved = tuple(self._empty((K, B, n * H), h) for n in walk.widths)
+        saved = tuple(self._empty((K, B, n * H), U) for n in walk.widths)
         arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved)}
         order = range(K - 1, -1, -1) if reverse else range(K)
         self._run(walk, arrays, alive, h, U, order, 0 if reverse else 1)
@@ -145,7 +154,7 @@ class CUDA(Plain):
         if not B or str(dh.dtype) not in ("float32", "float64"):
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps)
         walk = backward_walk(step, len(saved), dy is not None, taps, str(dh.dtype))
-        parts = [self._empty((K, B, n * H), dh) for n in walk.widths]
+        parts = [self._empty((K, B, n * H), U) for n in walk.widths]
         arrays = {"dy": dy, "previous": previous, **_named("s", saved), **_named("p", parts)}
         order = range(K) if reverse else range(K - 1, -1, -1)
         dh = self._run(walk, arrays, alive, dh, U, order, 0)
@@ -158,12 +167,14 @@ class CUDA(Plain):
         """Fill the arrays that results go to, step after step in this order -> the last state."""
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
         mask = None if alive is None else alive.block
+        kinds = [(n, str(v.dtype)) for n, v in (*arrays.items(), ("U", U)) if v is not None]
+        walk = typed(walk, tuple((n, kind) for n, kind in kinds if kind != walk.number))
         (B, H), device = state.shape, (self.ops.multiprocessors, self.ops.shared)
         if self.way == "whole" and holds(walk, B, H, *device):
             return self._on_the_whole_device(walk, arrays, mask, state, U, order, shift)
         if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
             return self._all_at_once(walk, arrays, mask, state, U, order, shift)
-        lane, sizes = self._lane(), state.shape
+        lane, sizes, walk = self._lane(), state.shape, walk.narrow
         with lane.turn():
             make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
             return lane.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ...trace import Op, Product, Program
 
 STATE = "state"  # h on the way forward, dL/dh on the way back; read and written in place
+NARROW = "narrow"  # the state once more, as products in half precision read it
 
 
 class Place(NamedTuple):
@@ -63,6 +64,21 @@ def staged(program: Program, inputs: dict[int, Place], results: dict[int, list[P
     inputs: where its input columns are; results: where columns go. One of each is the state.
     """
     return _Cut(program, inputs, results).done()
+
+
+def narrowed(stages: Stages) -> Stages:
+    """The same, with a second place for the state, which products read in place of the first."""
+    if not any(isinstance(part, Gemm) and part.left == STATE for part in stages.stages):
+        return stages
+    parts: list[Group | Gemm] = []
+    for part in stages.stages:
+        if isinstance(part, Gemm):
+            parts.append(part._replace(left=NARROW) if part.left == STATE else part)
+            continue
+        states = [store for store in part.stores if store.place.array == STATE]
+        copies = [store._replace(place=Place(NARROW, 0)) for store in states]
+        parts.append(part._replace(stores=[*part.stores, *copies]))
+    return stages._replace(stages=parts, buffers={**stages.buffers, NARROW: 1})
 
 
 class _Cut:
@@ -175,6 +191,9 @@ def _without_last_sum(
         return program.ops, None
     made = {op.output for op in ops if isinstance(op, Op)}
     if last.output != program.result or others[0] not in made:
+        return program.ops, None
+    # what goes elsewhere too would lack the product, and one of the state would read v
+    if len(written[last.output]) > 1 or any(read.get(c) == (STATE, 0) for c in before.inputs):
         return program.ops, None
     written.setdefault(others[0], []).extend(written.pop(last.output))
     return ops, before

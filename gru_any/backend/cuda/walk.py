@@ -5,15 +5,15 @@ from typing import Any
 
 from ..numpy import backward_program, forward_program
 from .source import Kernel, prelude, step_kernel, table_kernel
-from .stages import STATE, Group, Place, Stages, staged
+from .stages import STATE, Gemm, Group, Place, Stages, narrowed, staged
 
 
 class Walk:
     """The way through a block of steps, forward or back.
 
     stages: of one step; number: the dtype of the arithmetic; widths: of the arrays a step gives
-    beside the state, in columns; name: what its kernels begin with; types: dtypes of arrays that
-    are not of `number`.
+    beside the state, in columns; name: what its kernels begin with; types: dtypes of arrays, and
+    of the weights "U", that are not of `number`.
     """
 
     def __init__(
@@ -26,6 +26,19 @@ class Walk:
     def arrays(self) -> list[str]:
         """The arrays in the table; the mask of the rows that have not ended comes after them."""
         return self.stages.arrays
+
+    @cached_property
+    def narrow(self) -> "Walk":
+        """For weights in half precision: what products read is of their dtype too."""
+        if "U" not in self.types:
+            return self
+        stages = narrowed(self.stages)
+        lefts = {s.left: self.types["U"] for s in stages.stages if isinstance(s, Gemm)}
+        return Walk(stages, self.widths, self.number, self.name, {**self.types, **lefts})
+
+    def dtype(self, name: str) -> str:
+        """Of an array, or of U."""
+        return self.types.get(name, self.number)
 
     @cached_property
     def kernels(self) -> dict[int, Kernel]:
@@ -47,6 +60,12 @@ class Walk:
     @property
     def _table(self) -> str:
         return table_kernel(3 * len(self.arrays) + 3)
+
+
+@lru_cache(maxsize=64)
+def typed(walk: Walk, types: Any) -> Walk:
+    """The same over arrays of these dtypes, pairs of a name and a dtype."""
+    return Walk(walk.stages, walk.widths, walk.number, walk.name, types) if types else walk
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ Off unless asked for by GRU_ANY_CUDA=whole: no device has shown yet where it pay
 
 from functools import lru_cache
 
-from .source import Kernel, operations, prelude, stored
+from .source import TYPES, Kernel, operations, prelude, stored
 from .stages import STATE, Gemm, Group, Place
 from .walk import Walk
 
@@ -35,7 +35,7 @@ def holds(walk: Walk, B: int, H: int, multiprocessors: int, shared: int) -> bool
     kinds = {stage.transposed for stage in _gemms(walk)}
     own, size = units(H, multiprocessors), 8 if walk.number == "float64" else 4
     fits = shared_numbers(walk, B, H, own) * size <= shared and B * 3 * own <= THREADS * SUMS
-    return fits and B <= ROWS and len(kinds) == 1 and not walk.types
+    return fits and B <= ROWS and len(kinds) == 1
 
 
 def _gemms(walk: Walk) -> list[Gemm]:
@@ -82,10 +82,11 @@ class _Skeleton:
         parameters = [
             *(f"long long {n}" for n in ("K", "first", "next", "shift")),
             "const unsigned char* alive, long long alive_step, long long alive_row",
-            "const number* U, const number* before, number* after, unsigned* counter",
+            f"const {TYPES[self.walk.dtype('U')]}* U",
+            "const number* before, number* after, unsigned* counter",
             *(f"number* {name}_all" for name in self.exchanged),
             *(
-                f"{'' if n in written else 'const '}number* {n}, "
+                f"{'' if n in written else 'const '}{TYPES[self.walk.dtype(n)]}* {n}, "
                 f"long long {n}_step, long long {n}_row"
                 for n in self.walk.arrays
             ),
@@ -119,7 +120,7 @@ class _Skeleton:
             "unsigned target = 0;",
             "for (int i = j; i < 3 * OWN * H; i += THREADS) {",
             "  const int g = i / (OWN * H), unit = start + i / H % OWN, k = i % H;",
-            f"  w[i] = unit < H ? U[{entry}] : number(0);",
+            f"  w[i] = unit < H ? get(U[{entry}]) : number(0);",
             "}",
             "for (int i = j; i < B * OWN; i += THREADS) {",
             "  const int b = i / OWN, unit = start + i % OWN;",
@@ -154,7 +155,7 @@ class _Skeleton:
 
     def _group(self, group: Group) -> list[str]:
         old = next((f"v{c}" for c, place in group.loads if place.array == STATE), "")
-        lines = [f"const number v{c} = {self._entry(place)};" for c, place in group.loads]
+        lines = [f"const number v{c} = get({self._entry(place)});" for c, place in group.loads]
         lines += operations(group.ops, self.walk.number)
         for store in group.stores:
             (name, n), value = store.place, stored(store, old)
@@ -163,7 +164,7 @@ class _Skeleton:
                 place = f"({turn} * B + b) * {width} * H + {n} * H + unit"
                 lines.append(f"{name}_all[{place}] = {value};")
             if name not in self.exchanged or name == STATE:
-                lines.append(f"{self._entry(store.place)} = {value};")
+                lines.append(f"put({self._entry(store.place)}, {value});")
         return [
             "for (int i = j; i < B * OWN; i += THREADS) {",
             "  const int b = i / OWN, unit = start + i % OWN;",
