@@ -1,7 +1,7 @@
 """Everything worth knowing on a machine with a CUDA device, in one command and under 8 minutes.
 
     python scripts/gpu_check.py                  versions, tests, every path against NumPy, speed
-    python scripts/gpu_check.py --part bench     one part alone: tests, paths or bench
+    python scripts/gpu_check.py --part bench     one part alone: tests (all of them), paths or bench
     python scripts/gpu_check.py --dry-run        on a device that the host plays: no figure counts
 
 Needs CuPy; with PyTorch, its GRU runs beside ours in the same precision. After every cell the
@@ -11,6 +11,7 @@ the rest goes on. Figures are milliseconds, the median of several rounds; T is 1
 
 import argparse
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,21 +84,31 @@ def versions(backend: Any) -> dict[str, str]:
 
 
 def tests(check: "Check") -> str:
-    """The tests that concern CuPy, none of which may be skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/test_trace.py"] if check.dry else ["-k", "cupy or cuda"]
+    """All tests where this part runs alone, else those that concern CuPy, which must not skip."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    command += ["--numprocesses=4"] if importlib.util.find_spec("xdist") else []
+    if check.dry:
+        command.append("tests/test_trace.py")
+    elif not check.alone:
+        command += ["-k", "cupy or cuda"]
     environment = {**os.environ, "GRU_ANY_REQUIRE": "" if check.dry else "cupy"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=check.left(150))  # fmt: skip
-    last = (done.stdout.strip().splitlines() or ["nothing was printed"])[-1]
-    return last if done.returncode == 0 else f"FAILED: {last}\n{done.stdout[-2000:]}"
+    seconds = check.left(600 if check.alone else 150)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, timeout=seconds
+        )
+        text, good = done.stdout.decode(), done.returncode == 0
+    except subprocess.TimeoutExpired as e:
+        text, good = f"{(e.stdout or b'').decode()}\nthe time was up after {seconds:.0f} s", False
+    last = (text.strip().splitlines() or ["nothing was printed"])[-1]
+    return last if good else f"FAILED: {last}\n{text[-2000:]}"
 
 
 def paths(check: "Check") -> list[dict[str, Any]]:
     """Every path, variant and dtype against NumPy: the largest difference, over the largest."""
     rows = []
     for way, after, dtype in itertools.product(
-        ("plain", "eager", "graph", "persistent", "whole"), (True, False), ("float32", "float64")
+        ("plain", "eager", "graph", "persistent", "whole"), (True, False), LIMITS
     ):
         row = {"path": way, "reset_after": after, "dtype": dtype}
         try:
@@ -109,6 +121,10 @@ def paths(check: "Check") -> list[dict[str, Any]]:
     return rows
 
 
+# of the differences; float16 is held against float64 on the same rounded numbers
+LIMITS = {"float32": 2e-6, "float64": 1e-13, "float16": 8 * 2.0**-10}
+
+
 def compare(name: str, way: str, after: bool, dtype: str) -> tuple[float, float]:
     """One path, launched, recorded and replayed, against NumPy -> the worst, and the limit."""
     from gru_any import GRU, to_numpy
@@ -117,21 +133,22 @@ def compare(name: str, way: str, after: bool, dtype: str) -> tuple[float, float]
     before, run.chosen_on_cuda, worst = run.chosen_on_cuda, way, 0.0
     try:
         host = GRU(3, 5, 2, bidirectional=True, reset_after=after, dtype=dtype, seed=0)
-        model = host.to(name)
+        model, exact = host.to(name), "float64" if dtype == "float16" else dtype
+        host = host.to(dtype=exact)
         for seed in range(3):
             rng = np.random.default_rng(seed)
             x, dy = (rng.standard_normal((20, 7, n)).astype(dtype) for n in (3, 10))
             for lengths in (None, [20, 3, 0, 11, 20, 1, 19]):
                 expected, found = (
-                    outcome(gru, gru.backend.put(x), gru.backend.put(dy), lengths)
-                    for gru in (host, model)
+                    outcome(gru, gru.backend.put(x, kind), gru.backend.put(dy, kind), lengths)
+                    for gru, kind in ((host, exact), (model, dtype))
                 )
                 for ours_, theirs_ in zip(found, expected, strict=True):
                     gap = np.abs(to_numpy(ours_) - theirs_).max() / np.abs(theirs_).max()
                     worst = max(worst, float(gap)) if gap == gap else float("inf")
     finally:
         run.chosen_on_cuda = before
-    return worst, 2e-6 if dtype == "float32" else 1e-13
+    return worst, LIMITS[dtype]
 
 
 def outcome(gru: Any, x: Any, dy: Any, lengths: Any) -> list[Any]:
@@ -156,16 +173,16 @@ def bench(check: "Check") -> list[dict[str, Any]]:
 
 
 def measure(check: "Check", cell: Cell, seconds: float) -> dict[str, Any]:
-    """Milliseconds of both, forward and training; an error in place of what failed."""
+    """Milliseconds of all, forward and training; an error in place of what failed."""
     row: dict[str, Any] = {}
-    for name, maker in (("ours", ours), ("torch", theirs)):
+    for name, maker in (("ours", ours), ("whole", whole), ("torch", theirs)):
         try:
             made = maker(check, cell)
             if made is None:
                 continue
             wait, calls = made
             for mode, call in calls.items():
-                row[f"{name} {mode}"] = timed(call, wait, seconds / 4)
+                row[f"{name} {mode}"] = timed(call, wait, seconds / 6)
         except Exception as e:
             row[f"{name} error"] = repr(e)[:300]
     for mode in ("forward", "training"):
@@ -219,6 +236,44 @@ def ours(check: "Check", cell: Cell) -> Any:
     return gru.backend.synchronize, calls
 
 
+def whole(check: "Check", cell: Cell) -> Any:
+    """Ours as one kernel for the whole device, which has to be asked for; None if it cannot be."""
+    from gru_any import equations
+    from gru_any.backend import run, select
+    from gru_any.backend.cuda.walk import backward_walk, forward_walk
+    from gru_any.backend.cuda.whole import holds
+
+    if cell.layers * cell.directions > 1:
+        return None
+    variant, ops = equations.variant(bool(cell.reset_after)), run.runner(select(check.name)).ops
+    walks = (forward_walk(variant.step, int(cell.reset_after), True, "float32"),
+             backward_walk(variant.backward, 4, True, False, "float32"))  # fmt: skip
+    if not all(holds(w, cell.B, cell.H, ops.multiprocessors, ops.shared) for w in walks):
+        return None
+    wait, calls = ours(check, cell)
+
+    def taking(call: Any) -> None:
+        before, run.chosen_on_cuda = run.chosen_on_cuda, "whole"
+        try:
+            call()
+        finally:
+            run.chosen_on_cuda = before
+
+    return wait, {mode: partial(taking, call) for mode, call in calls.items()}
+
+
+def rule(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the kernel for the whole device was the faster of ours, and where not."""
+    found = []
+    for mode in ("forward", "training"):
+        both = [row for row in rows if f"whole {mode}" in row and f"ours {mode}" in row]
+        for name, faster in (("faster", True), ("not faster", False)):
+            rows_ = [r for r in both if (r[f"whole {mode}"] < r[f"ours {mode}"]) == faster]
+            sizes = [f"{r['H']}x{r['B']} {r['precision']} {_variant(r)}" for r in rows_]
+            found += [f"- whole, {mode}, {name} (HxB): {', '.join(sizes)}"] if sizes else []
+    return found
+
+
 def theirs(check: "Check", cell: Cell) -> Any:
     try:
         import torch
@@ -266,7 +321,7 @@ class Check:
     """The run: its clock, and what it found so far."""
 
     def __init__(self, dry: bool, full: bool, out: Path, minutes: float) -> None:
-        self.dry, self.full, self.out = dry, full, out
+        self.dry, self.full, self.out, self.alone = dry, full, out, False
         self.end = time.monotonic() + 60 * minutes
         self.name = "gru_any.backend.cuda.fake" if dry else "cupy"
         self.results: dict[str, Any] = {"dry run": dry, "date": time.strftime("%Y-%m-%d")}
@@ -309,6 +364,7 @@ class Check:
         if ratios:
             low, middle = min(ratios), statistics.median(ratios)
             lines += ["", f"Times as fast as PyTorch: least {low:.2f}, median {middle:.2f}."]
+        lines += ["", *rule(rows)]
         return "\n".join(lines) + "\n"
 
     def draw(self) -> None:
@@ -323,7 +379,7 @@ class Check:
 
         figure, axis = pyplot.subplots(figsize=(8, 1 + 0.2 * len(rows)), layout="constrained")
         names = [f"{r['H']}x{r['B']} L{r['layers']} D{r['directions']} {r['precision']} "
-                 f"{'after' if r['reset_after'] else 'before'}" for r in rows]  # fmt: skip
+                 f"{_variant(r)}" for r in rows]  # fmt: skip
         places = np.arange(len(rows))
         for shift, mode in ((-0.2, "forward"), (0.2, "training")):
             axis.barh(places + shift, [r.get(f"times {mode}", 0) for r in rows], 0.4, label=mode)
@@ -333,6 +389,10 @@ class Check:
         axis.legend()
         figure.savefig(self.out / "speed.png", dpi=120)
         pyplot.close(figure)
+
+
+def _variant(row: dict[str, Any]) -> str:
+    return "after" if row["reset_after"] else "before"
 
 
 def _short(v: Any) -> str:
@@ -354,6 +414,7 @@ def main() -> int:
     from gru_any.backend import BackendError, select
 
     check = Check(given.dry_run, given.full, given.out, given.minutes)
+    check.alone = given.part is not None
     try:
         backend = select(check.name)
     except BackendError as e:
@@ -365,6 +426,7 @@ def main() -> int:
             check.part(name, function)
     print((given.out / "results.md").read_text("utf-8"))
     bad = [row for row in check.results.get("paths", []) if not row["good"]]
+    bad += [text for text in (check.results.get("tests", ""),) if text.startswith("FAILED")]
     return 1 if bad or any(" error" in k for k in check.results) else 0
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import require
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -16,11 +17,13 @@ def check(*arguments):
 
 
 def test_a_dry_run(tmp_path):
-    done = check("--dry-run", "--part", "bench", "--minutes", 0.2, "--out", tmp_path)
+    done = check("--dry-run", "--part", "bench", "--minutes", 0.1, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert found["dry run"]
     assert found["bench"][0]["ours training"] > 0
+    assert found["bench"][0]["whole training"] > 0
+    assert "- whole, training, " in (tmp_path / "results.md").read_text("utf-8")
     assert not [key for row in found["bench"] for key in row if "error" in key]
     assert "a dry run" in (tmp_path / "results.md").read_text("utf-8")
     assert (tmp_path / "speed.png").exists()
@@ -41,6 +44,8 @@ def test_a_part_that_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
     row = gpu_check.measure(made, gpu_check.Cell(-1, 1), 0.1)
     assert "ours error" in row
     assert gpu_check.compare(made.name, "graph", True, "float32")[0] < 2e-6
+    worst, limit = gpu_check.compare(made.name, "graph", True, "float16")
+    assert 1e-5 < worst <= limit
 
 
 def test_the_cells(monkeypatch):
@@ -54,7 +59,18 @@ def test_the_cells(monkeypatch):
 
 
 def test_without_a_device_it_says_why(tmp_path):
-    pytest.importorskip("cupy")
+    if require("cupy").cuda.is_available():
+        pytest.skip("there is a device")
     done = check("--part", "tests", "--out", tmp_path)
-    if done.returncode == 1 and not done.stdout:
-        assert "CUDA" in done.stderr
+    assert done.returncode == 1
+    assert "CUDA" in done.stderr
+
+
+def test_the_tests_end_in_time_and_a_failure_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    made = gpu_check.Check(True, False, tmp_path, 0)  # no time at all
+    assert gpu_check.tests(made).startswith("FAILED: the time was up")
+    done = check("--dry-run", "--part", "tests", "--out", tmp_path, "--minutes", 0)
+    assert done.returncode == 1
