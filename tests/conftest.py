@@ -21,6 +21,8 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.pop("GRU_ANY_BACKEND", None)
 
 BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]
+HOST = "gru_any.backend.cuda.fake"  # a CUDA device that the host plays
+BACKENDS.append(HOST)
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
 
 # the ways to run a block on NumPy
@@ -97,6 +99,8 @@ def backend(request: pytest.FixtureRequest) -> Any:
     from gru_any.backend import BackendError
 
     name = request.param.partition(":")[0]
+    if name == HOST and shutil.which("g++") is None:
+        refuse("g++", "not installed")
     if name != "numpy":
         require(name)
     try:

@@ -143,6 +143,11 @@ def asarray(v: Any, dtype: Any = None, device: Any = None, copy: Any = None) -> 
     return array
 
 
+def astype(v: Array, dtype: Any, copy: bool = True) -> Array:
+    """As the standard says."""
+    return asarray(v, dtype=dtype, copy=copy)
+
+
 def ascontiguousarray(v: Array) -> Array:
     """As NumPy's."""
     return v if v.host.flags.c_contiguous else _computed(np.array, (v,), {"order": "C"})
