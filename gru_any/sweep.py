@@ -137,7 +137,7 @@ class Sweep(NamedTuple):
         dx, way = self.run.output(x.shape, x.dtype), self._laid_out(x)
         total: list[Any] = []
         for segment in reversed(tape):
-            kept = self._recompute(x, segment) if segment.kept is None else segment.kept
+            kept = way._recompute(x, segment) if segment.kept is None else segment.kept
             for block, of_block in zip(reversed(segment.blocks), reversed(kept), strict=True):
                 piece, dh, g, grads = way._block_back(x, block, of_block, dy, dh, taps is not None)
                 total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
@@ -163,9 +163,9 @@ class Sweep(NamedTuple):
         return [xp.concat([arrays[i] for _, arrays in pieces], axis=0) for i in range(4)]
 
     def _recompute(self, x: Any, segment: Segment) -> list[Kept]:
-        kept, h, ready = [], segment.h, self._laid_out(x)
+        kept, h = [], segment.h
         for block in segment.blocks:
-            of_block, h = ready._block(x, h, block, True)
+            of_block, h = self._block(x, h, block, True)
             kept.append(of_block)
         return kept
 
