@@ -8,7 +8,8 @@ always says 1 has a squared error of 2/12 = 0.1667, the variance of the sum of t
 
 copy: ten symbols out of eight, T - 1 blanks, eleven times the sign to recall; the answer, T + 20
 steps long, is blank up to the last ten steps, and there the ten symbols (Bai et al. 2018). Who says
-"blank" for T + 10 steps and guesses the rest has a cross-entropy of 10 ln 8 / (T + 20) a step.
+"blank" for T + 10 steps and guesses the rest has a cross-entropy of 10 ln 8 / (T + 20) a step. It
+is learned from short sequences first: T of an update is anything from 1 up to a bound that grows.
 
 Every update has fresh sequences; validation and test have fixed ones of their own. Started again on
 the same folder, a run goes on where it stopped.
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         **made, steps=args.steps, valid=lambda: evaluate(model, loss, kept["valid"]),
         validate_every=args.validate_every, seed=args.seed, out=args.out,
         settings={"task": args.task, "length": args.length, "batch": args.batch,
-                  "rate": args.rate}, bar=not args.quiet,
+                  "rate": args.rate, "grow": args.grow}, bar=not args.quiet,
     )  # fmt: skip
     out = Path(args.out)
     gru_any.save(out / "model.safetensors", model)
@@ -78,7 +79,21 @@ def trivial_loss(args: argparse.Namespace) -> float:
 
 
 def sequences(args: argparse.Namespace, rng: np.random.Generator, rows: int) -> Batch:
-    return (adding if args.task == "adding" else copy)(args.length, rng, rows)
+    return TASKS[args.task](args.length, rng, rows)
+
+
+def fresh(args: argparse.Namespace, update: int) -> list[Batch]:
+    """The sequences of an update.
+
+    With --grow their T is at most a bound, which grows from 10 to --length in equal ratios over the
+    first four fifths of the run.
+    """
+    rng, T = np.random.default_rng([args.seed, update]), args.length
+    if args.grow:
+        start = min(10, T)
+        bound = start * (T / start) ** min(1.0, update / (0.8 * args.steps))
+        T = int(rng.integers(1, round(bound) + 1))
+    return [TASKS[args.task](T, rng, args.batch)]
 
 
 def parts(args: argparse.Namespace) -> dict[str, list[Batch]]:
@@ -109,6 +124,9 @@ def copy(T: int, rng: np.random.Generator, rows: int) -> Batch:
     return Batch(np.eye(SYMBOLS, dtype="float32")[x], target)
 
 
+TASKS = {"adding": adding, "copy": copy}
+
+
 # the model ---------------------------------------------------------------------------------------
 
 
@@ -118,7 +136,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": model,
         "loss": squared if args.task == "adding" else gru_any.softmax_cross_entropy,
-        "batches": lambda n: [sequences(args, np.random.default_rng([args.seed, n]), args.batch)],
+        "batches": lambda update: fresh(args, update),
         "optimiser": Adam(model.params, lr=args.rate),
         "clip": args.clip,
         "schedule": warm_up(50, cosine(args.rate, args.steps)),
@@ -189,22 +207,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--task", choices=["adding", "copy"], default="adding", help="what to learn")
+    add("--task", choices=TASKS, default="adding", help="what to learn")
     add("--length", type=int, default=200, help="T")
     add("--out", metavar="DIR", default="out/long", help="checkpoints, log, weights, picture")
     add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
     add("--device", help="such as cuda:1")
-    add("--hidden", type=int, default=64, help="hidden size")
+    add("--hidden", type=int, default=64, help="hidden size; 128 for copy")
+    add("--grow", action=argparse.BooleanOptionalAction, default=False,
+        help="short sequences first; yes for copy")  # fmt: skip
     add("--chrono", action=argparse.BooleanOptionalAction, default=True,
         help="z as in Tallec and Ollivier 2018, else as in PyTorch")  # fmt: skip
     add("--recompute", choices=["sqrt"], help="less memory, more time, the same numbers")
-    add("--steps", type=int, default=1500, help="updates")
+    add("--steps", type=int, default=1500, help="updates; 10000 for copy")
     add("--batch", type=int, default=8, help="sequences side by side")
     add("--rate", type=float, default=1e-2, help="highest learning rate of Adam")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--validate-every", type=int, default=100, help="steps")
+    add("--validate-every", type=int, default=100, help="steps; 500 for copy")
     add("--seed", type=int, default=0, help="of weights and sequences")
     add("--quiet", action="store_true", help="no progress bar")
+    if parser.parse_known_args(arguments)[0].task == "copy":
+        parser.set_defaults(hidden=128, grow=True, steps=10000, validate_every=500)
     args = parser.parse_args(arguments)
     if args.length < 3 or args.steps < 1:
         parser.error("--length must be 3 at least, and --steps 1")

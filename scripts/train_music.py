@@ -3,9 +3,9 @@
     python scripts/train_music.py --data nottingham.npz --out out/nottingham
 
 The figure is the negative log-likelihood of the test part in nats per frame: frame t predicted from
-the frames before it, summed over the keys, the mean over all predicted frames, pieces not cut. The
-weights are those with the lowest figure on the validation part. Started again on the same folder,
-a run goes on where it stopped.
+the frames before it, summed over the keys, the mean over all predicted frames, pieces not cut; in
+brackets, the mean of the pieces' means. The weights are those with the lowest figure on the
+validation part. Started again on the same folder, a run goes on where it stopped.
 
 `--data` takes an .npz with S_frames (frames, 11) of packed bits and S_lengths for S in train,
 valid, test; the .mat files of Bai et al. 2018 (needs scipy); or the pickles of
@@ -56,7 +56,6 @@ def main(arguments: list[str] | None = None) -> None:
         epochs=args.epochs,
         steps=args.steps,
         valid=lambda: score(model, valid),
-        average=args.average,
         seed=args.seed,
         out=args.out,
         settings=settings,
@@ -66,11 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
     history.draw(Path(args.out) / "history.png")
     figures = {"valid": history.best, "test": score(model, test)}
     seconds = history.records[-1]["seconds"]
-    result = {**figures, "seconds": seconds, "cpu_seconds": time.process_time()}
+    by_piece = float(np.mean([score(model, [p]) for p in test if len(p) > 1]))
+    result = {**figures, "test_by_piece": by_piece, "seconds": seconds}
+    result["cpu_seconds"] = time.process_time()
     (Path(args.out) / "result.json").write_text(json.dumps(result))
     print(f"{history.reason} after {seconds:.0f} s; " + ", ".join(
         f"{name} {value:.3f} nats per frame" for name, value in figures.items()
-    ))  # fmt: skip
+    ) + f" ({by_piece:.3f} where each piece counts as much)")  # fmt: skip
 
 
 # the data ----------------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ def recipe(args: argparse.Namespace, train: Pieces) -> dict[str, Any]:
         "optimiser": AdamW(model.params, lr=args.rate, weight_decay=args.decay),
         "tbptt": args.tbptt,
         "clip": args.clip,
+        "average": args.average,
         "schedule": warm_up(args.warm_up, cosine(args.rate, args.steps or args.epochs * updates)),
     }
 

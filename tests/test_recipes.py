@@ -1,13 +1,11 @@
-"""train_series.py, train_long.py and compare_torch.py on tiny jobs, and the files they refuse."""
+"""train_series.py, train_long.py and train_music.py on tiny jobs, and the files they refuse."""
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import require
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 QUICK = ["--backend", "numpy", "--quiet", "--hidden", "8"]
@@ -118,6 +116,24 @@ def test_the_long_tasks():
     assert train_long.trivial_loss(args) == pytest.approx(loss) == 10 * math.log(8) / 50
 
 
+def test_short_sequences_come_first():
+    import train_long
+
+    command = ["--task", "copy", "--length", "160", "--steps", "1000"]
+    args = train_long.parse(command)
+
+    def longest(updates):
+        return max(len(train_long.fresh(args, n)[0].x) - 20 for n in updates)
+
+    assert longest(range(5)) <= 10
+    assert 30 < longest(range(390, 401)) <= 40  # half of the way: 10 * 16 ** 0.5
+    assert 140 < longest(range(800, 840)) <= 160
+    args = train_long.parse([*command, "--no-grow"])
+    assert len(train_long.fresh(args, 0)[0].x) == 180
+    adding = train_long.parse(["--length", "160"])
+    assert len(train_long.fresh(adding, 0)[0].x) == 160
+
+
 @pytest.mark.parametrize("task", ["adding", "copy"])
 def test_long(tmp_path, capsys, task):
     import train_long
@@ -130,35 +146,6 @@ def test_long(tmp_path, capsys, task):
     assert capsys.readouterr().out.count("MB at once") == 2
     train_long.main([*command, "--seed", "0"])
     assert "nothing is changed" in capsys.readouterr().err
-
-
-def test_on_torch(tmp_path, monkeypatch, capsys):
-    """The twin gives the same numbers forward and back, learns alike, and takes its turns."""
-    torch = require("torch")
-    import compare_torch
-
-    command = ["--synthetic", "--hidden", "8", "--epochs", "30", "--rate", "0.02"]
-    recipe = compare_torch.series([*command, "--backend", "numpy"])
-    theirs = compare_torch.twin(recipe.made["model"])
-    ours = compare_torch.back(theirs, recipe.made["model"])
-    x, target, mask, lengths = next(iter(recipe.made["batches"](0)))
-    (y, _), pullback = ours.vjp(x, None, lengths)
-    value, dy = recipe.made["loss"](y, target, mask=mask)
-    y2, _ = compare_torch.run(theirs.eval(), torch.as_tensor(x), None, lengths)
-    tensors = torch.as_tensor(target.copy()), torch.as_tensor(mask)
-    loss = compare_torch.loss_of("series", y2, *tensors)
-    loss.backward()
-    assert loss.item() == pytest.approx(float(value), rel=1e-5)
-    for (name, g), p in zip(pullback(dy)[0].items(), theirs.parameters(), strict=True):
-        np.testing.assert_allclose(p.grad.numpy(), g, atol=1e-5, err_msg=name)
-
-    monkeypatch.setattr(sys, "argv", ["compare_torch.py", "series", *command, "--final"])
-    compare_torch.main()
-    assert float(capsys.readouterr().out.split("accuracy ")[1]) > 0.8
-    compare_torch.turns("series", command, rounds=1, steps=2)
-    out = capsys.readouterr().out
-    assert "gru_any" in out
-    assert "times (1 turns of 2 updates" in out
 
 
 def test_moved_pieces():

@@ -1,6 +1,7 @@
 """The scripts, as a person runs them, with few steps."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -91,6 +92,9 @@ def test_music_by_every_road(tmp_path):
     text = run(*command, "--backend", "numpy", "--out", tmp_path)
     assert 0 < float(text.partition("test ")[2].split()[0]) < 88 * np.log(2)
     assert (tmp_path / "history.png").exists()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert f"({result['test_by_piece']:.3f} where" in text
+    assert 0 < abs(result["test_by_piece"] / result["test"] - 1) < 0.1  # the lengths differ
     again = run(*command, "--backend", "numpy", "--out", tmp_path)
     assert "nothing is changed" in again
     assert again.partition("test ")[2].split()[0] == text.partition("test ")[2].split()[0]
