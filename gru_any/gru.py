@@ -14,9 +14,10 @@ from .backend import runner, to_numpy
 from .errors import check_shape
 from .init import uniform
 from .params import Layer, check_rng, check_sizes
-from .pullback import Entry, LayerTape, Pullback
-from .sweep import Padding, Sweep, Weights
-from .weights import parameter_shapes, variant_advice, weights
+from .pullback import Entry, Pullback
+from .stack import Given, Stack
+from .sweep import Padding
+from .weights import parameter_shapes, variant_advice
 
 
 class GRU(Layer):
@@ -201,7 +202,7 @@ class GRU(Layer):
         check_rng(rng)
         self._refuse_complex()
         entry = self._enter(x, h0, lengths)
-        y, h_n, tapes = self._layers(entry, keep=True, rng=rng)
+        (y, h_n), tapes = self._call(entry, keep=True, rng=rng)
         return self._leave(entry, y, h_n), Pullback(self, entry, tapes, self.params.version)
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
@@ -222,7 +223,8 @@ class GRU(Layer):
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
         step = equations.variant(self.reset_after).step
         layers = range(self.num_layers)
-        return [self._run.prepared(step, *self._weights(layer, "")) for layer in layers]
+        taken = [self._stack.weights(self.params, layer, "") for layer in layers]
+        return [self._run.prepared(step, *of_layer) for of_layer in taken]
 
     def _step(self, steps: list[Any], x_t: Any, state: Any = None) -> tuple[Any, Any]:
         self.backend.check("x_t", x_t, self.dtype)
@@ -253,7 +255,8 @@ class GRU(Layer):
         Each is (L*D, T, B, H), time first whatever `batch_first` says; at padded steps 0.
         """
         entry = self._enter(x, h0, lengths)
-        _, _, tapes = self._layers(entry, keep=True, rng=None, segment=False)
+        given, full = self._given(entry, None)
+        _, tapes = self._stack.forward(full, True, None, True, given)
         xp = self.backend.xp
         rows = [sweep.gates(tape) for layer in tapes for sweep, tape in layer.sweeps]
         names = ("r", "z", "n", "h")
@@ -319,48 +322,42 @@ class GRU(Layer):
 
     # the stack of layers -------------------------------------------------------------------------
 
-    def _weights(self, layer: int, suffix: str) -> Weights:
-        def get(name: str) -> Any:
-            return self._wide(self.params[f"{name}_l{layer}{suffix}"])
-
-        return weights(self.backend.xp, get, self.bias, self.reset_after)
-
-    def _sweep(self, layer: int, suffix: str, padding: Padding | None) -> Sweep:
-        return Sweep(
+    @property
+    def _stack(self) -> Stack:
+        return Stack(
             self._run,
             equations.variant(self.reset_after),
-            self._weights(layer, suffix),
-            padding,
-            suffix == "_reverse",
+            self.bias,
+            self.reset_after,
+            self.num_layers,
+            tuple(self.suffixes),
             self.backend.dtype(self.arithmetic),
+            self.backend.dtype(self.dtype),
         )
 
     def _forward(self, x: Any, h0: Any, lengths: Any, outputs: bool) -> tuple[Any, Any]:
         entry = self._enter(x, h0, lengths)
-        y, h_n, _ = self._layers(entry, keep=False, rng=None, outputs=outputs)
+        (y, h_n), _ = self._call(entry, keep=False, rng=None, outputs=outputs)
         return self._leave(entry, y, h_n)
 
-    def _layers(
-        self, entry: Entry, keep: bool, rng: Any, segment: bool = True, outputs: bool = True
-    ) -> tuple[Any, Any, list[LayerTape]]:
-        xp, x, D = self.backend.xp, entry.x, len(self.suffixes)
-        steps = self._segment(x.shape[0]) if segment else None
-        tapes: list[LayerTape] = []
-        states: list[Any] = []
-        for layer in range(self.num_layers):
-            mask = self._mask(rng, x.shape, self.dropout) if layer else None
-            x = x if mask is None else x * mask
-            wanted = outputs or layer + 1 < self.num_layers
-            sweeps = [self._sweep(layer, suffix, entry.padding) for suffix in self.suffixes]
-            calls = [
-                partial(sweep.forward, x, entry.h0[layer * D + d, :, :], keep, steps, wanted)
-                for d, sweep in enumerate(sweeps)
-            ]
-            ys, hs, kept = zip(*self._run.parallel(calls), strict=True)
-            states += hs
-            tapes.append(LayerTape(x, mask, list(zip(sweeps, kept, strict=True))))
-            x = xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
-        return x, self._stored(xp.stack(states)), tapes
+    def _call(self, entry: Entry, keep: bool, rng: Any, outputs: bool = True) -> Any:
+        """(y, h_n), and what the way back needs, as the backend keeps it."""
+        given, full = self._given(entry, rng)
+        static = (self._stack, full, keep, self._segment(entry.x.shape[0]), outputs)
+        return self._run.call(Stack.forward, static, given, self._steps_of(entry))
+
+    def _steps_of(self, entry: Entry) -> int:
+        """How many steps a call has, all layers and directions together."""
+        return entry.x.shape[0] * self.num_layers * len(self.suffixes)
+
+    def _given(self, entry: Entry, rng: Any) -> tuple[Given, int]:
+        """The arrays of a call, and the step before which all rows are alive."""
+        x, h0, padding, _ = entry
+        shape = (*x.shape[:2], self.hidden_size * len(self.suffixes))
+        masks = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
+        alive, full = padding or (None, 0)
+        given = Given(x, h0, dict(self.params), alive, (None, *masks))
+        return given, self._run.complete(full)
 
     def _segment(self, T: int) -> int | None:
         return math.isqrt(T) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]

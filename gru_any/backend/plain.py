@@ -99,6 +99,32 @@ class Plain:
         """Call functions that do not need each other -> what they return."""
         return [call() for call in calls]
 
+    def chained(
+        self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
+    ) -> Any:
+        """Call functions on what the one before returned, the first on x -> what the last returns.
+
+        overlap: None, or how many numbers a state has where a call may begin at a block of steps
+        as soon as the one before is done with it.
+        """
+        for call in calls:
+            x = call(x)
+        return x
+
+    def complete(self, steps: int) -> int:
+        """Of the first steps, at which all rows are alive, how many are run without a mask."""
+        return steps
+
+    def call(
+        self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
+    ) -> tuple[Any, Any]:
+        """function(*static, arrays), and the tape if there is one -> results, and a new tape.
+
+        It may be recorded and replayed where all depends on `static` and the arrays alone.
+        steps: so many it has, of all layers; None: not to be recorded.
+        """
+        return function(*static, arrays, *(() if tape is None else (tape,)))
+
     def rows(self, v: Any) -> Any:
         """V (..., N) -> (rows, N), a matrix whose products this object takes care of."""
         return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
