@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import equations
-from .backend import path
+from .backend import path, recorded
 from .cell import GRUCell
 from .chain import Chain
 from .errors import check_shape
@@ -24,7 +24,8 @@ PATHS = {
     "traced": "the step's operations, written down once, as NumPy calls into reused buffers",
     "compiled": "the step's operations, written down once, as one Numba loop over many steps",
     "eager": "the step's operations, written down once, as a CUDA kernel between two products",
-    "graph": "those kernels and products, recorded once as a CUDA graph of many steps",
+    "blocks": "those kernels and products, recorded once as a CUDA graph of a block of steps",
+    "graph": "those kernels and products, recorded once as a CUDA graph of all layers and steps",
     "persistent": "the step's operations, written down once, as one CUDA kernel over many steps",
     "whole": "the same, with the weights spread over the whole device",
 }
@@ -91,11 +92,12 @@ class _Facts(NamedTuple):
 
 def _facts(layer: Any, shape: Any) -> tuple[Any, _Facts]:
     """The shape of what the layer returns, and what there is to say."""
-    shape, results = _shapes(layer, shape)
-    notes = [results, *(_recurrent(layer) if isinstance(layer, (GRU, GRUCell)) else _about(layer))]
+    after, results = _shapes(layer, shape)
+    known = isinstance(layer, (GRU, GRUCell))
+    notes = [results, *(_recurrent(layer, shape) if known else _about(layer))]
     lines = _lines(layer) if isinstance(layer, (GRU, GRUCell)) else []
     parameters = {name: tuple(array.shape) for name, array in layer.params.items()}
-    return shape, _Facts(repr(layer), notes, lines, parameters)
+    return after, _Facts(repr(layer), notes, lines, parameters)
 
 
 def _about(layer: Any) -> list[str]:
@@ -147,7 +149,7 @@ def _shown(shape: Any) -> str:
 # a GRU -------------------------------------------------------------------------------------------
 
 
-def _recurrent(layer: Any) -> list[str]:
+def _recurrent(layer: Any, shape: Any) -> list[str]:
     """Gates, biases, layers and directions, the way a call takes, and what the lines call."""
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
     way, why = path(layer.backend, H, layer.dtype)
@@ -156,6 +158,7 @@ def _recurrent(layer: Any) -> list[str]:
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
         _biases(layer.bias, layer.reset_after),
         f"A call runs {way}: {PATHS[way]}. Why not faster: {why}.",
+        *(_recorded(layer, shape) if isinstance(layer, GRU) else []),
         *(f"{name}(v): {text}" for name, text in called(step).items()),
     ]
     if L > 1:
@@ -165,6 +168,14 @@ def _recurrent(layer: Any) -> list[str]:
         both = "; y holds both directions side by side" if len(suffixes) == 2 else ""
         notes.insert(2, f"_reverse reads from each sequence's end{both}.")
     return notes
+
+
+def _recorded(layer: Any, shape: Any) -> list[str]:
+    """Whether calls are recorded as a whole, where a backend records."""
+    T = None if shape is None else shape[1 if layer.batch_first and len(shape) == 3 else 0]
+    many = layer.num_layers * len(layer.suffixes)
+    text = recorded(layer.backend, T * many if isinstance(T, int) else None)
+    return [text] if text else []
 
 
 def _biases(bias: bool, after: bool) -> str:

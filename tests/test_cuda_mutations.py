@@ -11,8 +11,8 @@ import pytest
 from gru_any import GRU, asarray, to_numpy
 from gru_any.backend import run
 from gru_any.backend.cuda import fake, plan, source, walk
-from gru_any.backend.cuda.fake_ops import Ops
-from gru_any.backend.cuda.memory import DONE, StreamError
+from gru_any.backend.cuda.fake_ops import Event, Ops
+from gru_any.backend.cuda.memory import DONE, StreamError, do, recording
 from gru_any.backend.cuda.stages import Gemm
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -150,7 +150,14 @@ def test_swapped_streams(monkeypatch):
             yield
 
     def event(self):
-        return dict(DONE.get(0, {}))
+        event = Event()
+
+        def mark():
+            event.update(DONE.get(0, {}))
+
+        event.recorder = recording()
+        do(mark)
+        return event
 
     monkeypatch.setattr(Ops, "on", wrong)
     monkeypatch.setattr(Ops, "event", event)

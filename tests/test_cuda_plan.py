@@ -11,8 +11,8 @@ import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
 from gru_any.backend import NUMPY, run, runner, select
 from gru_any.backend.cuda import fake, plan, walk
-from gru_any.backend.cuda.fake_ops import Ops, _do, gemm
-from gru_any.backend.cuda.memory import StreamError, count
+from gru_any.backend.cuda.fake_ops import Ops, gemm
+from gru_any.backend.cuda.memory import StreamError, count, do
 from gru_any.backend.cuda.stages import Gemm
 from gru_any.backend.plain import Plain
 from gru_any.optim import clip_by_global_norm
@@ -69,10 +69,11 @@ RAGGED = [20, 0, 7, 13, 1]
 # one row, and float64 on the whole device, would be more for g++ to compile
 CALLS = [
     (way, dtype, B, lengths)
-    for way in ("eager", "graph", "persistent", "whole")
+    for way in ("eager", "blocks", "graph", "persistent", "whole")
     for dtype in ("float32", "float64")
     for B, lengths in ((1, None), (5, None), (5, RAGGED))
-    if not (way in ("persistent", "whole") and B == 1) and (way, dtype) != ("whole", "float64")
+    if (way in ("eager", "graph") or B > 1)
+    and not (way in ("blocks", "whole") and dtype[-1] == "4")
 ]
 
 
@@ -90,7 +91,7 @@ def test_a_whole_gru(take, way, after, dtype, B, lengths):
         lengths = lengths and [min(n, T) for n in lengths]
         found = everything(device, *arrays, lengths=lengths)
         assert_same(found, everything(host, *arrays, lengths=lengths), LIMIT[dtype])
-    assert (count["replays"] > before) == (way == "graph")
+    assert (count["replays"] > before) == (way != "eager")
 
 
 def gap_of_halves(after, T, lengths=None):
@@ -145,7 +146,7 @@ def test_halves_stay_halves_and_sums_are_float32(after, precision, monkeypatch):
     def products(self, precision):
         def call(*arguments):
             asked.append(arguments[-1])
-            _do(partial(gemm, *arguments))
+            do(partial(gemm, *arguments))
 
         return call
 
@@ -347,13 +348,15 @@ def test_plans_are_few_and_can_be_let_go_of(monkeypatch):
 
 
 def test_a_device_that_refuses_to_record(monkeypatch):
-    """The right numbers all the same, told once."""
+    """The right numbers all the same; each kind of recording is told once."""
     monkeypatch.setattr(Ops, "record", refuse)
     host, device = pair(input_size=3, hidden_size=5)
     arrays = batch(host, 9, 4, 0)
     everything(device, *arrays)
-    with pytest.warns(RuntimeWarning, match="refused to record"):
+    with pytest.warns(RuntimeWarning) as told:
         found = everything(device, *arrays)
+    assert ["a whole call" in str(w.message) for w in told] == [True, False]
+    assert all("refused to record" in str(w.message) for w in told)
     assert_same(found, everything(host, *arrays), 2e-6)
     assert_same(everything(device, *arrays), everything(host, *arrays), 2e-6)
     assert run.path(device.backend, 5)[0] == "eager"
@@ -404,7 +407,7 @@ def test_tf32_is_asked_for_in_every_product(after, monkeypatch):
     def products(self, precision):
         def call(*arguments):
             asked.append(precision)
-            _do(partial(gemm, *arguments))
+            do(partial(gemm, *arguments))
 
         return call
 
@@ -432,13 +435,13 @@ def test_the_path_in_words(take, monkeypatch):
     assert run.path(backend, 128, "float64")[0] == "graph"
     assert run.path(backend, 1000)[0] == "graph"
     assert "1000 units" in run.path(backend, 1000)[1]
-    for way in ("plain", "eager", "graph", "whole"):
+    for way in ("plain", "eager", "blocks", "graph", "whole"):
         take(way)
         assert run.path(backend, 1000) == (way, run.path(backend, 1000)[1])
         assert "GRU_ANY_CUDA" in run.path(backend, 1000)[1]
     assert run.path(backend, 8, "complex128")[0] == "plain"
     monkeypatch.setenv("GRU_ANY_CUDA", "fastest")
-    with pytest.raises(ValueError, match="expected one of plain, eager, graph"):
+    with pytest.raises(ValueError, match="expected one of plain, eager, blocks, graph"):
         run._chosen_on_cuda()
     monkeypatch.setenv("GRU_ANY_PLAIN", "1")
     assert run._chosen_on_cuda() == "plain"

@@ -1,6 +1,6 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
-from .run import environment, path, runner
+from .run import environment, path, recorded, runner
 from .select import NUMPY, Backend, BackendError, of, select
 from .transfer import asarray, to_numpy
 
@@ -12,6 +12,7 @@ __all__ = [
     "environment",
     "of",
     "path",
+    "recorded",
     "runner",
     "select",
     "to_numpy",

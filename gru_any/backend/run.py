@@ -8,7 +8,7 @@ from typing import Any
 from .plain import Plain
 
 # from the simplest to the fastest, as we believe; "whole" has to be asked for
-CUDA = ("plain", "eager", "graph", "persistent", "whole")
+CUDA = ("plain", "eager", "blocks", "graph", "persistent", "whole")
 
 
 def _chosen() -> str:
@@ -35,8 +35,8 @@ def runner(backend: Any, precision: str = "full") -> Plain:
     """How this backend runs a block of steps; precision: "tf32" where CUDA may multiply so.
 
     NumPy's is compiled where Numba is installed. GRU_ANY_NO_NUMBA=1 does without it, and
-    GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA=eager (or graph, or plain)
-    is the fastest way that CuPy may take. All are read at the import.
+    GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA=eager (or blocks, or graph,
+    or plain) is the fastest way that CuPy may take. All are read at the import.
     """
     way = chosen if backend.host else chosen_on_cuda if backend.cuda else "plain"
     return _runner(backend, way, precision if backend.cuda else "full")
@@ -63,8 +63,8 @@ def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, s
     """Which way a call of this size takes, and in words why it is not a faster one.
 
     The name is "plain", "traced" or "compiled" on NumPy; "plain", "eager" (a kernel between two
-    products), "graph" (those recorded) or "persistent" (a kernel for all steps) on CuPy; else
-    "plain".
+    products), "blocks" (those recorded, each block of steps), "graph" (the whole call recorded) or
+    "persistent" (a kernel for all steps) on CuPy; else "plain".
     """
     if backend.cuda and dtype != "complex128":
         return _path_on_cuda(backend, hidden_size, dtype)
@@ -87,6 +87,14 @@ def _path_on_cuda(backend: Any, hidden_size: int, dtype: str) -> tuple[str, str]
         return "plain", f"{switch} is set"
     run: Any = runner(backend)
     return run.path(hidden_size, dtype)
+
+
+def recorded(backend: Any, steps: int | None) -> str:
+    """In words, whether CUDA records a call of so many steps as a whole; "" elsewhere."""
+    if not backend.cuda or chosen_on_cuda == "plain":
+        return ""
+    run: Any = runner(backend)
+    return str(run.recorded(steps))
 
 
 def forget(backend: Any) -> None:

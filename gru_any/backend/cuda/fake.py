@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from .memory import Cell, cell_of, count, new, recording, use, wait
+from .memory import Cell, cell_of, count, do, new, recording, unowned, use, wait
 
 DEVICE = "host"
 
@@ -38,6 +38,8 @@ class Array(NDArrayOperatorsMixin):
         return sys.modules[__name__]
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if ufunc is np.matmul and recording() is not None:
+            raise NotImplementedError("CuPy refuses cuBLAS while launches are recorded")
         return _computed(getattr(ufunc, method), inputs, kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -91,39 +93,72 @@ def _known(array: Array) -> Cell:
 
 def _computed(function: Any, args: Any, kwargs: Any, written: Any = ()) -> Any:
     """Call a function of NumPy; what is new in its result gets memory of this device."""
-    if recording() is not None:
-        raise RuntimeError("an operation of the array library while launches are recorded")
+    if recording() is None:
+        return _done(function, args, kwargs, written)
+    if function in (np.concatenate, np.stack) and len(args[0]) > 8:
+        raise RuntimeError("CuPy copies from the host while launches are recorded")
+    with np.errstate(all="ignore"):  # nothing has a value yet
+        return _done(function, args, kwargs, written)
+
+
+def _done(function: Any, args: Any, kwargs: Any, written: Any) -> Any:
     read: list[Array] = []
-    result = function(*_bare(args, read), **_bare(kwargs, read))
-    written = [*written, *(kwargs.get("out") or ())]
-    if result is None or kwargs.get("out"):
-        use([_known(a) for a in read], [_known(a) for a in written])
-        return written[0] if kwargs.get("out") else None
-    if isinstance(result, (tuple, list)):
-        return type(result)(_wrapped(r, read) for r in result)
-    return _wrapped(result, read)
+    call = partial(function, *_bare(args, read), **_bare(kwargs, read))
+    # a recording must not keep alive what it works on
+    again = partial(function, *_bare(args, [], unowned), **_bare(kwargs, [], unowned))
+    cells, out = [_known(a) for a in read], [*written, *(kwargs.get("out") or ())]
+    if out:
+        _write(again, cells, [_known(a) for a in out])
+        return out[0] if kwargs.get("out") else None
+    result = call()
+    several = isinstance(result, (tuple, list))
+    results = [_wrapped(r) for r in (result if several else [result])]
+    for n, (array, is_new) in enumerate(results):
+        if is_new:
+            _fill(array, partial(_entry, again, n if several else None), cells)
+    found = [array for array, _ in results]
+    return type(result)(found) if several else found[0]
 
 
-def _wrapped(result: Any, read: list[Array]) -> Any:
+def _entry(call: Any, n: int | None) -> Any:
+    return call() if n is None else call()[n]
+
+
+def _write(call: Any, read: list[Cell], written: list[Cell]) -> None:
+    def action() -> None:
+        use(read, written)
+        call()
+
+    do(action)
+
+
+def _fill(array: Array, value: Any, read: list[Cell]) -> None:
+    host = unowned(array.host)
+
+    def put() -> None:
+        host[...] = value()
+
+    _write(put, read, [_known(array)])
+
+
+def _wrapped(result: Any) -> tuple[Any, bool]:
+    """A result as an array of this device, and whether it needs to be filled."""
     if not isinstance(result, (np.ndarray, np.generic)):
-        return result
+        return result, False
     if cell_of(result) is not None:  # a view
-        return Array(np.asarray(result))
-    host = new(result.shape, result.dtype)
-    host[...] = result
-    use([_known(a) for a in read], [_known(Array(host))])
-    return Array(host)
+        return Array(np.asarray(result)), False
+    return Array(new(result.shape, result.dtype)), True
 
 
-def _bare(v: Any, read: list[Array]) -> Any:
+def _bare(v: Any, read: list[Array], taken: Any = lambda host: host) -> Any:
     """The same with NumPy's arrays; those of ours go to the list."""
     if isinstance(v, Array):
         read.append(v)
-        return v.host
+        return taken(v.host)
     if isinstance(v, (tuple, list)):
-        return type(v)(_bare(w, read) for w in v)
+        return type(v)(_bare(w, read, taken) for w in v)
     if isinstance(v, dict):
-        return {k: _bare(w, read) for k, w in v.items()}
+        return {k: _bare(w, read, taken) for k, w in v.items()}
     if isinstance(v, np.ndarray):
         raise TypeError("an array of NumPy among those of the device")
     return v
@@ -135,11 +170,12 @@ def asarray(v: Any, dtype: Any = None, device: Any = None, copy: Any = None) -> 
         dtype = dtype or v.dtype
         return v if not copy and v.dtype == dtype else _computed(np.array, (v,), {"dtype": dtype})
     host = np.asarray(v, dtype=dtype)
+    if recording() is not None:
+        raise RuntimeError("a copy from the host while launches are recorded")
     count["copies"] += 1
     count["bytes copied"] += host.nbytes
     array = Array(new(host.shape, host.dtype))
-    array.host[...] = host
-    use([], [_known(array)])
+    _fill(array, lambda: host, [])
     return array
 
 
@@ -155,11 +191,10 @@ def ascontiguousarray(v: Array) -> Array:
 
 def _made(name: str, *args: Any, device: Any = None, **kwargs: Any) -> Array:
     result = getattr(np, name)(*args, **kwargs)
-    host = new(result.shape, result.dtype)
+    array = Array(new(result.shape, result.dtype))
     if name != "empty":
-        host[...] = result
-        use([], [_known(Array(host))])
-    return Array(host)
+        _fill(array, lambda: result, [])
+    return array
 
 
 MAKERS = ("empty", "zeros", "ones", "full", "arange", "eye", "linspace")

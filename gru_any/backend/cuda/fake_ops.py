@@ -19,13 +19,16 @@ from .memory import (
     DONE,
     LOCK,
     Cell,
+    Recorder,
     StreamError,
     cell_at,
     count,
+    do,
     learn,
     local,
     new,
     recording,
+    replay,
     stream,
     use,
     wait,
@@ -36,15 +39,21 @@ from .source import Kernel
 class Graph:
     """Launches that were recorded."""
 
-    def __init__(self, launches: list[Callable[[], None]]) -> None:
-        self.launches = launches
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
 
     def launch(self) -> None:
-        """As `ops.Ops.launch`."""
         """Replay them."""
+        if recording() is not None:
+            raise RuntimeError("a graph is launched while launches are recorded")
         count["replays"] += 1
-        for launch in self.launches:
-            launch()
+        replay(self.recorder)
+
+
+class Event(dict[Any, int]):
+    """What a stream knew to be done. recorder: of the recording that it belongs to."""
+
+    recorder: Recorder | None = None
 
 
 class Ops:
@@ -73,24 +82,41 @@ class Ops:
     ) -> None:
         """As `ops.Ops.launch`."""
         count["launches"] += 1
-        _do(partial(_launch, kernel, (*grid, threads, shared, kernel.barrier), tuple(numbers)))
+        do(partial(_launch, kernel, (*grid, threads, shared, kernel.barrier), tuple(numbers)))
 
     def blas(self, precision: str) -> Any:
         """As `ops.Ops.blas`."""
-        return lambda *arguments: _do(partial(gemm, *arguments))
+        return lambda *arguments: do(partial(gemm, *arguments))
 
     def stream(self) -> Any:
         """As `ops.Ops.stream`."""
         return stream()
 
-    def event(self) -> dict[Any, int]:
+    def event(self) -> Event:
         """As `ops.Ops.event`."""
-        return dict(DONE.get(stream(), {}))
+        event = Event()
+        event.recorder = recording()
 
-    def wait(self, event: dict[Any, int]) -> None:
+        def mark() -> None:
+            event.clear()
+            event.update(DONE.get(stream(), {}))
+
+        do(mark)
+        return event
+
+    def wait(self, event: Event) -> None:
         """As `ops.Ops.wait`."""
-        with LOCK:
-            learn(stream(), event)
+        recorder = recording()
+        if event.recorder is not recorder:
+            raise RuntimeError("a stream waits for what is on the other side of a recording")
+        if recorder is not None:
+            recorder.joined.add(stream())
+
+        def known() -> None:
+            with LOCK:
+                learn(stream(), event)
+
+        do(known)
 
     @contextmanager
     def on(self, number: int) -> Iterator[None]:
@@ -110,21 +136,26 @@ class Ops:
 
     def record(self, steps: Callable[[], None]) -> Graph:
         """As `ops.Ops.record`."""
-        launches: list[Callable[[], None]] = []
-        local.recorded = launches
+        before, local.recorder = stream(), Recorder()
+        local.stream = local.recorder.origin
         try:
             steps()
+            return Graph(local.recorder)
         finally:
-            local.recorded = None
-        return Graph(launches)
+            local.recorder, local.stream = None, before
 
+    def pool(self) -> dict[Any, list[Cell]]:
+        """As `ops.Ops.pool`."""
+        return {}
 
-def _do(launch: Callable[[], None]) -> None:
-    recorded = recording()
-    if recorded is None:
-        launch()
-    else:
-        recorded.append(launch)
+    @contextmanager
+    def memory(self, pool: Any) -> Iterator[None]:
+        """As `ops.Ops.memory`."""
+        before, local.pool = getattr(local, "pool", None), pool
+        try:
+            yield
+        finally:
+            local.pool = before
 
 
 @cache

@@ -90,6 +90,16 @@ class Ops:
         """Wait until the device is done."""
         self.cupy.cuda.Device().synchronize()
 
+    def pool(self) -> Any:
+        """Memory of its own, which nothing else is given any of."""
+        return self.cupy.cuda.MemoryPool()
+
+    @contextmanager
+    def memory(self, pool: Any) -> Iterator[None]:
+        """New arrays of this thread come from the pool, inside of the context."""
+        with self.cupy.cuda.using_allocator(pool.malloc):
+            yield
+
     def record(self, steps: Callable[[], None]) -> Any:
         """Record what `steps` launches as a graph, whose launch() replays it."""
         stream = self.cupy.cuda.Stream(non_blocking=True)

@@ -149,9 +149,3 @@ class Lane:
                 self.plans.popitem(last=False)
         self.plans.move_to_end(key)
         return self.plans[key]
-
-    def forget(self) -> None:
-        """Let go of all plans, after the device is done with them."""
-        with self.lock:
-            self.ops.synchronize()
-            self.plans.clear()

@@ -2,70 +2,32 @@
 
 The loop over the steps is written against a handful of operations (see ops.py), so that it runs
 launch by launch, or is recorded as a CUDA graph, or runs on a device that the host plays (fake.py).
+How whole calls are recorded is in calls.py.
 """
 
 import importlib
-import threading
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..numpy import Filled
-from ..plain import Plain
+from .calls import Calls
 from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
-from .plan import Lane, Plan, place
+from .plan import Plan, place
+from .products import KINDS
 from .rows import Rows, multiply
 from .walk import Walk, backward_walk, forward_walk, typed
 from .whole import exchanged, holds, threads, units, whole_kernel
 from .whole import shared_numbers as shared_by_all
 
-LANES = 2  # that may run at the same time: the two directions of a layer
 
-
-class CUDA(Plain):
+class CUDA(Calls):
     """Runs blocks of steps with fused kernels, in float32 and float64.
 
     Of a half model, what products read and what the way back needs is stored in its dtype, but for
     the states; arithmetic, states and sums are float32.
 
-    way: "eager", "graph", "persistent" or "whole", the fastest that may be taken; precision: of
-    products in float32, "full" or "tf32".
+    way: "eager", "blocks", "graph", "persistent" or "whole", the fastest that may be taken;
+    precision: of products in float32, "full" or "tf32".
     """
-
-    def __init__(self, xp: Any, device: Any, ops: Any, way: str, precision: str = "full") -> None:
-        super().__init__(xp, device)
-        self.ops, self.way = ops, way
-        ops.records = way != "eager"
-        self.lanes, self.precision = [Lane(ops, precision) for _ in range(LANES)], precision
-        self._local = threading.local()
-
-    def _lane(self) -> Lane:
-        return self.lanes[getattr(self._local, "lane", 0)]
-
-    def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """As `Plain.parallel`: the first on the current stream, each other on one of its own."""
-        # two kernels of the whole device would wait for each other's multiprocessors
-        if self.way == "whole" or len(calls) == 1:
-            return super().parallel(calls)
-        start, ends = self.ops.event(), []
-        results = [calls[0]()]
-        for n, call in enumerate(calls[1:], 1):
-            self._local.lane = n % LANES
-            try:
-                with self.ops.on(n % LANES):
-                    self.ops.wait(start)
-                    results.append(call())
-                    ends.append(self.ops.event())
-            finally:
-                self._local.lane = 0
-        for end in ends:
-            self.ops.wait(end)
-        return results
-
-    def forget(self) -> None:
-        """Let go of all plans and their memory, after the device is done with them."""
-        for lane in self.lanes:
-            lane.forget()
 
     def path(self, hidden_size: int, dtype: str) -> tuple[str, str]:
         """Which way a block of this size takes, and why not a faster one."""
@@ -73,38 +35,36 @@ class CUDA(Plain):
             return "eager", "GRU_ANY_CUDA is set to eager"
         if not self.ops.records:
             return "eager", "CUDA refused to record a graph in this process"
-        if self.way == "graph":
-            return "graph", "GRU_ANY_CUDA is set to graph"
+        if self.way == "blocks":
+            return "blocks", "GRU_ANY_CUDA is set to blocks"
         if self.way == "whole":
             return "whole", "GRU_ANY_CUDA asks for it, where the device's memory holds the weights"
-        if hidden_size <= LARGEST.get(dtype, LARGEST["float32"]):
+        if self.way == "persistent" and hidden_size <= LARGEST.get(dtype, LARGEST["float32"]):
             return "persistent", "this is the fastest way on CUDA"
+        if not self.whole_calls:
+            return "blocks", "CUDA refused to record a whole call in this process"
+        if self.way == "graph":
+            return "graph", "GRU_ANY_CUDA is set to graph"
         return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
 
     def own(self, v: Any) -> Any:
         """As `Plain.own`."""
         return self.ops.copy(v)
 
-    def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """As `Plain.output`."""
-        return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
-
     def wide(self, v: Any, dtype: Any) -> Any:
         """As `Plain.wide`; kernels and products read halves as they are."""
         return super().wide(v, dtype) if v.ndim == 1 else v
 
     def rows(self, v: Any) -> Any:
-        """As `Plain.rows`."""
+        """As `Plain.rows`; CuPy refuses its own products while launches are recorded."""
         rows = super().rows(v)
-        single = self.precision == "tf32" and str(v.dtype) == "float32"
-        return Rows(rows, self._product) if (single or v.itemsize == 2) and rows.size else rows
+        return Rows(rows, self._product) if rows.size and str(v.dtype) in KINDS else rows
 
     def _product(self, left: Any, right: Any) -> Any:
         if right.dtype != left.dtype:  # states, beside halves
             right = self.xp.astype(right, left.dtype)
-        lane = self._lane()
-        with lane.turn():
-            return multiply(self.ops, lane.blas, left, right)
+        with self.turn():
+            return multiply(self.ops, self.lane.blas, left, right)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
@@ -174,9 +134,11 @@ class CUDA(Plain):
             return self._on_the_whole_device(walk, arrays, mask, state, U, order, shift)
         if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
             return self._all_at_once(walk, arrays, mask, state, U, order, shift)
-        lane, sizes, walk = self._lane(), state.shape, walk.narrow
-        with lane.turn():
-            make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
+        lane, sizes, walk = self.lane, state.shape, walk.narrow
+        make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
+        if self.recording:  # of its own, in the recording's memory
+            return make()(arrays, mask, state, U)
+        with self.turn():
             return lane.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
 
     def _all_at_once(
@@ -207,7 +169,7 @@ class CUDA(Plain):
         numbers += [self.ops.pointer(v) for v in (U, state, last, counter, *shared)]
         numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
         size = shared_by_all(walk, B, H, own) * state.itemsize
-        with self.lanes[0].turn():
+        with self.turn():
             kernel = whole_kernel(walk, B, H, own)
             self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last

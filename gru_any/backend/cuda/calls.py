@@ -1,0 +1,214 @@
+"""How the calls of a device are put together: lanes and streams, and whole calls recorded."""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from ..numpy import Filled
+from ..plain import Plain
+from .plan import Lane
+from .recording import Loan, Recording, Recordings, leaves, signature
+
+LANES = 2  # that may run at the same time: the two directions of a layer, or two layers
+STEPS = 2048  # of a recording, layers and directions counted: it has a few launches for each
+IDLE = 64 * 512  # numbers of a state up to which one layer leaves most of a device idle
+
+
+class Calls(Plain):
+    """Runs calls on the device of `ops`: at the same time what can be, recorded what can be.
+
+    way: as of `CUDA`; precision: of products in float32, "full" or "tf32".
+    """
+
+    def __init__(self, xp: Any, device: Any, ops: Any, way: str, precision: str = "full") -> None:
+        super().__init__(xp, device)
+        self.ops, self.way = ops, way
+        ops.records = way != "eager"
+        self.whole_calls = way not in ("eager", "blocks")
+        self.lanes, self.precision = [Lane(ops, precision) for _ in range(LANES)], precision
+        self.recordings = Recordings()
+        self._local = threading.local()  # lane, recording, overlap
+
+    # at the same time ----------------------------------------------------------------------------
+
+    @property
+    def lane(self) -> Lane:
+        """The one that this thread is in."""
+        return self.lanes[getattr(self._local, "lane", 0)]
+
+    @property
+    def recording(self) -> bool:
+        """Whether this thread records a call."""
+        return getattr(self._local, "recording", False)
+
+    def turn(self) -> Any:
+        """Alone in the lane; a recording has all of them already."""
+        return nullcontext() if self.recording else self.lane.turn()
+
+    @contextmanager
+    def _in_lane(self, n: int, start: Any, ends: list[Any]) -> Iterator[None]:
+        """After `start` on the stream of lane n, whose end is noted; lane 0 has the current one."""
+        if n == 0:
+            yield
+            return
+        self._local.lane = n
+        try:
+            with self.ops.on(n):
+                self.ops.wait(start)
+                yield
+                ends.append(self.ops.event())
+        finally:
+            self._local.lane = 0
+
+    def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """As `Plain.parallel`: the first on the current stream, each other on one of its own."""
+        # two kernels of the whole device would wait for each other's multiprocessors
+        if self.way == "whole" or len(calls) == 1:
+            return super().parallel(calls)
+        start, results = self.ops.event(), []
+        ends: list[Any] = []
+        for n, call in enumerate(calls):
+            with self._in_lane(n % LANES, start, ends):
+                results.append(call())
+        for end in ends:
+            self.ops.wait(end)
+        return results
+
+    def chained(
+        self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
+    ) -> Any:
+        """As `Plain.chained`: a wavefront of layers, where one alone leaves the device idle."""
+        alone = overlap is None or overlap > IDLE or len(calls) == 1
+        if alone or self.way in ("eager", "whole"):
+            return super().chained(calls, x)
+        start, passed = self.ops.event(), [x]  # none is let go of before all have ended
+        ends: list[Any] = []
+        self._local.overlap = True
+        try:
+            for n, call in enumerate(calls):
+                with self._in_lane(n % LANES, start, ends):
+                    passed.append(call(passed[-1]))
+        finally:
+            self._local.overlap = False
+        for end in ends:
+            self.ops.wait(end)
+        return [_arrived(v) for v in passed][-1]
+
+    def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """As `Plain.output`."""
+        array = self.xp.empty(shape, dtype=dtype, device=self.device)
+        return (
+            Arriving(self.ops, array) if getattr(self._local, "overlap", False) else Filled(array)
+        )
+
+    # recorded ------------------------------------------------------------------------------------
+
+    def complete(self, steps: int) -> int:
+        """As `Plain.complete`: none, so that one recording serves all lengths."""
+        return 0 if self.whole_calls else steps
+
+    def call(
+        self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
+    ) -> tuple[Any, Any]:
+        """As `Plain.call`; from the second call of a shape on, it is recorded and replayed."""
+        loan = tape if isinstance(tape, Loan) else None
+        tape = loan.recording.tape if loan else tape
+        run = partial(super().call, function, static, tape=tape)
+        if not loan and (tape is not None or not self._recordable(arrays, steps)):
+            return run(arrays)
+        with self._alone():
+            found = None
+            if self._recordable(arrays, steps):
+                key = (function, static, signature(arrays))
+                recordings = loan.recording.back if loan else self.recordings
+                found = recordings.find(key, lambda: self._recorded(run, arrays))
+            if found is None:
+                return run(arrays)
+            results = found(arrays)
+            return results, None if loan else Loan(found)
+
+    def _recordable(self, arrays: Any, steps: int | None) -> bool:
+        found = [v for v in leaves(arrays) if v is not None]
+        sizes = all(v.size and v.dtype.kind != "c" for v in found)
+        return self.whole_calls and steps is not None and steps <= STEPS and sizes
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """In all lanes: a recording uses the workspaces of each."""
+        with ExitStack() as turns:
+            for lane in self.lanes:
+                turns.enter_context(lane.turn())
+            yield
+
+    def _recorded(self, run: Any, arrays: Any) -> Recording | None:
+        """A recording; None where the device refuses, which is told once."""
+        self._local.recording = True
+        try:
+            return Recording(self.ops, run, arrays)
+        except (RuntimeError, NotImplementedError, MemoryError) as e:
+            self.whole_calls = False
+            warnings.warn(
+                "gru_any: CUDA refused to record a whole call; blocks of steps are recorded "
+                f"one by one, slower ({e})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        finally:
+            self._local.recording = False
+
+    def recorded(self, steps: int | None) -> str:
+        """In words, whether a call of so many steps is recorded as a whole, and why not."""
+        if self.way in ("eager", "blocks"):
+            return f"Calls are not recorded as a whole: GRU_ANY_CUDA is set to {self.way}."
+        if not self.whole_calls:
+            return "Calls are not recorded as a whole: CUDA refused to in this process."
+        if steps is None or steps <= STEPS:
+            limit = f"up to {STEPS} steps, all layers and directions counted"
+            return f"From its second time on a shape is replayed as one recording ({limit})."
+        return (
+            f"Calls are not recorded as a whole: this has {steps} steps, all layers and "
+            f"directions counted, which is more than {STEPS}."
+        )
+
+    def forget(self) -> None:
+        """Let go of all plans, recordings and their memory, after the device is done with them."""
+        with self._alone():
+            self.ops.synchronize()
+            self.recordings = Recordings()
+            for lane in self.lanes:
+                lane.plans.clear()
+
+
+class Arriving(Filled):
+    """An array that one stream fills block by block, for others, which wait for each block."""
+
+    def __init__(self, ops: Any, array: Any) -> None:
+        super().__init__(array)
+        self.ops, self.shape, self.dtype = ops, array.shape, array.dtype
+        self.events: dict[int, Any] = {}
+
+    def put(self, block: slice, piece: Any) -> None:
+        """As of `Filled`."""
+        super().put(block, piece)
+        self.events[block.start] = self.ops.event()
+
+    def array(self) -> Any:
+        """Itself, to be read by blocks."""
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        if key[0].start in self.events:
+            self.ops.wait(self.events[key[0].start])
+        return self._array[key]
+
+
+def _arrived(v: Any) -> Any:
+    """The array, for which nobody has to wait any more."""
+    if not isinstance(v, Arriving):
+        return v
+    v.events.clear()
+    return v._array

@@ -1,0 +1,108 @@
+"""Whole calls on a device: a function of arrays, recorded once for each shape and replayed.
+
+A recording owns all its memory: what it is given is copied in, and its results are copied out. What
+it keeps for the way back stays where it is; so it is lent until nothing refers to that any more.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+PLANS = 8  # shapes of which recordings are kept
+COPIES = 2  # recordings of one shape: a loop often holds the last pullback during the next forward
+PAID = 32  # calls that make up for one recording, if there are many shapes
+SEEN = 1024  # shapes that are remembered
+
+
+def leaves(nested: Any) -> Iterator[Any]:
+    """The arrays in tuples, lists and dicts, and None where there is none."""
+    if isinstance(nested, dict):
+        nested = tuple(nested.values())
+    if isinstance(nested, (tuple, list)):
+        for part in nested:
+            yield from leaves(part)
+    else:
+        yield nested
+
+
+def mapped(function: Callable[[Any], Any], nested: Any) -> Any:
+    """The same, with the results of the function on its arrays."""
+    if nested is None:
+        return None
+    if isinstance(nested, dict):
+        return {name: mapped(function, part) for name, part in nested.items()}
+    if isinstance(nested, (tuple, list)):
+        parts = [mapped(function, part) for part in nested]
+        return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
+    return function(nested)
+
+
+def signature(arrays: Any) -> Hashable:
+    """Shapes and dtypes."""
+    return tuple(None if v is None else (tuple(v.shape), str(v.dtype)) for v in leaves(arrays))
+
+
+class Recording:
+    """What a function of such arrays launches, over arrays of its own."""
+
+    def __init__(self, ops: Any, function: Callable[[Any], Any], arrays: Any) -> None:
+        self.ops, self.lent, self.back = ops, False, Recordings()
+        self.given = mapped(lambda v: ops.empty(tuple(v.shape), str(v.dtype)), arrays)
+        self.pool = ops.pool()
+
+        def steps() -> None:
+            self.results, self.tape = function(self.given)
+
+        with ops.memory(self.pool):
+            self.graph = ops.record(steps)
+
+    def __call__(self, arrays: Any) -> Any:
+        """Replay it over these -> copies of the results."""
+        for mine, new in zip(leaves(self.given), leaves(arrays), strict=True):
+            if mine is not None:
+                mine[...] = new
+        self.graph.launch()
+        return mapped(self.ops.copy, self.results)
+
+
+class Loan:
+    """The tape of a recording, which nobody else may replay before this is let go of."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording, recording.lent = recording, True
+
+    def __del__(self) -> None:
+        self.recording.lent = False
+
+
+class Recordings:
+    """Those that were used last."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Hashable, list[Recording]] = OrderedDict()
+        self.seen: set[Hashable] = set()
+        self.made = self.calls = 0
+
+    def find(self, key: Hashable, make: Callable[[], Recording | None]) -> Recording | None:
+        """One that nobody has; None at the first call of a key, and where none is to be had.
+
+        The first call compiles all there is to compile.
+        """
+        self.calls += 1
+        if key not in self.seen:
+            if len(self.seen) == SEEN:
+                self.seen.clear()
+            self.seen.add(key)
+            return None
+        copies = self.kept.get(key, [])
+        found = next((recording for recording in copies if not recording.lent), None)
+        if found is None and len(copies) < COPIES and self.made < PLANS + self.calls // PAID:
+            found = make()
+            self.made += 1
+            copies = copies if found is None else [*copies, found]
+        if found is not None:
+            self.kept[key] = copies
+            self.kept.move_to_end(key)
+            if len(self.kept) > PLANS:
+                self.kept.popitem(last=False)
+        return found
