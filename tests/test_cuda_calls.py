@@ -7,11 +7,11 @@ import weakref
 import numpy as np
 import pytest
 
-from gru_any import GRU, asarray, explain, to_numpy
+from gru_any import GRU, asarray, explain, sweep, to_numpy
 from gru_any.backend import run, runner
 from gru_any.backend.cuda import calls, fake, recording
 from gru_any.backend.cuda.fake_ops import Ops
-from gru_any.backend.cuda.memory import StreamError, count
+from gru_any.backend.cuda.memory import count
 
 pytestmark = pytest.mark.usefixtures("compiler")
 HOST = fake.__name__
@@ -19,7 +19,8 @@ HOST = fake.__name__
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Each test records anew."""
+    """Each test records anew; blocks are short, so that there are several."""
+    monkeypatch.setattr(sweep, "BLOCK", 4)
     monkeypatch.setattr(run, "chosen_on_cuda", "graph")
     run._runner.cache_clear()
     yield
@@ -35,7 +36,10 @@ def batch(gru, T=6, B=4, seed=0):
     rng = np.random.default_rng(seed)
     D, H = len(gru.suffixes), gru.hidden_size
     shapes = [(T, B, 3), (gru.num_layers * D, B, H), (T, B, D * H), (gru.num_layers * D, B, H)]
-    return [rng.standard_normal(shape).astype(gru.dtype) for shape in shapes]
+    x, h0, dy, dh = (rng.standard_normal(shape).astype(gru.dtype) for shape in shapes)
+    if gru.batch_first:
+        x, dy = (v.transpose(1, 0, 2) for v in (x, dy))
+    return [x, h0, dy, dh]
 
 
 def training(gru, arrays, **options):
@@ -59,21 +63,203 @@ SHAPES = [
     {"num_layers": 3},
     {"num_layers": 2, "bidirectional": True, "reset_after": True},
     {"num_layers": 3, "reverse": True, "reset_after": True, "bias": False},
-    {"num_layers": 2, "batch_first": True, "recompute": 64},
+    {"num_layers": 2, "batch_first": True, "recompute": 4},
 ]
 
 
 @pytest.mark.parametrize("settings", SHAPES)
 def test_a_call_is_one_replay(settings):
-    """From the second call on, forward and back are a graph each; nothing else is launched."""
+    """Of two blocks a layer; nothing but the two graphs runs from the third step on."""
     host, device = pair(**settings)
-    T, B = (4, 70) if device.batch_first else (70, 4)
     for seed in range(4):
-        arrays = batch(host, T, B, seed)
-        before, launches = count["replays"], count["launches"]
-        found = training(device, arrays)
-        assert_near(found, training(host, arrays), 4e-6)
-        assert count["replays"] - before == (0, 1, 2, 2)[seed] + 0
-    assert count["launches"] == launches
-    y, h_n = device(*(asarray(v, like=device) for v in arrays[:2]))
-    assert_near([y, h_n], found[:2])
+        arrays = batch(host, seed=seed)
+        x, h0, dy, dh = (asarray(v, like=device) for v in arrays)
+        before = count["replays"]
+        (y, h_n), pullback = device.vjp(x, h0)
+        results = pullback(dy, dh)
+        if seed > 1:
+            assert count["replays"] - before == 2
+        assert_near([y, h_n, *flat(results)], training(host, arrays), 4e-6)
+        del pullback
+    assert runner(device.backend).recordings.made == 1
+    before = count["replays"]
+    for _ in range(2):
+        found = device(x, h0), device.last(x, h0)
+    assert count["replays"] - before >= 2
+    assert_near([*found[0], found[1]], [to_numpy(v) for v in (y, h_n, h_n)])
+
+
+def test_the_pullback_of_the_step_before():
+    """It is still held at the next forward, as in most loops: two recordings take turns."""
+    host, device = pair(num_layers=2)
+    for seed in range(6):
+        arrays = batch(host, seed=seed)
+        x, h0, dy, dh = (asarray(v, like=device) for v in arrays)
+        before = count["replays"]
+        (y, h_n), pullback = device.vjp(x, h0)
+        found = [y, h_n, *flat(pullback(dy, dh))]
+        if seed > 3:
+            assert count["replays"] - before == 2
+        assert_near(found, training(host, arrays))
+    assert runner(device.backend).recordings.made == 2
+
+
+def test_what_is_lent_stays_as_it_is():
+    """Five forwards before their ways back, of which two are recorded; and each back twice."""
+    host, device = pair(num_layers=2, bidirectional=True)
+    steps = []
+    for seed in range(5):
+        arrays = batch(host, seed=seed)
+        x, h0, dy, dh = (asarray(v, like=device) for v in arrays)
+        steps.append((arrays, dy, dh, *device.vjp(x, h0)))
+    assert [isinstance(step[4]._tapes, recording.Loan) for step in steps] == [0, 1, 1, 0, 0]
+    for _ in range(2):
+        for arrays, dy, dh, outputs, pullback in reversed(steps):
+            assert_near([*outputs, *flat(pullback(dy, dh))], training(host, arrays))
+    lent = [r for copies in runner(device.backend).recordings.kept.values() for r in copies]
+    assert [r.lent for r in lent] == [True, True]
+    del steps, outputs, pullback
+    assert [r.lent for r in lent] == [False, False]
+
+
+def test_every_option_beside_a_recording():
+    """Lengths of all kinds by one recording; dy or dh_n alone; taps; dropout; a list of states."""
+    host, device = pair(num_layers=3, dropout=0.4)
+    for n, lengths in enumerate(([6, 2, 0, 5], [1, 1, 1, 1], [6, 5, 6, 6], [3, 3, 6, 0])):
+        arrays = batch(host, seed=n)
+        masks = [np.random.default_rng(n) for _ in range(2)]
+        x, h0, dy, dh = (asarray(v, like=device) for v in arrays)
+        found = [training(gru, arrays, lengths=lengths, rng=rng)
+                 for gru, rng in zip((device, host), masks, strict=True)]  # fmt: skip
+        assert_near(*found)
+        _, pullback = device.vjp(x, h0, lengths)
+        _, expected = host.vjp(*arrays[:2], lengths)
+        assert_near(flat(pullback(dy)), flat(expected(arrays[2])))
+        assert_near(flat(pullback(None, dh)), flat(expected(None, arrays[3])))
+        assert_near([pullback.taps(dy, dh)], [expected.taps(*arrays[2:])])
+        assert_near(device.taps(x, h0, lengths).values(), host.taps(*arrays[:2], lengths).values())
+        del pullback
+    assert runner(device.backend).recordings.made == 2  # with a mask and without one
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("settings", [{}, {"recompute": "sqrt", "precision": "tf32"}])
+def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
+    """Four layers, three blocks: the next layer begins when the one below is done with a block."""
+    _, device = pair(num_layers=4, dtype=dtype, **settings)
+    arrays, lengths, found = batch(device, 10, 3), [10, 6, 0], []
+    for idle, streams in ((calls.IDLE, 2), (0, 1)):
+        monkeypatch.setattr(calls, "IDLE", idle)
+        run._runner.cache_clear()
+        found += [training(device, arrays, lengths=lengths) for _ in range(3)]
+        [[made]] = device._run.recordings.kept.values()
+        [[back]] = made.back.kept.values()
+        assert [len(r.graph.recorder.joined) for r in (made, back)] == [streams, streams]
+    for other in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_streams_and_threads_take_turns():
+    host, device = pair(num_layers=2)
+    inputs, wrong = [batch(host, seed=seed) for seed in range(3)], []
+    expected = [training(host, arrays) for arrays in inputs]
+
+    def work(n):
+        try:
+            for turn in range(4):
+                with Ops().on(20 + n + turn % 2):
+                    assert_near(training(device, inputs[n]), expected[n])
+        except BaseException as e:
+            wrong.append(e)
+
+    for arrays in inputs:
+        training(device, arrays)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_weights_and_equations_of_the_moment():
+    """Written, replaced, of another variant: the recording follows, or is another."""
+    host, device = pair()
+    arrays = batch(host)
+    for turn in range(4):
+        for gru in (host, device):
+            if turn % 2:
+                gru.params["weight_ih_l0"] *= 0.5
+            else:
+                gru.params["weight_hh_l0"] = gru.params["weight_hh_l0"] + 0.1
+        assert_near(training(device, arrays), training(host, arrays))
+    assert runner(device.backend).recordings.made == 1
+    other = GRU(3, 5, reset_after=True, seed=1)
+    for _ in range(3):
+        assert_near(training(other.to(HOST), arrays), training(other, arrays))
+
+
+# how many ----------------------------------------------------------------------------------------
+
+
+def test_recordings_are_few_and_can_be_let_go_of(monkeypatch):
+    monkeypatch.setattr(recording, "PLANS", 2)
+    _, device = pair()
+    for B in (1, 2, 3, 1):
+        x = asarray(np.zeros((3, B, 3), "f4"), like=device)
+        for _ in range(3):
+            device(x)
+    found = runner(device.backend).recordings
+    assert (len(found.kept), found.made) == (2, 2)  # more have to be earned
+    monkeypatch.setattr(recording, "PAID", 4)
+    x = asarray(np.zeros((3, 3, 3), "f4"), like=device)
+    device(x)
+    assert (len(found.kept), found.made) == (2, 3)
+    known = [weakref.ref(r) for copies in found.kept.values() for r in copies]
+    run.forget(device.backend)
+    assert not runner(device.backend).recordings.kept
+    del found
+    assert [ref() for ref in known] == [None, None]
+
+
+def test_a_call_that_is_too_long_is_recorded_by_blocks(monkeypatch):
+    monkeypatch.setattr(calls, "STEPS", 11)
+    host, device = pair(num_layers=2)
+    arrays = batch(host)
+    for _ in range(3):
+        assert_near(training(device, arrays), training(host, arrays))
+    assert not runner(device.backend).recordings.kept
+    assert "12 steps" in explain(device, (6, 4, 3))
+    assert "replayed as one recording" in explain(device, (5, 4, 3))
+    assert "replayed as one recording" in explain(device)
+    assert "recorded as a whole" not in explain(host)
+    for way in ("eager", "blocks"):
+        monkeypatch.setattr(run, "chosen_on_cuda", way)
+        assert f"not recorded as a whole: GRU_ANY_CUDA is set to {way}" in explain(device)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, MemoryError])
+def test_a_device_that_refuses_a_whole_call(error, monkeypatch):
+    """Half way through; the blocks are recorded all the same, and it is told once."""
+    right, asked = Ops.launch, []
+
+    def refuse(self, *arguments):
+        if runner(device.backend).recording:
+            asked.append(arguments)
+            if len(asked) == 9:
+                raise error("no more")
+        right(self, *arguments)
+
+    monkeypatch.setattr(Ops, "launch", refuse)
+    host, device = pair(num_layers=2, bidirectional=True)
+    arrays = batch(host)
+    training(device, arrays)
+    with pytest.warns(RuntimeWarning, match="refused to record a whole call; .*no more"):
+        assert_near(training(device, arrays), training(host, arrays))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = count["replays"]
+        assert_near(training(device, arrays), training(host, arrays))
+    assert count["replays"] - before > 2
+    assert run.path(device.backend, 1000)[0] == "blocks"
+    assert "CUDA refused to" in explain(device)

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from gru_any import GRU, asarray, to_numpy
+from gru_any import GRU, asarray, sweep, to_numpy
 from gru_any.backend import run
-from gru_any.backend.cuda import fake, plan, source, walk
+from gru_any.backend.cuda import calls, fake, memory, plan, recording, runner, source, walk
 from gru_any.backend.cuda.fake_ops import Event, Ops
-from gru_any.backend.cuda.memory import DONE, StreamError, do, recording
+from gru_any.backend.cuda.memory import DONE, StreamError, do
 from gru_any.backend.cuda.stages import Gemm
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -155,7 +155,7 @@ def test_swapped_streams(monkeypatch):
         def mark():
             event.update(DONE.get(0, {}))
 
-        event.recorder = recording()
+        event.recorder = memory.recording()
         do(mark)
         return event
 
@@ -185,6 +185,97 @@ def test_a_lane_without_turns(monkeypatch):
         else:
             with pytest.raises(StreamError, match="did not wait"):
                 gru(x)
+
+
+# of whole calls ----------------------------------------------------------------------------------
+
+
+def layers(monkeypatch):
+    """Whether training two layers, block by block, and a forward in between show anything."""
+    monkeypatch.setattr(sweep, "BLOCK", 3)
+    run._runner.cache_clear()
+    Ops().synchronize()
+    host = GRU(3, 5, 2, seed=0, dtype="float64")
+    device, good = host.to(fake.__name__), []
+    try:
+        for seed in range(4):
+            x, dy = (np.random.default_rng(seed).standard_normal((8, 4, n)) for n in (3, 5))
+            pairs = []
+            for gru in (host, device):
+                (y, h), pullback = gru.vjp(asarray(x, like=gru))
+                other = gru.vjp(asarray(dy[..., :3], like=gru))
+                grads, dx, dh = pullback(asarray(dy, like=gru))
+                del other
+                pairs.append([to_numpy(v) for v in (y, h, dx, dh, *grads.values())])
+            good += [np.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*pairs, strict=True)]
+    except AssertionError as e:
+        return type(e).__name__
+    assert device._run.recordings.kept
+    return not all(good)
+
+
+def test_no_mistake_in_layers_no_notice(monkeypatch):
+    assert layers(monkeypatch) is False
+
+
+def test_a_layer_that_does_not_wait_for_the_one_below(monkeypatch):
+    monkeypatch.setattr(calls.Arriving, "__getitem__", lambda self, key: self.pieces[key[0].start])
+    assert layers(monkeypatch) == "StreamError"
+
+
+def test_an_end_that_nobody_waits_for(monkeypatch):
+    right = calls.Calls._in_lane
+    monkeypatch.setattr(
+        calls.Calls, "_in_lane", lambda self, n, start, _: right(self, n, start, [])
+    )
+    assert layers(monkeypatch) == "StreamError"
+
+
+def test_a_buffer_that_two_layers_use_at_the_same_time(monkeypatch):
+    """Each stage of a step, in a recording alone."""
+    right, made = runner.Plan, {}
+
+    def wrong(ops, blas, walk, *shape):
+        if memory.recording() is None:
+            return right(ops, blas, walk, *shape)
+        return made.setdefault((walk, *map(str, shape)), right(ops, blas, walk, *shape))
+
+    monkeypatch.setattr(runner, "Plan", wrong)
+    assert layers(monkeypatch) == "StreamError"
+
+
+def test_a_recording_that_is_lent_twice(monkeypatch):
+    monkeypatch.setattr(recording.Loan, "__init__", lambda self, r: setattr(self, "recording", r))
+    assert layers(monkeypatch)
+
+
+def test_inputs_of_the_call_before(monkeypatch):
+    right = recording.Recording.fill
+
+    def wrong(self, arrays):
+        if not hasattr(self, "graph"):
+            right(self, arrays)
+
+    monkeypatch.setattr(recording.Recording, "fill", wrong)
+    assert layers(monkeypatch)
+
+
+def test_results_that_are_not_copied_out(monkeypatch):
+    monkeypatch.setattr(
+        recording.Recording, "__call__",
+        lambda self, arrays: (self.fill(arrays), self.graph.launch(), self.results)[2],
+    )  # fmt: skip
+    gru = GRU(3, 5, seed=0, backend=fake.__name__)
+    inputs = [fake.asarray(np.full((6, 4, 3), n, "f4")) for n in range(3)]
+    found = [gru(x)[0] for x in inputs]
+    assert np.array_equal(found[1].get(), found[2].get())
+
+
+def test_memory_that_a_recording_shares(monkeypatch):
+    """What it uses in between is given to others too."""
+    monkeypatch.setattr(Ops, "pool", lambda self: memory._pool)
+    monkeypatch.setattr(memory.Recorder, "serial", 0, raising=False)
+    assert layers(monkeypatch)
 
 
 def test_memory_that_is_given_back_too_early(monkeypatch):

@@ -95,14 +95,25 @@ class Calls(Plain):
             self._local.overlap = False
         for end in ends:
             self.ops.wait(end)
-        return [_arrived(v) for v in passed][-1]
+        for v in passed:
+            if isinstance(v, Arriving):
+                v.events.clear()
+        return self._joined(passed[-1])
+
+    def _joined(self, v: Any) -> Any:
+        """One array of its blocks."""
+        if not isinstance(v, Arriving):
+            return v
+        out = self.output(v.shape, v.dtype)
+        for start, piece in v.pieces.items():
+            out.put(slice(start, start + piece.shape[0]), piece)
+        return out.array()
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As `Plain.output`."""
-        array = self.xp.empty(shape, dtype=dtype, device=self.device)
-        return (
-            Arriving(self.ops, array) if getattr(self._local, "overlap", False) else Filled(array)
-        )
+        if getattr(self._local, "overlap", False):
+            return Arriving(self.ops, shape, dtype)
+        return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
 
     # recorded ------------------------------------------------------------------------------------
 
@@ -183,17 +194,17 @@ class Calls(Plain):
                 lane.plans.clear()
 
 
-class Arriving(Filled):
-    """An array that one stream fills block by block, for others, which wait for each block."""
+class Arriving:
+    """The blocks of an array that one stream makes, for others, which wait for each."""
 
-    def __init__(self, ops: Any, array: Any) -> None:
-        super().__init__(array)
-        self.ops, self.shape, self.dtype = ops, array.shape, array.dtype
+    def __init__(self, ops: Any, shape: tuple[int, ...], dtype: Any) -> None:
+        self.ops, self.shape, self.dtype = ops, shape, dtype
+        self.pieces: dict[int, Any] = {}
         self.events: dict[int, Any] = {}
 
     def put(self, block: slice, piece: Any) -> None:
-        """As of `Filled`."""
-        super().put(block, piece)
+        """The piece is there from now on."""
+        self.pieces[block.start] = piece
         self.events[block.start] = self.ops.event()
 
     def array(self) -> Any:
@@ -201,14 +212,7 @@ class Arriving(Filled):
         return self
 
     def __getitem__(self, key: Any) -> Any:
-        if key[0].start in self.events:
-            self.ops.wait(self.events[key[0].start])
-        return self._array[key]
-
-
-def _arrived(v: Any) -> Any:
-    """The array, for which nobody has to wait any more."""
-    if not isinstance(v, Arriving):
-        return v
-    v.events.clear()
-    return v._array
+        start = key[0].start
+        if start in self.events:
+            self.ops.wait(self.events[start])
+        return self.pieces[start]

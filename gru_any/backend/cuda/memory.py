@@ -176,7 +176,7 @@ class _Owner:
 
     def __init__(self, cell: Cell, shape: tuple[int, ...], dtype: Any, pool: Any) -> None:
         self.cell, self.stream, self.pool = cell, stream(), pool  # at exit, names go first
-        self.recorder = recording()
+        self.recorder: Any = recording()
         self.__array_interface__ = {
             "shape": shape,
             "typestr": np.dtype(dtype).str,
@@ -185,7 +185,7 @@ class _Owner:
         }
 
     def __del__(self) -> None:
-        recorder: Any = getattr(local, "recorder", None)
+        recorder = getattr(local, "recorder", None)
         if recorder is not None and recorder is self.recorder:
             recorder.actions.append((self.stream, self.cell.give_back))
         else:
