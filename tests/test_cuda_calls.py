@@ -11,7 +11,7 @@ from gru_any import GRU, asarray, explain, sweep, to_numpy
 from gru_any.backend import run, runner
 from gru_any.backend.cuda import calls, fake, recording
 from gru_any.backend.cuda.fake_ops import Ops
-from gru_any.backend.cuda.memory import count
+from gru_any.backend.cuda.memory import StreamError, count
 
 pytestmark = pytest.mark.usefixtures("compiler")
 HOST = fake.__name__
@@ -157,6 +157,21 @@ def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
         assert [len(r.graph.recorder.joined) for r in (made, back)] == [streams, streams]
     for other in found[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_block_is_read_as_soon_as_it_is_there():
+    """Another stream waits for that block, and for nothing that came after it."""
+    ops, made = Ops(), calls.Arriving(Ops(), (4, 1, 1), "f4")
+    made.put(slice(0, 2), fake.ones((2, 1, 1), dtype="f4"))
+    later = fake.ones((2, 1, 1), dtype="f4")
+    made.put(slice(2, 4), later)
+    with ops.on(30):
+        assert made[slice(0, 2), :, :] is made.pieces[0]
+        made.pieces[0] + 1.0
+        with pytest.raises(StreamError, match="did not wait"):
+            later + 1.0
+        made[slice(2, 4), :, :]
+        later + 1.0
 
 
 def test_streams_and_threads_take_turns():

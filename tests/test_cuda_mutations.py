@@ -274,7 +274,6 @@ def test_results_that_are_not_copied_out(monkeypatch):
 def test_memory_that_a_recording_shares(monkeypatch):
     """What it uses in between is given to others too."""
     monkeypatch.setattr(Ops, "pool", lambda self: memory._pool)
-    monkeypatch.setattr(memory.Recorder, "serial", 0, raising=False)
     assert layers(monkeypatch)
 
 

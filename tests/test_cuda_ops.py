@@ -1,6 +1,7 @@
 """What CuPy and cuBLAS are asked for, with stand-ins that write it down."""
 
 import ctypes
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +156,26 @@ def test_recording_ends_whatever_happens(cupy):
     with pytest.raises(RuntimeError, match="Unsupported"):
         Ops(cupy).record(fails)
     assert cupy.calls == ["begin", "end"]
+
+
+def test_memory_of_a_recording(cupy):
+    """CuPy's own pool, as the allocator of this thread while it is used."""
+
+    class Pool:
+        def malloc(self, size):
+            return size
+
+    @contextmanager
+    def using_allocator(allocator):
+        cupy.calls.append(allocator(7))
+        yield
+        cupy.calls.append("end")
+
+    cupy.cuda.MemoryPool, cupy.cuda.using_allocator = Pool, using_allocator
+    ops = Ops(cupy)
+    with ops.memory(ops.pool()):
+        cupy.calls.append("inside")
+    assert cupy.calls == [7, "inside", "end"]
 
 
 def test_a_launch(cupy):
