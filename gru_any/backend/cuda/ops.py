@@ -115,3 +115,4 @@ class Ops:
     def _abandon(self, stream: Any) -> None:
         with suppress(RuntimeError):
             stream.end_capture()  # or the stream would stay in capture
+        self._streams.__dict__.clear()  # and so might those that it forked into
