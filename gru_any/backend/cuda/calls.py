@@ -30,7 +30,7 @@ class Calls(Plain):
         self.whole_calls = way not in ("eager", "blocks")
         self.lanes, self.precision = [Lane(ops, precision) for _ in range(LANES)], precision
         self.recordings = Recordings()
-        self._local = threading.local()  # lane, recording, overlap
+        self._local = threading.local()  # lane, once, overlap
 
     # at the same time ----------------------------------------------------------------------------
 
@@ -40,13 +40,13 @@ class Calls(Plain):
         return self.lanes[getattr(self._local, "lane", 0)]
 
     @property
-    def recording(self) -> bool:
-        """Whether this thread records a call."""
-        return getattr(self._local, "recording", False)
+    def once(self) -> bool:
+        """Whether this thread is in all lanes, with plans that nobody uses again."""
+        return getattr(self._local, "once", False)
 
     def turn(self) -> Any:
-        """Alone in the lane; a recording has all of them already."""
-        return nullcontext() if self.recording else self.lane.turn()
+        """Alone in the lane."""
+        return nullcontext() if self.once else self.lane.turn()
 
     @contextmanager
     def _in_lane(self, n: int, start: Any, ends: list[Any]) -> Iterator[None]:
@@ -135,6 +135,9 @@ class Calls(Plain):
             if self._recordable(arrays, steps):
                 key = (function, static, signature(arrays))
                 recordings = loan.recording.back if loan else self.recordings
+                if recordings.first(key):  # it compiles all there is to compile
+                    with self._once():
+                        return run(arrays)
                 found = recordings.find(key, lambda: self._recorded(run, arrays))
             if found is None:
                 return run(arrays)
@@ -154,11 +157,19 @@ class Calls(Plain):
                 turns.enter_context(lane.turn())
             yield
 
+    @contextmanager
+    def _once(self) -> Iterator[None]:
+        self._local.once = True
+        try:
+            yield
+        finally:
+            self._local.once = False
+
     def _recorded(self, run: Any, arrays: Any) -> Recording | None:
         """A recording; None where the device refuses, which is told once."""
-        self._local.recording = True
         try:
-            return Recording(self.ops, run, arrays)
+            with self._once():
+                return Recording(self.ops, run, arrays)
         except (RuntimeError, NotImplementedError, MemoryError) as e:
             self.whole_calls = False
             warnings.warn(
@@ -168,8 +179,6 @@ class Calls(Plain):
                 stacklevel=2,
             )
             return None
-        finally:
-            self._local.recording = False
 
     def recorded(self, steps: int | None) -> str:
         """In words, whether a call of so many steps is recorded as a whole, and why not."""

@@ -89,17 +89,18 @@ class Recordings:
         self.seen: set[Hashable] = set()
         self.made = self.calls = 0
 
-    def find(self, key: Hashable, make: Callable[[], Recording | None]) -> Recording | None:
-        """One that nobody has; None at the first call of a key, and where none is to be had.
-
-        The first call compiles all there is to compile.
-        """
+    def first(self, key: Hashable) -> bool:
+        """Whether nobody asked for this key before."""
         self.calls += 1
-        if key not in self.seen:
-            if len(self.seen) == SEEN:
-                self.seen.clear()
-            self.seen.add(key)
-            return None
+        if key in self.seen:
+            return False
+        if len(self.seen) == SEEN:
+            self.seen.clear()
+        self.seen.add(key)
+        return True
+
+    def find(self, key: Hashable, make: Callable[[], Recording | None]) -> Recording | None:
+        """One that nobody has; None where none is to be had."""
         copies = self.kept.get(key, [])
         found = next((recording for recording in copies if not recording.lent), None)
         if found is None and len(copies) < COPIES and self.made < PLANS + self.calls // PAID:

@@ -136,7 +136,7 @@ class CUDA(Calls):
             return self._all_at_once(walk, arrays, mask, state, U, order, shift)
         lane, sizes, walk = self.lane, state.shape, walk.narrow
         make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
-        if self.recording:  # of its own, in the recording's memory
+        if self.once:
             return make()(arrays, mask, state, U)
         with self.turn():
             return lane.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
