@@ -214,6 +214,20 @@ def test_weights_and_equations_of_the_moment():
         assert_near(training(other.to(HOST), arrays), training(other, arrays))
 
 
+def test_no_steps_and_no_rows():
+    """Layers overlap where nothing is recorded too."""
+    _, device = pair(num_layers=2)
+    for T, B in ((0, 2), (3, 0)):
+        for _ in range(2):
+            x = asarray(np.zeros((T, B, 3), "f4"), like=device)
+            (y, h_n), pullback = device.vjp(x)
+            grads, dx, dh0 = pullback(y)
+            assert (y.shape, h_n.shape) == ((T, B, 5), (2, B, 5))
+            assert (dx.shape, dh0.shape) == ((T, B, 3), (2, B, 5))
+            assert all(np.all(to_numpy(g) == 0) for g in grads.values())
+    assert not device._run.recordings.kept
+
+
 # how many ----------------------------------------------------------------------------------------
 
 

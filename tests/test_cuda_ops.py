@@ -153,9 +153,11 @@ def test_recording_ends_whatever_happens(cupy):
     def fails():
         raise RuntimeError("cudaErrorStreamCaptureUnsupported")
 
-    with pytest.raises(RuntimeError, match="Unsupported"):
-        Ops(cupy).record(fails)
+    ops = Ops(cupy)
+    with ops.on(1), pytest.raises(RuntimeError, match="Unsupported"):
+        ops.record(fails)
     assert cupy.calls == ["begin", "end"]
+    assert not vars(ops._streams)  # a stream that was forked into may still be recorded
 
 
 def test_memory_of_a_recording(cupy):
