@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-BLOCK = 64  # steps a block: enough rows for an efficient product, and a fixed amount of memory
+STEPS = 64  # of a block, at least; there is no more in memory at once, however large T is
+ROWS = 256  # of a block, over all steps, at least: enough for efficient products
 
 
 class Weights(NamedTuple):
@@ -113,7 +114,7 @@ class Sweep(NamedTuple):
         y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
         ready = self._laid_out(x)
         tape: list[Segment] = []
-        for blocks in _segments(x.shape[0], segment, self.reverse):
+        for blocks in _segments(*x.shape[:2], segment, self.reverse):
             kept: list[Kept] | None = [] if keep and segment is None else None
             if keep:
                 tape.append(Segment(blocks, h, kept))
@@ -227,10 +228,11 @@ class Sweep(NamedTuple):
         return v if self.padding is None else self.padding.clean(self.run.xp, v, block)
 
 
-def _segments(T: int, length: int | None, reverse: bool) -> Iterator[list[slice]]:
+def _segments(T: int, B: int, length: int | None, reverse: bool) -> Iterator[list[slice]]:
     """Cut T steps into blocks, and group them by about `length` steps, in the order walked."""
-    n = 1 if length is None else math.ceil(length / BLOCK)
-    starts = range(0, T, BLOCK)
+    K = max(STEPS, ROWS // max(B, 1))
+    n = 1 if length is None else math.ceil(length / K)
+    starts = range(0, T, K)
     starts = starts[::-1] if reverse else starts
     for first in range(0, len(starts), n):
-        yield [slice(t, min(t + BLOCK, T)) for t in starts[first : first + n]]
+        yield [slice(t, min(t + K, T)) for t in starts[first : first + n]]
