@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,41 @@ def test_threads_change_nothing(path, reset_after, B, monkeypatch):
         monkeypatch.setattr(threads, "count", lambda: 3)
         found = everything()
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+@VARIANTS
+@pytest.mark.parametrize("B", [1, 3])
+def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch):
+    """With few rows the threads wait for each other at each product; a busy pool is left out."""
+    gru, rng = GRU(7, 192, reset_after=reset_after, seed=0), np.random.default_rng(0)
+    x, dy = (rng.standard_normal((20, B, n)).astype("float32") for n in (7, 192))
+    called = []
+
+    def together(call, most, original=threads.together):
+        called.append(most)
+        original(call, most)
+
+    def everything():
+        (y, h), pullback = gru.vjp(x)
+        grads, dx, dh0 = pullback(dy)
+        return [y, h, dx, dh0, *grads.values()]
+
+    with running("compiled"):
+        import gru_any.backend.numba as runner_of_numba
+
+        monkeypatch.setattr(runner_of_numba, "count", lambda: 1)
+        expected = everything()
+        monkeypatch.setattr(runner_of_numba, "count", lambda: 3)
+        monkeypatch.setattr(runner_of_numba, "GRAIN", 1)
+        monkeypatch.setattr(runner_of_numba, "together", together)
+        monkeypatch.setattr(threads, "_pool", lambda: pool)
+        for patience in (10.0, 0.0):  # until all have come; those that are late are left out
+            monkeypatch.setattr(threads, "PATIENCE", patience)
+            with ThreadPoolExecutor(2) as pool:
+                found = everything()
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert called == [3] * 4
 
 
 @EVERY

@@ -13,8 +13,9 @@ def compiled(source: str) -> Any:
     """Import the source from a file of the cache folder, where Numba keeps its machine code too."""
     import numba
 
-    tile = Path(__file__).with_name("tile.py").read_text("utf-8")
-    key = f"{source}{tile}{numba.__version__}{platform.processor()}{platform.machine()}"
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("tile", "barrier")]
+    imported = "".join(file.read_text("utf-8") for file in files)
+    key = f"{source}{imported}{numba.__version__}{platform.processor()}{platform.machine()}"
     name = "gru_any_" + hashlib.sha256(key.encode()).hexdigest()[:16]
     try:
         path = _folder() / f"{name}.py"

@@ -13,44 +13,49 @@ HEAD = '''\
 import math
 import numpy as np
 from numba import njit
-from gru_any.backend.tile import multiply
+from gru_any.backend.barrier import meet, members, share
+from gru_any.backend.tile import UNIT_BYTES, multiply
 
 f = np.{dtype}
+UNIT = UNIT_BYTES // f(0).itemsize
 flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits whatever is stored
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
-def dots(x, U, y):
-    """y = x U^T for one row, where U is not worth packing."""
-    four = len(U) - len(U) % 4
-    for k in range(0, four, 4):
-        p = q = r = s = f(0)
-        for j in range(len(x)):
-            p += x[j] * U[k, j]
-            q += x[j] * U[k + 1, j]
-            r += x[j] * U[k + 2, j]
-            s += x[j] * U[k + 3, j]
-        y[k], y[k + 1], y[k + 2], y[k + 3] = p, q, r, s
-    for k in range(four, len(U)):
-        p = f(0)
-        for j in range(len(x)):
-            p += x[j] * U[k, j]
-        y[k] = p
+def dots(x, U, y, gates, left, right):
+    """y = x U^T in some units of each gate, for one row, where U is not worth packing."""
+    H = len(U) // gates
+    for g in range(gates):
+        V, w = U[g * H + left : g * H + right], y[g * H + left : g * H + right]
+        four = len(V) - len(V) % 4
+        for k in range(0, four, 4):
+            p = q = r = s = f(0)
+            for j in range(len(x)):
+                p += x[j] * V[k, j]
+                q += x[j] * V[k + 1, j]
+                r += x[j] * V[k + 2, j]
+                s += x[j] * V[k + 3, j]
+            w[k], w[k + 1], w[k + 2], w[k + 3] = p, q, r, s
+        for k in range(four, len(V)):
+            p = f(0)
+            for j in range(len(x)):
+                p += x[j] * V[k, j]
+            w[k] = p
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
-def sums(x, U, y):
-    """y = x U, likewise."""
-    four = len(U) - len(U) % 4
-    y[:] = f(0)
+def sums(x, U, y, left, right):
+    """y = x U in some columns, likewise."""
+    w, four = y[left:right], len(U) - len(U) % 4
+    w[:] = f(0)
     for k in range(0, four, 4):
         p, q, r, s = x[k], x[k + 1], x[k + 2], x[k + 3]
-        c, d, e, g = U[k], U[k + 1], U[k + 2], U[k + 3]
-        for j in range(len(y)):
-            y[j] += p * c[j] + q * d[j] + (r * e[j] + s * g[j])
+        c, d, e, g = U[k, left:], U[k + 1, left:], U[k + 2, left:], U[k + 3, left:]
+        for j in range(len(w)):
+            w[j] += p * c[j] + q * d[j] + (r * e[j] + s * g[j])
     for k in range(four, len(U)):
-        for j in range(len(y)):
-            y[j] += x[k] * U[k, j]
+        for j in range(len(w)):
+            w[j] += x[k] * U[k, left + j]
 
 
 '''
@@ -89,9 +94,11 @@ class Place(tuple[str, str, int]):
         return f"{array}_{first}" if first else array
 
     def row(self) -> str:
-        """The units of row b there; of a vector, all."""
+        """The units of row b there, from `left` on."""
         array, first, number = self
-        return array if first is None else f"{self.name()}[b, {number} * H :]"
+        if first is None:
+            return f"{array}[left:]"
+        return f"{self.name()}[b, {number} * H + left :]"
 
 
 class Layout:
@@ -158,7 +165,7 @@ class Layout:
 
         def entry(place: Place) -> str:
             rows[place.name()] = place.argument()
-            view = f"x{len(views)}"
+            view = f"x{len(views)}"  # Numba sees that its index is not negative, so it vectorises
             views.append(f"{view} = {place.row()}")
             return f"{view}[j]"
 
@@ -172,13 +179,13 @@ class Layout:
             lines.append(f"v{op.output} = {value}")
             for place in self.written.get(op.output, []):
                 stores.append(f"{entry(place)} = v{op.output}")
-        call = f"fused{n}(first, last, H, {', '.join(rows.values())})"
+        call = f"fused{n}(first, last, left, right, H, {', '.join(rows.values())})"
         return [
             "@njit(**flags)",
-            f"def fused{n}(first, last, H, {', '.join(rows)}):",
+            f"def fused{n}(first, last, left, right, H, {', '.join(rows)}):",
             "    for b in range(first, last):",
             *(f"        {view}" for view in views),
-            "        for j in range(H):",
+            "        for j in range(right - left):",
             *(f"            {line}" for line in (*loads, *lines, *stores)),
             "",
         ], call
@@ -190,20 +197,21 @@ class Layout:
         x, y = left.argument(), out.argument()
         matrix, gates = f"M{self.products.index(op)}", len(op.outputs)
         if few:
-            name = "dots" if op.transposed else "sums"
+            name, more = ("dots", f"{gates}, ") if op.transposed else ("sums", "")
             row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
             return [
                 "for b in range(first, last):",
-                f"    {name}({row}, {matrix}, {y}[b])",
+                f"    {name}({row}, {matrix}, {y}[b], {more}left, right)",
             ]
-        places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last"
+        places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
         return [f"multiply(functions[{gates - 1}], {gates}, {places})"]
 
     def source(self, arrays: list[str], state: str, dtype: str, few: bool) -> str:
         """A module with `walk`, which takes the rows first to last of a block through all steps.
 
         state: the array of (., B, H) of which a row that has ended keeps its entry; few: so few
-        steps and rows that the matrices are not worth packing.
+        steps and rows that the matrices are not worth packing. The members of `sync` share the
+        units; each needs what all have made before a product.
         """
         names = ", ".join([*self.matrices(), *arrays, *self.buffers])
         lines, walk = [HEAD.format(dtype=dtype) + TANH[dtype]], []
@@ -213,19 +221,20 @@ class Layout:
                 lines += function
                 walk.append(call)
             else:
-                walk += self.product(stage, few)
+                walk += ["times = meet(sync, me, count, times)", *self.product(stage, few)]
         return "\n".join([
             *lines,
             "@njit(cache=CACHE, **flags)",
-            f"def walk(ts, ins, outs, ended, zeros, first, last, functions, {names}):",
-            f"    H = {state}.shape[2]",
+            f"def walk(ts, ins, outs, ended, zeros, first, last, me, sync, functions, {names}):",
+            f"    H, count, times = {state}.shape[2], members(sync), 1",
+            "    left, right = share(H, UNIT, me, count)",
             "    for n in range(len(ts)):",
             "        t, i, o = ts[n], ins[n], outs[n]",
             *(f"        {line}" for line in walk),
             "        if len(ended):",
             "            for b in range(first, last):",
             "                if ended[t, b]:",
-            "                    for j in range(H):",
+            "                    for j in range(left, right):",
             f"                        {state}[o, b, j] = {state}[i, b, j]",
             "",
         ])  # fmt: skip
@@ -244,14 +253,14 @@ class Layout:
             "    B, H = h.shape",
             "    a, path = np.empty((1, B, 3 * H), h.dtype), np.empty((2, B, H), h.dtype)",
             "    for r in range(B):",
-            "        dots(x[r], W, a[0, r])",
+            "        dots(x[r], W, a[0, r], 1, 0, 3 * H)",
             "        for j in range(H):",
             "            path[0, r, j] = h[r, j]",
             "        for j in range(3 * H):",
             "            a[0, r, j] += b[j]",
             "    zeros, t = np.zeros(3 * H, h.dtype), np.zeros(1, np.int64)",
-            "    none = np.zeros((0, 0), np.bool_)",
-            f"    walk(t, t, t + 1, none, zeros, 0, B, t, {arguments})",
+            "    none, alone = np.zeros((0, 0), np.bool_), np.zeros(0, np.int64)",
+            f"    walk(t, t, t + 1, none, zeros, 0, B, 0, alone, t, {arguments})",
             "    return path[1]",
             "",
         ])  # fmt: skip

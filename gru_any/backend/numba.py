@@ -1,7 +1,8 @@
 """How Numba runs a block of steps: the traced equations, as one compiled walk over all steps.
 
 Rows of a batch do not need each other, so they are split over threads, which never wait for one
-another. All products are our own: BLAS keeps its threads busy for a while after each of its own.
+another. Where there are few rows and many units, the units are split, and the threads wait for each
+other at each product. All products are our own: BLAS keeps its threads busy for a while after each.
 """
 
 from functools import cached_property, lru_cache
@@ -13,9 +14,10 @@ from .compiled import compiled
 from .fused import Layout, Place
 from .numpy import NumPy, Rows, backward_program, forward_program
 from .packed import Packed, addresses, own, product
-from .threads import split
+from .threads import ALONE, GRAIN, count, split, together
 
 FEW = 8  # so few rows in all are not worth a copy of the matrix
+SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
 NOTHING, NO_PRODUCTS = np.zeros((0, 0), bool), np.zeros(0, int)
 
 
@@ -211,11 +213,19 @@ class Walk:
         arrays, ended = [*matrices, *arrays, *buffers], _ended(alive, B)
         zeros, walk = np.zeros(3 * H, state.dtype), self.walk
         functions = NO_PRODUCTS if self.few else addresses(state.dtype)
+        of_step, members = 3 * B * H * H, min(count(), H // 64)
+        work = of_step * len(steps[0])
 
         def rows(first: int, last: int) -> None:
-            walk(*steps, ended, zeros, first, last, functions, *arrays)
+            walk(*steps, ended, zeros, first, last, 0, ALONE, functions, *arrays)
 
-        split(rows, B, 3 * len(steps[0]) * B * H * H)
+        def units(me: int, sync: np.ndarray) -> None:
+            walk(*steps, ended, zeros, 0, B, me, sync, functions, *arrays)
+
+        if B < 8 and members > 1 and of_step >= SHARED and work >= GRAIN:
+            together(units, members)
+        else:
+            split(rows, B, work)
 
     def _matrix(self, op: Any, U: Any, H: int) -> Any:
         rows = slice(op.rows.start * H, op.rows.stop * H)

@@ -25,12 +25,12 @@ PRODUCT = """
 def product{gates}({names}):
     fill{gates}({names})
 """
-NAMES = "x, xr, xc, P, K, base, y, H, first, last"
+NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right"
 
 
 @lru_cache(maxsize=4)
 def _compiled(dtype: Any) -> Any:
-    types = ", ".join(["intp"] * 10)
+    types = ", ".join(["intp"] * 12)
     products = [PRODUCT.format(types=types, gates=gates, names=NAMES) for gates in (1, 2, 3)]
     return compiled(SOURCE.format(bits=8 * dtype.itemsize) + "".join(products))
 
@@ -77,7 +77,7 @@ def product(x: Any, P: Any, base: Any, y: Any) -> None:
     base = np.zeros(N, y.dtype) if base is None else own(base)
     steps = [stride // x.itemsize for stride in x.strides]
     of = [x.ctypes.data, *steps, P.ctypes.data, K, base.ctypes.data, y.ctypes.data, N]
-    split(lambda first, last: fill(*of, first, last), R, R * K * N)
+    split(lambda first, last: fill(*of, first, last, 0, N), R, R * K * N)
 
 
 def own(v: Any) -> Any:

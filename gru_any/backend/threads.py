@@ -1,11 +1,17 @@
 """Work over a few threads, for compiled code that lets go of the interpreter's lock."""
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import count as numbers
+
+import numpy as np
 
 GRAIN = 4_000_000  # multiply-adds that are worth waking a thread for
+PATIENCE = 1e-4  # seconds that a thread is given to wake up
+ALONE = np.zeros(0, np.int64)  # for code that could wait for others: there are none
 
 
 @cache
@@ -42,3 +48,23 @@ def split(call: Callable[[int, int], object], rows: int, work: int) -> None:
             call(*edges[i : i + 2])
         else:
             other.result()
+
+
+def together(call: Callable[[int, np.ndarray], object], most: int) -> None:
+    """call(me, sync) in up to so many threads at once, which may wait for one another.
+
+    me: 0, 1, ...; sync: see `barrier.py`. Those of the pool that do not start in time are left out.
+    """
+    sync, number = np.zeros(8 * (most + 1), np.int64), numbers(1)
+    others = [_pool().submit(lambda: call(next(number), sync)) for _ in range(1, most)]
+    limit = time.perf_counter() + PATIENCE
+    try:
+        while not all(o.running() for o in others) and time.perf_counter() < limit:
+            time.sleep(0)
+        others = [other for other in others if not other.cancel()]
+        sync[0] = 1 + len(others)
+        call(0, sync)
+    finally:
+        sync[0] = -1
+    for other in others:
+        other.result()

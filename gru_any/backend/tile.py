@@ -20,6 +20,7 @@ WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 BYTES = 64 if WIDE else 32  # of a vector
 SHAPES = ((8, 1), (4, 2), (1, 4)) if WIDE else ((4, 1), (2, 2), (1, 4))  # rows x panels
 VECTORS = {1: 2, 2: 1, 3: 1}  # gates -> vectors of each in a panel
+UNIT_BYTES = 2 * BYTES  # of the units of the widest panel
 DEEP = 512  # so many entries of a row of x are used before the next tile begins
 
 
@@ -142,13 +143,14 @@ def strips(rows: int, panels: int, gates: int, bits: int) -> Any:
     """A function that fills rows of y in tiles of one shape, and gives the first row left."""
     units = VECTORS[gates] * BYTES * 8 // bits  # of a panel
 
-    def fill(of, first, last, count, start, stop):  # type: ignore[no-untyped-def]
-        end = last - (last - first) % rows
-        wide = of[-1] // units // panels * panels
-        for p in range(0, wide, panels):
+    def fill(of, first, last, low, high, start, stop):  # type: ignore[no-untyped-def]
+        end, wide = last - (last - first) % rows, low
+        if end > first:
+            wide += max(0, min(high, of[-1] // units) - low) // panels * panels
+        for p in range(low, wide, panels):
             for r in range(first, end, rows):
                 tile(bits, rows, panels, gates, of, r, p, None, start, stop)
-        for p in range(wide, count):
+        for p in range(wide, high):
             for r in range(first, end, rows):
                 tile(bits, rows, 1, gates, of, r, p, of[-1] - p * units, start, stop)
         return end
@@ -159,23 +161,23 @@ def strips(rows: int, panels: int, gates: int, bits: int) -> Any:
 
 
 def products(gates: int, bits: int) -> Any:
-    """A function: y = base + x M in some rows of y.
+    """A function: y = base + x M in some rows of y, and in the units from one to another.
 
     Addresses: x (R, K), whose entries are xr and xc apart, M (K, GH) as panels, base (GH,),
-    y (R, GH).
+    y (R, GH). The units begin and end where panels do, or at the end of y.
     """
     many, some, one = (strips(*shape, gates, bits) for shape in SHAPES)
     units = VECTORS[gates] * BYTES * 8 // bits
 
-    def product(x, xr, xc, P, K, base, y, H, first, last):  # type: ignore[no-untyped-def]
-        panels = -(-H // units)
+    def product(x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
+        low, high = left // units, -(-right // units)
         old, stride = base, 0
         for start in range(0, K, DEEP):
             stop = min(start + DEEP, K)
             of = (x, xr, xc, P, K, old, stride, y, H)
-            r = many(of, first, last, panels, start, stop)
-            r = some(of, r, last, panels, start, stop)
-            one(of, r, last, panels, start, stop)
+            r = many(of, first, last, low, high, start, stop)
+            r = some(of, r, last, low, high, start, stop)
+            one(of, r, last, low, high, start, stop)
             old, stride = y, gates * H
 
     product.__qualname__ = f"product_{gates}x{bits}"
@@ -183,25 +185,25 @@ def products(gates: int, bits: int) -> Any:
 
 
 @intrinsic
-def call(typing, function, x, xr, xc, P, K, base, y, H, first, last):  # type: ignore[no-untyped-def]
+def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
     """Call one of the products by its address."""
     index = ir.IntType(64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [index] * 10)
+        kind = ir.FunctionType(ir.VoidType(), [index] * 12)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 11), generate
+    return types.void(*[types.intp] * 13), generate
 
 
 @njit(nogil=True, error_model="numpy")
-def multiply(function, gates, x, column, P, zeros, y, first, last):  # type: ignore[no-untyped-def]
+def multiply(function, gates, x, column, P, zeros, y, first, last, left, right):  # type: ignore[no-untyped-def]
     """Y = x[:, column : column + K] M in some rows and units; P: the panels of M (K, .)."""
     start = np.intp(x.ctypes.data) + column * y.itemsize
     matrix, base, out = P.ctypes.data, zeros.ctypes.data, y.ctypes.data
-    H = y.shape[1] // gates
-    call(function, start, x.shape[1], 1, matrix, P.shape[1], base, out, H, first, last)
+    call(function, start, x.shape[1], 1, matrix, P.shape[1], base, out, y.shape[1] // gates,
+         first, last, left, right)  # fmt: skip
 
 
 def panels(N: int, K: int, gates: int, dtype: Any) -> Any:
