@@ -9,7 +9,7 @@ from .compiled import compiled
 from .threads import split
 
 SOURCE = """\
-from numba import cfunc, njit
+from numba import cfunc, float{bits}, intp, njit, void
 from gru_any.backend import tile
 
 fill1, fill2, fill3 = (tile.products(gates, {bits}) for gates in (1, 2, 3))
@@ -18,6 +18,13 @@ fill1, fill2, fill3 = (tile.products(gates, {bits}) for gates in (1, 2, 3))
 @njit(cache=CACHE, nogil=True, error_model="numpy")
 def pack(M, P, gates):
     tile.pack(M, P, gates, 0, len(P))
+
+
+@njit(void({numbers}, float{bits}[:, :, ::1], float{bits}[::1], float{bits}[:, ::1], intp, intp),
+      cache=CACHE, nogil=True)
+def product(function, x, xr, xc, K, P, base, y, first, last):
+    of, N = base.ctypes.data, y.shape[1]
+    tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N)
 """
 PRODUCT = """
 
@@ -30,9 +37,10 @@ NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right"
 
 @lru_cache(maxsize=4)
 def _compiled(dtype: Any) -> Any:
-    types = ", ".join(["intp"] * 12)
+    bits, types = 8 * dtype.itemsize, ", ".join(["intp"] * 12)
     products = [PRODUCT.format(types=types, gates=gates, names=NAMES) for gates in (1, 2, 3)]
-    return compiled(SOURCE.format(bits=8 * dtype.itemsize) + "".join(products))
+    numbers = ", ".join(["intp"] * 5)
+    return compiled(SOURCE.format(bits=bits, numbers=numbers) + "".join(products))
 
 
 @lru_cache(maxsize=4)
@@ -73,11 +81,11 @@ def _panels(M: Any, gates: int) -> Any:
 
 def product(x: Any, P: Any, base: Any, y: Any) -> None:
     """Fill y = base + x M, the rows of y split over threads; P: the panels of M (K, N)."""
-    (R, K), N, fill = x.shape, y.shape[1], _compiled(y.dtype).product1.ctypes
+    (R, K), N = x.shape, y.shape[1]
     base = np.zeros(N, y.dtype) if base is None else own(base)
-    steps = [stride // x.itemsize for stride in x.strides]
-    of = [x.ctypes.data, *steps, P.ctypes.data, K, base.ctypes.data, y.ctypes.data, N]
-    split(lambda first, last: fill(*of, first, last, 0, N), R, R * K * N)
+    left = x.ctypes.data, *(stride // x.itemsize for stride in x.strides), K
+    function, fill = addresses(y.dtype)[0], _compiled(y.dtype).product
+    split(lambda first, last: fill(function, *left, P, base, y, first, last), R, R * K * N)
 
 
 def own(v: Any) -> Any:
