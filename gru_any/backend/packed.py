@@ -9,6 +9,7 @@ from .compiled import compiled
 from .threads import split
 
 SOURCE = """\
+import numpy as np
 from numba import cfunc, float{bits}, intp, njit, void
 from gru_any.backend import tile
 
@@ -24,7 +25,9 @@ def pack(M, P, gates):
       cache=CACHE, nogil=True)
 def product(function, x, xr, xc, K, P, base, y, first, last):
     of, N = base.ctypes.data, y.shape[1]
-    tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N)
+    room = np.empty((last - first) * min(K, tile.DEEP) if xr == 1 else 0, y.dtype)
+    near = room.ctypes.data if xr == 1 else 0
+    tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N, near)
 """
 PRODUCT = """
 
@@ -32,12 +35,12 @@ PRODUCT = """
 def product{gates}({names}):
     fill{gates}({names})
 """
-NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right"
+NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right, room"
 
 
 @lru_cache(maxsize=4)
 def _compiled(dtype: Any) -> Any:
-    bits, types = 8 * dtype.itemsize, ", ".join(["intp"] * 12)
+    bits, types = 8 * dtype.itemsize, ", ".join(["intp"] * 13)
     products = [PRODUCT.format(types=types, gates=gates, names=NAMES) for gates in (1, 2, 3)]
     numbers = ", ".join(["intp"] * 5)
     return compiled(SOURCE.format(bits=bits, numbers=numbers) + "".join(products))

@@ -87,9 +87,9 @@ class Emit:
 def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: ignore[no-untyped-def]
     """Fill y = old + x[:, start : stop] @ M[start : stop], some rows from r, panels of M from p.
 
-    bits (of a number), rows, panels and gates are literal. of: x, xr, xc, P, K, old, stride, y, H;
-    x, P, old and y are addresses; the entries of x are xr and xc apart, the rows of old stride,
-    those of y gates H. n is how many units are left from panel p on, None if enough.
+    bits (of a number), rows, panels and gates are literal. of: x, xr, xi, xc, P, K, old, stride, y, H;
+    x, P, old and y are addresses; x[r + i, k] of a tile is xr r + xi i + xc k from x, the rows of old
+    are stride apart, those of y gates H. n is how many units are left from panel p on, None if enough.
     """
     literal = (bits, rows, panels, gates)
     if not all(isinstance(v, types.IntegerLiteral) for v in literal):
@@ -97,7 +97,7 @@ def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit, G = Emit(context, builder, bits.literal_value), gates.literal_value
-        x, xr, xc, P, K, old, stride, y, H = cgutils.unpack_tuple(builder, args[4])
+        x, xr, xi, xc, P, K, old, stride, y, H = cgutils.unpack_tuple(builder, args[4])
         r, p, n, start, stop = args[5:]
         index, V = ir.IntType(64), VECTORS[G]
         add, mul, width = builder.add, builder.mul, V * emit.lanes
@@ -124,8 +124,9 @@ def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: 
                 emit.load(P, add(mul(add(row, loop.index), index(G * width)), c))
                 for row, c in factors
             ]
-            for i, row in zip(lines, sums, strict=True):
-                entry = emit.repeated(x, add(mul(i, xr), mul(loop.index, xc)))
+            for i, row in enumerate(sums):
+                place = add(add(mul(r, xr), mul(index(i), xi)), mul(loop.index, xc))
+                entry = emit.repeated(x, place)
                 for total, number in zip(row, numbers, strict=True):
                     term = builder.fmul(entry, number, flags=("contract",))
                     new = builder.fadd(builder.load(total), term, flags=("contract",))
@@ -160,22 +161,59 @@ def strips(rows: int, panels: int, gates: int, bits: int) -> Any:
     return njit(nogil=True, error_model="numpy")(fill)
 
 
+@intrinsic
+def move(typing, bits, source, i, target, j):  # type: ignore[no-untyped-def]
+    """Copy as many numbers as a tile has rows from one place to another."""
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, bits.literal_value)
+        kind = ir.VectorType(emit.number, SHAPES[0][0])
+        numbers = builder.load(emit.address(args[1], args[2], kind), align=emit.align)
+        builder.store(numbers, emit.address(args[3], args[4], kind), align=emit.align)
+        return context.get_dummy_value()
+
+    return types.void(bits, source, i, target, j), generate
+
+
+@njit(nogil=True)
+def gather(bits, x, xc, room, deep, first, last, start, stop):  # type: ignore[no-untyped-def]
+    """Copy the rows of x, which stand side by side, as the tiles read them: a tile after the other."""
+    rows = SHAPES[0][0]
+    block = 64 * 8 // bits // rows * rows  # of one line of the cache
+    for r in range(first, last, block):
+        for k in range(start, stop):
+            for i in range(r, min(r + block, last), rows):
+                move(bits, x, i + k * xc, room, (i - first) * deep + (k - start) * rows)
+
+
 def products(gates: int, bits: int) -> Any:
     """A function: y = base + x M in some rows of y, and in the units from one to another.
 
     Addresses: x (R, K), whose entries are xr and xc apart, M (K, GH) as panels, base (GH,),
-    y (R, GH). The units begin and end where panels do, or at the end of y.
+    y (R, GH). The units begin and end where panels do, or at the end of y. room: for DEEP entries
+    of so many rows, if the rows of x stand side by side (xr = 1), else 0.
     """
     many, some, one = (strips(*shape, gates, bits) for shape in SHAPES)
     units = VECTORS[gates] * BYTES * 8 // bits
 
-    def product(x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
-        low, high = left // units, -(-right // units)
-        old, stride = base, 0
+    size, rows = bits // 8, SHAPES[0][0]
+
+    def product(x, xr, xc, P, K, base, y, H, first, last, left, right, room):  # type: ignore[no-untyped-def]
+        low, high, deep = left // units, -(-right // units), min(K, DEEP)
+        old, stride, r = base, 0, first
         for start in range(0, K, DEEP):
             stop = min(start + DEEP, K)
-            of = (x, xr, xc, P, K, old, stride, y, H)
-            r = many(of, first, last, low, high, start, stop)
+            of = (x, xr, xr, xc, P, K, old, stride, y, H)
+            if room:
+                r = last - (last - first) % rows
+                gather(bits, x, xc, room, deep, first, r, start, stop)
+                near = room - (first * deep + start * rows) * size
+                gathered = (near, deep, 1, rows, P, K, old, stride, y, H)
+                many(gathered, first, r, low, high, start, stop)
+            else:
+                r = many(of, first, last, low, high, start, stop)
             r = some(of, r, last, low, high, start, stop)
             one(of, r, last, low, high, start, stop)
             old, stride = y, gates * H
@@ -185,16 +223,16 @@ def products(gates: int, bits: int) -> Any:
 
 
 @intrinsic
-def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
+def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right, room):  # type: ignore[no-untyped-def]
     """Call one of the products by its address."""
     index = ir.IntType(64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [index] * 12)
+        kind = ir.FunctionType(ir.VoidType(), [index] * 13)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 13), generate
+    return types.void(*[types.intp] * 14), generate
 
 
 @njit(nogil=True, error_model="numpy")
@@ -203,7 +241,7 @@ def multiply(function, gates, x, column, P, zeros, y, first, last, left, right):
     start = np.intp(x.ctypes.data) + column * y.itemsize
     matrix, base, out = P.ctypes.data, zeros.ctypes.data, y.ctypes.data
     call(function, start, x.shape[1], 1, matrix, P.shape[1], base, out, y.shape[1] // gates,
-         first, last, left, right)  # fmt: skip
+         first, last, left, right, 0)  # fmt: skip
 
 
 def panels(N: int, K: int, gates: int, dtype: Any) -> Any:
