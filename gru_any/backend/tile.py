@@ -87,9 +87,10 @@ class Emit:
 def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: ignore[no-untyped-def]
     """Fill y = old + x[:, start : stop] @ M[start : stop], some rows from r, panels of M from p.
 
-    bits (of a number), rows, panels and gates are literal. of: x, xr, xi, xc, P, K, old, stride, y, H;
-    x, P, old and y are addresses; x[r + i, k] of a tile is xr r + xi i + xc k from x, the rows of old
-    are stride apart, those of y gates H. n is how many units are left from panel p on, None if enough.
+    bits (of a number), rows, panels and gates are literal. of: x, xr, xi, xc, P, K, old, stride,
+    y, H; x, P, old and y are addresses. Entry k of row i of a tile is xr r + xi i + xc k away from
+    x; the rows of old are stride apart, those of y gates H. n is how many units are left from panel
+    p on, None if enough.
     """
     literal = (bits, rows, panels, gates)
     if not all(isinstance(v, types.IntegerLiteral) for v in literal):
@@ -179,7 +180,7 @@ def move(typing, bits, source, i, target, j):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def gather(bits, x, xc, room, deep, first, last, start, stop):  # type: ignore[no-untyped-def]
-    """Copy the rows of x, which stand side by side, as the tiles read them: a tile after the other."""
+    """Copy rows of x, which stand side by side in memory, as the tiles read them: one by one."""
     rows = SHAPES[0][0]
     block = 64 * 8 // bits // rows * rows  # of one line of the cache
     for r in range(first, last, block):
