@@ -20,7 +20,8 @@ HOST = fake.__name__
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Each test records anew; blocks are short, so that there are several."""
-    monkeypatch.setattr(sweep, "BLOCK", 4)
+    monkeypatch.setattr(sweep, "STEPS", 4)
+    monkeypatch.setattr(sweep, "ROWS", 1)
     monkeypatch.setattr(run, "chosen_on_cuda", "graph")
     run._runner.cache_clear()
     yield

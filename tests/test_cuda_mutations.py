@@ -192,7 +192,8 @@ def test_a_lane_without_turns(monkeypatch):
 
 def layers(monkeypatch):
     """Whether training two layers shows anything: three forwards, then their ways back."""
-    monkeypatch.setattr(sweep, "BLOCK", 3)
+    monkeypatch.setattr(sweep, "STEPS", 3)
+    monkeypatch.setattr(sweep, "ROWS", 1)
     run._runner.cache_clear()
     Ops().synchronize()
     host = GRU(3, 5, 2, seed=0, dtype="float64")
