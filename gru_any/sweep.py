@@ -80,16 +80,6 @@ class Segment(NamedTuple):
     kept: list[Kept] | None
 
 
-class OnDemand:
-    """A sequence through a function that is called where an entry is asked for."""
-
-    def __init__(self, function: Any, entries: Any) -> None:
-        self.function, self.entries = function, entries
-
-    def __getitem__(self, i: int) -> Any:
-        return self.function(self.entries[i])
-
-
 class Sweep(NamedTuple):
     """One layer in one direction: how to run it, its equations and its weights.
 
@@ -196,11 +186,10 @@ class Sweep(NamedTuple):
         )
         rows = self.run.rows
         cleaned = [rows(self._clean(part, block)) for part in parts]
-        saved = OnDemand(rows, kept.saved)
         da = cleaned[0]
         dx = xp.reshape(da @ W, (block.stop - block.start, *x.shape[1:]))
         grads = [da.T @ rows(self._input(x, block)), xp.sum(da, axis=0)]
-        grads += self.variant.weights(xp, rows(previous), saved, *cleaned)
+        grads += self.run.gradients(self.variant.weights, previous, kept.saved, cleaned)
         self.run.release(*parts)
         return dx, dh, g, grads
 

@@ -13,7 +13,7 @@ import numpy as np
 from .compiled import compiled
 from .fused import Layout, Place
 from .numpy import NumPy, Rows, backward_program, forward_program
-from .packed import Packed, addresses, own, product
+from .packed import Packed, addresses, outer, own, product
 from .threads import ALONE, GRAIN, count, split, together
 
 FEW = 8  # so few rows in all are not worth a copy of the matrix
@@ -117,16 +117,17 @@ class Numba(NumPy):
 class Tiled(Rows):
     """A matrix whose product from the left is ours."""
 
-    def __matmul__(self, M: Any) -> Any:
-        """As `Rows.__matmul__`."""
+    def into(self, M: Any, out: Any) -> None:
+        """As `Rows.into`."""
         packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
-        few = packed is None and len(self) <= FEW
-        if few or len(matrix) < 2 or matrix.shape[1] < 4:  # left to NumPy
-            return super().__matmul__(matrix)
-        packed = packed or Packed(matrix)
-        out = np.empty((len(self), matrix.shape[1]), self.dtype)
-        product(self.view(np.ndarray), packed.panels(slice(0, len(matrix)), False, 1), None, out)
-        return out
+        few, K = packed is None and len(self) <= FEW, len(matrix)
+        if K == 1:
+            outer(own(self[:, 0]), own(matrix[0]), out)
+        elif few or K < 2 or matrix.shape[1] < 4:
+            super().into(matrix, out)
+        else:
+            packed = packed or Packed(matrix)
+            product(self.view(np.ndarray), packed.panels(slice(0, K), False, 1), None, out)
 
 
 @lru_cache(maxsize=64)

@@ -9,9 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from ..trace import MATRIX, Op, Product, Program, trace
-from .plain import Plain
+from .plain import OnDemand, Plain
 
 
 class NumPy(Plain):
@@ -72,6 +73,15 @@ class NumPy(Plain):
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""
         return super().rows(v).view(Rows)
+
+    def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
+        """As `Plain.gradients`; a product under a concat is written where it belongs."""
+
+        def late(v: Any) -> Any:
+            return self.rows(v).view(Late)
+
+        found = weights(_Joining(), late(h), OnDemand(late, saved), *parts)
+        return map(np.asarray, found)
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """As `Plain.output`."""
@@ -136,17 +146,51 @@ class Rows(np.ndarray):
     """A matrix, or its transpose, that sees to its products from the left."""
 
     def __matmul__(self, M: Any) -> Any:
-        """Return self @ M as a plain array; BLAS is slow where the inner size is 1."""
-        v, M = self.view(np.ndarray), np.asarray(M)
-        return v * M if len(M) == 1 else self.product(M)
+        """Return self @ M as a plain array."""
+        product = Waiting(self, M)
+        return product if isinstance(M, Late) else product.__array__()
 
-    def product(self, M: Any) -> Any:
-        """Return self @ M where the inner size is not 1."""
-        return np.matmul(self.view(np.ndarray), M)
+    def into(self, M: Any, out: Any) -> None:
+        """Fill out with self @ M; BLAS is slow where the inner size is 1."""
+        multiply = np.multiply if len(M) == 1 else np.matmul
+        multiply(self.view(np.ndarray), M.view(np.ndarray), out)
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         """What is computed from it otherwise is a plain array."""
         return array
+
+
+class Late(np.ndarray):
+    """A matrix from whose right side a product waits until it is known where it belongs."""
+
+
+class Waiting(NDArrayOperatorsMixin):
+    """The product of Rows and a matrix, computed when NumPy does something with it."""
+
+    def __init__(self, left: Rows, right: Any) -> None:
+        self.left, self.right, self.shape = left, right, (len(left), right.shape[1])
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        out = np.empty(self.shape, self.left.dtype)
+        self.left.into(self.right, out)
+        return out
+
+
+class _Joining:
+    """NumPy, with a concat that lets products be written where they belong."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def concat(self, parts: Any, axis: int) -> Any:
+        """As NumPy's."""
+        if axis or not all(isinstance(part, Waiting) for part in parts):
+            return np.concat(parts, axis)
+        rows = [part.shape[0] for part in parts]
+        out = np.empty((sum(rows), parts[0].shape[1]), parts[0].left.dtype)
+        for part, place in zip(parts, np.split(out, np.cumsum(rows)), strict=False):
+            part.left.into(part.right, place)
+        return out
 
 
 class Filled:

@@ -129,6 +129,10 @@ class Plain:
         """V (..., N) -> (rows, N), a matrix whose products this object takes care of."""
         return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
 
+    def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
+        """What the equations' `weights` returns, of these arrays of a block as matrices."""
+        return weights(self.xp, self.rows(h), OnDemand(self.rows, saved), *parts)
+
     def release(self, *arrays: Any) -> None:
         """Say that these arrays, made by this object, are not needed any more."""
 
@@ -142,6 +146,16 @@ class Plain:
 
     def _stack(self, tuples: list[Any]) -> tuple[Any, ...]:
         return tuple(self.xp.stack(column) for column in zip(*tuples, strict=True))
+
+
+class OnDemand:
+    """A sequence through a function that is called where an entry is asked for."""
+
+    def __init__(self, function: Any, entries: Any) -> None:
+        self.function, self.entries = function, entries
+
+    def __getitem__(self, i: int) -> Any:
+        return self.function(self.entries[i])
 
 
 class _Output:
