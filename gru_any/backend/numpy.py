@@ -4,8 +4,10 @@ The list of operations of a step becomes the source of one function that walks a
 operation without a home of its own writes over an operand that is not needed again.
 """
 
+import math
 from collections import deque
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,7 @@ class NumPy(Plain):
 
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""
-        return super().rows(v).view(Rows)
+        return v.reshape(math.prod(v.shape[:-1]), v.shape[-1]).view(Rows)  # faster than np.reshape
 
     def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
         """As `Plain.gradients`; a product under a concat is written where it belongs."""
@@ -155,6 +157,10 @@ class Rows(np.ndarray):
         multiply = np.multiply if len(M) == 1 else np.matmul
         multiply(self.view(np.ndarray), M.view(np.ndarray), out)
 
+    def sum(self, axis: Any = None, **options: Any) -> Any:
+        """As NumPy's, in fewer calls."""
+        return np.add.reduce(self.view(np.ndarray), axis, **options)
+
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         """What is computed from it otherwise is a plain array."""
         return array
@@ -186,10 +192,10 @@ class _Joining:
         """As NumPy's."""
         if axis or not all(isinstance(part, Waiting) for part in parts):
             return np.concat(parts, axis)
-        rows = [part.shape[0] for part in parts]
-        out = np.empty((sum(rows), parts[0].shape[1]), parts[0].left.dtype)
-        for part, place in zip(parts, np.split(out, np.cumsum(rows)), strict=False):
-            part.left.into(part.right, place)
+        edges = list(accumulate((part.shape[0] for part in parts), initial=0))
+        out = np.empty((edges[-1], parts[0].shape[1]), parts[0].left.dtype)
+        for part, first, last in zip(parts, edges, edges[1:], strict=False):
+            part.left.into(part.right, out[first:last])
         return out
 
 
