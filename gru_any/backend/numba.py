@@ -13,7 +13,9 @@ import numpy as np
 from .compiled import compiled
 from .fused import Layout, Place
 from .numpy import NumPy, Rows, backward_program, forward_program
-from .packed import Packed, addresses, outer, own, product
+from .packed import Packed, addresses, own, product
+from .plain import Plain
+from .single import outer, row
 from .threads import ALONE, GRAIN, count, split, together
 
 FEW = 8  # so few rows in all are not worth a copy of the matrix
@@ -32,8 +34,7 @@ class Numba(NumPy):
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`."""
         if not isinstance(W, Packed):
-            a = np.matmul(x, W.T)
-            return a if b is None else a + b
+            return Plain.affine(self, x, W, b)
         (K, B, n), N = x.shape, len(W.matrix)
         out = self._lend((K, B, N), x.dtype)
         rows = out.reshape(K * B, N)
@@ -122,7 +123,9 @@ class Tiled(Rows):
         packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
         few, K = packed is None and len(self) <= FEW, len(matrix)
         if K == 1:
-            outer(own(self[:, 0]), own(matrix[0]), out)
+            outer(self[:, 0], matrix[0], out)
+        elif packed is None and len(self) == 1:
+            row(self[0], matrix, out[0])
         elif few or K < 2 or matrix.shape[1] < 4:
             super().into(matrix, out)
         else:

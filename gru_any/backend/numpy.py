@@ -157,7 +157,7 @@ class Rows(np.ndarray):
         multiply = np.multiply if len(M) == 1 else np.matmul
         multiply(self.view(np.ndarray), M.view(np.ndarray), out)
 
-    def sum(self, axis: Any = None, **options: Any) -> Any:
+    def sum(self, axis: Any = None, **options: Any) -> Any:  # type: ignore[override]
         """As NumPy's, in fewer calls."""
         return np.add.reduce(self.view(np.ndarray), axis, **options)
 

@@ -29,16 +29,6 @@ def product(function, x, xr, xc, K, P, base, y, first, last):
     near = room.ctypes.data if xr == 1 else 0
     tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N, near)
 """
-OUTER = """\
-from numba import njit
-
-
-@njit("void({0}[::1], {0}[::1], {0}[:, ::1])", cache=CACHE, nogil=True)
-def outer(x, y, out):
-    for i in range(len(x)):
-        for j in range(len(y)):
-            out[i, j] = x[i] * y[j]
-"""
 PRODUCT = """
 
 @cfunc("void({types})", cache=CACHE)
@@ -61,16 +51,6 @@ def addresses(dtype: Any) -> Any:
     """Where the compiled products for 1, 2 and 3 gates stand in memory."""
     code = _compiled(dtype)
     return np.array([code.product1.address, code.product2.address, code.product3.address])
-
-
-def outer(x: Any, y: Any, out: Any) -> None:
-    """Fill out with x y^T; NumPy takes four times as long."""
-    _outer(x.dtype)(x, y, out)
-
-
-@lru_cache(maxsize=4)
-def _outer(dtype: Any) -> Any:
-    return compiled(OUTER.format(dtype)).outer
 
 
 class Packed:

@@ -1,0 +1,45 @@
+"""Products with a single row, compiled: BLAS would wake its threads, NumPy takes four times as long."""
+
+from functools import lru_cache
+from typing import Any
+
+from .compiled import compiled
+from .fused import HEAD
+from .packed import own
+
+SOURCE = """
+@njit("void({0}[::1], {0}[::1], {0}[:, ::1])", cache=CACHE, **flags)
+def outer(x, y, out):
+    for i in range(len(x)):
+        for j in range(len(y)):
+            out[i, j] = x[i] * y[j]
+
+
+@njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
+def times(x, M, y):
+    sums(x, M, y, 0, len(y))
+
+
+@njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
+def times_transposed(x, M, y):
+    dots(x, M, y, 1, 0, len(y))
+"""
+
+
+@lru_cache(maxsize=4)
+def _compiled(dtype: Any) -> Any:
+    return compiled(HEAD.format(dtype=dtype) + SOURCE.format(dtype))
+
+
+def outer(x: Any, y: Any, out: Any) -> None:
+    """Fill out (M, N) with x (M,) times y (N,)."""
+    _compiled(out.dtype).outer(own(x), own(y), out)
+
+
+def row(x: Any, M: Any, out: Any) -> None:
+    """Fill out (N,) with x (K,) M (K, N)."""
+    code = _compiled(out.dtype)
+    if M.flags.c_contiguous:
+        code.times(own(x), own(M), out)
+    else:
+        code.times_transposed(own(x), own(M.T), out)
