@@ -15,7 +15,7 @@ from .fused import Layout, Place
 from .numpy import NumPy, Rows, backward_program, forward_program
 from .packed import Packed, addresses, own, product
 from .plain import Plain
-from .single import outer, row
+from .single import outer, times
 from .threads import ALONE, GRAIN, count, split, together
 
 FEW = 8  # so few rows in all are not worth a copy of the matrix
@@ -125,7 +125,7 @@ class Tiled(Rows):
         if K == 1:
             outer(self[:, 0], matrix[0], out)
         elif packed is None and len(self) == 1:
-            row(self[0], matrix, out[0])
+            times(self[0], matrix, out[0])
         elif few or K < 2 or matrix.shape[1] < 4:
             super().into(matrix, out)
         else:

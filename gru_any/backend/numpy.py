@@ -149,13 +149,16 @@ class Rows(np.ndarray):
 
     def __matmul__(self, M: Any) -> Any:
         """Return self @ M as a plain array."""
-        product = Waiting(self, M)
+        product = Waiting(self, M)  # type: ignore[abstract]
         return product if isinstance(M, Late) else product.__array__()
 
     def into(self, M: Any, out: Any) -> None:
         """Fill out with self @ M; BLAS is slow where the inner size is 1."""
-        multiply = np.multiply if len(M) == 1 else np.matmul
-        multiply(self.view(np.ndarray), M.view(np.ndarray), out)
+        v, M = self.view(np.ndarray), M.view(np.ndarray)
+        if len(M) == 1:
+            np.einsum("ik,kj->ij", v, M, out=out)
+        else:
+            np.matmul(v, M, out)
 
     def sum(self, axis: Any = None, **options: Any) -> Any:  # type: ignore[override]
         """As NumPy's, in fewer calls."""

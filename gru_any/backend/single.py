@@ -1,4 +1,4 @@
-"""Products with a single row, compiled: BLAS would wake its threads, NumPy takes four times as long."""
+"""Products with a single row, compiled: BLAS would wake its threads, and NumPy is slow at them."""
 
 from functools import lru_cache
 from typing import Any
@@ -16,12 +16,12 @@ def outer(x, y, out):
 
 
 @njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
-def times(x, M, y):
+def plain(x, M, y):
     sums(x, M, y, 0, len(y))
 
 
 @njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
-def times_transposed(x, M, y):
+def transposed(x, M, y):
     dots(x, M, y, 1, 0, len(y))
 """
 
@@ -36,10 +36,10 @@ def outer(x: Any, y: Any, out: Any) -> None:
     _compiled(out.dtype).outer(own(x), own(y), out)
 
 
-def row(x: Any, M: Any, out: Any) -> None:
+def times(x: Any, M: Any, out: Any) -> None:
     """Fill out (N,) with x (K,) M (K, N)."""
     code = _compiled(out.dtype)
     if M.flags.c_contiguous:
-        code.times(own(x), own(M), out)
+        code.plain(own(x), own(M), out)
     else:
-        code.times_transposed(own(x), own(M.T), out)
+        code.transposed(own(x), own(M.T), out)
