@@ -189,6 +189,65 @@ def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkey
         gradcheck(gru, x, directions=1, vanishing=[])
 
 
+def doubled(xp, h, saved, da, dq=None):
+    """Twice the gradient, by a sum of products and a concat of what is not a product alone."""
+    H, (left, s) = h.shape[-1], (da, saved[3]) if dq is None else (dq, h)
+    upper = left[:, : 2 * H].T @ h
+    dU = xp.concat((upper + upper, 2.0 * (left[:, 2 * H :].T @ s)), axis=0)
+    return (dU,) if dq is None else (dU, 2.0 * xp.sum(dq, axis=0))
+
+
+@EVERY
+@VARIANTS
+@pytest.mark.parametrize("T", [1, 5])
+def test_replace_the_gradient_of_the_weights_and_every_path_follows(
+    path, reset_after, T, monkeypatch
+):
+    gru, rng = GRU(3, 4, reset_after=reset_after, dtype="float64", seed=0), np.random.default_rng(0)
+    x, dy = rng.standard_normal((T, 1, 3)), rng.standard_normal((T, 1, 4))
+    with running("plain"):
+        expected, _, _ = gru.vjp(x)[1](dy)
+    name = "reset_after_weights" if reset_after else "reset_before_weights"
+    monkeypatch.setattr(equations, name, doubled)
+    with running(path):
+        grads, _, _ = gru.vjp(x)[1](dy)
+    for name, grad in grads.items():
+        assert np.allclose(grad, expected[name] * (2 if "_hh" in name else 1), rtol=1e-13)
+
+
+@FAST
+@VARIANTS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 3), (3, 1)])
+def test_a_few_rows(path, reset_after, dtype, rows):
+    """Products with a single row go a way of their own; arrays may be laid out in any way."""
+    gru, rng = GRU(7, 5, reset_after=reset_after, dtype=dtype, seed=0), np.random.default_rng(0)
+    x, dy, h0 = (rng.standard_normal((*rows, 2 * n)).astype(dtype)[..., ::2] for n in (7, 5, 5))
+    h0 = h0[:1]
+    h0.flags.writeable = x.flags.writeable = False
+
+    def everything():
+        (y, h_n), pullback = gru.vjp(x, h0)
+        grads, dx, dh0 = pullback(dy)
+        return [y, h_n, dx, dh0, *grads.values()]
+
+    with running("plain"):
+        expected = everything()
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        gru.params[name] = np.asfortranarray(gru.params[name])
+        gru.params[name].flags.writeable = False
+    with running(path):
+        found = everything()
+        kept = [v.copy() for v in found]
+        again = everything()
+    eps = 8 * np.finfo(dtype).eps
+    for a, b, c, v in zip(found, kept, again, expected, strict=True):
+        assert np.allclose(a, v, rtol=eps, atol=eps)
+        assert np.array_equal(a, b)
+        assert np.array_equal(a, c)
+        assert not np.shares_memory(a, c)
+
+
 @EVERY
 @pytest.mark.parametrize("after", [False, True])
 def test_taps_of_a_loss_on_the_last_state_alone(path, after):
