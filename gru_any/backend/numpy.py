@@ -5,7 +5,7 @@ operation without a home of its own writes over an operand that is not needed ag
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -109,7 +109,8 @@ class NumPy(Plain):
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
-        over = _over([*_columns(a, 3), *map(turned, (*ends, *saved))], alive, reverse)
+        pair = turned(a)[:, : 2 * H]
+        over = _over([*_columns(a, 3), pair, *map(turned, (*ends, *saved))], alive, reverse)
         walk(over, recurrent[0], [c[:, None] for c in recurrent[1:]], (H, B), a.dtype)
         return path, saved or None
 
@@ -268,12 +269,12 @@ def forward_walk(step: Any, vectors: int, keep: bool) -> Any:
     saved = [f"s{i}" for i in range(len(program.extras))]
     given = {column: [name] for (column,), name in zip(program.extras, saved, strict=True)}
     given.setdefault(program.result, []).insert(0, "o")
-    lines = _Lines(program, homes, given, {})
+    lines = _Lines(program, homes, given, {}, {("a0", "a1"): "a0_a1"})
     source = [
         "def walk(over, M, vectors, shape, dtype):",
         *(f"    c{i} = vectors[{i}]" for i in range(vectors)),
         *lines.prologue(),
-        f"    for {', '.join(['a0, a1, a2, h, o', *saved, 'ended'])} in over:",
+        f"    for {', '.join(['a0, a1, a2, a0_a1, h, o', *saved, 'ended'])} in over:",
         *lines.body,
         "        if ended is not None:",
         "            copyto(o, h, where=ended)",
@@ -297,7 +298,7 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
         for i, column in enumerate(extra):
             taken.append(f"p{p}_{i}")
             given.setdefault(column, []).append(taken[-1])
-    lines = _Lines(program, homes, given, wide)
+    lines = _Lines(program, homes, given, wide, {})
     source = [
         "def walk(over, M, dh, shape, dtype):",
         "    old, new = array(dh, order='C'), empty(shape, dtype)",
@@ -324,21 +325,28 @@ class _Lines:
     """The lines of one step, and the buffers and constants that stand before the loop.
 
     homes: where the inputs are, column -> name; given: where results go, column -> names;
-    wide: columns that stand side by side in one array -> its name.
+    wide: columns that stand side by side in one array -> its name; pairs: the names of two arrays
+    side by side -> that of both. The same operation on both sides of a pair is one call.
     """
 
-    def __init__(self, program: Program, homes: Any, given: Any, wide: Any) -> None:
-        self.homes, self.given, self.wide = dict(homes), given, wide
+    def __init__(self, program: Program, homes: Any, given: Any, wide: Any, pairs: Any) -> None:
+        self.homes, self.given, self.wide, self.pairs = dict(homes), given, wide, pairs
         self.body: list[str] = []
         self.buffers: list[str] = []
         self.constants: dict[float, str] = {}
         self.free: list[str] = []
         self.slots: set[str] = set()
+        self.uses = Counter(i for op in program.ops for i in op.inputs)
         last = {i: n for n, op in enumerate(program.ops) for i in op.inputs}
-        for n, op in enumerate(program.ops):
+        ops = dict(enumerate(program.ops))
+        while ops:
+            n = min(ops)
+            op = ops.pop(n)
             dying = {i for i in op.inputs if not isinstance(i, float) and last[i] == n}
             if isinstance(op, Product):
                 self._product(op, dying, len(self.buffers))
+            elif twin := next((m for m, other in ops.items() if self._together(op, other)), None):
+                del ops[twin]
             else:
                 self._element(op, dying)
         done = {op.output for op in program.ops if isinstance(op, Op)}
@@ -360,6 +368,24 @@ class _Lines:
         self.body.append(f"        {op.name}({', '.join([*arguments, names[0]])})")
         self.body += [f"        copyto({name}, {names[0]})" for name in names[1:]]
 
+    def _together(self, op: Op, other: Any) -> bool:
+        """Do both operations in one call, over an input that nothing else needs, if that can be."""
+        if op.name != getattr(other, "name", "") or {op.output, other.output} & set(self.given):
+            return False
+        names, over = [], []
+        for i, j in zip(op.inputs, other.inputs, strict=True):
+            pair = self.homes.get(i), self.homes.get(j)
+            names.append(
+                self._value(i) if isinstance(i, float) and i == j else self.pairs.get(pair)
+            )
+            if pair[0] in self.slots and self.uses[i] == self.uses[j] == 1:
+                over.append((names[-1], pair))
+        if not all(names) or not over:
+            return False
+        out, (self.homes[op.output], self.homes[other.output]) = over[0]
+        self.body.append(f"        {op.name}({', '.join([*names, out])})")
+        return True
+
     def _product(self, op: Product, dying: set[int], n: int) -> None:
         rows = f"M[{op.rows.start} * H : {op.rows.stop} * H]"
         rows = rows if op.transposed else f"{rows}.T"
@@ -370,6 +396,10 @@ class _Lines:
             name = self.homes[column] = f"q{n}_{i}"
             self.buffers.append(f"    {name} = q{n}[{i} * H : {i + 1} * H]")
             self.slots.add(name)
+        for i in range(1, len(op.outputs)):
+            left, right = f"q{n}_{i - 1}", f"q{n}_{i}"
+            self.pairs[left, right] = f"{left}_{i}"
+            self.buffers.append(f"    {left}_{i} = q{n}[{i - 1} * H : {i + 1} * H]")
         self.free += [self.homes[i] for i in dying if self.homes[i] in self.slots]
 
     def _slot(self) -> str:
