@@ -248,6 +248,39 @@ def test_a_few_rows(path, reset_after, dtype, rows):
         assert not np.shares_memory(a, c)
 
 
+@pytest.mark.parametrize("reset_after", [False, True])
+def test_gates_side_by_side_are_one_call(reset_after, monkeypatch):
+    """Two calls of tanh, since r and z stand side by side."""
+    from gru_any.backend import numpy as traced
+
+    monkeypatch.setattr(traced, "_compiled", "\n".join)
+    step = equations.variant(reset_after).step
+    source = traced.forward_walk.__wrapped__(step, int(reset_after), False)
+    assert source.count("tanh(") == 2
+
+
+def needs_its_products_again(xp, a, h, U):
+    """The same operations on neighbours, whose inputs are needed again."""
+    r, z, n = equations.thirds(h @ U.T)
+    u, v = xp.tanh(r), xp.tanh(z)
+    return u * v + r * z * n * equations.thirds(a)[0], (u, v)
+
+
+@FAST
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_needed_again_is_not_written_over(path, keep):
+    _, a, h, (U,), _, _ = block(False, 3, "float64")
+    found = []
+    for way in ("plain", path):
+        with running(way):
+            run = runner(NUMPY)
+            ready = run.laid_out(U, 3, len(a))
+            states, saved = run.forward(needs_its_products_again, a, h, (ready,), None, False, keep)
+            found.append([states, *(saved if keep else ())])
+    for mine, plain in zip(*found[::-1], strict=True):
+        assert np.allclose(mine, plain, rtol=1e-12)
+
+
 @EVERY
 @pytest.mark.parametrize("after", [False, True])
 def test_taps_of_a_loss_on_the_last_state_alone(path, after):
