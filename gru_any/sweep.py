@@ -104,7 +104,7 @@ class Sweep(NamedTuple):
         y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
         ready = self._laid_out(x)
         tape: list[Segment] = []
-        for blocks in _segments(*x.shape[:2], segment, self.reverse):
+        for blocks in _segments(x.shape[0], x.shape[1], segment, self.reverse):
             kept: list[Kept] | None = [] if keep and segment is None else None
             if keep:
                 tape.append(Segment(blocks, h, kept))
