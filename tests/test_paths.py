@@ -387,12 +387,21 @@ def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch
         monkeypatch.setattr(runner_of_numba, "GRAIN", 1)
         monkeypatch.setattr(runner_of_numba, "together", together)
         monkeypatch.setattr(threads, "_pool", lambda: pool)
-        for patience in (10.0, 0.0):  # until all have come; those that are late are left out
+        for patience in (10**10, 0):  # until all have come; those that are late are left out
             monkeypatch.setattr(threads, "PATIENCE", patience)
             with ThreadPoolExecutor(2) as pool:
                 found = everything()
             assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     assert called == [3] * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are placed on Linux alone")
+def test_threads_wake_up_elsewhere():
+    pool, allowed = threads._Pool(), os.sched_getaffinity(0)
+    pool.submit(int).result()  # now a thread is there
+    found = pool.submit(os.sched_getaffinity, 0).result()
+    assert found == (allowed - {pool._away_from} or allowed)
+    assert os.sched_getaffinity(0) == allowed
 
 
 @EVERY

@@ -68,10 +68,23 @@ def wait(sync, i, least):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def members(sync):  # type: ignore[no-untyped-def]
-    """How many take part, as soon as it is known; 1 where the walk was given up."""
+def arrived(sync, most, patience):  # type: ignore[no-untyped-def]
+    """How many are there, the one who asks included, after looking so often at most."""
+    there = 1
+    for _ in range(patience):
+        while there < most and get(sync, LINE * (there + 1)):
+            there += 1
+        if there == most:
+            break
+    return there
+
+
+@njit(nogil=True)
+def members(sync, me):  # type: ignore[no-untyped-def]
+    """Arrive -> how many take part, as soon as it is known; 1 where the walk was given up."""
     if len(sync) == 0:
         return 1
+    put(sync, LINE * (me + 1), 1)
     wait(sync, 0, 1)
     return max(1, get(sync, 0))
 

@@ -1,16 +1,20 @@
 """Work over a few threads, for compiled code that lets go of the interpreter's lock."""
 
+import ctypes
 import os
-import time
+import sys
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import count as numbers
+from typing import Any
 
 import numpy as np
 
 GRAIN = 4_000_000  # multiply-adds that are worth waking a thread for
-PATIENCE = 1e-4  # seconds that a thread is given to wake up
+PATIENCE = 100_000  # so many looks, some hundred microseconds, whether a thread has woken up
 ALONE = np.zeros(0, np.int64)  # for code that could wait for others: there are none
 
 
@@ -23,9 +27,37 @@ def count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Pool:
+    """Threads that Linux wakes up on another processor than that of who calls them.
+
+    Left alone, it often puts a thread where it was woken, to wait there for who woke it.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(count(), "gru_any", self._begin)
+        self._threads: list[int] = []
+        self._away_from = -1
+        linux = sys.platform == "linux"
+        self._here = getattr(ctypes.CDLL(None), "sched_getcpu", None) if linux else None
+
+    def _begin(self) -> None:
+        self._threads.append(threading.get_native_id())
+        self._away_from = -1
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """As that of an executor."""
+        if self._here and (here := self._here()) != self._away_from:
+            self._away_from = here
+            others = os.sched_getaffinity(0) - {here}
+            for thread in self._threads if others else ():
+                with suppress(OSError):
+                    os.sched_setaffinity(thread, others)
+        return self._pool.submit(call, *arguments)
+
+
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count(), "gru_any")
+def _pool() -> _Pool:
+    return _Pool()
 
 
 if hasattr(os, "register_at_fork"):
@@ -53,18 +85,17 @@ def split(call: Callable[[int, int], object], rows: int, work: int) -> None:
 def together(call: Callable[[int, np.ndarray], object], most: int) -> None:
     """call(me, sync) in up to so many threads at once, which may wait for one another.
 
-    me: 0, 1, ...; sync: see `barrier.py`. Those of the pool that do not start in time are left out.
+    me: 0, 1, ...; sync: see `barrier.py`. Those that are not there in time are left out.
     """
+    from .barrier import arrived
+
     sync, number = np.zeros(8 * (most + 1), np.int64), numbers(1)
     others = [_pool().submit(lambda: call(next(number), sync)) for _ in range(1, most)]
-    limit = time.perf_counter() + PATIENCE
     try:
-        while not all(o.running() for o in others) and time.perf_counter() < limit:
-            time.sleep(0)
-        others = [other for other in others if not other.cancel()]
-        sync[0] = 1 + len(others)
+        sync[0] = arrived(sync, most, PATIENCE)
         call(0, sync)
     finally:
         sync[0] = -1
     for other in others:
-        other.result()
+        if not other.cancel():
+            other.result()
