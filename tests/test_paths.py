@@ -339,6 +339,20 @@ def test_our_products(dtype, order, R, K, N, monkeypatch):
     assert np.array_equal(product(x), whole)
 
 
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+def test_products_own_the_memory_they_use():
+    """What was let go of leaves the process at once here, so that using it ends that."""
+    code = (
+        "import numpy as np\n"
+        "from gru_any.backend.packed import Packed, product\n"
+        "x, y = np.ones((512, 400), 'float32').T, np.empty((400, 8), 'float32')\n"
+        "product(x, Packed(np.ones((8, 512), 'float32')).panels(slice(0, 8), True, 1), None, y)\n"
+        "assert (y == 512).all()\n"
+    )
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "4096", "OMP_NUM_THREADS": "1"}  # of glibc
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **at_once})
+
+
 @EVERY
 @VARIANTS
 @pytest.mark.parametrize("B", [13, 64])

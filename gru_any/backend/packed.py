@@ -21,12 +21,12 @@ def pack(M, P, gates):
     tile.pack(M, P, gates, 0, len(P))
 
 
-@njit(void({numbers}, float{bits}[:, :, ::1], float{bits}[::1], float{bits}[:, ::1], intp, intp),
-      cache=CACHE, nogil=True)
-def product(function, x, xr, xc, K, P, base, y, first, last):
-    of, N = base.ctypes.data, y.shape[1]
-    room = np.empty((last - first) * min(K, tile.DEEP) if xr == 1 else 0, y.dtype)
-    near = room.ctypes.data if xr == 1 else 0
+vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], float{bits}[:, :, ::1]
+
+
+@njit(void({numbers}, panels, vector, matrix, intp, intp, vector), cache=CACHE, nogil=True)
+def product(function, x, xr, xc, K, P, base, y, first, last, room):
+    of, N, near = base.ctypes.data, y.shape[1], np.intp(room.ctypes.data) if len(room) else 0
     tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N, near)
 """
 PRODUCT = """
@@ -84,11 +84,17 @@ def _panels(M: Any, gates: int) -> Any:
 
 def product(x: Any, P: Any, base: Any, y: Any) -> None:
     """Fill y = base + x M, the rows of y split over threads; P: the panels of M (K, N)."""
-    (R, K), N = x.shape, y.shape[1]
+    (R, K), N, code = x.shape, y.shape[1], _compiled(y.dtype)
     base = np.zeros(N, y.dtype) if base is None else own(base)
-    left = x.ctypes.data, *(stride // x.itemsize for stride in x.strides), K
-    function, fill = addresses(y.dtype)[0], _compiled(y.dtype).product
-    split(lambda first, last: fill(function, *left, P, base, y, first, last), R, R * K * N)
+    xr, xc = (stride // x.itemsize for stride in x.strides)
+    left, deep = (x.ctypes.data, xr, xc, K), min(K, code.tile.DEEP) if xr == 1 else 0
+    function = addresses(y.dtype)[0]
+
+    def rows(first: int, last: int) -> None:
+        room = np.empty((last - first) * deep, y.dtype)  # compiled code would let go of it too soon
+        code.product(function, *left, P, base, y, first, last, room)
+
+    split(rows, R, R * K * N)
 
 
 def own(v: Any) -> Any:
