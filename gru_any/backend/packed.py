@@ -86,6 +86,8 @@ def product(x: Any, P: Any, base: Any, y: Any) -> None:
     """Fill y = base + x M, the rows of y split over threads; P: the panels of M (K, N)."""
     (R, K), N, code = x.shape, y.shape[1], _compiled(y.dtype)
     base = np.zeros(N, y.dtype) if base is None else own(base)
+    if any(stride % x.itemsize for stride in x.strides):  # a field of records
+        x = x.copy()
     xr, xc = (stride // x.itemsize for stride in x.strides)
     left, deep = (x.ctypes.data, xr, xc, K), min(K, code.tile.DEEP) if xr == 1 else 0
     function = addresses(y.dtype)[0]
