@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -416,6 +417,28 @@ def test_threads_wake_up_elsewhere():
     found = pool.submit(os.sched_getaffinity, 0).result()
     assert found == (allowed - {pool._away_from} or allowed)
     assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+def test_threads_that_have_come_are_let_go_where_another_cannot_be_had(monkeypatch):
+    let_go = []
+
+    def call(me, sync):
+        end = time.perf_counter() + 5
+        while sync[0] >= 0 and time.perf_counter() < end:
+            time.sleep(0.001)
+        let_go.append(sync[0] < 0)
+
+    class Scarce(ThreadPoolExecutor):
+        def submit(self, call):
+            if self._threads:
+                raise RuntimeError("can't start new thread")
+            return super().submit(call)
+
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+    with Scarce(1) as pool, pytest.raises(RuntimeError, match="new thread"):
+        threads.together(call, 3)
+    assert let_go == [True]
 
 
 @EVERY

@@ -90,12 +90,12 @@ def together(call: Callable[[int, np.ndarray], object], most: int) -> None:
     from .barrier import arrived
 
     sync, number = np.zeros(8 * (most + 1), np.int64), numbers(1)
-    others = [_pool().submit(lambda: call(next(number), sync)) for _ in range(1, most)]
     try:
+        others = [_pool().submit(lambda: call(next(number), sync)) for _ in range(1, most)]
         sync[0] = arrived(sync, most, PATIENCE)
         call(0, sync)
     finally:
-        sync[0] = -1
+        sync[0] = -1  # or those who have come would wait for ever, where another cannot be had
     for other in others:
         if not other.cancel():
             other.result()
