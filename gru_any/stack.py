@@ -58,9 +58,10 @@ class Stack(NamedTuple):
     def forward(
         self, full: int, keep: bool, segment: int | None, outputs: bool, given: Given
     ) -> tuple[Any, list[LayerTape]]:
-        """Run all layers -> (y (T, B, D*H) or None, h_n (L*D, B, H)), and the tape of each.
+        """Run all layers -> (y (T, B, D*H) or None, h_n (L*D, B, H)), and their tapes.
 
-        full: before this step all rows are alive; the rest is that of `Sweep.forward`.
+        full: before this step all rows are alive; the rest is that of `Sweep.forward`. There are no
+        tapes without `keep`: they would hold the outputs of all layers at once.
         """
         padding = None if given.alive is None else Padding(given.alive, full)
         states: list[Any] = []
@@ -70,7 +71,8 @@ class Stack(NamedTuple):
             wanted = outputs or layer + 1 < self.layers
             y, hs, tape = self._layer(layer, given, padding, x, keep, segment, wanted)
             states.extend(hs)
-            tapes.append(tape)
+            if keep:
+                tapes.append(tape)
             return y
 
         calls = [partial(through, layer) for layer in range(self.layers)]

@@ -457,6 +457,20 @@ def test_inference_needs_no_more_memory_for_a_longer_sequence(path, reset_after)
 
 
 @EVERY
+def test_inference_needs_no_more_memory_for_more_layers(path):
+    x, peaks = np.zeros((500, 2, 32), "float32"), []
+    with running(path):
+        for layers in (2, 5):
+            gru = GRU(32, 32, layers, seed=0)
+            gru(x)
+            tracemalloc.start()
+            gru(x)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] - peaks[0] < x.nbytes  # as many as the outputs of one
+
+
+@EVERY
 def test_recomputing_needs_less_memory(path):
     x, dy = np.zeros((10_000, 2, 4), "float32"), np.zeros((10_000, 2, 32), "float32")
     peaks = []
