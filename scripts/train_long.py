@@ -92,7 +92,8 @@ def fresh(args: argparse.Namespace, update: int) -> list[Batch]:
     if args.grow:
         start = min(10, T)
         bound = start * (T / start) ** min(1.0, update / (0.8 * args.steps))
-        T = int(rng.integers(1, round(bound) + 1))
+        least = 2 if args.task == "adding" else 1  # of which two are marked
+        T = int(rng.integers(least, round(bound) + 1))
     return [TASKS[args.task](T, rng, args.batch)]
 
 

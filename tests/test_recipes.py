@@ -132,6 +132,8 @@ def test_short_sequences_come_first():
     assert len(train_long.fresh(args, 0)[0].x) == 180
     adding = train_long.parse(["--length", "160"])
     assert len(train_long.fresh(adding, 0)[0].x) == 160
+    adding = train_long.parse(["--length", "3", "--grow"])
+    assert {len(train_long.fresh(adding, n)[0].x) for n in range(20)} == {2, 3}
 
 
 @pytest.mark.parametrize("task", ["adding", "copy"])
