@@ -61,8 +61,8 @@ def _usage(log):
     return found
 
 
-def run_program(folder, source, launches, *flags):
-    """Run kernels of the source one after the other in a program of their own.
+def run_program(folder, source, launches, sanitizer):
+    """Run kernels of the source one after the other in a program that a sanitizer watches.
 
     launches: (name, shape, arguments), an argument being a number, an array, or a list of both.
     """
@@ -87,6 +87,7 @@ def run_program(folder, source, launches, *flags):
     file = folder / "job"
     data = b"".join(np.int64(v.nbytes).tobytes() + v.tobytes() for _, v in arrays.values())
     file.write_bytes(np.int64(len(arrays)).tobytes() + data + np.array(words, np.int64).tobytes())
+    flags = f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-O0"  # -O0 compiles faster
     command = [str(shim.program(source, *flags)), str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,14 +16,17 @@ pytestmark = pytest.mark.usefixtures("compiler")
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 SPILLED = 64  # bytes that a thread of the largest may have to keep in memory
 EVERY = [False, True]
+NUMBERS = (None, "float16", "bfloat16")  # how those of a half model are stored; None: as float32
+STORED = ("U", "dy", *(f"s{n}" for n in range(4)), "p0", "p1")  # which these are
 
 
-def walks(after, number="float32", name=""):
-    variant = equations.variant(after)
-    return [
+def walks(after, number="float32", name="", half=None):
+    variant, types = equations.variant(after), tuple((n, half) for n in STORED if half)
+    found = [
         forward_walk(variant.step, int(after), True, number, (), f"{name}forward"),
         backward_walk(variant.backward, 4, True, False, number, (), f"{name}backward"),
     ]
+    return [typed(walk, types) for walk in found]
 
 
 @pytest.mark.parametrize("after", EVERY, ids=["before", "after"])
@@ -45,9 +48,7 @@ def test_nvrtc_compiles_them(after, architecture, record_property):
 @pytest.mark.parametrize("architecture", ARCHITECTURES if THOROUGH else (80,))
 def test_nvrtc_compiles_those_over_halves(architecture, half):
     for after in EVERY if THOROUGH else [True]:
-        for walk in walks(after):
-            names = ("U", "dy", *(f"s{n}" for n in range(4)), "p0", "p1")
-            walk = typed(walk, tuple((name, half) for name in names))
+        for walk in walks(after, half=half):
             kernels = persistent_kernel(walk, 128, ROWS), whole.whole_kernel(walk, 32, 1024, 8)
             for kernel in kernels:
                 [(registers, spilled)] = compiled(kernel.source, architecture)[1].values()
@@ -66,33 +67,49 @@ def job(walk, kernel, B, H, K, rows, values):
     """The launch of a kernel over arrays that are exactly as long as they must be."""
     width = {"a": 3, **{f"p{n}": w for n, w in enumerate(walk.widths)}}
     arrays = {
-        name: values((K + (name == "path"), B, width.get(name, 1) * H)) for name in walk.arrays
+        name: values((K + (name == "path"), B, width.get(name, 1) * H), walk.dtype(name))
+        for name in walk.arrays
     }
     alive = np.ones((K, B), bool)
-    alive[K // 2 :, 1] = False
+    alive[K // 2 :, B // 2] = False
     numbers = [K, B, 0, 1, 1, alive, B, 1]
-    numbers += [values((3 * H, H)), values((B, H)), values((B, H))]
+    numbers += [values((3 * H, H), walk.dtype("U")), values((B, H)), values((B, H))]
     for name in walk.arrays:
-        steps, n, _ = (s // 4 for s in arrays[name].strides)
+        steps, n, _ = (s // arrays[name].itemsize for s in arrays[name].strides)
         numbers += [arrays[name], *((0, 0) if name.startswith("c") else (steps, n))]
     shape = (-(-B // rows), 1, 3 * H, 4 * shared_numbers(walk, H, rows), 1)
     return kernel.name, shape, numbers
 
 
-def jobs(H, rows=2, B=3, K=3):
+def random():
+    """Arrays of a shape and a dtype, "bfloat16" too, as its bits."""
+    rng = np.random.default_rng(0)
+
+    def values(shape, dtype="float32"):
+        v = rng.uniform(-0.5, 0.5, shape).astype("f4")
+        return (v.view("u4") >> 16).astype("u2") if dtype == "bfloat16" else v.astype(dtype)
+
+    return values
+
+
+def every_walk(halves):
+    return [
+        walk
+        for half in halves
+        for after in EVERY
+        for walk in walks(after, name=f"{half}_{('before', 'after')[after]}_", half=half)
+    ]
+
+
+def jobs(H, rows=2, B=3, K=3, halves=(None,)):
     """A source with every kernel for H units, and a launch of each."""
-    rng, text, launches = np.random.default_rng(0), "", []
-
-    def values(shape):
-        return rng.uniform(-0.5, 0.5, shape).astype("f4")
-
-    for after in EVERY:
-        for walk in walks(after, name=f"{('before', 'after')[after]}_"):
-            kernel = persistent_kernel(walk, H, rows)
-            common, mark, own = kernel.source.partition("constexpr")
-            text = text or common
-            text += f"namespace {walk.name} {{\n{mark}{own}}}\nusing {walk.name}::{kernel.name};\n"
-            launches.append(job(walk, kernel, B, H, K, rows, values))
+    text, launches, values = "", [], random()
+    for walk in every_walk(halves):
+        kernel = persistent_kernel(walk, H, rows)
+        common, mark, own = kernel.source.partition("constexpr")
+        text = text or common
+        text += f"namespace {walk.name} {{\n{mark}{own}}}\nusing {walk.name}::{kernel.name};\n"
+        launches.append(job(walk, kernel, B, H, K, rows, values))
     assert text.startswith(prelude("float32"))
     return text, launches
 
@@ -108,7 +125,7 @@ def test_a_missing_barrier_is_found(barrier, tmp_path):
     parts[barrier] += parts.pop(barrier + 1)
     broken = "__syncthreads();".join(parts)
     with pytest.raises(AssertionError, match="data race"):
-        run_program(tmp_path, broken, launches, "-fsanitize=thread", "-fno-sanitize-recover=all")
+        run_program(tmp_path, broken, launches, "thread")
 
 
 # the whole device --------------------------------------------------------------------------------
@@ -134,25 +151,20 @@ def test_what_a_device_holds():
     assert not whole.holds(forward, 32, 1024, 68, 64 * 1024)
 
 
-def whole_jobs(B=3, H=5, own=2, K=3):
+def whole_jobs(B=3, H=5, own=2, K=3, halves=(None,)):
     """As `jobs`, without what every source begins with: three blocks, the last with a unit less."""
-    rng, text, launches = np.random.default_rng(0), "", []
-
-    def values(shape):
-        return rng.uniform(-0.5, 0.5, shape).astype("f4")
-
-    for after in EVERY:
-        for walk in walks(after, name=f"{('before', 'after')[after]}_"):
-            kernel = whole.whole_kernel(walk, B, H, own)
-            start = len(prelude("float32"))
-            text += f"namespace {kernel.name}_ {{\n{kernel.source[start:]}}}\n"
-            text += f"using {kernel.name}_::{kernel.name};\n"
-            _, _, (_, _, first, *rest) = job(walk, kernel, B, H, K, 1, values)
-            shared = [values((2, B, n * H)) for n in whole.exchanged(walk).values()]
-            numbers = [K, first, *rest[:8], np.zeros(1, "u4"), *shared, *rest[8:]]
-            size = 4 * whole.shared_numbers(walk, B, H, own)
-            shape = (-(-H // own), 1, whole.threads(B, own), size, 2)
-            launches.append((kernel.name, shape, numbers))
+    text, launches, values = "", [], random()
+    for walk in every_walk(halves):
+        kernel = whole.whole_kernel(walk, B, H, own)
+        start = len(prelude("float32"))
+        text += f"namespace {kernel.name}_ {{\n{kernel.source[start:]}}}\n"
+        text += f"using {kernel.name}_::{kernel.name};\n"
+        _, _, (_, _, first, *rest) = job(walk, kernel, B, H, K, 1, values)
+        shared = [values((2, B, n * H)) for n in whole.exchanged(walk).values()]
+        numbers = [K, first, *rest[:8], np.zeros(1, "u4"), *shared, *rest[8:]]
+        size = 4 * whole.shared_numbers(walk, B, H, own)
+        shape = (-(-H // own), 1, whole.threads(B, own), size, 2)
+        launches.append((kernel.name, shape, numbers))
     return text, launches
 
 
@@ -163,14 +175,13 @@ def test_blocks_that_do_not_meet_are_found(tmp_path):
     broken = text.replace("while ((int)(seen(counter) - target) < 0) {}", "")
     assert broken != text
     with pytest.raises(AssertionError, match="data race"):
-        run_program(tmp_path, broken, launches, "-fsanitize=thread", "-fno-sanitize-recover=all")
+        run_program(tmp_path, broken, launches, "thread")
 
 
-@pytest.mark.parametrize("H", [5, 8] if THOROUGH else [5])
+@pytest.mark.parametrize(("B", "H"), [(3, 5), (3, 8), (1, 7)] if THOROUGH else [(3, 5)])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(sanitizer, H, tmp_path):
+def test_sanitizers(sanitizer, B, H, tmp_path):
     """No barrier is missing, and nothing outside of an array is touched."""
-    text, launches = jobs(H)
-    more, others = whole_jobs(H=H)
-    text, launches = text + more, launches + others
-    run_program(tmp_path, text, launches, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    text, launches = jobs(H, B=B, halves=NUMBERS)
+    more, others = whole_jobs(B, H, halves=NUMBERS)
+    run_program(tmp_path, text + more, launches + others, sanitizer)

@@ -230,8 +230,8 @@ def test_conversions_of_halves():
 SANITIZERS = ["address,undefined", *(["thread"] if THOROUGH else [])]
 
 
-@pytest.mark.parametrize("flags", SANITIZERS)
-def test_sanitizers(flags, tmp_path):
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizers(sanitizer, tmp_path):
     """Every kernel once, each array exactly as long as it must be."""
     B, H = 3, 5
     found = [w for after in (False, True) for dtype in STORAGE if dtype != "float64"
@@ -253,7 +253,7 @@ def test_sanitizers(flags, tmp_path):
             for t in (0, 1):
                 numbers = [table, t, t, B, H, *(arrays[n] for n in kernel.buffers)]
                 launches.append((kernel.name, (1, 2, 32, 0, 0), numbers))
-    run_program(tmp_path, text, launches, f"-fsanitize={flags}", "-fno-sanitize-recover=all")
+    run_program(tmp_path, text, launches, sanitizer)
 
 
 def bodies(walk):
