@@ -46,12 +46,14 @@ def test_nvrtc_compiles_them(after, architecture, record_property):
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"] if THOROUGH else ["float16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES if THOROUGH else (80,))
-def test_nvrtc_compiles_those_over_halves(architecture, half):
+def test_nvrtc_compiles_those_over_halves(architecture, half, record_property):
     for after in EVERY if THOROUGH else [True]:
         for walk in walks(after, half=half):
             kernels = persistent_kernel(walk, 128, ROWS), whole.whole_kernel(walk, 32, 1024, 8)
             for kernel in kernels:
                 [(registers, spilled)] = compiled(kernel.source, architecture)[1].values()
+                of = f"{kernel.name} after={after} {half} sm_{architecture}"
+                record_property(of, str((registers, spilled)))
                 assert registers <= 168
                 assert spilled <= SPILLED
 

@@ -46,7 +46,8 @@ __device__ inline void put(double& place, double v) {{ place = v; }}
 __device__ inline void put(bf16& place, float v) {{  // to the nearest, and to even between two
   unsigned wide;
   memcpy(&wide, &v, 4);
-  place.bits = v == v ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fc0;
+  wide += 0x7fff + (wide >> 16 & 1);
+  place.bits = v == v ? wide >> 16 : 0x7fc0;
 }}
 #ifndef HOST
 __device__ inline float get(f16 v) {{
