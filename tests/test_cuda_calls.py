@@ -252,6 +252,37 @@ def test_recordings_are_few_and_can_be_let_go_of(monkeypatch):
     assert [ref() for ref in known] == [None, None]
 
 
+def test_all_memory_is_returned(monkeypatch):
+    """What is let go of too: of a shape that others followed, with its way back."""
+    pools = []
+    monkeypatch.setattr(Ops, "pool", lambda self: pools.append(memory.Pool()) or pools[-1])
+    monkeypatch.setattr(recording, "PLANS", 2)
+    _, device = pair(num_layers=2, bidirectional=True)
+    for T in (3, 4, 5):
+        for _ in range(3):
+            training(device, batch(device, T))
+        monkeypatch.setattr(recording, "PAID", 4)
+    assert len(pools) > 4
+    assert pools[0].kept == 0 < pools[-1].kept
+    run.forget(device.backend)
+    assert not any(pool.kept for pool in pools)
+
+
+def test_a_shape_that_goes_while_another_stream_works_on_it(monkeypatch):
+    monkeypatch.setattr(recording, "PLANS", 1)
+    monkeypatch.setattr(recording, "PAID", 1)
+    _, device = pair()
+    x, others = (asarray(np.zeros((3, B, 3), "f4"), like=device) for B in (2, 4))
+    ops = runner(device.backend).ops
+    device(x), device(x)
+    start = ops.event()
+    with ops.on(1):
+        ops.wait(start)
+        for v in (x, others, others):
+            device(v)
+    fake.zeros((3, 2, 3), dtype="f4")  # as large as what the recording was given
+
+
 def test_a_call_that_is_too_long_is_recorded_by_blocks(monkeypatch):
     monkeypatch.setattr(calls, "STEPS", 11)
     host, device = pair(num_layers=2)

@@ -160,10 +160,24 @@ def test_recording_ends_whatever_happens(cupy):
     assert not vars(ops._streams)  # a stream that was forked into may still be recorded
 
 
+def test_a_recording_that_is_refused_as_it_ends(cupy, monkeypatch):
+    def end_capture(self):
+        raise RuntimeError("cudaErrorStreamCaptureUnjoined")
+
+    monkeypatch.setattr(cupy.cuda.Stream, "end_capture", end_capture)
+    ops = Ops(cupy)
+    with ops.on(1), pytest.raises(RuntimeError, match="Unjoined"):
+        ops.record(list)
+    assert not vars(ops._streams)
+
+
 def test_memory_of_a_recording(cupy):
-    """CuPy's own pool, as the allocator of this thread while it is used."""
+    """A pool of CuPy's, as the allocator of this thread while it is used."""
 
     class Pool:
+        def __init__(self, allocator):
+            pass
+
         def malloc(self, size):
             return size
 
@@ -178,6 +192,31 @@ def test_memory_of_a_recording(cupy):
     with ops.memory(ops.pool()):
         cupy.calls.append("inside")
     assert cupy.calls == [7, "inside", "end"]
+
+
+@pytest.mark.parametrize("spare", [0, 5, 9])
+def test_memory_of_a_recording_is_wanted_more_than_what_is_spare(cupy, spare):
+    """The device has 4 bytes left, and CuPy's own pool as many spare."""
+    free = [4]
+
+    def memory(size):
+        if size > free[0]:
+            raise RuntimeError("cudaErrorMemoryAllocation")
+        return size
+
+    def free_all_blocks():
+        free[0] += spare
+
+    cupy.cuda.Memory, cupy.cuda.MemoryPointer = memory, lambda *arguments: arguments
+    cupy.cuda.MemoryPool = lambda allocator: SimpleNamespace(malloc=allocator)
+    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=free_all_blocks)
+    malloc = Ops(cupy).pool().malloc
+    assert (malloc(4), free) == ((4, 0), [4])
+    if spare == 9:
+        assert malloc(10) == (10, 0)
+    else:
+        with pytest.raises(RuntimeError, match="Allocation"):
+            malloc(10)
 
 
 def test_a_launch(cupy):
@@ -212,6 +251,8 @@ def test_real_cupy_without_a_device_says_why():
         select("cupy")
     with pytest.raises(RuntimeError, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
         Ops(cupy).empty((3,), "float32")
+    with pytest.raises(RuntimeError, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
+        Ops(cupy).pool().malloc(3)
 
 
 def test_nvrtc_is_there_and_names_the_line():

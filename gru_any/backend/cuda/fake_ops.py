@@ -19,6 +19,7 @@ from .memory import (
     DONE,
     LOCK,
     Cell,
+    Pool,
     Recorder,
     StreamError,
     cell_at,
@@ -144,9 +145,9 @@ class Ops:
         finally:
             local.recorder, local.stream = None, before
 
-    def pool(self) -> dict[Any, list[Cell]]:
+    def pool(self) -> Pool:
         """As `ops.Ops.pool`."""
-        return {}
+        return Pool()
 
     @contextmanager
     def memory(self, pool: Any) -> Iterator[None]:

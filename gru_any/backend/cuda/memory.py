@@ -6,7 +6,7 @@ let go of becomes NaN and is lent again.
 """
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable
 from itertools import count as numbers
@@ -168,7 +168,21 @@ class Cell:
         self.live = False
 
 
-_pool: dict[tuple[Any, int], list[Cell]] = {}  # spare cells: of a stream, of a size
+class Pool(dict[tuple[Any, int], list[Cell]]):
+    """Spare cells: of a stream, of a size. kept: how many were not returned to the system."""
+
+    kept = 0
+
+    def free_all_blocks(self) -> None:
+        """Return the spare ones to the system, as CuPy's; there, others are lost with the pool."""
+        with LOCK:
+            for cell in (cell for cells in self.values() for cell in cells):
+                del _cells[cell.address], _addresses[bisect_left(_addresses, cell.address)]
+                self.kept -= 1
+            self.clear()
+
+
+_pool = Pool()
 
 
 class _Owner:
@@ -208,6 +222,7 @@ def new(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         spare = pool.get((stream(), size))
         cell = spare.pop() if spare else Cell(size)
         if cell.address not in _cells:
+            pool.kept += 1
             _cells[cell.address] = cell
             _addresses.insert(bisect_right(_addresses, cell.address), cell.address)
         do(cell.lend)

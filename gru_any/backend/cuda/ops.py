@@ -91,8 +91,17 @@ class Ops:
         self.cupy.cuda.Device().synchronize()
 
     def pool(self) -> Any:
-        """Memory of its own, which nothing else is given any of."""
-        return self.cupy.cuda.MemoryPool()
+        """Memory of its own, which nothing else is given any of, until `free_all_blocks`."""
+        return self.cupy.cuda.MemoryPool(self._memory)
+
+    def _memory(self, size: int) -> Any:
+        """From the system; if it has no more, CuPy's own pool returns what is spare there."""
+        cuda = self.cupy.cuda
+        try:
+            return cuda.MemoryPointer(cuda.Memory(size), 0)
+        except RuntimeError:
+            self.cupy.get_default_memory_pool().free_all_blocks()
+            return cuda.MemoryPointer(cuda.Memory(size), 0)
 
     @contextmanager
     def memory(self, pool: Any) -> Iterator[None]:
@@ -107,10 +116,10 @@ class Ops:
             stream.begin_capture()
             try:
                 steps()
+                return stream.end_capture()
             except BaseException:
                 self._abandon(stream)
                 raise
-            return stream.end_capture()
 
     def _abandon(self, stream: Any) -> None:
         with suppress(RuntimeError):

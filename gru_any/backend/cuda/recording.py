@@ -47,8 +47,9 @@ class Recording:
 
     def __init__(self, ops: Any, function: Callable[[Any], Any], arrays: Any) -> None:
         self.ops, self.lent, self.back = ops, False, Recordings()
-        self.given = mapped(lambda v: ops.empty(tuple(v.shape), str(v.dtype)), arrays)
         self.pool = ops.pool()
+        with ops.memory(self.pool):
+            self.given = mapped(lambda v: ops.empty(tuple(v.shape), str(v.dtype)), arrays)
 
         def steps() -> None:
             self.results, self.tape = function(self.given)
@@ -57,6 +58,12 @@ class Recording:
         function(self.given)  # or a kernel might have to be compiled while launches are recorded
         with ops.memory(self.pool):
             self.graph = ops.record(steps)
+
+    def __del__(self) -> None:
+        """Return all memory: what a pool of CuPy has when it ends is lost."""
+        pool = self.pool
+        vars(self).clear()
+        pool.free_all_blocks()
 
     def fill(self, arrays: Any) -> None:
         """Copy in what is given."""
