@@ -281,6 +281,7 @@ def test_a_shape_that_goes_while_another_stream_works_on_it(monkeypatch):
         for v in (x, others, others):
             device(v)
     fake.zeros((3, 2, 3), dtype="f4")  # as large as what the recording was given
+    ops.synchronize()  # before x goes
 
 
 def test_a_call_that_is_too_long_is_recorded_by_blocks(monkeypatch):
