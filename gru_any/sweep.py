@@ -114,8 +114,6 @@ class Sweep(NamedTuple):
                     kept.append(of_block)
                 if y is not None:
                     y.put(block, self._stored(self._clean(self._after(of_block.path), block), x))
-                if kept is None:
-                    self.run.release(of_block.path)
         return (None if y is None else y.array()), h, tape
 
     def backward(
@@ -172,7 +170,6 @@ class Sweep(NamedTuple):
         path, saved = self.run.forward(
             self.variant.step, a, h, self.weights.recurrent, self._alive(block), self.reverse, keep
         )
-        self.run.release(a)
         return Kept(path, saved), self.run.own(path[0 if self.reverse else -1, :, :])
 
     def _block_back(self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool) -> Any:
@@ -190,7 +187,6 @@ class Sweep(NamedTuple):
         dx = xp.reshape(da @ W, (block.stop - block.start, *x.shape[1:]))
         grads = [da.T @ rows(self._input(x, block)), xp.sum(da, axis=0)]
         grads += self.run.gradients(self.variant.weights, previous, kept.saved, cleaned)
-        self.run.release(*parts)
         return dx, dh, g, grads
 
     def _before(self, path: Any) -> Any:

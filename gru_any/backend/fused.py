@@ -94,11 +94,11 @@ class Place(tuple[str, str, int]):
         return f"{array}_{first}" if first else array
 
     def row(self) -> str:
-        """The units of row b there, from `left` on."""
+        """The units of row b there, from `start` on."""
         array, first, number = self
         if first is None:
-            return f"{array}[left:]"
-        return f"{self.name()}[b, {number} * H + left :]"
+            return f"{array}[start:]"
+        return f"{self.name()}[b, {number} * H + start :]"
 
 
 class Layout:
@@ -183,10 +183,16 @@ class Layout:
         return [
             "@njit(**flags)",
             f"def fused{n}(first, last, left, right, H, {', '.join(rows)}):",
+            "    units = right - left",
             "    for b in range(first, last):",
-            *(f"        {view}" for view in views),
-            "        for j in range(right - left):",
-            *(f"            {line}" for line in (*loads, *lines, *stores)),
+            "        start, count = left, units - units % UNIT or units",
+            "        while True:",
+            *(f"            {view}" for view in views),
+            "            for j in range(count):",
+            *(f"                {line}" for line in (*loads, *lines, *stores)),
+            "            if start + count == right:",
+            "                break",
+            "            start, count = right - UNIT, UNIT  # some again, as a loop of few is slow",
             "",
         ], call
 

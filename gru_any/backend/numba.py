@@ -12,6 +12,7 @@ import numpy as np
 
 from .compiled import compiled
 from .fused import Layout, Place
+from .memory import empty
 from .numpy import NumPy, Rows, backward_program, forward_program
 from .packed import Packed, addresses, own, product
 from .plain import Plain
@@ -36,13 +37,13 @@ class Numba(NumPy):
         if not isinstance(W, Packed):
             return Plain.affine(self, x, W, b)
         (K, B, n), N = x.shape, len(W.matrix)
-        out = self._lend((K, B, N), x.dtype)
+        out = self._empty((K, B, N), x.dtype)
         rows = out.reshape(K * B, N)
         product(x.reshape(K * B, n), W.panels(slice(0, N), True, 1), b, rows)
         return out
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return np.empty(shape, dtype)
+        return empty(shape, dtype)
 
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""
@@ -83,9 +84,9 @@ class Numba(NumPy):
         (K, B, _), H = a.shape, h.shape[-1]
         few = not isinstance(recurrent[0], Packed)
         walk = forward_walk(step, len(recurrent) - 1, keep, a.dtype, few)
-        path = self._states((K + 1, B, H), a.dtype, keep)
+        path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
-        saved = [np.empty((K, B, H), a.dtype) for _ in walk.widths]
+        saved = [self._empty((K, B, H), a.dtype) for _ in walk.widths]
         arrays = [a, path, *map(own, recurrent[1:]), *saved]
         walk(_forwards(K, reverse), arrays, path, recurrent[0], alive)
         return path, tuple(saved) if keep else None
@@ -106,7 +107,7 @@ class Numba(NumPy):
         K, B, H = previous.shape
         few = not isinstance(U, Packed)
         walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype, few)
-        parts = [self._lend((K, B, n * H), dh.dtype) for n in walk.widths]
+        parts = [self._empty((K, B, n * H), dh.dtype) for n in walk.widths]
         pair = np.empty((2, B, H), dh.dtype)
         pair[0] = dh
         arrays = [*([] if dy is None else [own(dy)]), pair, previous, *saved, *parts]

@@ -5,7 +5,7 @@ operation without a home of its own writes over an operand that is not needed ag
 """
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from ..trace import MATRIX, Op, Product, Program, trace
+from .memory import empty
 from .plain import OnDemand, Plain
 
 
@@ -22,37 +23,11 @@ class NumPy(Plain):
 
     The rows of the batch stand innermost in memory, (K, N, B), so that the columns of a step are
     contiguous: NumPy works on those twice as fast, and so does BLAS. Outside they are (K, B, N).
-
-    Fresh memory costs more than the arithmetic on it, so a few arrays that only live as long as a
-    block are lent again. Whoever takes one off the list has it alone, in whatever thread.
     """
-
-    def __init__(self, xp: Any, device: Any) -> None:
-        super().__init__(xp, device)
-        self._spare: deque[Any] = deque(maxlen=8)
-
-    def _lend(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        for _ in range(len(self._spare)):
-            try:
-                array = self._spare.popleft()
-            except IndexError:  # another thread was faster
-                break
-            if array.shape == shape and array.dtype == dtype:
-                return array
-            self._spare.append(array)
-        return self._empty(shape, dtype)
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         K, B, N = shape
-        return turned(np.empty((K, N, B), dtype))
-
-    def _states(self, shape: tuple[int, ...], dtype: Any, keep: bool) -> Any:
-        """What is kept belongs to the way back; the rest is lent."""
-        return self._empty(shape, dtype) if keep else self._lend(shape, dtype)
-
-    def release(self, *arrays: Any) -> None:
-        """As `Plain.release`."""
-        self._spare.extend(arrays)
+        return turned(empty((K, N, B), dtype))
 
     def own(self, v: Any) -> Any:
         """As `Plain.own`."""
@@ -62,7 +37,7 @@ class NumPy(Plain):
         """As `Plain.affine`."""
         if x.dtype.kind == "c":
             return super().affine(x, W, b)
-        a = self._lend((*x.shape[:2], len(W)), x.dtype)
+        a = self._empty((*x.shape[:2], len(W)), x.dtype)
         if W.shape[1] == 1:  # where BLAS is slow
             np.multiply(W, turned(x), out=turned(a))
         else:
@@ -74,6 +49,9 @@ class NumPy(Plain):
 
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""
+        if not v.flags.c_contiguous:
+            v, given = empty(v.shape, v.dtype), v
+            v[...] = given
         return v.reshape(math.prod(v.shape[:-1]), v.shape[-1]).view(Rows)  # faster than np.reshape
 
     def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
@@ -105,7 +83,7 @@ class NumPy(Plain):
         (K, B, _), H = a.shape, h.shape[-1]
         program = forward_program(step, len(recurrent) - 1, keep)
         walk = forward_walk(step, len(recurrent) - 1, keep)
-        path = self._states((K + 1, B, H), a.dtype, keep)
+        path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
@@ -130,7 +108,7 @@ class NumPy(Plain):
         K, B, H = previous.shape
         program = backward_program(step, len(saved), dy is not None, taps)
         walk = backward_walk(step, len(saved), dy is not None, taps)
-        parts = [self._lend((K, B, len(e) * H), dh.dtype) for e in program.extras]
+        parts = [self._empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in _columns(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
         wide = map(turned, (*given, previous, *saved))

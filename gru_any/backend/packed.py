@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from .compiled import compiled
+from .memory import empty
 from .threads import split
 
 SOURCE = """\
-import numpy as np
 from numba import cfunc, float{bits}, intp, njit, void
 from gru_any.backend import tile
 
@@ -93,7 +93,7 @@ def product(x: Any, P: Any, base: Any, y: Any) -> None:
     function = addresses(y.dtype)[0]
 
     def rows(first: int, last: int) -> None:
-        room = np.empty((last - first) * deep, y.dtype)  # compiled code would let go of it too soon
+        room = empty(((last - first) * deep,), y.dtype)  # compiled code would let go too soon
         code.product(function, *left, P, base, y, first, last, room)
 
     split(rows, R, R * K * N)

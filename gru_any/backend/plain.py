@@ -133,11 +133,8 @@ class Plain:
         """What the equations' `weights` returns, of these arrays of a block as matrices."""
         return weights(self.xp, self.rows(h), OnDemand(self.rows, saved), *parts)
 
-    def release(self, *arrays: Any) -> None:
-        """Say that these arrays, made by this object, are not needed any more."""
-
     def own(self, v: Any) -> Any:
-        """v, so that it outlives the release of the array that it is a part of."""
+        """v, so that it does not hold on to the array that it is a part of."""
         return v
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> "_Output":

@@ -16,6 +16,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .memory import empty
+
 WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 BYTES = 64 if WIDE else 32  # of a vector
 SHAPES = ((8, 1), (4, 2), (1, 4)) if WIDE else ((4, 1), (2, 2), (1, 4))  # rows x panels
@@ -250,7 +252,7 @@ def panels(N: int, K: int, gates: int, dtype: Any) -> Any:
     width = VECTORS[gates] * BYTES // dtype.itemsize
     shape = (-(-(N // gates) // width), K, gates * width)
     size, line = math.prod(shape), 64 // dtype.itemsize
-    room = np.empty(size + line, dtype)
+    room = empty((size + line,), dtype)
     start = -room.ctypes.data % 64 // dtype.itemsize
     return room[start : start + size].reshape(shape)
 
