@@ -10,6 +10,7 @@ from .memory import empty
 from .threads import split
 
 SOURCE = """\
+import numpy as np
 from numba import cfunc, float{bits}, intp, njit, void
 from gru_any.backend import tile
 
