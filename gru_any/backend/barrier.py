@@ -1,8 +1,9 @@
 """Threads that wait for one another in compiled code: a few that share one walk over the steps.
 
 `sync` (8 (1 + members),) of int64: first how many members take part (0: not known yet; below 0: the
-walk is at its end or was given up), then for each member how often it has arrived, each number in
-a line of the cache of its own. Whoever waits turns round for a while, then lets others run.
+walk is at its end or was given up), then for each member how often it has arrived, at the walk
+itself and at each meeting, each number in a line of the cache of its own. Whoever waits turns round
+for a while, then lets others run.
 """
 
 import os

@@ -217,7 +217,8 @@ class Layout:
 
         state: the array of (., B, H) of which a row that has ended keeps its entry; few: so few
         steps and rows that the matrices are not worth packing. The members of `sync` share the
-        units; each needs what all have made before a product.
+        units, and meet before each product, which needs what all have made. (A step with a single
+        product, of a buffer, would need another meeting after it; none of ours is so.)
         """
         names = ", ".join([*self.matrices(), *arrays, *self.buffers])
         lines, walk = [HEAD.format(dtype=dtype) + TANH[dtype]], []

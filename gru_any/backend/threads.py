@@ -87,9 +87,9 @@ def together(call: Callable[[int, np.ndarray], object], most: int) -> None:
 
     me: 0, 1, ...; sync: see `barrier.py`. Those that are not there in time are left out.
     """
-    from .barrier import arrived
+    from .barrier import LINE, arrived
 
-    sync, number = np.zeros(8 * (most + 1), np.int64), numbers(1)
+    sync, number = np.zeros(LINE * (most + 1), np.int64), numbers(1)
     try:
         others = [_pool().submit(lambda: call(next(number), sync)) for _ in range(1, most)]
         sync[0] = arrived(sync, most, PATIENCE)

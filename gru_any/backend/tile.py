@@ -212,7 +212,7 @@ def products(gates: int, bits: int) -> Any:
             if room:
                 r = last - (last - first) % rows
                 gather(bits, x, xc, room, deep, first, r, start, stop)
-                near = room - (first * deep + start * rows) * size
+                near = room - (first * deep + start * rows) * size  # of row 0, entry 0
                 gathered = (near, deep, 1, rows, P, K, old, stride, y, H)
                 many(gathered, first, r, low, high, start, stop)
             else:
