@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from gru_any import GRU
+from gru_any.backend import NUMPY
+from gru_any.backend.run import forget
 
 LENGTHS = [10, 100, 1000, 10_000]
 B, I, H = 8, 32, 64
@@ -39,9 +41,12 @@ def figures(call: Callable[[Any, Any], Any], T: int) -> tuple[float, float]:
         start = time.perf_counter()
         call(x, dy)
         seconds.append(time.perf_counter() - start)
+    forget(NUMPY)
     tracemalloc.start()
     results = call(x, dy)
-    left, peak = tracemalloc.get_traced_memory()
+    peak = tracemalloc.get_traced_memory()[1]
+    forget(NUMPY)
+    left = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     del results
     return 1e3 * min(seconds), (peak - left) / 1e6

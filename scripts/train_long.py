@@ -27,6 +27,7 @@ import numpy as np
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Linear
+from gru_any.backend.run import forget
 from gru_any.data import Batch
 from gru_any.schedules import cosine, warm_up
 from gru_any.train import evaluate, fit
@@ -176,6 +177,7 @@ def cost(settings: dict[str, Any]) -> tuple[float, float]:
     start = time.process_time()
     gradient()
     seconds = time.process_time() - start
+    forget(model.backend)
     tracemalloc.start()
     gradient()
     peak = tracemalloc.get_traced_memory()[1]

@@ -26,6 +26,11 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     return (_new(size) if found is None else found).view(dtype).reshape(shape)
 
 
+def forget() -> None:
+    """Let go of all memory that nobody uses."""
+    _owners.clear()
+
+
 def _free(owners: deque[Any]) -> Any:
     """A view of the first owner that nobody refers to; None where there is none.
 

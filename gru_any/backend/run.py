@@ -5,6 +5,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from . import memory
 from .plain import Plain
 
 # from the simplest to the fastest, as we believe; "whole" has to be asked for
@@ -98,7 +99,9 @@ def recorded(backend: Any, steps: int | None) -> str:
 
 
 def forget(backend: Any) -> None:
-    """Let go of what was recorded for this backend, and of its memory."""
+    """Let go of the memory that is kept for later calls, and of what was recorded on CUDA."""
+    if backend.host:
+        memory.forget()
     if backend.cuda and chosen_on_cuda != "plain":
         for precision in ("full", "tf32"):
             run: Any = runner(backend, precision)
