@@ -127,9 +127,14 @@ class Rows(np.ndarray):
     """A matrix, or its transpose, that sees to its products from the left."""
 
     def __matmul__(self, M: Any) -> Any:
+        """Return self @ M as a plain array, or what waits to be one."""
+        return Waiting(self, M) if isinstance(M, Late) else self.product(M)  # type: ignore[abstract]
+
+    def product(self, M: Any) -> Any:
         """Return self @ M as a plain array."""
-        product = Waiting(self, M)  # type: ignore[abstract]
-        return product if isinstance(M, Late) else product.__array__()
+        out = np.empty((len(self), M.shape[1]), self.dtype)
+        self.into(M, out)
+        return out
 
     def into(self, M: Any, out: Any) -> None:
         """Fill out with self @ M; BLAS is slow where the inner size is 1."""
@@ -159,9 +164,7 @@ class Waiting(NDArrayOperatorsMixin):
         self.left, self.right, self.shape = left, right, (len(left), right.shape[1])
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        out = np.empty(self.shape, self.left.dtype)
-        self.left.into(self.right, out)
-        return out
+        return self.left.product(self.right)
 
 
 class _Joining:
