@@ -6,9 +6,11 @@ GRU_ANY_REQUIRE=torch,cupy,... turns the skip of a test that needs one of them i
 import importlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,18 @@ def running(path: str) -> Iterator[None]:
         yield
     finally:
         run.chosen = before
+
+
+def at_once(work: Callable[[int], Any], count: int) -> None:
+    """work(0), work(1), ... each in a thread of its own, begun together; errors are raised."""
+    begin = Barrier(count)
+
+    def wait_and_work(n: int) -> None:
+        begin.wait()
+        work(n)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(wait_and_work, range(count)))
 
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)

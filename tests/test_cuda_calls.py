@@ -1,11 +1,11 @@
 """Whole calls on a device that the host plays: recorded once for a shape, and replayed."""
 
-import threading
 import warnings
 import weakref
 
 import numpy as np
 import pytest
+from conftest import at_once
 
 from gru_any import GRU, asarray, explain, sweep, to_numpy
 from gru_any.backend import run, runner
@@ -177,25 +177,17 @@ def test_a_block_is_read_as_soon_as_it_is_there():
 
 def test_streams_and_threads_take_turns():
     host, device = pair(num_layers=2)
-    inputs, wrong = [batch(host, seed=seed) for seed in range(3)], []
+    inputs = [batch(host, seed=seed) for seed in range(3)]
     expected = [training(host, arrays) for arrays in inputs]
 
     def work(n):
-        try:
-            for turn in range(4):
-                with Ops().on(20 + n + turn % 2):
-                    assert_near(training(device, inputs[n]), expected[n])
-        except BaseException as e:
-            wrong.append(e)
+        for turn in range(4):
+            with Ops().on(20 + n + turn % 2):
+                assert_near(training(device, inputs[n]), expected[n])
 
     for arrays in inputs:
         training(device, arrays)
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    at_once(work, 3)
 
 
 def test_weights_and_equations_of_the_moment():

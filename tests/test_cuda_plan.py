@@ -1,11 +1,11 @@
 """Whole GRUs on a device that the host plays: recorded, replayed, and stricter than a device."""
 
-import threading
 import warnings
 from functools import partial
 
 import numpy as np
 import pytest
+from conftest import at_once
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
@@ -311,24 +311,16 @@ def test_a_stream_that_did_not_wait_is_found():
 def test_threads(take, way):
     take(way)
     host, device = pair(input_size=3, hidden_size=5, bidirectional=True)
-    inputs, wrong = [batch(host, 9, 4, seed) for seed in range(3)], []
+    inputs = [batch(host, 9, 4, seed) for seed in range(3)]
     expected = [everything(host, *a) for a in inputs]
 
     def work(n):
-        try:
-            with Ops().on(10 + n):
-                for _ in range(4):
-                    assert_same(everything(device, *inputs[n]), expected[n], 2e-6)
-        except BaseException as e:
-            wrong.append(e)
+        with Ops().on(10 + n):
+            for _ in range(4):
+                assert_same(everything(device, *inputs[n]), expected[n], 2e-6)
 
     everything(device, *inputs[0])
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    at_once(work, 3)
 
 
 def test_memory_that_was_let_go_of_is_nan_and_nothing_is_made_while_recording():

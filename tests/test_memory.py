@@ -1,9 +1,8 @@
 """Memory that is used again: never while somebody has a view of it."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
+from conftest import at_once
 
 from gru_any.backend import memory
 
@@ -52,10 +51,7 @@ def test_threads_do_not_get_the_same_memory():
             held = [memory.empty((40, 500), FLOAT) for _ in range(3)]
             for n, v in enumerate(held):
                 v[...] = 1000 * me + 3 * turn + n
-            if any((v != 1000 * me + 3 * turn + n).any() for n, v in enumerate(held)):
-                return False
-        return True
+            assert all((v == 1000 * me + 3 * turn + n).all() for n, v in enumerate(held))
 
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
+    at_once(work, 8)
     assert sum(map(len, memory._owners.values())) <= 3 * 8 + 8

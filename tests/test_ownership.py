@@ -2,11 +2,10 @@
 
 import copy
 import pickle
-import threading
 
 import numpy as np
 import pytest
-from conftest import PATHS, running
+from conftest import PATHS, at_once, running
 
 from gru_any import GRU, SGD, Chain, Embedding, GRUCell, Linear
 
@@ -134,19 +133,12 @@ def test_threads(reset_after):
     gru, x, dy = setup(reset_after)
     inputs = [x * (i + 1) for i in range(8)]
     expected = [flat(gru.vjp(v)[1](dy)) for v in inputs]
-    wrong = []
 
     def work(i):
         for _ in range(5):
-            if not same(flat(gru.vjp(inputs[i])[1](dy)), expected[i]):
-                wrong.append(i)
+            assert same(flat(gru.vjp(inputs[i])[1](dy)), expected[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    at_once(work, 8)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

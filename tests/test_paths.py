@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, running
+from conftest import PATHS, at_once, running
 
 from gru_any import GRU, equations, gradcheck
 from gru_any.backend import NUMPY, runner, threads
@@ -496,22 +495,16 @@ def test_threads(path, B):
     gru, rng = GRU(3, 16, seed=0), np.random.default_rng(0)
     inputs = [rng.standard_normal((30, B, 3)).astype("float32") for _ in range(8)]
     dy = np.ones((30, B, 16), "float32")
-    wrong = []
 
-    def work(i, expected):
+    def work(i):
         for _ in range(20):
             (y, _), pullback = gru.vjp(inputs[i])
-            if not np.array_equal(pullback(dy)[1], expected) or np.isnan(y).any():
-                wrong.append(i)
+            assert np.array_equal(pullback(dy)[1], expected[i])
+            assert not np.isnan(y).any()
 
     with running(path):
         expected = [gru.vjp(x)[1](dy)[1] for x in inputs]
-        threads = [threading.Thread(target=work, args=(i, e)) for i, e in enumerate(expected)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
+        at_once(work, 8)
 
 
 @EVERY
