@@ -40,14 +40,18 @@ class Program(NamedTuple):
     extras: list[tuple[int, ...]]
 
     def without_extras(self) -> "Program":
-        """The same for the result alone, with only the operations that it needs."""
-        needed, ops = {self.result}, []
+        """The same for the result alone."""
+        return self._replace(extras=[]).needed()
+
+    def needed(self) -> "Program":
+        """The same with only the operations that are needed."""
+        needed, ops = {self.result, *(i for extra in self.extras for i in extra)}, []
         for op in reversed(self.ops):
             outputs = op.outputs if isinstance(op, Product) else (op.output,)
             if needed & set(outputs):
                 ops.append(op)
                 needed |= {i for i in op.inputs if not isinstance(i, float)}
-        return Program(self.inputs, ops[::-1], self.result, [])
+        return self._replace(ops=ops[::-1])
 
 
 MATRIX = "matrix"
@@ -63,7 +67,7 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Program:
     result, extras = function(tape, *stands)
     inputs = [c for s in stands for c in (s if isinstance(s, tuple) else (s,))]
     columns = [s.ids if isinstance(s, _Columns) else () for s in inputs]
-    return Program(columns, tape.ops, result.ids[0], [extra.ids for extra in extras])
+    return Program(columns, tape.ops, result.ids[0], [extra.ids for extra in extras]).needed()
 
 
 class _Tape:
@@ -73,6 +77,7 @@ class _Tape:
         self.ops: list[Op | Product] = []
         self.count = 0
         self.known: dict[Any, int] = {}
+        self.made: dict[int, Op] = {}
 
     def stand_in(self, argument: Any) -> Any:
         if argument == MATRIX:
@@ -88,12 +93,37 @@ class _Tape:
     def op(self, name: str, *inputs: Any) -> int:
         """The column of an operation; the same one where it was done before."""
         if (name, inputs) not in self.known:
-            self.known[name, inputs] = self.new(1)[0]
-            self.ops.append(Op(name, inputs, self.known[name, inputs]))
+            column = self._joined(name, *inputs)
+            if column is None:
+                column = self.new(1)[0]
+                self.made[column] = Op(name, inputs, column)
+                self.ops.append(self.made[column])
+            self.known[name, inputs] = column
         return self.known[name, inputs]
 
+    def _joined(self, name: str, k: Any, v: Any = None) -> int | None:
+        """The column of k (m w), as that of (k m) w; None where no two numbers can be joined."""
+        inner = self.made.get(v)
+        if inner is None or not isinstance(k, float) or not isinstance(inner.inputs[0], float):
+            return None
+        m, w = inner.inputs
+        match name, inner.name:
+            case "multiply", "multiply" if k * m == 1.0 and w in self.made:
+                return int(w)
+            case "multiply", "multiply" | "divide":
+                return self.op(inner.name, k * m, w)
+            case "multiply", "add" | "subtract":
+                return self.op(inner.name, k * m, self.op("multiply", k, w))
+            case "add", "add" | "subtract":
+                return self.op(inner.name, k + m, w)
+        return None
+
+    def each(self, name: str, v: "_Columns") -> "_Columns":
+        """An operation on each column."""
+        return _Columns(self, tuple(self.op(name, i) for i in v.ids))
+
     def tanh(self, v: "_Columns") -> "_Columns":
-        return _Columns(self, tuple(self.op("tanh", i) for i in v.ids))
+        return self.each("tanh", v)
 
     def concat(self, parts: Any, axis: int) -> "_Columns":
         return _Columns(self, tuple(i for part in parts for i in part.ids))
@@ -160,6 +190,9 @@ class _Columns:
 
     def __truediv__(self, other: Any) -> "_Columns":
         return self._with("divide", other)
+
+    def __rtruediv__(self, other: Any) -> "_Columns":
+        return self._with("divide", other, True)
 
     def __rmul__(self, other: Any) -> "_Columns":
         return self._with("multiply", other, True)

@@ -1,5 +1,6 @@
 """The ways to run a block (plain, traced, compiled) against each other."""
 
+import math
 import os
 import subprocess
 import sys
@@ -256,8 +257,37 @@ def test_gates_side_by_side_are_one_call(reset_after, monkeypatch):
 
     monkeypatch.setattr(traced, "_compiled", "\n".join)
     step = equations.variant(reset_after).step
-    source = traced.forward_walk.__wrapped__(step, int(reset_after), False)
-    assert source.count("tanh(") == 2
+    for name, of in (("tanh(", step), ("exp(", traced.by_exp(step))):
+        source = traced.forward_walk.__wrapped__(of, int(reset_after), False)
+        assert source.count(name) == 2
+    assert "tanh(" not in source
+
+
+@VARIANTS
+def test_large_states_at_extreme_values(reset_after):
+    """Where exp overflows, gates are at their ends, and nobody is warned, whatever is asked for."""
+    problem = block(reset_after, 64, "float32", K=3, H=16, scale=1e3)
+    with np.errstate(all="raise"):
+        found = forward("traced", problem)
+    assert max(np.abs(v).max() for v in found[1:4]) == 1.0
+    for mine, exact in zip(found, forward("plain", exactly(problem)), strict=True):
+        assert np.allclose(mine, exact, rtol=1e-4, atol=1e-4)
+
+
+@FAST
+@pytest.mark.parametrize("I", [1, 2, 9])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1, 1), (4, 3)])
+def test_input_products(path, I, bias, rows):
+    rng = np.random.default_rng(0)
+    x, W, b = (rng.standard_normal(n) for n in ((*rows, I), (6, I), 6))
+    expected = x @ W.T + (b if bias else 0)
+    x[0, 0] = np.nan
+    with running(path):
+        run = runner(NUMPY)
+        found = run.affine(x, run.laid_out(W, math.prod(rows), 1), b if bias else None)
+    assert np.isnan(found[0, 0]).all()
+    assert np.allclose(found.reshape(-1, 6)[1:], expected.reshape(-1, 6)[1:], rtol=1e-12)
 
 
 def needs_its_products_again(xp, a, h, U):

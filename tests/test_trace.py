@@ -82,6 +82,19 @@ def test_what_was_done_before_is_not_done_again():
     assert [op.name for op in program.ops] == ["tanh", "multiply", "subtract"]
 
 
+def test_numbers_that_follow_one_another_are_joined():
+    program = trace(lambda xp, h: (0.5 + 0.5 * (1.0 - 2.0 / (0.5 * (4.0 * h))), ()), 1)
+    found = [(op.name, op.inputs[0]) for op in program.ops]
+    assert found == [("multiply", 2.0), ("divide", 1.0), ("subtract", 1.0)]
+    assert run(program, [np.array([[0.25, 8.0]])], np.empty((6, 2)))[0].tolist() == [[-1.0, 0.9375]]
+
+
+def test_an_input_times_one_is_a_result_of_its_own():
+    """Results are written somewhere, and an input is not."""
+    program = trace(lambda xp, h: (2.0 * (0.5 * h), ()), 1)
+    assert [op[:2] for op in program.ops] == [("multiply", (1.0, 0))]
+
+
 def test_what_cannot_be_traced_is_said():
     with pytest.raises(AttributeError, match=r"xp\.exp cannot be traced"):
         trace(lambda xp, h: (xp.exp(h), ()), 1)

@@ -14,8 +14,11 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from ..trace import MATRIX, Op, Product, Program, trace
+from .exponential import by_exp
 from .memory import empty
 from .plain import OnDemand, Plain
+
+LARGE = 768  # numbers in a state from which on exp is a faster way to tanh
 
 
 class NumPy(Plain):
@@ -37,11 +40,11 @@ class NumPy(Plain):
         """As `Plain.affine`."""
         if x.dtype.kind == "c":
             return super().affine(x, W, b)
-        a = self._empty((*x.shape[:2], len(W)), x.dtype)
-        if W.shape[1] == 1:  # where BLAS is slow
-            np.multiply(W, turned(x), out=turned(a))
-        else:
-            np.matmul(W, turned(x), out=turned(a))
+        (K, B, I), N = x.shape, len(W)
+        a = self._empty((K, B, N), x.dtype)
+        if I == 1 or (b is not None and K * B > I):  # BLAS adds b at less cost, and is slow at 1
+            x, W, b = _wider(x, 1), _wider(W, 0 if b is None else b), None
+        np.matmul(W, turned(x), out=turned(a))
         if b is not None:
             columns = turned(a)
             columns += b[:, None]
@@ -81,6 +84,7 @@ class NumPy(Plain):
         if a.dtype.kind == "c":
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         (K, B, _), H = a.shape, h.shape[-1]
+        step = by_exp(step) if B * H >= LARGE else step
         program = forward_program(step, len(recurrent) - 1, keep)
         walk = forward_walk(step, len(recurrent) - 1, keep)
         path = self._empty((K + 1, B, H), a.dtype)
@@ -89,7 +93,8 @@ class NumPy(Plain):
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
         pair = turned(a)[:, : 2 * H]
         over = _over([*_columns(a, 3), pair, *map(turned, (*ends, *saved))], alive, reverse)
-        walk(over, recurrent[0], [c[:, None] for c in recurrent[1:]], (H, B), a.dtype)
+        vectors = [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in recurrent[1:]]
+        walk(over, recurrent[0], vectors, (H, B), a.dtype)
         return path, saved or None
 
     def backward(
@@ -199,6 +204,13 @@ class Filled:
         return self._array
 
 
+def _wider(v: Any, last: Any) -> Any:
+    """(..., N) -> (..., N + 1), a last column beside it."""
+    wider = empty((*v.shape[:-1], v.shape[-1] + 1), v.dtype)
+    wider[..., :-1], wider[..., -1] = v, last
+    return wider
+
+
 def _columns(v: Any, n: int) -> list[Any]:
     """(K, B, nH) -> n arrays (K, H, B) over the same memory."""
     H = v.shape[-1] // n
@@ -296,10 +308,11 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
 
 def _compiled(source: list[str]) -> Any:
     """The function `walk` of this source."""
-    names = ("add", "subtract", "multiply", "divide", "tanh", "matmul", "copyto", "empty", "array")
-    scope = {name: getattr(np, name) for name in names}
+    names = "add subtract multiply divide tanh exp matmul copyto empty array"
+    scope = {name: getattr(np, name) for name in names.split()}
     exec("\n".join(source), scope)
-    return scope["walk"]
+    quiet = np.errstate(over="ignore", under="ignore")  # exp is then inf or 0, as it should be
+    return quiet(scope["walk"]) if any("exp(" in line for line in source) else scope["walk"]
 
 
 class _Lines:
