@@ -61,6 +61,17 @@ def _usage(log):
     return found
 
 
+def problem(after, B, H, dtype, K=1, seed=0):
+    """Of a block of K steps: a, h, (U, c), dy and dh, c with the reset gate after the product."""
+    rng = np.random.default_rng(seed)
+    a, dy = (rng.standard_normal((K, B, n * H)).astype(dtype) for n in (3, 1))
+    h, dh = (rng.uniform(-1, 1, (B, H)).astype(dtype) for _ in range(2))
+    bound = min(0.4, H**-0.5)  # as weights begin; BLAS sums in another order for each layout
+    U = rng.uniform(-bound, bound, (3 * H, H)).astype(dtype)
+    c = rng.standard_normal(H).astype(dtype)
+    return a, h, (U, c) if after else (U,), dy, dh
+
+
 def run_program(folder, source, launches, sanitizer):
     """Run kernels of the source one after the other in a program that a sanitizer watches.
 

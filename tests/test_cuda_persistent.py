@@ -4,20 +4,27 @@ import os
 
 import numpy as np
 import pytest
-from cuda_tools import ARCHITECTURES, compiled, run_program
+from conftest import require
+from cuda_tools import ARCHITECTURES, compiled, problem, run_program
 
 from gru_any import equations
-from gru_any.backend.cuda import whole
+from gru_any.backend import NUMPY, select
+from gru_any.backend.cuda import fake, whole
+from gru_any.backend.cuda.fake_ops import Ops
+from gru_any.backend.cuda.memory import count
 from gru_any.backend.cuda.persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
+from gru_any.backend.cuda.runner import CUDA
 from gru_any.backend.cuda.source import prelude
 from gru_any.backend.cuda.walk import backward_walk, forward_walk, typed
+from gru_any.backend.plain import Plain
+from gru_any.sweep import Alive
 
 pytestmark = pytest.mark.usefixtures("compiler")
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 SPILLED = 64  # bytes that a thread of the largest may have to keep in memory
 EVERY = [False, True]
 NUMBERS = (None, "float16", "bfloat16")  # how those of a half model are stored; None: as float32
-STORED = ("U", "dy", *(f"s{n}" for n in range(4)), "p0", "p1")  # which these are
+STORED = ("U", "dy", "p0", "p1")  # which these are
 
 
 def walks(after, number="float32", name="", half=None):
@@ -187,3 +194,51 @@ def test_sanitizers(sanitizer, B, H, tmp_path):
     text, launches = jobs(H, B=B, halves=NUMBERS)
     more, others = whole_jobs(B, H, halves=NUMBERS)
     run_program(tmp_path, text + more, launches + others, sanitizer)
+
+
+# what they compute -------------------------------------------------------------------------------
+
+LIMITS = {"float32": 2e-6, "float64": 1e-13, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# one row; and two blocks of the whole device, the second with a unit less, each with more columns
+# than it has in shared memory at once, and more sums than threads
+SIZES = [("persistent", 1, 8), ("whole", 1, 7), ("whole", 5, 35)]
+BLOCKS = [("bfloat16", *size) for size in SIZES] + [("float32", "whole", 5, 35)]
+if THOROUGH:
+    SIZES += [("persistent", 5, 7), ("persistent", 7, 64), ("whole", 3, 64)]
+    BLOCKS = [(dtype, *size) for dtype in LIMITS for size in SIZES]
+
+
+def walked(run, after, arrays, alive, reverse, kept=None):
+    """Forward, and back over what that kept, or over `kept` -> path, saved..., first, parts..."""
+    (a, h, dy, dh, *recurrent), variant = arrays, equations.variant(after)
+    path, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
+    states, *of_steps = kept or (path, *saved)
+    previous = states[1:, :, :] if reverse else states[:-1, :, :]
+    parts, first, g = run.backward(
+        variant.backward, dy, dh, previous, of_steps, recurrent[0], alive, reverse, True
+    )
+    return path, *saved, first, *parts, g
+
+
+@pytest.mark.parametrize("after", EVERY, ids=["before", "after"])
+@pytest.mark.parametrize(("dtype", "way", "B", "H"), BLOCKS)
+def test_all_steps_in_one_launch(dtype, way, B, H, after):
+    """Against float64 on the same numbers: states as float32 are, halves rounded once."""
+    if dtype == "bfloat16":
+        require("ml_dtypes")  # with it, NumPy knows the name
+    backend, number = select(fake.__name__), "float64" if dtype == "float64" else "float32"
+    a, h, (U, *c), dy, dh = problem(after, B, H, number, K=20)
+    arrays = [a, h, dy.astype(dtype), dh, U.astype(dtype), *c]
+    alive = np.arange(20)[:, None, None] < np.array([13, 20, 0, 7, 1, 20, 3])[:B, None]
+    device, plain = CUDA(backend.xp, backend.device, Ops(), way), Plain(NUMPY.xp, "cpu")
+    there, wide = [fake.asarray(v) for v in arrays], [v.astype("f8") for v in arrays]
+    for reverse in EVERY:
+        before = count["launches"]
+        found = walked(device, after, there, Alive(fake.asarray(alive)), reverse)
+        assert count["launches"] == before + 2
+        kept = [v.get().astype("f8") for v in found[:5]]
+        expected = walked(plain, after, wide, Alive(alive), reverse, kept)
+        for ours, theirs in zip(found, expected, strict=True):
+            gap = np.abs(ours.get().astype("f8") - theirs).max() / np.abs(theirs).max()
+            assert gap <= LIMITS[str(ours.dtype)]
+        assert {str(v.dtype) for v in (found[0], found[5])} == {number}

@@ -193,7 +193,7 @@ class _Owner:
         self.recorder: Any = recording()
         self.__array_interface__ = {
             "shape": shape,
-            "typestr": np.dtype(dtype).str,
+            "typestr": f"|V{np.dtype(dtype).itemsize}",
             "data": (cell.address, False),
             "version": 3,
         }
@@ -226,7 +226,7 @@ def new(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             _cells[cell.address] = cell
             _addresses.insert(bisect_right(_addresses, cell.address), cell.address)
         do(cell.lend)
-        return np.asarray(_Owner(cell, shape, dtype, pool))
+        return np.asarray(_Owner(cell, shape, dtype, pool)).view(dtype)
 
 
 def cell_at(address: int) -> Cell | None:

@@ -22,8 +22,8 @@ from .whole import shared_numbers as shared_by_all
 class CUDA(Calls):
     """Runs blocks of steps with fused kernels, in float32 and float64.
 
-    Of a half model, what products read and what the way back needs is stored in its dtype, but for
-    the states; arithmetic, states and sums are float32.
+    Of a half model, what products read is stored in its dtype; arithmetic, states, gates and sums
+    are float32.
 
     way: "eager", "blocks", "graph", "persistent" or "whole", the fastest that may be taken;
     precision: of products in float32, "full" or "tf32".
@@ -91,7 +91,7 @@ class CUDA(Calls):
         walk = forward_walk(step, len(vectors), keep, str(h.dtype))
         path = self._empty((K + 1, B, H), h)
         path[K if reverse else 0, :, :] = h
-        saved = tuple(self._empty((K, B, n * H), U) for n in walk.widths)
+        saved = tuple(self._empty((K, B, n * H), h) for n in walk.widths)  # 1 - z of a half is 0
         arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved)}
         order = range(K - 1, -1, -1) if reverse else range(K)
         self._run(walk, arrays, alive, h, U, order, 0 if reverse else 1)

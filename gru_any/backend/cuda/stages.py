@@ -128,18 +128,15 @@ class _Cut:
         return Gemm(left, len(product.inputs), product.rows, product.transposed, out, add)
 
     def _keep_for_later(self) -> None:
-        """What one group makes and a later one uses needs a place."""
+        """What one group makes and a later one uses needs a place, where nothing rounds it."""
         made: dict[int, Any] = {op.output: part for part in self.groups() for op in part}
         for part in self.groups():
             for column in sorted(_used(part)):
                 if column in self.read or made[column] is part:
                     continue
-                places = [p for p in self.written.get(column, []) if p.array != STATE]
-                if not places:
-                    self.buffers[f"t{column}"] = 1
-                    places = [Place(f"t{column}", 0)]
-                    self.written.setdefault(column, []).extend(places)
-                self.read[column] = places[0]
+                self.read[column] = Place(f"t{column}", 0)
+                self.buffers[f"t{column}"] = 1
+                self.written.setdefault(column, []).append(self.read[column])
 
     def _store_what_no_operation_makes(self) -> None:
         """A result that is an input goes with the first group, a product with the next group."""
