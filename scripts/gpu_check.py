@@ -105,12 +105,19 @@ def tests(check: "Check") -> str:
 
 
 def paths(check: "Check") -> list[dict[str, Any]]:
-    """Every path, variant and dtype against NumPy: the largest difference, over the largest."""
-    rows = []
+    """Every path, variant and dtype against NumPy: the largest difference, over the largest.
+
+    As many as fit in 100 seconds, if there is more to do: kernels are compiled in them.
+    """
+    rows: list[dict[str, Any]] = []
+    until = time.monotonic() + check.left(600 if check.alone else 100)
     for way, after, dtype in itertools.product(
         ("plain", "eager", "blocks", "graph", "persistent", "whole"), (True, False), LIMITS
     ):
         row = {"path": way, "reset_after": after, "dtype": dtype}
+        if time.monotonic() > until:
+            rows.append({**row, "error": "the time was up", "good": False})
+            continue
         try:
             worst, limit = compare(check.name, way, after, dtype)
             row |= {"worst": worst, "limit": limit, "good": worst <= limit}
@@ -181,7 +188,7 @@ def bench(check: "Check") -> list[dict[str, Any]]:
             break
         rows.append({**cell._asdict(), **measure(check, cell, min(left, 12.0))})
         print("  ", rows[-1], flush=True)
-        check.results["bench"] = rows
+        check.results |= {"bench": rows, "rule": rule(rows)}
         check.write()
     return rows
 
@@ -294,17 +301,44 @@ def apart(check: "Check", cell: Cell) -> Any:
     return wait, {mode: partial(taking, call) for mode, call in made.items()}
 
 
-def rule(rows: list[dict[str, Any]]) -> list[str]:
-    """Where the kernel for the whole device, and layers apart, were the faster of ours."""
-    found = []
-    for other, mode in itertools.product(("whole", "apart"), ("forward", "training")):
-        both = [row for row in rows if f"{other} {mode}" in row and f"ours {mode}" in row]
-        for name, faster in (("faster", True), ("not faster", False)):
-            rows_ = [r for r in both if (r[f"{other} {mode}"] < r[f"ours {mode}"]) == faster]
-            sizes = [f"{r['H']}x{r['B']} L{r['layers']} {r['precision']} {_variant(r)}"
-                     for r in rows_]  # fmt: skip
-            found += [f"- {other}, {mode}, {name} (HxB): {', '.join(sizes)}"] if sizes else []
+def rule(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where ours should choose otherwise: figures for the rules, and every size they come from.
+
+    whole: hidden size -> the batch up to which that kernel was the faster at every size measured, 0
+    for none; overlap: the same of layers at the same time, as B H (`IDLE` in calls.py).
+    """
+    found: dict[str, Any] = {}
+    for mode in ("forward", "training"):
+        of_whole = _faster(rows, f"whole {mode}", f"ours {mode}")
+        widths = sorted({row["H"] for row, _ in of_whole})
+        found[f"whole {mode}"] = {
+            H: _up_to((row["B"], good) for row, good in of_whole if row["H"] == H) for H in widths
+        }
+        overlaps = _faster(rows, f"ours {mode}", f"apart {mode}")
+        found[f"overlap {mode}"] = _up_to((row["B"] * row["H"], good) for row, good in overlaps)
+        for name, pairs in (("whole", of_whole), ("overlap", overlaps)):
+            for word, wanted in (("faster", True), ("not faster", False)):
+                sizes = [_size(row) for row, good in pairs if good == wanted]
+                if sizes:
+                    found[f"{name} {mode} {word} (HxB)"] = ", ".join(sizes)
     return found
+
+
+def _faster(rows: list[dict[str, Any]], one: str, other: str) -> list[tuple[dict[str, Any], bool]]:
+    """The rows that have both times, and whether the one was the less."""
+    return [(row, row[one] < row[other]) for row in rows if one in row and other in row]
+
+
+def _up_to(pairs: Any) -> int:
+    """The largest size up to which all were good; 0 if none."""
+    pairs = sorted(pairs)
+    bad = min((size for size, good in pairs if not good), default=float("inf"))
+    return max((size for size, _ in pairs if size < bad), default=0)
+
+
+def _size(row: dict[str, Any]) -> str:
+    shape = f"{row['H']}x{row['B']} L{row['layers']} D{row['directions']}"
+    return f"{shape} {row['precision']} {'after' if row['reset_after'] else 'before'}"
 
 
 def theirs(check: "Check", cell: Cell) -> Any:
@@ -388,7 +422,8 @@ class Check:
         rows = self.results.get("bench", [])
         names = list(dict.fromkeys(name for row in rows for name in row))
         lines = [f"# Results of {self.results['date']}{', a dry run' if self.dry else ''}", ""]
-        lines += [f"- {k}: {v}" for k, v in self.results.items() if k not in ("bench", "paths")]
+        later = ("bench", "paths", "rule")
+        lines += [f"- {k}: {v}" for k, v in self.results.items() if k not in later]
         lines += [f"- {row}" for row in self.results.get("paths", [])]
         lines += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         for row in rows:
@@ -397,7 +432,7 @@ class Check:
         if ratios:
             low, middle = min(ratios), statistics.median(ratios)
             lines += ["", f"Times as fast as PyTorch: least {low:.2f}, median {middle:.2f}."]
-        lines += ["", *rule(rows)]
+        lines += ["", *(f"- {name}: {v}" for name, v in self.results.get("rule", {}).items())]
         return "\n".join(lines) + "\n"
 
     def draw(self) -> None:
@@ -411,8 +446,7 @@ class Check:
         from matplotlib import pyplot
 
         figure, axis = pyplot.subplots(figsize=(8, 1 + 0.2 * len(rows)), layout="constrained")
-        names = [f"{r['H']}x{r['B']} L{r['layers']} D{r['directions']} {r['precision']} "
-                 f"{_variant(r)}" for r in rows]  # fmt: skip
+        names = [_size(row) for row in rows]
         places = np.arange(len(rows))
         for shift, mode in ((-0.2, "forward"), (0.2, "training")):
             axis.barh(places + shift, [r.get(f"times {mode}", 0) for r in rows], 0.4, label=mode)
@@ -422,10 +456,6 @@ class Check:
         axis.legend()
         figure.savefig(self.out / "speed.png", dpi=120)
         pyplot.close(figure)
-
-
-def _variant(row: dict[str, Any]) -> str:
-    return "after" if row["reset_after"] else "before"
 
 
 def _short(v: Any) -> str:

@@ -123,3 +123,16 @@ def backend(request: pytest.FixtureRequest) -> Any:
         refuse(name, str(e))
     with home.strictly():
         yield home
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What NVRTC said of the CUDA kernels: of each, registers and bytes spilled."""
+    found = [v for r in terminalreporter.getreports("passed") for name, v in r.user_properties
+             if " sm_" in name]  # fmt: skip
+    kernels = [kernel for usage in found for kernel in usage.values()]
+    if kernels:
+        registers, spilled = (max(column) for column in zip(*kernels, strict=True))
+        terminalreporter.write_line(
+            f"{len(kernels)} CUDA kernels compiled: up to {registers} registers a thread, and "
+            f"{spilled} bytes spilled"
+        )

@@ -46,7 +46,7 @@ def test_nvrtc_compiles_them(after, architecture, record_property):
                 cubin, usage = compiled(persistent_kernel(walk, H, ROWS).source, architecture)
                 assert cubin.startswith(b"\x7fELF")
                 [(registers, spilled)] = usage.values()
-                record_property(f"{walk.name} H={H} {number} sm_{architecture}", str(usage))
+                record_property(f"{walk.name} H={H} {number} sm_{architecture}", usage)
                 assert registers * 3 * H <= 65536
                 assert spilled <= SPILLED
 
@@ -58,9 +58,9 @@ def test_nvrtc_compiles_those_over_halves(architecture, half, record_property):
         for walk in walks(after, half=half):
             kernels = persistent_kernel(walk, 128, ROWS), whole.whole_kernel(walk, 32, 1024, 8)
             for kernel in kernels:
-                [(registers, spilled)] = compiled(kernel.source, architecture)[1].values()
-                of = f"{kernel.name} after={after} {half} sm_{architecture}"
-                record_property(of, str((registers, spilled)))
+                _, usage = compiled(kernel.source, architecture)
+                [(registers, spilled)] = usage.values()
+                record_property(f"{kernel.name} after={after} {half} sm_{architecture}", usage)
                 assert registers <= 168
                 assert spilled <= SPILLED
 
@@ -146,8 +146,9 @@ def test_nvrtc_compiles_those_of_the_whole_device(after, architecture, record_pr
     for B, H in ((32, 1024), (1, 777)) if THOROUGH else ((32, 1024),):
         for walk in walks(after):
             kernel = whole.whole_kernel(walk, B, H, whole.units(H, 132))
-            [(registers, spilled)] = compiled(kernel.source, architecture)[1].values()
-            record_property(f"{kernel.name} {B} {H} sm_{architecture}", str((registers, spilled)))
+            _, usage = compiled(kernel.source, architecture)
+            [(registers, spilled)] = usage.values()
+            record_property(f"{kernel.name} {B} {H} sm_{architecture}", usage)
             assert registers <= 168
             assert spilled <= SPILLED
 

@@ -1,11 +1,13 @@
 """Whole GRUs on a device that the host plays: recorded, replayed, and stricter than a device."""
 
+import os
 import warnings
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import at_once, require
+from conftest import at_once, require, running
+from replaced import replaced
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
@@ -15,10 +17,13 @@ from gru_any.backend.cuda.fake_ops import Ops, gemm
 from gru_any.backend.cuda.memory import StreamError, count, do
 from gru_any.backend.cuda.stages import Gemm
 from gru_any.backend.plain import Plain
+from gru_any.data import Batch
 from gru_any.optim import clip_by_global_norm
+from gru_any.train import fit
 
 pytestmark = pytest.mark.usefixtures("compiler")
 HOST = fake.__name__
+THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 LIMIT = {"float32": 2e-6, "float64": 1e-13}
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -252,22 +257,22 @@ def test_weights_written_or_replaced_between_two_calls(take, way):
         assert_same(everything(device, *arrays), everything(host, *arrays), 2e-6)
 
 
-def z_squared(xp, a, h, U):
-    _, (r, z, n, s) = before(xp, a, h, U)
-    return z * z * h + (1.0 - z * z) * n, (r, z, n, s)
-
-
-before = equations.reset_before
-
-
-def test_replace_an_equation_and_the_kernels_follow(monkeypatch):
-    host, device = pair(input_size=3, hidden_size=4, dtype="float64")
-    x = np.random.default_rng(0).standard_normal((5, 3, 3))
-    usual = to_numpy(device(asarray(x, like=device))[0])
-    monkeypatch.setattr(equations, "reset_before", z_squared)
-    found = to_numpy(device(asarray(x, like=device))[0])
-    assert np.abs(found - usual).max() > 1e-2
-    assert_same([found], [host(x)[0]], 1e-13)
+@pytest.mark.parametrize("way", ["graph", "persistent", *(["whole"] if THOROUGH else [])])
+@VARIANTS
+def test_replace_an_equation_and_the_kernels_follow(take, way, after, monkeypatch):
+    """Forward and back: launched, recorded and replayed."""
+    take(way)
+    host, device = pair(input_size=3, hidden_size=4, reset_after=after, dtype="float64")
+    arrays, before = batch(host, 5, 3, 0), count["replays"]
+    with running("plain"):
+        usual = everything(host, *arrays)
+        for name, function in replaced(after):
+            monkeypatch.setattr(equations, name, function)
+        expected = everything(host, *arrays)
+    assert all(np.abs(a - b).max() > 1e-2 for a, b in zip(usual, expected, strict=True))
+    for _ in range(3):
+        assert_same(everything(device, *arrays), expected, 1e-13)
+    assert count["replays"] > before
 
 
 def test_shapes_of_steps_that_ours_do_not_have():
@@ -408,6 +413,24 @@ def test_a_training_step_waits_for_nothing(take):
     assert count["waits"] == waits
     assert np.isfinite(float(losses[-1]))
     assert count["waits"] == waits + 1
+
+
+def waits_of_training(steps, log_every):
+    """How often the host waits in a run with dropout, clipping, a state carried on, an average."""
+    model = Chain(GRU(3, 5, seed=0), Dropout(0.3), Linear(5, 2, seed=1)).to(HOST)
+    rng, before = np.random.default_rng(0), count["waits"]
+    x, target = (rng.standard_normal((8, 4, n)).astype("f4") for n in (3, 2))
+    batches, optimiser = (lambda epoch: [Batch(x, target)]), Adam(model.params)
+    fit(model, gru_any.squared_error, batches, optimiser, steps=steps, tbptt=(4, 4), clip=1.0,
+        average=0.9, log_every=log_every, bar=False)  # fmt: skip
+    return count["waits"] - before
+
+
+def test_a_run_waits_for_its_log_alone():
+    """Every so many steps, and at the end: as often for 12 steps as for 4."""
+    assert waits_of_training(12, 100) == waits_of_training(4, 100)
+    logged = [waits_of_training(steps, 4) for steps in (4, 8, 12)]
+    assert logged[2] - logged[1] == logged[1] - logged[0] == 5  # numbers of a line of the log
 
 
 def test_a_dropout_mask_is_a_byte_for_each_number():

@@ -62,7 +62,7 @@ def test_nvrtc_compiles_every_kernel(after, dtype, architecture, record_property
         cubin, usage = compiled(source(walk), architecture)
         assert cubin.startswith(b"\x7fELF")
         assert set(usage) == {*(k.name for k in walk.kernels.values()), "set_table"}
-        record_property(f"{walk.name} sm_{architecture}", str(usage))
+        record_property(f"{walk.name} sm_{architecture}", usage)
         for registers, spilled in usage.values():
             assert registers <= 168
             assert spilled == 0

@@ -23,7 +23,8 @@ def test_a_dry_run(tmp_path):
     assert found["dry run"]
     assert found["bench"][0]["ours training"] > 0
     assert found["bench"][0]["whole training"] > 0
-    assert "- whole, training, " in (tmp_path / "results.md").read_text("utf-8")
+    assert set(found["rule"]["whole training"]) == {"5"}
+    assert "- whole training: {5: " in (tmp_path / "results.md").read_text("utf-8")
     assert not [key for row in found["bench"] for key in row if "error" in key]
     assert "a dry run" in (tmp_path / "results.md").read_text("utf-8")
     assert (tmp_path / "speed.png").exists()
@@ -46,6 +47,34 @@ def test_a_part_that_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
     assert gpu_check.compare(made.name, "graph", True, "float32")[0] < 2e-6
     worst, limit = gpu_check.compare(made.name, "graph", True, "float16")
     assert 1e-5 < worst <= limit
+
+
+def test_figures_for_the_rules(monkeypatch):
+    """A kernel that is the faster up to 32 rows at 512 units, and nowhere at 64."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    times = {(512, 1): 1, (512, 32): 2, (512, 128): 4, (512, 256): 2, (64, 1): 3, (64, 32): 1}
+    rows = [{**gpu_check.Cell(*size)._asdict(), "ours training": 3, "whole training": ms}
+            for size, ms in times.items()]  # fmt: skip
+    rows += [{**gpu_check.Cell(H, 32, 2)._asdict(), "ours training": 3, "apart training": ms}
+             for H, ms in ((128, 4), (256, 4), (1024, 2))]  # fmt: skip
+    found = gpu_check.rule(rows)
+    assert found["whole training"] == {64: 0, 512: 32}
+    assert found["overlap training"] == 256 * 32
+    assert found["whole training not faster (HxB)"].startswith("512x128 L1 D1 full after, 64x1")
+    assert found["whole forward"] == {}
+
+
+def test_paths_end_in_time(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    made = gpu_check.Check(True, False, tmp_path, 0)
+    monkeypatch.setattr(made, "left", lambda most: -1)
+    rows = gpu_check.paths(made)
+    assert len(rows) == 36
+    assert {row["error"] for row in rows} == {"the time was up"}
 
 
 def test_the_cells(monkeypatch):

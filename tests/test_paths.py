@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATHS, at_once, running
+from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
 from gru_any.backend import NUMPY, runner, threads
@@ -128,46 +129,6 @@ def test_extreme_values(path, reset_after, B, dtype):
     assert np.abs(states).max() <= 1 + 3e-7
 
 
-def z_squared(xp, a, h, U):
-    """Reset before, with z^2 in the place of z."""
-    _, (r, z, n, s) = equations_before(xp, a, h, U)
-    return z * z * h + (1.0 - z * z) * n, (r, z, n, s)
-
-
-def z_squared_backward(xp, g, h, saved, U):
-    H = h.shape[-1]
-    r, z, n, _ = saved
-    da_n = g * (1.0 - z * z) * (1.0 - n * n)
-    da_z = g * (h - n) * 2.0 * z * z * (1.0 - z)
-    ds = da_n @ U[2 * H :, :]
-    da_r = ds * h * r * (1.0 - r)
-    da = xp.concat((da_r, da_z, da_n), axis=-1)
-    return g * z * z + ds * r + da[..., : 2 * H] @ U[: 2 * H, :], (da,)
-
-
-equations_before = equations.reset_before
-
-
-def half_candidate(xp, a, h, U, c):
-    """Reset after, with n / 2 in the place of n."""
-    _, (r, z, n, m) = equations_after(xp, a, h, U, c)
-    return z * h + (1.0 - z) * (n / 2.0), (r, z, n, m)
-
-
-def half_candidate_backward(xp, g, h, saved, U):
-    r, z, n, m = saved
-    da_n = g * (1.0 - z) * 0.5 * (1.0 - n * n)
-    da_z = g * (h - n / 2.0) * z * (1.0 - z)
-    dm = da_n * r
-    da_r = da_n * m * r * (1.0 - r)
-    da = xp.concat((da_r, da_z, da_n), axis=-1)
-    dq = xp.concat((da_r, da_z, dm), axis=-1)
-    return g * z + dq @ U, (da, dq)
-
-
-equations_after = equations.reset_after
-
-
 @EVERY
 @ROWS
 @pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
@@ -178,16 +139,14 @@ def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkey
     x = rng.standard_normal((5, B, 3))
     with running("plain"):
         usual = gru(x)[0]
-    name = "reset_after" if reset_after else "reset_before"
-    steps = (half_candidate, half_candidate_backward) if reset_after else (
-        z_squared, z_squared_backward)  # fmt: skip
-    monkeypatch.setattr(equations, name, steps[0])
+    (name, step), (name_back, back) = replaced(reset_after)
+    monkeypatch.setattr(equations, name, step)
     with running("plain"):
         expected = gru(x)[0]
     assert np.abs(expected - usual).max() > 1e-2
     with running(path):
         assert np.allclose(gru(x)[0], expected, rtol=1e-13)
-        monkeypatch.setattr(equations, name + "_backward", steps[1])
+        monkeypatch.setattr(equations, name_back, back)
         gradcheck(gru, x, directions=1, vanishing=[])
 
 
