@@ -66,6 +66,22 @@ def test_figures_for_the_rules(monkeypatch):
     assert found["whole forward"] == {}
 
 
+def test_the_kernel_of_the_whole_device_is_what_is_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    from gru_any.backend.cuda import runner
+
+    made, taken = runner.whole_kernel, []
+    monkeypatch.setattr(runner, "whole_kernel", lambda *v: taken.append(v) or made(*v))
+    _, calls = gpu_check.whole(gpu_check.Check(True, False, tmp_path, 1), gpu_check.DRY[0])
+    for mode, directions in (("forward", 1), ("training", 2)):
+        calls[mode]()
+        assert len(taken) == directions
+        taken.clear()
+    assert gpu_check.whole(gpu_check.Check(True, False, tmp_path, 1), gpu_check.Cell(4, 65)) is None
+
+
 def test_paths_end_in_time(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     import gpu_check
