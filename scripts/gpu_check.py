@@ -107,10 +107,10 @@ def tests(check: "Check") -> str:
 def paths(check: "Check") -> list[dict[str, Any]]:
     """Every path, variant and dtype against NumPy: the largest difference, over the largest.
 
-    As many as fit in 100 seconds, if there is more to do: kernels are compiled in them.
+    On a device as many as fit in 100 seconds, if there is more to do: kernels are compiled too.
     """
     rows: list[dict[str, Any]] = []
-    until = time.monotonic() + check.left(600 if check.alone else 100)
+    until = time.monotonic() + check.left(600 if check.alone or check.dry else 100)
     for way, after, dtype in itertools.product(
         ("plain", "eager", "blocks", "graph", "persistent", "whole"), (True, False), LIMITS
     ):
