@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(model)
     groups = buckets([len(p) - 1 for p in train], args.batch)
     print(f"padding: {waste([len(p) - 1 for p in train], groups):.1%} of the training frames")
+    if args.recall:
+        print("16 frames or more came again at {:.1%} of the test frames, then the same as the last "
+              "time at {:.1%}".format(*how_often(test)))  # fmt: skip
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
     settings |= {"noise": args.noise, "shift": args.shift, "moved": args.moved}
     settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames}
@@ -224,6 +227,15 @@ def recalled(piece: np.ndarray) -> np.ndarray:
                     row[:KEYS], row[KEYS + i] = piece[last[run] + 1], 1
                 last[run] = t
     return found
+
+
+def how_often(pieces: Pieces) -> tuple[float, float]:
+    """The part of the frames after which at least 16 came again; how often the next did too."""
+    rows = np.concatenate([recalled(p)[:-1] for p in pieces])
+    after = np.concatenate([p[1:] for p in pieces])
+    again = rows[:, KEYS : KEYS + 2].any(axis=1)
+    same = (rows[again, :KEYS] == after[again]).all(axis=1)
+    return float(again.mean()), float(same.mean()) if again.any() else 0.0
 
 
 # the model ---------------------------------------------------------------------------------------

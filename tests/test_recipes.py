@@ -189,6 +189,11 @@ def test_what_came_next_the_last_time():
         assert found[t].tolist() == expected.tolist()
         assert (train_music.recalled(piece[: t + 1]) == found[: t + 1]).all()
     assert (found[:, 88:].sum(axis=0) > 0).all()
+    again = [t for t in range(len(piece) - 1) if found[t, 88:90].any()]
+    same = [bool((piece[t + 1] == found[t, :88]).all()) for t in again]
+    expected = len(again) / (len(piece) - 1), sum(same) / len(again)
+    assert train_music.how_often([piece]) == expected
+    assert 0 < expected[1] < 1
 
 
 def test_the_frame_to_come_is_not_read():
