@@ -53,8 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     groups = buckets([len(p) - 1 for p in train], args.batch)
     print(f"padding: {waste([len(p) - 1 for p in train], groups):.1%} of the training frames")
     if args.recall:
-        print("16 frames or more came again at {:.1%} of the test frames, then the same as the last "
-              "time at {:.1%}".format(*how_often(test)))  # fmt: skip
+        print(
+            "at {:.1%} of the test frames the last 16 had come before; after them came the same "
+            "frame as then at {:.1%}".format(*how_often(test))
+        )
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
     settings |= {"noise": args.noise, "shift": args.shift, "moved": args.moved}
     settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames}
