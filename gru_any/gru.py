@@ -342,9 +342,10 @@ class GRU(Layer):
 
     def _call(self, entry: Entry, keep: bool, rng: Any, outputs: bool = True) -> Any:
         """(y, h_n), and what the way back needs, as the backend keeps it."""
+        stack, T = self._stack, entry.x.shape[0]
         given, full = self._given(entry, rng)
-        static = (self._stack, full, keep, self._segment(entry.x.shape[0]), outputs)
-        return self._run.call(Stack.forward, static, given, self._steps_of(entry))
+        static = (stack, full, keep, self._segment(T), outputs)
+        return stack.run.call(Stack.forward, static, given, self._steps_of(entry))
 
     def _steps_of(self, entry: Entry) -> int:
         """How many steps a call has, all layers and directions together."""
@@ -357,7 +358,7 @@ class GRU(Layer):
         masks = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
         alive, full = padding or (None, 0)
         given = Given(x, h0, dict(self.params), alive, (None, *masks))
-        return given, self._run.complete(full)
+        return given, full and self._run.complete(full)
 
     def _segment(self, T: int) -> int | None:
         return math.isqrt(T) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]

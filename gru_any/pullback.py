@@ -41,13 +41,14 @@ class Pullback:
     def _back(self, dy: Any, dh_n: Any, taps: dict[int, Any] | None) -> Any:
         gru, entry = self._gru, self._entry
         refuse_stale(gru.params, self._version)
-        given, static = self._enter(dy, dh_n), (gru._stack,)
+        given, stack = self._enter(dy, dh_n), gru._stack
         if taps is None:
             steps = gru._steps_of(entry)
-            (grads, dx, dh0), _ = gru._run.call(Stack.backward, static, given, steps, self._tapes)
+            found, _ = stack.run.call(Stack.backward, (stack,), given, steps, self._tapes)
         else:
             back = partial(Stack.backward, taps=taps)
-            (grads, dx, dh0), _ = gru._run.call(back, static, given, None, self._tapes)
+            found, _ = stack.run.call(back, (stack,), given, None, self._tapes)
+        grads, dx, dh0 = found
         dx, dh0 = gru._leave(entry, dx, dh0)
         return {name: grads[name] for name in gru.params}, dx, dh0
 

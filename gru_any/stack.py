@@ -124,9 +124,12 @@ class Stack(NamedTuple):
             partial(sweep.forward, x, given.h0[layer * D + d, :, :], keep, segment, wanted)
             for d, sweep in enumerate(sweeps)
         ]
-        ys, hs, kept = zip(*self.run.parallel(calls), strict=True)
-        y = self.run.xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
-        return y, hs, LayerTape(x, mask, list(zip(sweeps, kept, strict=True)))
+        found = self.run.parallel(calls)
+        y = found[0][0]
+        if D == 2 and wanted:
+            y = self.run.xp.concat([y, found[1][0]], axis=-1)
+        pairs = [(sweep, kept) for sweep, (_, _, kept) in zip(sweeps, found, strict=True)]
+        return y, [h for _, h, _ in found], LayerTape(x, mask, pairs)
 
     def _layer_back(
         self, layer: int, tape: LayerTape, dy: Any, dh_n: Any, grads: Any, taps: Any

@@ -102,14 +102,14 @@ class Sweep(NamedTuple):
         on the way back, None keeps everything.
         """
         y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
-        ready = self._laid_out(x)
+        weights = self._laid_out(x)
         tape: list[Segment] = []
         for blocks in _segments(x.shape[0], x.shape[1], segment, self.reverse):
             kept: list[Kept] | None = [] if keep and segment is None else None
             if keep:
                 tape.append(Segment(blocks, h, kept))
             for block in blocks:
-                of_block, h = ready._block(x, h, block, kept is not None)
+                of_block, h = self._block(weights, x, h, block, kept is not None)
                 if kept is not None:
                     kept.append(of_block)
                 if y is not None:
@@ -123,12 +123,13 @@ class Sweep(NamedTuple):
 
         taps: a dict that is given dL/dh' (K, B, H) of each block under its first step.
         """
-        dx, way = self.run.output(x.shape, x.dtype), self._laid_out(x)
+        dx, weights = self.run.output(x.shape, x.dtype), self._laid_out(x)
         total: list[Any] = []
         for segment in reversed(tape):
-            kept = way._recompute(x, segment) if segment.kept is None else segment.kept
+            kept = segment.kept or self._recompute(weights, x, segment)
             for block, of_block in zip(reversed(segment.blocks), reversed(kept), strict=True):
-                piece, dh, g, grads = way._block_back(x, block, of_block, dy, dh, taps is not None)
+                found = self._block_back(weights, x, block, of_block, dy, dh, taps is not None)
+                piece, dh, g, grads = found
                 total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
                 dx.put(block, self._stored(piece, x))
                 if taps is not None:
@@ -151,30 +152,34 @@ class Sweep(NamedTuple):
         pieces.sort(key=lambda piece: piece[0])
         return [xp.concat([arrays[i] for _, arrays in pieces], axis=0) for i in range(4)]
 
-    def _recompute(self, x: Any, segment: Segment) -> list[Kept]:
+    def _recompute(self, weights: Weights, x: Any, segment: Segment) -> list[Kept]:
         kept, h = [], segment.h
         for block in segment.blocks:
-            of_block, h = self._block(x, h, block, True)
+            of_block, h = self._block(weights, x, h, block, True)
             kept.append(of_block)
         return kept
 
-    def _laid_out(self, x: Any) -> "Sweep":
-        """The same, with the weights as the backend likes them in memory."""
-        (W, b, (U, *c)), (T, B, _) = self.weights, x.shape
-        W, U = self.run.laid_out(W, T * B, 1), self.run.laid_out(U, B, T)
-        return self._replace(weights=Weights(W, b, (U, *c)))
+    def _laid_out(self, x: Any) -> Weights:
+        """The weights as the backend likes them in memory."""
+        (W, b, (U, *c)), rows = self.weights, x.shape[0] * x.shape[1]
+        return Weights(self.run.laid_out(W, rows), b, (self.run.laid_out(U, rows), *c))
 
-    def _block(self, x: Any, h: Any, block: slice, keep: bool) -> tuple[Kept, Any]:
+    def _block(
+        self, weights: Weights, x: Any, h: Any, block: slice, keep: bool
+    ) -> tuple[Kept, Any]:
         """Forward through one block -> its states and saved arrays, and the last state."""
-        a = self.run.affine(self._input(x, block), self.weights.W, self.weights.b)
+        W, b, recurrent = weights
+        a = self.run.affine(self._input(x, block), W, b)
         path, saved = self.run.forward(
-            self.variant.step, a, h, self.weights.recurrent, self._alive(block), self.reverse, keep
+            self.variant.step, a, h, recurrent, self._alive(block), self.reverse, keep
         )
         return Kept(path, saved), self.run.own(path[0 if self.reverse else -1, :, :])
 
-    def _block_back(self, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool) -> Any:
+    def _block_back(
+        self, weights: Weights, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool
+    ) -> Any:
         """Back through one block -> dx (K, B, I), dh, g if wanted (K, B, H), the gradients."""
-        xp, W, U = self.run.xp, self.weights.W, self.weights.recurrent[0]
+        xp, (W, _, (U, *_)) = self.run.xp, weights
         if dy is not None:
             dy = self._clean(self._wide(dy[block, :, :]), block)
         previous, alive = self._before(kept.path), self._alive(block)

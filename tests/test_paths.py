@@ -38,7 +38,7 @@ def forward(path, problem, alive=None, reverse=False):
     variant, a, h, recurrent, _, _ = problem
     with running(path):
         run = runner(NUMPY)
-        recurrent = (run.laid_out(recurrent[0], a.shape[1], a.shape[0]), *recurrent[1:])
+        recurrent = (run.laid_out(recurrent[0], a.shape[1] * a.shape[0]), *recurrent[1:])
         states, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
         short, _ = run.forward(variant.step, a, h, recurrent, alive, reverse, False)
     assert np.array_equal(states, short, equal_nan=True)
@@ -51,7 +51,7 @@ def backward(path, problem, states, saved, alive=None, reverse=False):
     before = states[1:] if reverse else states[:-1]
     with running(path):
         run = runner(NUMPY)
-        U = run.laid_out(recurrent[0], before.shape[1], before.shape[0])
+        U = run.laid_out(recurrent[0], before.shape[1] * before.shape[0])
         back = (before, saved, U, alive, reverse)
         parts, first, g = run.backward(variant.backward, dy, dh, *back, True)
         _, again, none = run.backward(variant.backward, dy, dh, *back, False)
@@ -264,7 +264,7 @@ def test_what_is_needed_again_is_not_written_over(path, keep):
     for way in ("plain", path):
         with running(way):
             run = runner(NUMPY)
-            ready = run.laid_out(U, 3, len(a))
+            ready = run.laid_out(U, 3 * len(a))
             states, saved = run.forward(needs_its_products_again, a, h, (ready,), None, False, keep)
             found.append([states, *(saved if keep else ())])
     for mine, plain in zip(*found[::-1], strict=True):

@@ -58,6 +58,15 @@ def sums(x, U, y, left, right):
             w[j] += x[k] * U[k, left + j]
 
 
+@njit(**flags)
+def affine(x, W, b, a):
+    """a = x W^T + b, likewise."""
+    for r in range(len(x)):
+        dots(x[r], W, a[r], 1, 0, len(W))
+        for j in range(len(b)):
+            a[r, j] += b[j]
+
+
 '''
 # float32: from a rational function p / q = tanh(x / 2), whose errors that damps: within 1.8e-7, and
 # 1 where it should be; it vectorises; NaN stays NaN
@@ -212,65 +221,120 @@ class Layout:
         places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
         return [f"multiply(functions[{gates - 1}], {gates}, {places})"]
 
-    def source(self, arrays: list[str], state: str, dtype: str, few: bool) -> str:
+    def source(self, arrays: list[str], state: str, dtype: str) -> str:
         """A module with `walk`, which takes the rows first to last of a block through all steps.
 
-        state: the array of (., B, H) of which a row that has ended keeps its entry; few: so few
-        steps and rows that the matrices are not worth packing. The members of `sync` share the
-        units, and meet before each product, which needs what all have made. (A step with a single
-        product, of a buffer, would need another meeting after it; none of ours is so.)
+        state: the array of (., B, H) of which a row that has ended keeps its entry. The members of
+        `sync` share the units, and meet before each product, which needs what all have made. (A
+        step with a single product, of a buffer, would need another meeting after it; none of ours
+        is so.)
+
+        Where there is `a`, it becomes x W^T + bias: if it has room for one step, before each; else
+        for all in one go; and it stays as it is where x has no columns.
         """
         names = ", ".join([*self.matrices(), *arrays, *self.buffers])
-        lines, walk = [HEAD.format(dtype=dtype) + TANH[dtype]], []
-        for n, stage in enumerate(self.stages):
-            if isinstance(stage, list):
-                function, call = self.fused(n, stage)
-                lines += function
-                walk.append(call)
-            else:
-                walk += ["times = meet(sync, me, count, times)", *self.product(stage, few)]
         return "\n".join([
-            *lines,
+            *self._functions(dtype),
             "@njit(cache=CACHE, **flags)",
             f"def walk(ts, ins, outs, ended, zeros, first, last, me, sync, functions, {names}):",
             f"    H, count, times = {state}.shape[2], members(sync, me), 2",
             "    if me >= count:",
             "        return",
             "    left, right = share(H, UNIT, me, count)",
+            *self._steps("a" in arrays, state, False),
+            "",
+        ])  # fmt: skip
+
+    def few(self, arrays: list[str], made: dict[str, str], dtype: str) -> str:
+        """A module with `few`, which is `walk` for so few rows that no matrix is worth packing.
+
+        In one thread; it returns the arrays that results go to: made, with their shapes, the state
+        first, which begins with h.
+        """
+        state, given = next(iter(made)), [name for name in arrays if name not in made]
+        axes = {name: ":, :, ::1" for name in given} | {"W": ":, ::1"}
+        axes |= {name: "::1" for name in given if name[0] in "cb"}
+        kinds = ["int64[::1]"] * 3 + ["boolean[:, ::1]"] + [f"{dtype}[:, ::1]"] * 2
+        kinds += [f"{dtype}[{axes[name]}]" for name in given]
+        rows = [f"U[{op.rows.start} * H : {op.rows.stop} * H]" for op in self.products]
+        return "\n".join([
+            *self._functions(dtype),
+            f"@njit('({', '.join(kinds)})', cache=CACHE, **flags)",
+            f"def few(ts, ins, outs, ended, h, U, {', '.join(given)}):",
+            "    K, (B, H) = len(ts), h.shape",
+            "    first, last, left, right = 0, B, 0, H",
+            *(f"    {name} = {part}" for name, part in zip(self.matrices(), rows, strict=True)),
+            *(f"    {name} = np.empty((B, {n} * H), f)" for name, n in self.buffers.items()),
+            *(f"    {name} = np.empty({shape}, f)" for name, shape in made.items()),
+            "    for b in range(B):",
+            "        for j in range(H):",
+            f"            {state}[ins[0], b, j] = h[b, j]",
+            *self._steps("a" in arrays, state, True),
+            f"    return {', '.join(made)},",
+            "",
+        ])  # fmt: skip
+
+    def _functions(self, dtype: str) -> list[str]:
+        """The lines before a walk."""
+        loops = [
+            self.fused(n, stage) for n, stage in enumerate(self.stages) if isinstance(stage, list)
+        ]
+        return [
+            HEAD.format(dtype=dtype) + TANH[dtype],
+            *(line for loop, _ in loops for line in loop),
+        ]
+
+    def _steps(self, affine: bool, state: str, few: bool) -> list[str]:
+        """The lines that go through all steps."""
+        before, lines = self._input(few) if affine else ([], [])
+        for n, stage in enumerate(self.stages):
+            if isinstance(stage, list):
+                lines.append(self.fused(n, stage)[1])
+            else:
+                lines += [] if few else ["times = meet(sync, me, count, times)"]
+                lines += self.product(stage, few)
+        return [
+            *(f"    {line}" for line in before),
             "    for n in range(len(ts)):",
             "        t, i, o = ts[n], ins[n], outs[n]",
-            *(f"        {line}" for line in walk),
+            *(f"        {line}" for line in lines),
             "        if len(ended):",
             "            for b in range(first, last):",
             "                if ended[t, b]:",
             "                    for j in range(left, right):",
             f"                        {state}[o, b, j] = {state}[i, b, j]",
-            "",
-        ])  # fmt: skip
+        ]
 
-    def single(self, vectors: list[str], dtype: Any) -> str:
-        """A function for one step forward, the product with the input included: -> h' (B, H)."""
-        rows = [f"U[{op.rows.start} * H : {op.rows.stop} * H]" for op in self.products]
-        buffers = [f"np.empty((B, {n} * H), h.dtype)" for n in self.buffers.values()]
-        arguments = ", ".join([*rows, "a", "path", *vectors, *buffers])
+    def _input(self, few: bool) -> tuple[list[str], list[str]]:
+        """The lines before all steps and those before each that fill `a`."""
+        if few:
+            return [
+                "for n in range(len(x) if x.shape[2] else 0):",
+                "    affine(x[n], W, bias, a[n])",
+            ], ["s = t"]
+        fill = "multiply(functions[2], 3, {}, 0, W, bias, {}, first{}, last{}, left, right)"
+        return [
+            "K, B, I = x.shape",
+            "each = len(a) < K",
+            "if I and not each:",
+            "    " + fill.format("x.reshape(K * B, I)", "a.reshape(K * B, 3 * H)", " * K", " * K"),
+        ], [
+            "s = 0 if each else t",
+            "if each:",
+            "    " + fill.format("x[t]", "a[0]", "", ""),
+        ]
+
+    def step(self, vectors: list[str], dtype: str) -> str:
+        """A function for one step forward by `few`, x, h (B, .) -> h' (B, H)."""
         matrix, vector = f"{dtype}[:, ::1]", f"{dtype}[::1]"
         kinds = ", ".join([matrix, matrix, vector, matrix, matrix, *(vector for _ in vectors)])
+        given = ", ".join(["a", *vectors, "x.reshape(1, *x.shape)", "W", "bias"])
         return "\n".join([
             "",
             f"@njit('{matrix}({kinds})', cache=CACHE, **flags)",
-            f"def step(x, W, b, h, {', '.join(['U', *vectors])}):",
-            "    B, H = h.shape",
-            "    a, path = np.empty((1, B, 3 * H), h.dtype), np.empty((2, B, H), h.dtype)",
-            "    for r in range(B):",
-            "        dots(x[r], W, a[0, r], 1, 0, 3 * H)",
-            "        for j in range(H):",
-            "            path[0, r, j] = h[r, j]",
-            "        for j in range(3 * H):",
-            "            a[0, r, j] += b[j]",
-            "    zeros, t = np.zeros(3 * H, h.dtype), np.zeros(1, np.int64)",
-            "    none, alone = np.zeros((0, 0), np.bool_), np.zeros(0, np.int64)",
-            f"    walk(t, t, t + 1, none, zeros, 0, B, 0, alone, t, {arguments})",
-            "    return path[1]",
+            f"def step(x, W, bias, h, {', '.join(['U', *vectors])}):",
+            "    a, t = np.empty((1, len(h), len(U)), f), np.zeros(1, np.int64)",
+            f"    return few(t, t, t + 1, np.zeros((0, 0), np.bool_), h, U, {given})[0][1]",
             "",
         ])  # fmt: skip
 

@@ -6,7 +6,7 @@ other at each product. All products are our own: BLAS keeps its threads busy for
 """
 
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,27 +20,21 @@ from .single import outer, times
 from .threads import ALONE, GRAIN, count, split, together
 
 FEW = 8  # so few rows in all are not worth a copy of the matrix
+SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
 SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
-NOTHING, NO_PRODUCTS = np.zeros((0, 0), bool), np.zeros(0, int)
+NOTHING = np.zeros((0, 0), bool)
 
 
 class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
 
-    def laid_out(self, W: Any, rows: int, times: int) -> Any:
+    def laid_out(self, W: Any, rows: int) -> Any:
         """As `Plain.laid_out`."""
-        few = rows == 1 or rows * times <= FEW
-        return W if few or W.dtype.kind == "c" else Packed(W)
+        return W if rows <= FEW or W.dtype.kind == "c" else Packed(W)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """As `Plain.affine`."""
-        if not isinstance(W, Packed):
-            return Plain.affine(self, x, W, b)
-        (K, B, n), N = x.shape, len(W.matrix)
-        out = self._empty((K, B, N), x.dtype)
-        rows = out.reshape(K * B, N)
-        product(x.reshape(K * B, n), W.panels(slice(0, N), True, 1), b, rows)
-        return out
+        """As `Plain.affine`, but still to be computed, by the walk."""
+        return Plain.affine(self, x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return empty(shape, dtype)
@@ -51,22 +45,14 @@ class Numba(NumPy):
 
     def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         """As `Plain.prepared`."""
-        many = super().prepared(step, W, b, recurrent)
         if W.dtype.kind == "c":
-            return many
-        call = forward_step(step, len(recurrent) - 1, W.dtype)
+            return super().prepared(step, W, b, recurrent)
+        U, *vectors = recurrent
+        many = super().prepared(step, Packed(W), b, (Packed(U), *vectors))
+        call = forward_walk(step, len(recurrent) - 1, False, W.dtype).step
         b = np.zeros(len(W), W.dtype) if b is None else b
         W, b, *others = map(own, (W, b, *recurrent))
-
-        def one(x: Any, h: Any) -> Any:
-            if len(x) > FEW:
-                return many(x, h)
-            try:
-                return call(x, W, b, h, *others)
-            except TypeError:  # not of the types that it was compiled for
-                return call(own(x), W, b, own(h), *others)
-
-        return one
+        return lambda x, h: call(x, W, b, h, *others) if len(x) <= FEW else many(x, h)
 
     def forward(
         self,
@@ -79,17 +65,27 @@ class Numba(NumPy):
         keep: bool,
     ) -> tuple[Any, Any]:
         """As `Plain.forward`."""
-        if a.dtype.kind == "c":
+        if h.dtype.kind == "c":
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
-        (K, B, _), H = a.shape, h.shape[-1]
-        few = not isinstance(recurrent[0], Packed)
-        walk = forward_walk(step, len(recurrent) - 1, keep, a.dtype, few)
-        path = self._empty((K + 1, B, H), a.dtype)
+        U, *vectors = recurrent
+        walk, H = forward_walk(step, len(vectors), keep, h.dtype), len(U) // 3
+        if isinstance(a, Input):
+            (x, W, b), (K, B, _) = a, a.x.shape
+            a = empty((K if B < FEW else 1, B, 3 * H), h.dtype)
+        else:
+            x, W, b, (K, B, _) = a[..., :0], U, None, a.shape
+        b = np.zeros(3 * H, h.dtype) if b is None else b
+        steps, ended = _forwards(K, reverse), _ended(alive, B)
+        if not isinstance(U, Packed):
+            path, *saved = walk.few(*steps, ended, h, U, a, *vectors, x, W, b)
+            return path, saved
+        path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
-        saved = [self._empty((K, B, H), a.dtype) for _ in walk.widths]
-        arrays = [a, path, *map(own, recurrent[1:]), *saved]
-        walk(_forwards(K, reverse), arrays, path, recurrent[0], alive)
-        return path, tuple(saved) if keep else None
+        saved = [empty((K, B, H), h.dtype) for _ in walk.widths]
+        W = W.panels(slice(0, 3 * H), True, 3)
+        arrays = [a, path, *vectors, *saved, x, W, b]
+        walk(steps, ended, list(map(own, arrays)), path, U)
+        return path, saved
 
     def backward(
         self,
@@ -105,15 +101,27 @@ class Numba(NumPy):
     ) -> tuple[Any, Any, Any]:
         """As `Plain.backward`."""
         K, B, H = previous.shape
-        few = not isinstance(U, Packed)
-        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype, few)
-        parts = [self._empty((K, B, n * H), dh.dtype) for n in walk.widths]
-        pair = np.empty((2, B, H), dh.dtype)
-        pair[0] = dh
-        arrays = [*([] if dy is None else [own(dy)]), pair, previous, *saved, *parts]
-        walk(_backwards(K, reverse), arrays, pair, U, alive)
+        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
+        steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
+        if dy is not None:
+            given.insert(0, dy)
+        if isinstance(U, Packed):
+            parts = [empty((K, B, n * H), dh.dtype) for n in walk.widths]
+            pair = np.empty((2, B, H), dh.dtype)
+            pair[0] = dh
+            walk(steps, ended, list(map(own, [pair, *given, *parts])), pair, U)
+        else:
+            pair, *parts = walk.few(*steps, ended, dh, U, *given)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
+
+
+class Input(NamedTuple):
+    """x W^T + b, to be computed: x (K, B, I), W (3H, I), b (3H,) or None."""
+
+    x: Any
+    W: Any
+    b: Any
 
 
 class Tiled(Rows):
@@ -122,12 +130,12 @@ class Tiled(Rows):
     def into(self, M: Any, out: Any) -> None:
         """As `Rows.into`."""
         packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
-        few, K = packed is None and len(self) <= FEW, len(matrix)
+        R, (K, N) = len(self), matrix.shape
         if K == 1:
             outer(self[:, 0], matrix[0], out)
-        elif packed is None and len(self) == 1:
+        elif packed is None and R == 1:
             times(self[0], matrix, out[0])
-        elif few or K < 2 or matrix.shape[1] < 4:
+        elif (packed is None and (R <= FEW or R * K * N < SMALL)) or K < 2 or N < 4:
             super().into(matrix, out)
         else:
             packed = packed or Packed(matrix)
@@ -152,72 +160,84 @@ def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def forward_walk(step: Any, vectors: int, keep: bool, dtype: Any, few: bool) -> Any:
+def forward_walk(step: Any, vectors: int, keep: bool, dtype: Any) -> Any:
     """A function that walks a block of steps forward."""
     program = forward_program(step, vectors, keep)
     (a, (h,), _, *c) = program.inputs
-    inputs = {column: Place(("a", "t", n)) for n, column in enumerate(a)}
+    inputs = {column: Place(("a", "s", n)) for n, column in enumerate(a)}
     inputs[h] = Place(("path", "i", 0))
     inputs |= {column: Place((f"c{n}", None, 0)) for n, (column,) in enumerate(c)}  # type: ignore[arg-type]
     results = {program.result: [Place(("path", "o", 0))]}
     saved = [f"s{n}" for n in range(len(program.extras))]
     for name, (column,) in zip(saved, program.extras, strict=True):
         results.setdefault(column, []).append(Place((name, "t", 0)))
-    arrays = ["a", "path", *(f"c{n}" for n in range(vectors)), *saved]
-    return Walk(Layout(program, inputs, results), arrays, "path", program.extras, dtype, few)
+    arrays = ["a", "path", *(f"c{n}" for n in range(vectors)), *saved, "x", "W", "bias"]
+    made = {"path": "(K + 1, B, H)"} | dict.fromkeys(saved, "(K, B, H)")
+    return Walk(Layout(program, inputs, results), arrays, made, dtype, [1] * len(saved))
 
 
 @lru_cache(maxsize=64)
-def forward_step(step: Any, vectors: int, dtype: Any) -> Any:
-    """A function that takes a few rows one step forward: x, W, b, h, U, ... -> h'."""
-    walk = forward_walk(step, vectors, False, dtype, True)
-    return compiled(walk.source + walk.layout.single([f"c{n}" for n in range(vectors)], dtype)).step
-
-
-@lru_cache(maxsize=64)
-def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any, few: bool) -> Any:
+def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any) -> Any:
     """A function that walks a block of steps back."""
     program = backward_program(step, saved, given, taps)
-    names = [*(["dy"] if given else []), "pair", "previous", *(f"s{n}" for n in range(saved))]
+    taken = [*(["dy"] if given else []), "pair", "previous", *(f"s{n}" for n in range(saved))]
     columns = [c for ids in program.inputs for c in ids]
     inputs = {
         c: Place((name, "i" if name == "pair" else "t", 0))
-        for c, name in zip(columns, names, strict=True)
+        for c, name in zip(columns, taken, strict=True)
     }
     results = {program.result: [Place(("pair", "o", 0))]}
+    made = {"pair": "(2, B, H)"}
     for p, extra in enumerate(program.extras):
-        names.append(f"p{p}")
+        made[f"p{p}"] = f"(K, B, {len(extra)} * H)"
         for n, column in enumerate(extra):
             results.setdefault(column, []).append(Place((f"p{p}", "t", n)))
-    return Walk(Layout(program, inputs, results), names, "pair", program.extras, dtype, few)
+    arrays = ["pair", *(name for name in taken if name != "pair"), *list(made)[1:]]
+    widths = [len(extra) for extra in program.extras]
+    return Walk(Layout(program, inputs, results), arrays, made, dtype, widths)
 
 
 class Walk:
     """Walks a block of steps in compiled code.
 
-    widths: of the arrays beside the state that a step gives, in columns.
+    arrays: as of `Layout.source`; made: those that results go to, the state first, with their
+    shapes; widths: of the others of these, in columns.
     """
 
     def __init__(
-        self, layout: Layout, names: list[str], state: str, extras: Any, dtype: Any, few: bool
+        self, layout: Layout, arrays: list[str], made: dict[str, str], dtype: Any, widths: list[int]
     ) -> None:
-        self.widths = [len(extra) for extra in extras]
-        self.layout, self.few = layout, few
-        self.source = layout.source(names, state, dtype.name, few)
+        self.layout, self.arrays, self.made, self.widths = layout, arrays, made, widths
+        self.dtype = dtype.name
 
     @cached_property
     def walk(self) -> Any:
         """The compiled function."""
-        return compiled(self.source).walk
+        return compiled(self.layout.source(self.arrays, next(iter(self.made)), self.dtype)).walk
 
-    def __call__(self, steps: Any, arrays: list[Any], state: Any, U: Any, alive: Any) -> None:
+    @cached_property
+    def few(self) -> Any:
+        """That for so few rows and steps that the matrices are not worth packing."""
+        return _tolerant(compiled(self.layout.few(self.arrays, self.made, self.dtype)).few)
+
+    @cached_property
+    def step(self) -> Any:
+        """That for a few rows of one step forward: x, W, b, h, U, ... -> h'."""
+        vectors = [name for name in self.arrays if name[0] == "c"]
+        source = self.layout.few(self.arrays, self.made, self.dtype)
+        return _tolerant(compiled(source + self.layout.step(vectors, self.dtype)).step)
+
+    def __call__(self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Any) -> None:
         """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
         B, H = state.shape[1:]
-        matrices = [self._matrix(op, U, H) for op in self.layout.products]
+        thirds = [slice(op.rows.start * H, op.rows.stop * H) for op in self.layout.products]
+        matrices = [
+            U.panels(rows, op.transposed, len(op.outputs))
+            for rows, op in zip(thirds, self.layout.products, strict=True)
+        ]
         buffers = [np.empty((B, n * H), state.dtype) for n in self.layout.buffers.values()]
-        arrays, ended = [*matrices, *arrays, *buffers], _ended(alive, B)
-        zeros, walk = np.zeros(3 * H, state.dtype), self.walk
-        functions = NO_PRODUCTS if self.few else addresses(state.dtype)
+        arrays = [*matrices, *arrays, *buffers]
+        zeros, walk, functions = np.zeros(3 * H, state.dtype), self.walk, addresses(state.dtype)
         of_step, members = 3 * B * H * H, min(count(), H // 64)
         work = of_step * len(steps[0])
 
@@ -227,14 +247,22 @@ class Walk:
         def units(me: int, sync: np.ndarray) -> None:
             walk(*steps, ended, zeros, 0, B, me, sync, functions, *arrays)
 
-        if B < 8 and members > 1 and of_step >= SHARED and work >= GRAIN:
+        if B < FEW and members > 1 and of_step >= SHARED and work >= GRAIN:
             together(units, members)
         else:
             split(rows, B, work)
 
-    def _matrix(self, op: Any, U: Any, H: int) -> Any:
-        rows = slice(op.rows.start * H, op.rows.stop * H)
-        return own(U[rows]) if self.few else U.panels(rows, op.transposed, len(op.outputs))
+
+def _tolerant(call: Any) -> Any:
+    """The same for arrays that are not of the types that it was compiled for."""
+
+    def tolerant(*arrays: Any) -> Any:
+        try:
+            return call(*arrays)
+        except TypeError:
+            return call(*map(own, arrays))
+
+    return tolerant
 
 
 def _ended(alive: Any, B: int) -> Any:

@@ -19,7 +19,7 @@ fill1, fill2, fill3 = (tile.products(gates, {bits}) for gates in (1, 2, 3))
 
 @njit(cache=CACHE, nogil=True, error_model="numpy")
 def pack(M, P, gates):
-    tile.pack(M, P, gates, 0, len(P))
+    tile.pack({bits}, M, P, gates, 0, len(P))
 
 
 vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], float{bits}[:, :, ::1]
@@ -62,6 +62,9 @@ class Packed:
 
     def __init__(self, matrix: Any) -> None:
         self.matrix, self.shape, self.made = matrix, matrix.shape, {}  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return len(self.matrix)
 
     def panels(self, rows: slice, transposed: bool, gates: int) -> Any:
         """Those of matrix[rows].T or matrix[rows], the columns of so many gates side by side."""

@@ -15,8 +15,8 @@ class Plain:
     def __init__(self, xp: Any, device: Any) -> None:
         self.xp, self.device = xp, device
 
-    def laid_out(self, W: Any, rows: int, times: int) -> Any:
-        """The weights W as a sweep that multiplies so many rows so many times likes them."""
+    def laid_out(self, W: Any, rows: int) -> Any:
+        """The weights W as a sweep that multiplies so many rows, steps counted, likes them."""
         return W
 
     def wide(self, v: Any, dtype: Any) -> Any:

@@ -96,6 +96,8 @@ class Backend:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Zeros of this shape and dtype on the device."""
+        if self.host:
+            return np.zeros(shape, self.dtype(dtype))
         with cuda.current(self):
             return self.xp.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 

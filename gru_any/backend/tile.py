@@ -257,16 +257,60 @@ def panels(N: int, K: int, gates: int, dtype: Any) -> Any:
     return room[start : start + size].reshape(shape)
 
 
+@intrinsic
+def turn(typing, bits, source, apart, target, wide):  # type: ignore[no-untyped-def]
+    """Copy a square of numbers turned, as many each way as a vector has.
+
+    Its rows are so many numbers apart at the source, and wide at the target.
+    """
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit, index = Emit(context, builder, bits.literal_value), ir.IntType(64)
+        _, source, apart, target, wide = args
+        n, numbers = emit.lanes, range(emit.lanes)
+        rows = [emit.load(source, builder.mul(apart, index(i))) for i in numbers]
+        for step in (s for s in (1, 2, 4, 8) if s < n):  # swap the squares beside the diagonal
+            low = [i if not i & step else n + i - step for i in numbers]
+            high = [i + step if not i & step else n + i for i in numbers]
+            for i in (i for i in numbers if not i & step):
+                pair = rows[i], rows[i + step]
+                rows[i], rows[i + step] = (
+                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(ir.IntType(32), n), m))
+                    for m in (low, high)
+                )
+        for i, row in enumerate(rows):
+            emit.store(row, target, builder.mul(wide, index(i)), None)
+        return context.get_dummy_value()
+
+    return types.void(bits, source, apart, target, wide), generate
+
+
 @njit(nogil=True, error_model="numpy")
-def pack(M, P, gates, low, high):  # type: ignore[no-untyped-def]
+def pack(bits, M, P, gates, low, high):  # type: ignore[no-untyped-def]
     """Copy M^T (N, K) into some of the panels, with zeros beside the last units."""
-    H, units = len(M) // gates, P.shape[2] // gates
+    (_, K, wide), H, square, size = P.shape, len(M) // gates, BYTES * 8 // bits, bits // 8
+    units, down, across = wide // gates, M.strides[0] // size, M.strides[1] // size
+    source, target = np.intp(M.ctypes.data), np.intp(P.ctypes.data)
     for p in range(low, high):
         count = min(units, H - p * units)
         if count < units:
             P[p] = 0
         for g in range(gates):
-            rows, columns = M[g * H + p * units :][:count], P[p, :, g * units :]
-            for k in range(P.shape[1]):
+            first, start, done = g * H + p * units, p * K * wide + g * units, 0
+            if count == units and across == 1:
+                done = K - K % square
+                for i in range(0, units, square):
+                    for k in range(0, done, square):
+                        a, b = (first + i) * down + k, start + k * wide + i
+                        turn(bits, source + a * size, down, target + b * size, wide)
+            elif count == units and down == 1:
+                done = K
+                for k in range(K):
+                    for i in range(0, units, SHAPES[0][0]):
+                        move(bits, source, first + i + k * across, target, start + k * wide + i)
+            rows, columns = M[first:][:count], P[p, :, g * units :]
+            for k in range(done, K):
                 for i in range(count):
                     columns[k, i] = rows[i, k]
