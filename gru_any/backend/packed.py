@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from .compiled import compiled
-from .memory import empty
 from .threads import split
 
+COPY = 50  # multiply-adds in the time that it takes to copy one number
 SOURCE = """\
 import numpy as np
 from numba import cfunc, float{bits}, intp, njit, void
@@ -18,17 +18,17 @@ fill1, fill2, fill3 = (tile.products(gates, {bits}) for gates in (1, 2, 3))
 
 
 @njit(cache=CACHE, nogil=True, error_model="numpy")
-def pack(M, P, gates):
-    tile.pack({bits}, M, P, gates, 0, len(P))
+def pack(M, P, gates, low, high):
+    tile.pack({bits}, M, P, gates, low, high)
 
 
 vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], float{bits}[:, :, ::1]
 
 
-@njit(void({numbers}, panels, vector, matrix, intp, intp, vector), cache=CACHE, nogil=True)
-def product(function, x, xr, xc, K, P, base, y, first, last, room):
-    of, N, near = base.ctypes.data, y.shape[1], np.intp(room.ctypes.data) if len(room) else 0
-    tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N, near)
+@njit(void({numbers}, panels, vector, matrix, intp, intp), cache=CACHE, nogil=True)
+def product(function, x, xr, xc, K, P, base, y, first, last):
+    of, N = base.ctypes.data, y.shape[1]
+    tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N)
 """
 PRODUCT = """
 
@@ -36,12 +36,12 @@ PRODUCT = """
 def product{gates}({names}):
     fill{gates}({names})
 """
-NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right, room"
+NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right"
 
 
 @lru_cache(maxsize=4)
 def _compiled(dtype: Any) -> Any:
-    bits, types = 8 * dtype.itemsize, ", ".join(["intp"] * 13)
+    bits, types = 8 * dtype.itemsize, ", ".join(["intp"] * 12)
     products = [PRODUCT.format(types=types, gates=gates, names=NAMES) for gates in (1, 2, 3)]
     numbers = ", ".join(["intp"] * 5)
     return compiled(SOURCE.format(bits=bits, numbers=numbers) + "".join(products))
@@ -82,7 +82,8 @@ def _panels(M: Any, gates: int) -> Any:
     M = M.view(np.ndarray)
     M = M if M.flags.writeable and M.flags.forc else M.copy()
     P = panels(M.shape[0], M.shape[1], gates, M.dtype)
-    _compiled(M.dtype).pack(M, P, gates)
+    pack = _compiled(M.dtype).pack
+    split(lambda low, high: pack(M, P, gates, low, high), len(P), COPY * P.size)
     return P
 
 
@@ -93,12 +94,10 @@ def product(x: Any, P: Any, base: Any, y: Any) -> None:
     if any(stride % x.itemsize for stride in x.strides):  # a field of records
         x = x.copy()
     xr, xc = (stride // x.itemsize for stride in x.strides)
-    left, deep = (x.ctypes.data, xr, xc, K), min(K, code.tile.DEEP) if xr == 1 else 0
-    function = addresses(y.dtype)[0]
+    left, function = (x.ctypes.data, xr, xc, K), addresses(y.dtype)[0]
 
     def rows(first: int, last: int) -> None:
-        room = empty(((last - first) * deep,), y.dtype)  # compiled code would let go too soon
-        code.product(function, *left, P, base, y, first, last, room)
+        code.product(function, *left, P, base, y, first, last)
 
     split(rows, R, R * K * N)
 

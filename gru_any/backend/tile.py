@@ -3,7 +3,8 @@
 LLVM does not find this form in loops over scalars, so the innermost part is written as vectors.
 The right matrix is copied first, into panels that are read from one end to the other: a panel holds
 row by row the columns of the same few units in each of the gates. Each entry of the result is a sum
-over k in order, whatever the tile: its bits depend neither on the other rows nor on the threads.
+over k in order, in pieces of so many, whatever the tile: its bits depend neither on the other rows
+nor on the threads.
 """
 
 import math
@@ -21,9 +22,12 @@ from .memory import empty
 WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 BYTES = 64 if WIDE else 32  # of a vector
 SHAPES = ((8, 1), (4, 2), (1, 4)) if WIDE else ((4, 1), (2, 2), (1, 4))  # rows x panels
+ROWS = SHAPES[0][0]
 VECTORS = {1: 2, 2: 1, 3: 1}  # gates -> vectors of each in a panel
 UNIT_BYTES = 2 * BYTES  # of the units of the widest panel
-DEEP = 512  # so many entries of a row of x are used before the next tile begins
+LINE = 64  # bytes of a line of the cache
+BLOCK = 64  # rows of x that all panels meet before the next rows: they stay in the second cache
+PIECE = 48 * 1024  # bytes of a panel that all tiles of a block meet before the next piece
 
 
 class Emit:
@@ -65,6 +69,13 @@ class Emit:
             return
         arguments = [value, pointer, ir.IntType(32)(self.align), mask]
         self._intrinsic("llvm.masked.store", ir.VoidType(), arguments)
+
+    def fetch(self, start: Any, place: Any) -> None:
+        """Have the line of a place in the second cache soon."""
+        flag, pointer = ir.IntType(32), self.address(start, place, self.number)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [pointer, flag(0), flag(2), flag(1)])
 
     def repeated(self, start: Any, place: Any) -> Any:
         """One number in every lane."""
@@ -115,18 +126,22 @@ def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: 
                 column = add(mul(panel, index(width)), add(mul(H, index(v // V)), unit))
                 columns.append((column, mask))
                 factors.append((mul(panel, K), index(v * emit.lanes)))
-        sums = [
-            [
-                cgutils.alloca_once_value(builder, emit.load(old, add(mul(i, stride), c), mask))
-                for c, mask in columns
-            ]
-            for i in lines
-        ]
+        zeros = ir.Constant(emit.vector, None)
+        sums = [[cgutils.alloca_once_value(builder, zeros) for _ in columns] for _ in lines]
+        # one line of the panel that comes next at each k; several tiles share them, if it has more
+        each, line = G * width, LINE * 8 // bits.literal_value
+        turns = -(-each // line)
+        turn = builder.srem(builder.sdiv(r, index(ROWS)), index(turns))
+        apart = mul(builder.sub(stop, start), index((each - line) // max(1, turns - 1)))
+        following = add(mul(mul(add(p, index(1)), K), index(each)), mul(turn, apart))
+        following = add(following, mul(start, index(each - line)))
         with cgutils.for_range(builder, stop, start, index) as loop:
             numbers = [
                 emit.load(P, add(mul(add(row, loop.index), index(G * width)), c))
                 for row, c in factors
             ]
+            if rows.literal_value == ROWS and G > 1:
+                emit.fetch(P, add(following, mul(loop.index, index(line))))
             for i, row in enumerate(sums):
                 place = add(add(mul(r, xr), mul(index(i), xi)), mul(loop.index, xc))
                 entry = emit.repeated(x, place)
@@ -135,9 +150,10 @@ def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: 
                     new = builder.fadd(builder.load(total), term, flags=("contract",))
                     builder.store(new, total)
         for i, row in zip(lines, sums, strict=True):
-            line = mul(i, mul(H, index(G)))
+            place = mul(i, mul(H, index(G)))
             for total, (c, mask) in zip(row, columns, strict=True):
-                emit.store(builder.load(total), y, add(line, c), mask)
+                before = emit.load(old, add(mul(i, stride), c), mask)  # late: it is far away
+                emit.store(builder.fadd(before, builder.load(total)), y, add(place, c), mask)
         return context.get_dummy_value()
 
     return types.void(*literal, of, r, p, n, start, stop), generate
@@ -172,7 +188,7 @@ def move(typing, bits, source, i, target, j):  # type: ignore[no-untyped-def]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, bits.literal_value)
-        kind = ir.VectorType(emit.number, SHAPES[0][0])
+        kind = ir.VectorType(emit.number, ROWS)
         numbers = builder.load(emit.address(args[1], args[2], kind), align=emit.align)
         builder.store(numbers, emit.address(args[3], args[4], kind), align=emit.align)
         return context.get_dummy_value()
@@ -181,61 +197,60 @@ def move(typing, bits, source, i, target, j):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def gather(bits, x, xc, room, deep, first, last, start, stop):  # type: ignore[no-untyped-def]
+def gather(bits, x, xc, room, deep, rows, start, stop):  # type: ignore[no-untyped-def]
     """Copy rows of x, which stand side by side in memory, as the tiles read them: one by one."""
-    rows = SHAPES[0][0]
-    block = 64 * 8 // bits // rows * rows  # of one line of the cache
-    for r in range(first, last, block):
-        for k in range(start, stop):
-            for i in range(r, min(r + block, last), rows):
-                move(bits, x, i + k * xc, room, (i - first) * deep + (k - start) * rows)
+    for k in range(start, stop):
+        for i in range(0, rows, ROWS):
+            move(bits, x, i + k * xc, room, i * deep + (k - start) * ROWS)
 
 
 def products(gates: int, bits: int) -> Any:
     """A function: y = base + x M in some rows of y, and in the units from one to another.
 
     Addresses: x (R, K), whose entries are xr and xc apart, M (K, GH) as panels, base (GH,),
-    y (R, GH). The units begin and end where panels do, or at the end of y. room: for DEEP entries
-    of so many rows, if the rows of x stand side by side (xr = 1), else 0.
+    y (R, GH). The units begin and end where panels do, or at the end of y.
     """
     many, some, one = (strips(*shape, gates, bits) for shape in SHAPES)
     units = VECTORS[gates] * BYTES * 8 // bits
+    size, number = bits // 8, {32: np.float32, 64: np.float64}[bits]
+    deep, apart = PIECE // (gates * units * size), LINE // size // ROWS  # keeps rows off one set
 
-    size, rows = bits // 8, SHAPES[0][0]
-
-    def product(x, xr, xc, P, K, base, y, H, first, last, left, right, room):  # type: ignore[no-untyped-def]
-        low, high, deep = left // units, -(-right // units), min(K, DEEP)
-        old, stride, r = base, 0, first
-        for start in range(0, K, DEEP):
-            stop = min(start + DEEP, K)
-            of = (x, xr, xr, xc, P, K, old, stride, y, H)
-            if room:
-                r = last - (last - first) % rows
-                gather(bits, x, xc, room, deep, first, r, start, stop)
-                near = room - (first * deep + start * rows) * size  # of row 0, entry 0
-                gathered = (near, deep, 1, rows, P, K, old, stride, y, H)
-                many(gathered, first, r, low, high, start, stop)
-            else:
-                r = many(of, first, last, low, high, start, stop)
-            r = some(of, r, last, low, high, start, stop)
-            one(of, r, last, low, high, start, stop)
-            old, stride = y, gates * H
+    def product(x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
+        low, high, far = left // units, -(-right // units), min(K, deep) + apart
+        room = np.empty(min(BLOCK, last - first) * far if xr == 1 else 0, number)
+        for begin in range(first, last, BLOCK):
+            end, old, stride = min(begin + BLOCK, last), base, 0
+            whole = end - (end - begin) % ROWS
+            for start in range(0, K, deep):
+                stop = min(start + deep, K)
+                of = (x, xr, xr, xc, P, K, old, stride, y, H)
+                if xr == 1:
+                    near = np.intp(room.ctypes.data)
+                    gather(bits, x + begin * size, xc, near, far, whole - begin, start, stop)
+                    near -= (begin * far + start * ROWS) * size  # of row 0, entry 0
+                    gathered = (near, far, 1, ROWS, P, K, old, stride, y, H)
+                    many(gathered, begin, whole, low, high, start, stop)
+                else:
+                    many(of, begin, whole, low, high, start, stop)
+                r = some(of, whole, end, low, high, start, stop)
+                one(of, r, end, low, high, start, stop)
+                old, stride = y, gates * H
 
     product.__qualname__ = f"product_{gates}x{bits}"
     return njit(nogil=True, error_model="numpy")(product)
 
 
 @intrinsic
-def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right, room):  # type: ignore[no-untyped-def]
+def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
     """Call one of the products by its address."""
     index = ir.IntType(64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [index] * 13)
+        kind = ir.FunctionType(ir.VoidType(), [index] * 12)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 14), generate
+    return types.void(*[types.intp] * 13), generate
 
 
 @njit(nogil=True, error_model="numpy")
@@ -244,16 +259,16 @@ def multiply(function, gates, x, column, P, zeros, y, first, last, left, right):
     start = np.intp(x.ctypes.data) + column * y.itemsize
     matrix, base, out = P.ctypes.data, zeros.ctypes.data, y.ctypes.data
     call(function, start, x.shape[1], 1, matrix, P.shape[1], base, out, y.shape[1] // gates,
-         first, last, left, right, 0)  # fmt: skip
+         first, last, left, right)  # fmt: skip
 
 
 def panels(N: int, K: int, gates: int, dtype: Any) -> Any:
     """Room for a matrix (K, N) as panels, from the start of a line of the cache on."""
     width = VECTORS[gates] * BYTES // dtype.itemsize
     shape = (-(-(N // gates) // width), K, gates * width)
-    size, line = math.prod(shape), 64 // dtype.itemsize
+    size, line = math.prod(shape), LINE // dtype.itemsize
     room = empty((size + line,), dtype)
-    start = -room.ctypes.data % 64 // dtype.itemsize
+    start = -room.ctypes.data % LINE // dtype.itemsize
     return room[start : start + size].reshape(shape)
 
 
