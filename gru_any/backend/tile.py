@@ -219,7 +219,8 @@ def products(gates: int, bits: int) -> Any:
         low, high, far = left // units, -(-right // units), min(K, deep) + apart
         room = np.empty(min(BLOCK, last - first) * far if xr == 1 else 0, number)
         for begin in range(first, last, BLOCK):
-            end, old, stride = min(begin + BLOCK, last), base, 0
+            end, old = min(begin + BLOCK, last), base
+            stride = np.intp(0)  # no literal: each would be a type of its own
             whole = end - (end - begin) % ROWS
             for start in range(0, K, deep):
                 stop = min(start + deep, K)
@@ -228,7 +229,7 @@ def products(gates: int, bits: int) -> Any:
                     near = np.intp(room.ctypes.data)
                     gather(bits, x + begin * size, xc, near, far, whole - begin, start, stop)
                     near -= (begin * far + start * ROWS) * size  # of row 0, entry 0
-                    gathered = (near, far, 1, ROWS, P, K, old, stride, y, H)
+                    gathered = (near, far, np.intp(1), np.intp(ROWS), P, K, old, stride, y, H)
                     many(gathered, begin, whole, low, high, start, stop)
                 else:
                     many(of, begin, whole, low, high, start, stop)
