@@ -212,14 +212,14 @@ class Layout:
         x, y = left.argument(), out.argument()
         matrix, gates = f"M{self.products.index(op)}", len(op.outputs)
         if few:
-            name, more = ("dots", f"{gates}, ") if op.transposed else ("sums", "")
+            name, more = ("dots", f"np.intp({gates}), ") if op.transposed else ("sums", "")
             row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
             return [
                 "for b in range(first, last):",
                 f"    {name}({row}, {matrix}, {y}[b], {more}left, right)",
             ]
         places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
-        return [f"multiply(functions[{gates - 1}], {gates}, {places})"]
+        return [f"multiply(functions[{gates - 1}], np.intp({gates}), {places})"]
 
     def source(self, arrays: list[str], state: str, dtype: str) -> str:
         """A module with `walk`, which takes the rows first to last of a block through all steps.
@@ -237,7 +237,7 @@ class Layout:
             *self._functions(dtype),
             "@njit(cache=CACHE, **flags)",
             f"def walk(ts, ins, outs, ended, zeros, first, last, me, sync, functions, {names}):",
-            f"    H, count, times = {state}.shape[2], members(sync, me), 2",
+            f"    H, count, times = {state}.shape[2], members(sync, me), np.intp(2)",
             "    if me >= count:",
             "        return",
             "    left, right = share(H, UNIT, me, count)",
@@ -312,7 +312,10 @@ class Layout:
                 "for n in range(len(x) if x.shape[2] else 0):",
                 "    affine(x[n], W, bias, a[n])",
             ], ["s = t"]
-        fill = "multiply(functions[2], 3, {}, 0, W, bias, {}, first{}, last{}, left, right)"
+        fill = (
+            "multiply(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, first{}, last{}, "
+            "left, right)"
+        )
         return [
             "K, B, I = x.shape",
             "each = len(a) < K",
