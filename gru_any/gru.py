@@ -361,7 +361,7 @@ class GRU(Layer):
         return given, full and self._run.complete(full)
 
     def _segment(self, T: int) -> int | None:
-        return math.isqrt(T) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]
+        return max(1, math.isqrt(T)) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]
 
 
 def _check_dropout(dropout: float, num_layers: int) -> None:

@@ -369,6 +369,14 @@ def test_recomputing_gives_the_same_bits(reset_after, recompute):
         assert np.array_equal(results[0][name], results2[0][name])
 
 
+def test_recomputing_no_steps():
+    gru = make(False, recompute="sqrt")
+    (y, h), pullback = gru.vjp(np.zeros((0, 2, 3)))
+    assert y.shape == (0, 2, 4)
+    assert not h.any()
+    assert not pullback(y)[0]["weight_hh_l0"].any()
+
+
 @VARIANTS
 def test_taps(reset_after):
     gru, rng = make(reset_after, bidirectional=True), np.random.default_rng(0)

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 
@@ -22,7 +23,7 @@ def compiled(source: str) -> Any:
         if not path.exists():
             print("gru_any: compiling (once for each kind of GRU)", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
+            part = path.with_suffix(f".{os.getpid()}.{get_ident()}.part")
             part.write_text(
                 f'"""Written by gru_any; safe to delete."""\nCACHE = True\n{source}', "utf-8"
             )
