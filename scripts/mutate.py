@@ -87,7 +87,7 @@ def noticed(path: str, file: str, text: str) -> bool:
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"} | PATHS[path]
         return any(
             subprocess.run(
-                [sys.executable, "-m", "pytest", "-qxn0", "-p", "no:cacheprovider", *tests],
+                [sys.executable, "-m", "pytest", "-qx", "-n0", "-p", "no:cacheprovider", *tests],
                 cwd=folder,
                 env=environment,
                 capture_output=True,
