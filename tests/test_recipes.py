@@ -192,8 +192,23 @@ def test_what_came_next_the_last_time():
     again = [t for t in range(len(piece) - 1) if found[t, 88:90].any()]
     same = [bool((piece[t + 1] == found[t, :88]).all()) for t in again]
     expected = len(again) / (len(piece) - 1), sum(same) / len(again)
-    assert train_music.how_often([piece]) == expected
+    assert train_music.how_often([train_music.with_recall(piece)]) == expected
     assert 0 < expected[1] < 1
+
+
+def test_what_came_next_in_another_key():
+    """It is found once, and moved with the piece."""
+    import train_music
+
+    piece = train_music.synthetic()["test"][0]
+    whole, rng = train_music.with_recall(piece), np.random.default_rng(0)
+    shifts = set()
+    for _ in range(20):
+        found = train_music.moved(whole, rng, 5, 1.0)
+        assert (found == train_music.with_recall(found[:, :88])).all()
+        shifts.add(int(found[0, :88].argmax()))
+    assert len(shifts) > 3
+    assert whole[:, 88:].any()
 
 
 def test_the_frame_to_come_is_not_read():
@@ -202,7 +217,9 @@ def test_the_frame_to_come_is_not_read():
 
     pieces = train_music.synthetic()["test"][:2]
     other = [np.concatenate([p[:12], 1 - p[12:]]) for p in pieces]
-    here, there = (train_music.batch(p, recall=True) for p in (pieces, other))
+    here, there = (
+        train_music.batch([train_music.with_recall(p) for p in given]) for given in (pieces, other)
+    )
     assert here.x.shape[2] == 88 + 92
     assert (here.x[:12] == there.x[:12]).all()
     assert (here.target[11] != there.target[11]).all()
