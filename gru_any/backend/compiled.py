@@ -5,6 +5,8 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -23,11 +25,10 @@ def compiled(source: str) -> Any:
         if not path.exists():
             print("gru_any: compiling (once for each kind of GRU)", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.{get_ident()}.part")
-            part.write_text(
-                f'"""Written by gru_any; safe to delete."""\nCACHE = True\n{source}', "utf-8"
-            )
-            os.replace(part, path)
+            with replacing(path) as part:
+                part.write_text(
+                    f'"""Written by gru_any; safe to delete."""\nCACHE = True\n{source}', "utf-8"
+                )
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
@@ -36,6 +37,14 @@ def compiled(source: str) -> Any:
         return module
     except (OSError, RuntimeError):  # no home, no space, or nothing may be written there
         return _in_memory(name, "CACHE = False\n" + source)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file of this thread's own, which takes the place of another once it is written."""
+    part = path.with_suffix(f".{os.getpid()}.{get_ident()}.part")
+    yield part
+    os.replace(part, path)
 
 
 def _in_memory(name: str, source: str) -> Any:

@@ -15,7 +15,6 @@ from .fused import Layout, Place
 from .memory import empty
 from .numpy import NumPy, Rows, backward_program, forward_program
 from .packed import Packed, addresses, own, product
-from .plain import Plain
 from .single import outer, times
 from .threads import ALONE, GRAIN, count, split, together
 
@@ -34,10 +33,7 @@ class Numba(NumPy):
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`, but still to be computed, by the walk."""
-        return Plain.affine(self, x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
-
-    def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return empty(shape, dtype)
+        return super().affine(x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
 
     def rows(self, v: Any) -> Any:
         """As `Plain.rows`."""

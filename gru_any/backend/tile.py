@@ -324,7 +324,7 @@ def pack(bits, M, P, gates, low, high):  # type: ignore[no-untyped-def]
             elif count == units and down == 1:
                 done = K
                 for k in range(K):
-                    for i in range(0, units, SHAPES[0][0]):
+                    for i in range(0, units, ROWS):
                         move(bits, source, first + i + k * across, target, start + k * wide + i)
             rows, columns = M[first:][:count], P[p, :, g * units :]
             for k in range(done, K):

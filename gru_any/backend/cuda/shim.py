@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..compiled import replacing
+
 HEADER = r"""
 #include <cmath>
 #include <cstring>
@@ -258,12 +260,11 @@ def build(text: str, *flags: str, suffix: str = "") -> Path:
     key = hashlib.sha256("\0".join([text, *flags]).encode()).hexdigest()[:20]
     target = folder() / f"{key}{suffix}"
     if not target.exists():
-        part = target.with_suffix(f".{os.getpid()}.part")
-        command = ["g++", "-std=c++20", "-O1", "-x", "c++", "-", "-o", str(part), "-pthread"]
-        done = subprocess.run([*command, *flags], input=text, text=True, capture_output=True)
-        if done.returncode:
-            raise RuntimeError(f"g++ failed:\n{done.stderr}")
-        os.replace(part, target)
+        with replacing(target) as part:
+            command = ["g++", "-std=c++20", "-O1", "-x", "c++", "-", "-o", str(part), "-pthread"]
+            done = subprocess.run([*command, *flags], input=text, text=True, capture_output=True)
+            if done.returncode:
+                raise RuntimeError(f"g++ failed:\n{done.stderr}")
     return target
 
 
