@@ -39,6 +39,7 @@ class Emit:
         self.lanes = BYTES * 8 // bits
         self.vector = ir.VectorType(self.number, self.lanes)
         self.align = bits // 8
+        self.line = LINE // self.align
 
     def address(self, start: Any, place: Any, kind: Any) -> Any:
         """Where a number stands, counted from a start, as a pointer to so many numbers."""
@@ -128,20 +129,16 @@ def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: 
                 factors.append((mul(panel, K), index(v * emit.lanes)))
         zeros = ir.Constant(emit.vector, None)
         sums = [[cgutils.alloca_once_value(builder, zeros) for _ in columns] for _ in lines]
-        # one line of the panel that comes next at each k; several tiles share them, if it has more
-        each, line = G * width, LINE * 8 // bits.literal_value
-        turns = -(-each // line)
-        turn = builder.srem(builder.sdiv(r, index(ROWS)), index(turns))
-        apart = mul(builder.sub(stop, start), index((each - line) // max(1, turns - 1)))
-        following = add(mul(mul(add(p, index(1)), K), index(each)), mul(turn, apart))
-        following = add(following, mul(start, index(each - line)))
+        ahead = None  # tiles of fewer sums have no time for it
+        if G == 3 and rows.literal_value == ROWS:
+            ahead = _following(emit, G * width, P, K, r, p, start, stop)
         with cgutils.for_range(builder, stop, start, index) as loop:
             numbers = [
                 emit.load(P, add(mul(add(row, loop.index), index(G * width)), c))
                 for row, c in factors
             ]
-            if rows.literal_value == ROWS and G > 1:
-                emit.fetch(P, add(following, mul(loop.index, index(line))))
+            if ahead is not None:
+                emit.fetch(ahead, mul(builder.sub(loop.index, start), index(emit.line)))
             for i, row in enumerate(sums):
                 place = add(add(mul(r, xr), mul(index(i), xi)), mul(loop.index, xc))
                 entry = emit.repeated(x, place)
@@ -157,6 +154,19 @@ def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: 
         return context.get_dummy_value()
 
     return types.void(*literal, of, r, p, n, start, stop), generate
+
+
+def _following(emit: Any, width: int, P: Any, K: Any, r: Any, p: Any, start: Any, stop: Any) -> Any:
+    """The address in the panel after p from where on a tile fetches one line at each k.
+
+    That is not all of it where a row is wider than a line: the tiles of other rows fetch the rest.
+    """
+    b, index = emit.builder, ir.IntType(64)
+    tiles = -(-width // emit.line)
+    turn = b.srem(b.sdiv(r, index(ROWS)), index(tiles))
+    apart = b.mul(b.sub(stop, start), index((width - emit.line) // max(1, tiles - 1)))
+    piece = b.mul(b.add(b.mul(b.add(p, index(1)), K), start), index(width))
+    return b.add(P, b.mul(b.add(piece, b.mul(turn, apart)), index(emit.align)))
 
 
 def strips(rows: int, panels: int, gates: int, bits: int) -> Any:
@@ -226,7 +236,7 @@ def products(gates: int, bits: int) -> Any:
                 stop = min(start + deep, K)
                 of = (x, xr, xr, xc, P, K, old, stride, y, H)
                 if xr == 1:
-                    near = np.intp(room.ctypes.data)
+                    near = np.intp(room.ctypes.data)  # here, as Numba lets go after the last use
                     gather(bits, x + begin * size, xc, near, far, whole - begin, start, stop)
                     near -= (begin * far + start * ROWS) * size  # of row 0, entry 0
                     gathered = (near, far, np.intp(1), np.intp(ROWS), P, K, old, stride, y, H)
