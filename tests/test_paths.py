@@ -1,5 +1,6 @@
 """The ways to run a block (plain, traced, compiled) against each other."""
 
+import math
 import os
 import subprocess
 import sys
@@ -232,17 +233,27 @@ def test_large_states_at_extreme_values(reset_after):
         assert np.allclose(mine, exact, rtol=1e-4, atol=1e-4)
 
 
+def shows_its_input(xp, a, h, U):
+    """With a state of zeros, what it saves is a."""
+    return 0.5 * h, tuple(part + h for part in equations.thirds(a))
+
+
+@FAST
 @pytest.mark.parametrize("I", [1, 2, 9])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [(1, 1), (4, 3)])
-def test_input_products(I, bias, rows):
-    """On NumPy alone; with Numba the walk makes them."""
+@pytest.mark.parametrize("rows", [(1, 1), (4, 3), (4, 9)])
+def test_input_products(path, I, bias, rows):
     rng = np.random.default_rng(0)
     x, W, b = (rng.standard_normal(n) for n in ((*rows, I), (6, I), 6))
     expected = x @ W.T + (b if bias else 0)
     x[0, 0] = np.nan
-    with running("traced"):
-        found = runner(NUMPY).affine(x, W, b if bias else None)
+    with running(path):
+        run = runner(NUMPY)
+        W, U = (run.laid_out(v, math.prod(rows)) for v in (W, np.zeros((6, 2))))
+        a = run.affine(x, W, b if bias else None)
+        state = np.zeros((rows[1], 2))
+        found = run.forward(shows_its_input, a, state, (U,), None, False, True)[1]
+        found = np.concatenate(found, axis=-1)
     assert np.isnan(found[0, 0]).all()
     assert np.allclose(found.reshape(-1, 6)[1:], expected.reshape(-1, 6)[1:], rtol=1e-12)
 
