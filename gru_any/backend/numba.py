@@ -48,7 +48,16 @@ class Numba(NumPy):
         call = forward_walk(step, len(recurrent) - 1, False, W.dtype).step
         b = np.zeros(len(W), W.dtype) if b is None else b
         W, b, *others = map(own, (W, b, *recurrent))
-        return lambda x, h: call(x, W, b, h, *others) if len(x) <= FEW else many(x, h)
+
+        def one(x: Any, h: Any) -> Any:
+            if len(x) > FEW:
+                return many(x, h)
+            try:
+                return call(x, W, b, h, *others)
+            except TypeError:  # not of the types that it was compiled for
+                return call(own(x), W, b, own(h), *others)
+
+        return one
 
     def forward(
         self,
@@ -221,7 +230,7 @@ class Walk:
         """That for a few rows of one step forward: x, W, b, h, U, ... -> h'."""
         vectors = [name for name in self.arrays if name[0] == "c"]
         source = self.layout.few(self.arrays, self.made, self.dtype)
-        return _tolerant(compiled(source + self.layout.step(vectors, self.dtype)).step)
+        return compiled(source + self.layout.step(vectors, self.dtype)).step
 
     def __call__(self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Any) -> None:
         """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
