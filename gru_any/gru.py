@@ -211,43 +211,50 @@ class GRU(Layer):
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
         new state; the one given is not written.
         """
-        return self._step(self._steps(), x_t, state)
+        if state is not None:
+            self.backend.check("state", state, self.dtype)
+        return self._step(self._steps(self._run.single), x_t, state)
 
     def _prepared(self) -> Any:
         """`step` with the parameters taken as they are now, for a stream: less to do in each."""
-        return partial(self._step, self._steps())
+        return partial(self._step, self._steps(self._run.prepared))
 
-    def _steps(self) -> list[Any]:
+    def _steps(self, make: Any) -> list[Any]:
         if "_reverse" in self.suffixes:
             way = "bidirectional" if len(self.suffixes) == 2 else "reverse"
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
         step = equations.variant(self.reset_after).step
         layers = range(self.num_layers)
         taken = [self._stack.weights(self.params, layer, "") for layer in layers]
-        return [self._run.prepared(step, *of_layer) for of_layer in taken]
+        steps = [make(step, *of_layer) for of_layer in taken]
+        return steps if self.arithmetic == self.dtype else [self._half(step) for step in steps]
+
+    def _half(self, step: Any) -> Any:
+        """A step between arrays that are stored as halves."""
+
+        def wide(x: Any, h: Any) -> Any:
+            return [self._stored(v) for v in step(self._wide(x), self._compute(h))]
+
+        return wide
 
     def _step(self, steps: list[Any], x_t: Any, state: Any = None) -> tuple[Any, Any]:
         self.backend.check("x_t", x_t, self.dtype)
-        rows, H = x_t.shape[:-1], self.hidden_size
+        rows = x_t.shape[:-1]
         if len(rows) > 1 or x_t.shape[-1:] != (self.input_size,):
             check_shape("x_t", x_t, "(B, I)", {"I": self.input_size})
+        shape = (self.num_layers, *rows, self.hidden_size)
         if state is None:
-            state = self.backend.zeros((self.num_layers, *rows, H), self.dtype)
-        self.backend.check("state", state, self.dtype)
-        if state.shape != (self.num_layers, *rows, H):
-            sizes = {"L": self.num_layers, "B": rows[0] if rows else 1, "H": H}
+            state = self.backend.zeros(shape, self.dtype)
+        if state.shape != shape:
+            sizes = {"L": shape[0], "B": rows[0] if rows else 1, "H": shape[-1]}
             check_shape("state", state, "(L, B, H)" if rows else "(L, H)", sizes)
-        xp, x, states = self.backend.xp, x_t, []
+        y, state = (x_t, state) if rows else (x_t[None, :], state[:, None, :])
+        states = []
         for layer, step in enumerate(steps):
-            h = state[layer, ...]
-            if not rows:
-                x, h = x[None, :], h[None, :]
-            h = step(self._wide(x), self._compute(h))
-            x = self._stored(h if rows else h[0, :])
-            states.append(x)
-        if len(states) > 1:
-            return x, xp.stack(states)
-        return x, xp.asarray(x[None, ...], copy=True)
+            y, h = step(y, state[layer, ...])
+            states.append(h)
+        state = h[None, ...] if len(states) == 1 else self.backend.xp.stack(states)
+        return (y, state) if rows else (y[0, :], state[:, 0, :])
 
     def taps(self, x: Any, h0: Any = None, lengths: Any = None) -> dict[str, Any]:
         """Return the gates r and z, the candidate n and the state h of every step.

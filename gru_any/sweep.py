@@ -161,8 +161,9 @@ class Sweep(NamedTuple):
 
     def _laid_out(self, x: Any) -> Weights:
         """The weights as the backend likes them in memory."""
-        (W, b, (U, *c)), rows = self.weights, x.shape[0] * x.shape[1]
-        return Weights(self.run.laid_out(W, rows), b, (self.run.laid_out(U, rows), *c))
+        W, b, (U, *c) = self.weights
+        W, U = self.run.laid_out(W, U, x.shape[0] * x.shape[1])
+        return Weights(W, b, (U, *c))
 
     def _block(
         self, weights: Weights, x: Any, h: Any, block: slice, keep: bool

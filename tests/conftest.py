@@ -33,14 +33,15 @@ PATHS = ["plain", "traced", *(["compiled"] if find_spec("numba") else [])]
 
 @contextmanager
 def running(path: str) -> Iterator[None]:
-    """Run blocks in this way, inside of the context."""
+    """Run blocks in this way, inside of the context; "packed": compiled, with copies of weights."""
     from gru_any.backend import run
 
-    before, run.chosen = run.chosen, path
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if path == "packed":
+            for name in ("SHORT", "LONG"):
+                patch.setattr(f"gru_any.backend.numba.{name}", 0)
+        patch.setattr(run, "chosen", "compiled" if path == "packed" else path)
         yield
-    finally:
-        run.chosen = before
 
 
 def at_once(work: Callable[[int], Any], count: int) -> None:

@@ -19,7 +19,8 @@ from gru_any.backend import NUMPY, runner, threads
 from gru_any.backend.run import forget
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
-FAST = pytest.mark.parametrize("path", [p for p in PATHS if p != "plain"])
+WAYS = [*PATHS[1:], *(["packed"] if "compiled" in PATHS else [])]
+FAST = pytest.mark.parametrize("path", WAYS)
 EVERY = pytest.mark.parametrize("path", PATHS)
 ROWS = pytest.mark.parametrize("B", [1, 5, 100])  # compiled whole, and step by step
 
@@ -38,7 +39,8 @@ def forward(path, problem, alive=None, reverse=False):
     variant, a, h, recurrent, _, _ = problem
     with running(path):
         run = runner(NUMPY)
-        recurrent = (run.laid_out(recurrent[0], a.shape[1] * a.shape[0]), *recurrent[1:])
+        U = recurrent[0]
+        recurrent = (run.laid_out(U, U, a.shape[1] * a.shape[0])[1], *recurrent[1:])
         states, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
         short, _ = run.forward(variant.step, a, h, recurrent, alive, reverse, False)
     assert np.array_equal(states, short, equal_nan=True)
@@ -51,7 +53,7 @@ def backward(path, problem, states, saved, alive=None, reverse=False):
     before = states[1:] if reverse else states[:-1]
     with running(path):
         run = runner(NUMPY)
-        U = run.laid_out(recurrent[0], before.shape[1] * before.shape[0])
+        U = run.laid_out(recurrent[0], recurrent[0], before.shape[1] * before.shape[0])[1]
         back = (before, saved, U, alive, reverse)
         parts, first, g = run.backward(variant.backward, dy, dh, *back, True)
         _, again, none = run.backward(variant.backward, dy, dh, *back, False)
@@ -249,7 +251,7 @@ def test_input_products(path, I, bias, rows):
     x[0, 0] = np.nan
     with running(path):
         run = runner(NUMPY)
-        W, U = (run.laid_out(v, math.prod(rows)) for v in (W, np.zeros((6, 2))))
+        W, U = run.laid_out(W, np.zeros((6, 2)), math.prod(rows))
         a = run.affine(x, W, b if bias else None)
         state = np.zeros((rows[1], 2))
         found = run.forward(shows_its_input, a, state, (U,), None, False, True)[1]
@@ -273,7 +275,7 @@ def test_what_is_needed_again_is_not_written_over(path, keep):
     for way in ("plain", path):
         with running(way):
             run = runner(NUMPY)
-            ready = run.laid_out(U, 3 * len(a))
+            ready = run.laid_out(U, U, 3 * len(a))[1]
             states, saved = run.forward(needs_its_products_again, a, h, (ready,), None, False, keep)
             found.append([states, *(saved if keep else ())])
     for mine, plain in zip(*found[::-1], strict=True):
@@ -391,7 +393,7 @@ def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch
         grads, dx, dh0 = pullback(dy)
         return [y, h, dx, dh0, *grads.values()]
 
-    with running("compiled"):
+    with running("packed"):
         import gru_any.backend.numba as runner_of_numba
 
         monkeypatch.setattr(runner_of_numba, "count", lambda: 1)
@@ -527,7 +529,7 @@ RUN = (
 )
 
 
-def result(T=5, **environment):
+def result(T=50, **environment):
     environment = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", RUN, str(T)], env=environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
@@ -544,7 +546,7 @@ def test_the_cache(tmp_path):
     assert first == again
     (tmp_path / "file").touch()
     no_folder, _ = result(2, GRU_ANY_CACHE=str(tmp_path / "file"))  # too few for a packed product
-    for T, found in ((5, first), (2, no_folder)):
+    for T, found in ((50, first), (2, no_folder)):
         assert result(T, GRU_ANY_NO_NUMBA="1")[0] == pytest.approx(found, rel=1e-5)
 
 

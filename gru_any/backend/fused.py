@@ -59,6 +59,15 @@ def sums(x, U, y, left, right):
 
 
 @njit(**flags)
+def part(v, start, shape):
+    """The next numbers of v, as an array of this shape, and where they end."""
+    size = 1
+    for n in shape:
+        size *= n
+    return v[start : start + size].reshape(shape), start + size
+
+
+@njit(**flags)
 def affine(x, W, b, a):
     """a = x W^T + b, likewise."""
     for r in range(len(x)):
@@ -205,19 +214,21 @@ class Layout:
             "",
         ], call
 
-    def product(self, op: Product, few: bool) -> list[str]:
-        """The lines that do one matrix product."""
+    def product(self, op: Product, few: bool, turned: bool = False) -> list[str]:
+        """The lines that do one matrix product; turned: few rows by the matrix as it is read."""
         left, out = self.side(op), self.written[op.outputs[0]][-1]
         assert left is not None
         x, y = left.argument(), out.argument()
         matrix, gates = f"M{self.products.index(op)}", len(op.outputs)
         if few:
-            name, more = ("dots", f"np.intp({gates}), ") if op.transposed else ("sums", "")
-            row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
-            return [
-                "for b in range(first, last):",
-                f"    {name}({row}, {matrix}, {y}[b], {more}left, right)",
-            ]
+            row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H], {matrix}, {y}[b]"
+            if turned:
+                call = f"sums({row}, 0, {gates} * H)"
+            elif op.transposed:
+                call = f"dots({row}, np.intp({gates}), left, right)"
+            else:
+                call = f"sums({row}, left, right)"
+            return ["for b in range(first, last):", f"    {call}"]
         places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
         return [f"multiply(functions[{gates - 1}], np.intp({gates}), {places})"]
 
@@ -287,23 +298,28 @@ class Layout:
     def _steps(self, affine: bool, state: str, few: bool) -> list[str]:
         """The lines that go through all steps."""
         before, lines = self._input(few) if affine else ([], [])
-        for n, stage in enumerate(self.stages):
-            if isinstance(stage, list):
-                lines.append(self.fused(n, stage)[1])
-            else:
-                lines += [] if few else ["times = meet(sync, me, count, times)"]
-                lines += self.product(stage, few)
         return [
             *(f"    {line}" for line in before),
             "    for n in range(len(ts)):",
             "        t, i, o = ts[n], ins[n], outs[n]",
-            *(f"        {line}" for line in lines),
+            *(f"        {line}" for line in (*lines, *self._stages(few))),
             "        if len(ended):",
             "            for b in range(first, last):",
             "                if ended[t, b]:",
             "                    for j in range(left, right):",
             f"                        {state}[o, b, j] = {state}[i, b, j]",
         ]
+
+    def _stages(self, few: bool, turned: bool = False) -> list[str]:
+        """The lines of one step."""
+        lines = []
+        for n, stage in enumerate(self.stages):
+            if isinstance(stage, list):
+                lines.append(self.fused(n, stage)[1])
+            else:
+                lines += [] if few else ["times = meet(sync, me, count, times)"]
+                lines += self.product(stage, few, turned)
+        return lines
 
     def _input(self, few: bool) -> tuple[list[str], list[str]]:
         """The lines before all steps and those before each that fill `a`."""
@@ -327,17 +343,36 @@ class Layout:
             "    " + fill.format("x[t]", "a[0]", "", ""),
         ]
 
-    def step(self, vectors: list[str], dtype: str) -> str:
-        """A function for one step forward by `few`, x, h (B, .) -> h' (B, H)."""
-        matrix, vector = f"{dtype}[:, ::1]", f"{dtype}[::1]"
-        kinds = ", ".join([matrix, matrix, vector, matrix, matrix, *(vector for _ in vectors)])
-        given = ", ".join(["a", *vectors, "x.reshape(1, *x.shape)", "W", "bias"])
+    def step(self, vectors: list[str], made: dict[str, str], dtype: str) -> str:
+        """A module with `step` for few rows, x (B, I), h (B, H) -> new (B, H), and the same as y.
+
+        weights: W (I, 3H), of U (3H, H) the rows of each product, turned, bias, and the vectors.
+        """
+        shapes = {"W": "(x.shape[1], 3 * H)"}
+        for name, op in zip(self.matrices(), self.products, strict=True):
+            shapes[name] = f"(H, {op.rows.stop - op.rows.start} * H)"
+        shapes |= {"bias": "(3 * H,)"} | dict.fromkeys(vectors, "(H,)")
+        room = made | {name: f"(B, {n} * H)" for name, n in self.buffers.items()}
+        matrix = f"{dtype}[:, ::1]"
         return "\n".join([
-            "",
-            f"@njit('{matrix}({kinds})', cache=CACHE, **flags)",
-            f"def step(x, W, bias, h, {', '.join(['U', *vectors])}):",
-            "    a, t = np.empty((1, len(h), len(U)), f), np.zeros(1, np.int64)",
-            f"    return few(t, t, t + 1, np.zeros((0, 0), np.bool_), h, U, {given})[0][1]",
+            *self._functions(dtype),
+            f"@njit('void({', '.join([matrix] * 4)}, {dtype}[::1])', cache=CACHE, **flags)",
+            "def step(x, h, y, new, weights):",
+            "    K, (B, H), end = 1, h.shape, 0",
+            *(f"    {name}, end = part(weights, end, {shape})" for name, shape in shapes.items()),
+            *(f"    {name} = np.empty({shape}, f)" for name, shape in room.items()),
+            "    a = np.empty((1, B, 3 * H), f)",
+            "    for b in range(B):",
+            "        for j in range(H):",
+            "            path[0, b, j] = h[b, j]",
+            "        sums(x[b], W, a[0, b], 0, 3 * H)",
+            "        for j in range(3 * H):",
+            "            a[0, b, j] += bias[j]",
+            "    first, last, left, right, t, s, i, o = 0, B, 0, H, 0, 0, 0, 1",
+            *(f"    {line}" for line in self._stages(True, True)),
+            "    for b in range(B):",
+            "        for j in range(H):",
+            "            y[b, j] = new[b, j] = path[1, b, j]",
             "",
         ])  # fmt: skip
 

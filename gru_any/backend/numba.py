@@ -18,7 +18,9 @@ from .packed import Packed, addresses, own, product
 from .single import outer, times
 from .threads import ALONE, GRAIN, count, split, together
 
-FEW = 8  # so few rows in all are not worth a copy of the matrix
+FEW = 8  # rows at once of which each may meet a matrix alone
+SHORT, LONG = 12, 100  # rows, steps counted, up to which no copy pays, and from which one does
+WORTH = 4_000_000  # multiply-adds of those between that are worth copies
 SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
 SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
 NOTHING = np.zeros((0, 0), bool)
@@ -27,9 +29,12 @@ NOTHING = np.zeros((0, 0), bool)
 class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
 
-    def laid_out(self, W: Any, rows: int) -> Any:
+    def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         """As `Plain.laid_out`."""
-        return W if rows <= FEW or W.dtype.kind == "c" else Packed(W)
+        if isinstance(U, Packed) or U.dtype.kind == "c":
+            return W, U
+        few = rows <= LONG and rows * (W.size + U.size) <= WORTH
+        return (W, U) if few or rows <= SHORT else (Packed(W), Packed(U))
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """As `Plain.affine`, but still to be computed, by the walk."""
@@ -44,18 +49,22 @@ class Numba(NumPy):
         if W.dtype.kind == "c":
             return super().prepared(step, W, b, recurrent)
         U, *vectors = recurrent
-        many = super().prepared(step, Packed(W), b, (Packed(U), *vectors))
-        call = forward_walk(step, len(recurrent) - 1, False, W.dtype).step
-        b = np.zeros(len(W), W.dtype) if b is None else b
-        W, b, *others = map(own, (W, b, *recurrent))
+        many = self.single(step, Packed(W), b, (Packed(U), *vectors))
+        walk, H = forward_walk(step, len(vectors), False, W.dtype), len(U) // 3
+        b = np.zeros(3 * H, W.dtype) if b is None else b
+        turned = [W.T, *(U[rows].T for rows in walk.thirds(H))]
+        weights = np.concat([v.ravel() for v in (*turned, b, *vectors)])
+        few = walk.step
 
         def one(x: Any, h: Any) -> Any:
             if len(x) > FEW:
                 return many(x, h)
+            y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
             try:
-                return call(x, W, b, h, *others)
+                few(x, h, y, new, weights)
             except TypeError:  # not of the types that it was compiled for
-                return call(own(x), W, b, own(h), *others)
+                few(own(x), own(h), y, new, weights)
+            return y, new
 
         return one
 
@@ -76,7 +85,7 @@ class Numba(NumPy):
         walk, H = forward_walk(step, len(vectors), keep, h.dtype), len(U) // 3
         if isinstance(a, Input):
             (x, W, b), (K, B, _) = a, a.x.shape
-            a = empty((K if B < FEW else 1, B, 3 * H), h.dtype)
+            a = empty((K if B < FEW or not isinstance(U, Packed) else 1, B, 3 * H), h.dtype)
         else:
             x, W, b, (K, B, _) = a[..., :0], U, None, a.shape
         b = np.zeros(3 * H, h.dtype) if b is None else b
@@ -227,18 +236,20 @@ class Walk:
 
     @cached_property
     def step(self) -> Any:
-        """That for a few rows of one step forward: x, W, b, h, U, ... -> h'."""
+        """That for few rows and a single step; see `Layout.step`."""
         vectors = [name for name in self.arrays if name[0] == "c"]
-        source = self.layout.few(self.arrays, self.made, self.dtype)
-        return compiled(source + self.layout.step(vectors, self.dtype)).step
+        return compiled(self.layout.step(vectors, self.made, self.dtype)).step
+
+    def thirds(self, H: int) -> list[slice]:
+        """The rows of U in each product."""
+        return [slice(op.rows.start * H, op.rows.stop * H) for op in self.layout.products]
 
     def __call__(self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Any) -> None:
         """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
         B, H = state.shape[1:]
-        thirds = [slice(op.rows.start * H, op.rows.stop * H) for op in self.layout.products]
         matrices = [
             U.panels(rows, op.transposed, len(op.outputs))
-            for rows, op in zip(thirds, self.layout.products, strict=True)
+            for rows, op in zip(self.thirds(H), self.layout.products, strict=True)
         ]
         buffers = [np.empty((B, n * H), state.dtype) for n in self.layout.buffers.values()]
         arrays = [*matrices, *arrays, *buffers]

@@ -15,9 +15,9 @@ class Plain:
     def __init__(self, xp: Any, device: Any) -> None:
         self.xp, self.device = xp, device
 
-    def laid_out(self, W: Any, rows: int) -> Any:
-        """The weights W as a sweep that multiplies so many rows, steps counted, likes them."""
-        return W
+    def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
+        """The weights as a sweep that multiplies so many rows, steps counted, likes them."""
+        return W, U
 
     def wide(self, v: Any, dtype: Any) -> Any:
         """V as a sweep takes it: in the dtype of the arithmetic, which is float32 for halves."""
@@ -56,15 +56,22 @@ class Plain:
             saved.reverse()
         return xp.stack(states), self._stack(saved) if keep else None
 
-    def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """A function x (B, I), h (B, H) -> the next h, with these weights, for streams."""
+    def single(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+        """A function x (B, I), h (B, H) -> the next h, with these weights, and a copy of it."""
+        U, *vectors = recurrent
 
         def one(x: Any, h: Any) -> Any:
-            a = self.affine(x[None, :, :], W, b)
-            path, _ = self.forward(step, a, h, recurrent, None, False, False)
-            return path[1, :, :]
+            left, right = self.laid_out(W, U, x.shape[0])
+            a = self.affine(x[None, :, :], left, b)
+            path, _ = self.forward(step, a, h, (right, *vectors), None, False, False)
+            new = path[1, :, :]
+            return new, self.xp.asarray(new, copy=True)
 
         return one
+
+    def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+        """As `single`, for a stream of steps: it may work on copies of the weights."""
+        return self.single(step, W, b, recurrent)
 
     def backward(
         self,

@@ -50,12 +50,12 @@ class Backend:
     def __reduce__(self) -> Any:
         return select, (self.name, None if self.name == "numpy" else str(self.device))
 
-    @property
+    @cached_property
     def host(self) -> bool:
         """Whether arrays can be looked at without waiting for a device."""
         return self.name == "numpy"
 
-    @property
+    @cached_property
     def cuda(self) -> bool:
         """Whether arrays live on a CUDA device, or on one that the host plays."""
         return self.name in ("cupy", cuda.FAKE)
