@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS = "gru_any/equations.py"
+PYTEST = ["pytest", "-qx", "-n0", "-p", "no:cacheprovider", "--hypothesis-profile=noticed"]
 TESTS = ["tests/test_sequences.py", "-k", "by_hand or ragged_batch"]
 PROOFS = [
     "tests/test_gradients.py",
@@ -87,7 +88,7 @@ def noticed(path: str, file: str, text: str) -> bool:
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"} | PATHS[path]
         return any(
             subprocess.run(
-                [sys.executable, "-m", "pytest", "-qx", "-n0", "-p", "no:cacheprovider", *tests],
+                [sys.executable, "-m", *PYTEST, *tests],
                 cwd=folder,
                 env=environment,
                 capture_output=True,

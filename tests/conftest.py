@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -57,6 +57,10 @@ def at_once(work: Callable[[int], Any], count: int) -> None:
 
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
+# for who asks whether a test fails, but not for the simplest example
+settings.register_profile(
+    "noticed", settings.get_profile("suite"), phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile("suite")
 
 
