@@ -17,6 +17,7 @@ from replaced import replaced
 from gru_any import GRU, equations, gradcheck
 from gru_any.backend import NUMPY, runner, threads
 from gru_any.backend.run import forget
+from gru_any.stream import Stream
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 WAYS = [*PATHS[1:], *(["packed"] if "compiled" in PATHS else [])]
@@ -150,6 +151,28 @@ def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkey
         assert np.allclose(gru(x)[0], expected, rtol=1e-13)
         monkeypatch.setattr(equations, name_back, back)
         gradcheck(gru, x, directions=1, vanishing=[])
+
+
+def by_rows_and_columns(xp, a, h, U):
+    """A step that multiplies by a matrix, and by another turned."""
+    H, (u, v, w) = h.shape[-1], equations.thirds(a)
+    return xp.tanh(u + v * (h @ U[:H, :])) + w * (h @ U[H : 2 * H, :].T), ()
+
+
+@EVERY
+@pytest.mark.parametrize("B", [1, 9])
+def test_replace_an_equation_and_a_stream_follows(path, B, monkeypatch):
+    monkeypatch.setattr(equations, "reset_before", by_rows_and_columns)
+    gru, rng = GRU(3, 4, dtype="float64", seed=0), np.random.default_rng(0)
+    x, state = rng.standard_normal((B, 3)), rng.standard_normal((1, B, 4))
+    found = []
+    for way in ("plain", path):
+        with running(way):
+            stream = Stream(gru)
+            stream.state = state
+            found.append([stream.step(x), stream.state[0], gru.step(x, state)[0]])
+    for v in (*found[0][1:], *found[1]):
+        assert np.allclose(v, found[0][0], rtol=1e-13)
 
 
 def doubled(xp, h, saved, da, dq=None):

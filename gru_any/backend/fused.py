@@ -346,11 +346,11 @@ class Layout:
     def step(self, vectors: list[str], made: dict[str, str], dtype: str) -> str:
         """A module with `step` for few rows, x (B, I), h (B, H) -> new (B, H), and the same as y.
 
-        weights: W (I, 3H), of U (3H, H) the rows of each product, turned, bias, and the vectors.
+        weights: W (I, 3H), turned, the matrix of each product as it is read, bias, and the vectors.
         """
         shapes = {"W": "(x.shape[1], 3 * H)"}
         for name, op in zip(self.matrices(), self.products, strict=True):
-            shapes[name] = f"(H, {op.rows.stop - op.rows.start} * H)"
+            shapes[name] = f"({len(op.inputs)} * H, {len(op.outputs)} * H)"
         shapes |= {"bias": "(3 * H,)"} | dict.fromkeys(vectors, "(H,)")
         room = made | {name: f"(B, {n} * H)" for name, n in self.buffers.items()}
         matrix = f"{dtype}[:, ::1]"

@@ -52,8 +52,7 @@ class Numba(NumPy):
         many = self.single(step, Packed(W), b, (Packed(U), *vectors))
         walk, H = forward_walk(step, len(vectors), False, W.dtype), len(U) // 3
         b = np.zeros(3 * H, W.dtype) if b is None else b
-        turned = [W.T, *(U[rows].T for rows in walk.thirds(H))]
-        weights = np.concat([v.ravel() for v in (*turned, b, *vectors)])
+        weights = np.concat([v.ravel() for v in (W.T, *walk.read(U), b, *vectors)])
         few = walk.step
 
         def one(x: Any, h: Any) -> Any:
@@ -243,6 +242,11 @@ class Walk:
     def thirds(self, H: int) -> list[slice]:
         """The rows of U in each product."""
         return [slice(op.rows.start * H, op.rows.stop * H) for op in self.layout.products]
+
+    def read(self, U: Any) -> list[Any]:
+        """The matrix by which each product multiplies from the right."""
+        pairs = zip(self.thirds(U.shape[1]), self.layout.products, strict=True)
+        return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
     def __call__(self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Any) -> None:
         """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
