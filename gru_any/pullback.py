@@ -32,6 +32,8 @@ class Pullback:
         """Return dL/dh (L*D, T, B, H) of every step, all that reaches it counted; 0 at padding."""
         taps: dict[int, dict[int, Any]] = {}
         self._back(dy, dh_n, taps)
+        if not self._entry.x.shape[0]:
+            return self._gru._no_steps(self._entry)
         xp = self._gru.backend.xp
         rows = [
             xp.concat([blocks[t] for t in sorted(blocks)]) for _, blocks in sorted(taps.items())

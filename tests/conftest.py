@@ -36,11 +36,17 @@ def running(path: str) -> Iterator[None]:
     """Run blocks in this way, inside of the context; "packed": compiled, with copies of weights."""
     from gru_any.backend import run
 
-    with pytest.MonkeyPatch.context() as patch:
-        if path == "packed":
-            for name in ("SHORT", "LONG"):
-                patch.setattr(f"gru_any.backend.numba.{name}", 0)
+    with pytest.MonkeyPatch.context() as patch, copying(path == "packed"):
         patch.setattr(run, "chosen", "compiled" if path == "packed" else path)
+        yield
+
+
+@contextmanager
+def copying(always: bool) -> Iterator[None]:
+    """Where blocks are compiled: with copies of weights however few the rows, or as it likes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SHORT", "LONG") if always and "compiled" in PATHS else ():
+            patch.setattr(f"gru_any.backend.numba.{name}", 0)
         yield
 
 

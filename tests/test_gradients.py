@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import running
+from conftest import copying, running
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,9 +43,12 @@ def problem(gru, T, B, seed, h0, layout="batch"):
     ragged=st.booleans(),
     h0=st.booleans(),
     layout=st.sampled_from(["time", "batch", "single"]),
+    copied=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_gru(method, reset_after, sizes, layers, bidirectional, bias, ragged, h0, layout, seed):
+def test_any_gru(
+    method, reset_after, sizes, layers, bidirectional, bias, ragged, h0, layout, copied, seed
+):
     T, B, I, H = sizes
     gru = GRU(
         I,
@@ -65,7 +68,9 @@ def test_any_gru(method, reset_after, sizes, layers, bidirectional, bias, ragged
     vanishing = []
     if not h0 and T == 1:  # from a zero state nothing reaches the recurrent weights in one step
         vanishing = [f"weight_hh_l{k}{s}" for k in range(layers) for s in gru.suffixes]
-    gradcheck(gru, x, h, method=method, seed=seed, vanishing=vanishing, directions=1, **options)
+    options |= {"method": method, "seed": seed, "vanishing": vanishing, "directions": 1}
+    with copying(copied):
+        gradcheck(gru, x, h, **options)
 
 
 @METHODS

@@ -204,6 +204,8 @@ def test_nothing_is_legal(backend, reset_after, shape):
     for name, g in grads.items():
         assert g.shape == gru.params[name].shape
         assert not backend.host(g).any()
+    assert pullback.taps(dy).shape == (4, *shape, 4)
+    assert gru.taps(backend.put(np.zeros((*shape, 3), "float32")))["z"].shape == (4, *shape, 4)
 
 
 @VARIANTS
