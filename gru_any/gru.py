@@ -264,16 +264,10 @@ class GRU(Layer):
         entry = self._enter(x, h0, lengths)
         given, full = self._given(entry, None)
         _, tapes = self._stack.forward(full, True, None, True, given)
-        xp, names = self.backend.xp, ("r", "z", "n", "h")
-        if not entry.x.shape[0]:
-            return {k: self._no_steps(entry) for k in names}
-        rows = [sweep.gates(tape) for layer in tapes for sweep, tape in layer.sweeps]
+        xp = self.backend.xp
+        rows = [sweep.gates(layer.x, tape) for layer in tapes for sweep, tape in layer.sweeps]
+        names = ("r", "z", "n", "h")
         return {k: self._stored(xp.stack([row[i] for row in rows])) for i, k in enumerate(names)}
-
-    def _no_steps(self, entry: Entry) -> Any:
-        """Taps of a sequence without steps, (L*D, 0, B, H)."""
-        states, B, H = entry.h0.shape
-        return self.backend.zeros((states, 0, B, H), self.dtype)
 
     # from the user's arrays to time-major ones, and back -----------------------------------------
 

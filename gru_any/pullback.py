@@ -30,17 +30,13 @@ class Pullback:
 
     def taps(self, dy: Any, dh_n: Any = None) -> Any:
         """Return dL/dh (L*D, T, B, H) of every step, all that reaches it counted; 0 at padding."""
-        taps: dict[int, dict[int, Any]] = {}
+        gru, (states, B, H) = self._gru, self._entry.h0.shape
+        shape, stack = (self._entry.x.shape[0], B, H), gru._stack
+        taps = [stack.run.output(shape, stack.dtype) for _ in range(states)]
         self._back(dy, dh_n, taps)
-        if not self._entry.x.shape[0]:
-            return self._gru._no_steps(self._entry)
-        xp = self._gru.backend.xp
-        rows = [
-            xp.concat([blocks[t] for t in sorted(blocks)]) for _, blocks in sorted(taps.items())
-        ]
-        return self._gru._stored(xp.stack(rows))
+        return gru._stored(gru.backend.xp.stack([tap.array() for tap in taps]))
 
-    def _back(self, dy: Any, dh_n: Any, taps: dict[int, Any] | None) -> Any:
+    def _back(self, dy: Any, dh_n: Any, taps: list[Any] | None) -> Any:
         gru, entry = self._gru, self._entry
         refuse_stale(gru.params, self._version)
         given, stack = self._enter(dy, dh_n), gru._stack

@@ -80,11 +80,11 @@ class Stack(NamedTuple):
         return (y, self._together(states)), tapes
 
     def backward(
-        self, given: Back, tapes: list[LayerTape], taps: dict[int, Any] | None = None
+        self, given: Back, tapes: list[LayerTape], taps: list[Any] | None = None
     ) -> tuple[Any, None]:
         """Walk all layers back -> (the gradients by name, dx, dh0 (L*D, B, H)), and no tape.
 
-        taps: a dict that is given a dict for each state, as `Sweep.backward` fills it.
+        taps: an output for each state, as `Sweep.backward` fills it.
         """
         grads: dict[str, Any] = {}
         dh0: list[Any] = []
@@ -138,7 +138,7 @@ class Stack(NamedTuple):
         D, H, total, dh0, calls = len(tape.sweeps), dh_n.shape[-1], None, [], []
         for d, (sweep, kept) in enumerate(tape.sweeps):
             part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
-            tap = None if taps is None else taps.setdefault(layer * D + d, {})
+            tap = None if taps is None else taps[layer * D + d]
             dh = dh_n[layer * D + d, :, :]
             calls.append(partial(sweep.backward, tape.x, kept, part, dh, tap))
         for d, (dx, dh, of_weights) in enumerate(self.run.parallel(calls)):

@@ -117,11 +117,11 @@ class Sweep(NamedTuple):
         return (None if y is None else y.array()), h, tape
 
     def backward(
-        self, x: Any, tape: list[Segment], dy: Any, dh: Any, taps: dict[int, Any] | None = None
+        self, x: Any, tape: list[Segment], dy: Any, dh: Any, taps: Any = None
     ) -> tuple[Any, Any, list[Any]]:
         """Dy (T, B, H) or None, dh (B, H) -> dx (T, B, I), dh0 (B, H), [dW, db, dU, ...].
 
-        taps: a dict that is given dL/dh' (K, B, H) of each block under its first step.
+        taps: an output, into which dL/dh' (K, B, H) of each block is put.
         """
         dx, weights = self.run.output(x.shape, x.dtype), self._laid_out(x)
         total: list[Any] = []
@@ -133,7 +133,7 @@ class Sweep(NamedTuple):
                 total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
                 dx.put(block, self._stored(piece, x))
                 if taps is not None:
-                    taps[block.start] = self._clean(g, block)
+                    taps.put(block, self._clean(g, block))
         return dx.array(), dh, total or self._zeros()
 
     def _zeros(self) -> list[Any]:
@@ -142,15 +142,16 @@ class Sweep(NamedTuple):
         like = [W, W[:, 0], U, *(U[:, 0] for _ in c)]
         return [self.run.xp.zeros_like(v) for v in like]
 
-    def gates(self, tape: list[Segment]) -> list[Any]:
+    def gates(self, x: Any, tape: list[Segment]) -> list[Any]:
         """What a tape that keeps everything holds: r, z, n and h', each (T, B, H)."""
-        xp, pieces = self.run.xp, []
+        shape = (*x.shape[:2], self.weights.recurrent[0].shape[-1])
+        outputs = [self.run.output(shape, self.dtype) for _ in range(4)]
         for segment in tape:
             for block, kept in zip(segment.blocks, segment.kept or [], strict=True):
                 arrays = (*kept.saved[:3], self._after(kept.path))
-                pieces.append((block.start, [self._clean(v, block) for v in arrays]))
-        pieces.sort(key=lambda piece: piece[0])
-        return [xp.concat([arrays[i] for _, arrays in pieces], axis=0) for i in range(4)]
+                for output, v in zip(outputs, arrays, strict=True):
+                    output.put(block, self._clean(v, block))
+        return [output.array() for output in outputs]
 
     def _recompute(self, weights: Weights, x: Any, segment: Segment) -> list[Kept]:
         kept, h = [], segment.h
