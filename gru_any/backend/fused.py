@@ -22,40 +22,37 @@ flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits what
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
-def dots(x, U, y, gates, left, right):
-    """y = x U^T in some units of each gate, for one row, where U is not worth packing."""
-    H = len(U) // gates
-    for g in range(gates):
-        V, w = U[g * H + left : g * H + right], y[g * H + left : g * H + right]
-        four = len(V) - len(V) % 4
-        for k in range(0, four, 4):
-            p = q = r = s = f(0)
-            for j in range(len(x)):
-                p += x[j] * V[k, j]
-                q += x[j] * V[k + 1, j]
-                r += x[j] * V[k + 2, j]
-                s += x[j] * V[k + 3, j]
-            w[k], w[k + 1], w[k + 2], w[k + 3] = p, q, r, s
-        for k in range(four, len(V)):
-            p = f(0)
-            for j in range(len(x)):
-                p += x[j] * V[k, j]
-            w[k] = p
+def dots(x, U, y):
+    """y = x U^T for one row, where U is not worth packing."""
+    four = len(U) - len(U) % 4
+    for k in range(0, four, 4):
+        p = q = r = s = f(0)
+        for j in range(len(x)):
+            p += x[j] * U[k, j]
+            q += x[j] * U[k + 1, j]
+            r += x[j] * U[k + 2, j]
+            s += x[j] * U[k + 3, j]
+        y[k], y[k + 1], y[k + 2], y[k + 3] = p, q, r, s
+    for k in range(four, len(U)):
+        p = f(0)
+        for j in range(len(x)):
+            p += x[j] * U[k, j]
+        y[k] = p
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
-def sums(x, U, y, left, right):
-    """y = x U in some columns, likewise."""
-    w, four = y[left:right], len(U) - len(U) % 4
-    w[:] = f(0)
+def sums(x, U, y):
+    """y = x U, likewise."""
+    four = len(U) - len(U) % 4
+    y[:] = f(0)
     for k in range(0, four, 4):
         p, q, r, s = x[k], x[k + 1], x[k + 2], x[k + 3]
-        c, d, e, g = U[k, left:], U[k + 1, left:], U[k + 2, left:], U[k + 3, left:]
-        for j in range(len(w)):
-            w[j] += p * c[j] + q * d[j] + (r * e[j] + s * g[j])
+        c, d, e, g = U[k], U[k + 1], U[k + 2], U[k + 3]
+        for j in range(len(y)):
+            y[j] += p * c[j] + q * d[j] + (r * e[j] + s * g[j])
     for k in range(four, len(U)):
-        for j in range(len(w)):
-            w[j] += x[k] * U[k, left + j]
+        for j in range(len(y)):
+            y[j] += x[k] * U[k, j]
 
 
 @njit(**flags)
@@ -71,7 +68,7 @@ def part(v, start, shape):
 def affine(x, W, b, a):
     """a = x W^T + b, likewise."""
     for r in range(len(x)):
-        dots(x[r], W, a[r], 1, 0, len(W))
+        dots(x[r], W, a[r])
         for j in range(len(b)):
             a[r, j] += b[j]
 
@@ -221,14 +218,9 @@ class Layout:
         x, y = left.argument(), out.argument()
         matrix, gates = f"M{self.products.index(op)}", len(op.outputs)
         if few:
-            row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H], {matrix}, {y}[b]"
-            if turned:
-                call = f"sums({row}, 0, {gates} * H)"
-            elif op.transposed:
-                call = f"dots({row}, np.intp({gates}), left, right)"
-            else:
-                call = f"sums({row}, left, right)"
-            return ["for b in range(first, last):", f"    {call}"]
+            way = "dots" if op.transposed and not turned else "sums"
+            row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
+            return ["for b in range(first, last):", f"    {way}({row}, {matrix}, {y}[b])"]
         places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
         return [f"multiply(functions[{gates - 1}], np.intp({gates}), {places})"]
 
@@ -365,7 +357,7 @@ class Layout:
             "    for b in range(B):",
             "        for j in range(H):",
             "            path[0, b, j] = h[b, j]",
-            "        sums(x[b], W, a[0, b], 0, 3 * H)",
+            "        sums(x[b], W, a[0, b])",
             "        for j in range(3 * H):",
             "            a[0, b, j] += bias[j]",
             "    first, last, left, right, t, s, i, o = 0, B, 0, H, 0, 0, 0, 1",

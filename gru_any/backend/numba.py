@@ -61,7 +61,7 @@ class Numba(NumPy):
             y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
             try:
                 few(x, h, y, new, weights)
-            except TypeError:  # not of the types that it was compiled for
+            except TypeError:  # as in `_tolerant`, without the cost of its call
                 few(own(x), own(h), y, new, weights)
             return y, new
 
@@ -239,22 +239,20 @@ class Walk:
         vectors = [name for name in self.arrays if name[0] == "c"]
         return compiled(self.layout.step(vectors, self.made, self.dtype)).step
 
-    def thirds(self, H: int) -> list[slice]:
-        """The rows of U in each product."""
-        return [slice(op.rows.start * H, op.rows.stop * H) for op in self.layout.products]
+    def products(self, H: int) -> list[tuple[slice, Any]]:
+        """Each product, with the rows of U in it."""
+        products = self.layout.products
+        return [(slice(op.rows.start * H, op.rows.stop * H), op) for op in products]
 
     def read(self, U: Any) -> list[Any]:
         """The matrix by which each product multiplies from the right."""
-        pairs = zip(self.thirds(U.shape[1]), self.layout.products, strict=True)
+        pairs = self.products(U.shape[1])
         return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
     def __call__(self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Any) -> None:
         """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
         B, H = state.shape[1:]
-        matrices = [
-            U.panels(rows, op.transposed, len(op.outputs))
-            for rows, op in zip(self.thirds(H), self.layout.products, strict=True)
-        ]
+        matrices = [U.panels(rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
         buffers = [np.empty((B, n * H), state.dtype) for n in self.layout.buffers.values()]
         arrays = [*matrices, *arrays, *buffers]
         zeros, walk, functions = np.zeros(3 * H, state.dtype), self.walk, addresses(state.dtype)

@@ -17,12 +17,12 @@ def outer(x, y, out):
 
 @njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
 def plain(x, M, y):
-    sums(x, M, y, 0, len(y))
+    sums(x, M, y)
 
 
 @njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
 def transposed(x, M, y):
-    dots(x, M, y, 1, 0, len(y))
+    dots(x, M, y)
 """
 
 
