@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from . import equations
+from . import arguments, equations
 from .backend import runner
 from .errors import check_shape
 from .init import uniform
-from .params import Layer, check_sizes, refuse_stale
+from .params import Layer, refuse_stale
 from .sweep import Sweep
 from .weights import parameter_shapes, variant_advice, weights
 
@@ -54,7 +54,10 @@ class GRUCell(Layer):
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
+        input_size = arguments.size("input_size", input_size)
+        hidden_size = arguments.size("hidden_size", hidden_size)
+        bias = arguments.flag("bias", bias)
+        reset_after = arguments.flag("reset_after", reset_after)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.bias, self.reset_after = bias, reset_after
         rng, bound = np.random.default_rng(seed), 1 / math.sqrt(hidden_size)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from . import equations
+from . import arguments, equations
 from .backend import runner, to_numpy
 from .errors import check_shape
 from .init import uniform
-from .params import Layer, check_rng, check_sizes
+from .params import Layer
 from .pullback import Entry, Pullback
 from .stack import Given, Stack
 from .sweep import Padding
@@ -111,9 +111,21 @@ class GRU(Layer):
         recompute: str | int | None = None,
         reverse: bool = False,
     ) -> None:
-        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        _check_dropout(dropout, num_layers)
-        _check_recompute(recompute)
+        input_size = arguments.size("input_size", input_size)
+        hidden_size = arguments.size("hidden_size", hidden_size)
+        num_layers = arguments.size("num_layers", num_layers)
+        bias, batch_first, bidirectional, reset_after, reverse = (
+            arguments.flag(name, value)
+            for name, value in (
+                ("bias", bias),
+                ("batch_first", batch_first),
+                ("bidirectional", bidirectional),
+                ("reset_after", reset_after),
+                ("reverse", reverse),
+            )
+        )
+        dropout = _dropout(dropout, num_layers)
+        recompute = _recompute(recompute)
         _check_precision(precision)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
@@ -199,7 +211,7 @@ class GRU(Layer):
             None, it returns dL/d of the parameters (a dict), of x and of h0. It may be called
             again. `pullback.taps(dy, dh_n)` returns dL/dh (L*D, T, B, H) of every step.
         """
-        check_rng(rng)
+        arguments.generator("rng", rng)
         self._refuse_complex()
         entry = self._enter(x, h0, lengths)
         (y, h_n), tapes = self._call(entry, keep=True, rng=rng)
@@ -371,14 +383,14 @@ class GRU(Layer):
         return max(1, math.isqrt(T)) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]
 
 
-def _check_dropout(dropout: float, num_layers: int) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout!r}, expected 0 <= dropout < 1")
+def _dropout(dropout: Any, num_layers: int) -> float:
+    dropout = arguments.number("dropout", dropout, below=1)
     if dropout and num_layers == 1:
         raise ValueError(
             "dropout acts between layers, and num_layers is 1: set dropout=0, or put a Dropout "
             "layer after this one in a Chain"
         )
+    return dropout
 
 
 def _check_precision(precision: str) -> None:
@@ -386,7 +398,12 @@ def _check_precision(precision: str) -> None:
         raise ValueError(f'precision is {precision!r}, expected "full" or "tf32"')
 
 
-def _check_recompute(recompute: Any) -> None:
-    steps = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute > 0
-    if recompute not in (None, "sqrt") and not steps:
-        raise ValueError(f"recompute is {recompute!r}, expected None, 'sqrt' or a number of steps")
+def _recompute(recompute: Any) -> str | int | None:
+    if recompute is None or (isinstance(recompute, str) and recompute == "sqrt"):
+        return recompute
+    try:
+        return arguments.size("recompute", recompute)
+    except ValueError:
+        raise ValueError(
+            f"recompute is {recompute!r}, expected None, 'sqrt' or a number of steps"
+        ) from None

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from . import arguments
 from .backend import runner
 from .errors import check_shape
 from .init import uniform
-from .params import Layer, check_rng, check_sizes, refuse_stale
+from .params import Layer, refuse_stale
 
 
 class Linear(Layer):
@@ -48,7 +49,9 @@ class Linear(Layer):
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
-        check_sizes(in_features=in_features, out_features=out_features)
+        in_features = arguments.size("in_features", in_features)
+        out_features = arguments.size("out_features", out_features)
+        bias = arguments.flag("bias", bias)
         self.in_features, self.out_features, self.bias = in_features, out_features, bias
         rng, bound = np.random.default_rng(seed), 1 / math.sqrt(in_features)
         shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
@@ -125,7 +128,7 @@ class Embedding(Layer):
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
-        check_sizes(n=n, size=size)
+        n, size = arguments.size("n", n), arguments.size("size", size)
         self.n, self.size = n, size
         table = np.random.default_rng(seed).standard_normal((n, size))
         self._create({"n": n, "size": size}, backend, device, dtype, [("weight", table)])
@@ -178,9 +181,7 @@ class Dropout(Layer):
     def __init__(
         self, p: float = 0.5, *, backend: Any = None, device: Any = None, dtype: str = "float32"
     ) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"p is {p!r}, expected 0 <= p < 1")
-        self.p = p
+        self.p = p = arguments.number("p", p, below=1)
         self._create({"p": p}, backend, device, dtype, [])
 
     def __call__(self, x: Any) -> Any:
@@ -190,7 +191,7 @@ class Dropout(Layer):
 
     def vjp(self, x: Any, rng: Any = None) -> Any:
         """Return y, and `pullback(dy) -> {}, dx`, which may be called again."""
-        check_rng(rng)
+        arguments.generator("rng", rng)
         x, shape = self(x), tuple(x.shape)
         mask = self._mask(rng, shape, self.p)
 

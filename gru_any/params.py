@@ -184,16 +184,3 @@ def refuse_stale(params: Params, version: int) -> None:
             "parameters were replaced between vjp and its pullback: call the pullback before the "
             "optimiser's step"
         )
-
-
-def check_sizes(**sizes: Any) -> None:
-    """Raise where a size is not an integer of at least 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name} is {size!r}, expected an integer of at least 1")
-
-
-def check_rng(rng: Any) -> None:
-    """Raise where rng is no generator: a seed in its place would repeat the same mask."""
-    if rng is not None and not isinstance(rng, np.random.Generator):
-        raise TypeError(f"rng is {rng!r}, expected a numpy Generator: numpy.random.default_rng(0)")

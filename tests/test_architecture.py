@@ -14,6 +14,7 @@ EACH = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative
 
 # what each file imports that is neither ours nor Python's; the backend's files are free
 HOST = [
+    "arguments",
     "cell",
     "checks",
     "data",
@@ -61,7 +62,7 @@ LAYERS = [
     {"weights"},
     {"params", "sweep"},
     {"equations", "init"},
-    {"backend", "errors"},
+    {"arguments", "backend", "errors"},
     {"trace", "formulas"},
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -1,5 +1,7 @@
 """Bad input: each is refused in words that name the argument, or gives the right numbers."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import require
@@ -221,3 +223,31 @@ def test_complex_serves_the_forward_call_alone():
         gru.vjp(x)
     with pytest.raises(TypeError, match="complex128"):
         GRUCell(3, 4, dtype="complex128").vjp(x[0])
+
+
+@pytest.mark.parametrize("make", [lambda v: GRU(3, v), lambda v: GRU(v, 4), lambda v: Linear(v, 2)])
+@pytest.mark.parametrize("bad", [True, np.bool_(True), 4.0, "4", 0, -1, None, np.array([4])])
+def test_sizes_are_integers_and_no_bools(make, bad):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        make(bad)
+
+
+def test_settings_given_as_numpy_scalars_can_be_written_to_json():
+    gru = GRU(np.int64(3), np.uint8(4), np.int32(2), dropout=np.float32(0.5), bias=np.True_)
+    assert json.loads(json.dumps(gru.settings)) == gru.settings
+    assert gru.settings["dropout"] == 0.5
+    layer = Linear(np.int64(3), np.int16(2), bias=np.False_)
+    assert json.loads(json.dumps(layer.settings)) == layer.settings
+
+
+@pytest.mark.parametrize("name", ["bias", "batch_first", "bidirectional", "reset_after", "reverse"])
+@pytest.mark.parametrize("bad", ["False", 0, 1, None])
+def test_a_switch_is_true_or_false(name, bad):
+    with pytest.raises(TypeError, match=f"{name} is {bad!r}, expected True or False"):
+        GRU(3, 4, **{name: bad})
+
+
+@pytest.mark.parametrize("bad", ["0.5", True, None, np.array([0.5]), 0.5j])
+def test_dropout_is_a_number(bad):
+    with pytest.raises(TypeError, match="expected 0 <= dropout < 1"):
+        GRU(3, 4, 2, dropout=bad)
