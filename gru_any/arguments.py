@@ -59,7 +59,7 @@ def number(
     if below < math.inf:
         bounds = f"{low:g} {'<' if above else '<='} {name} < {below:g}"
     wrong = isinstance(value, (str, bytes, bool, np.bool_, complex))
-    if wrong or getattr(value, "ndim", 0):
+    if wrong or np.ndim(value):
         raise TypeError(f"{name} is {value!r}, expected {bounds}")
     try:
         real = float(value)
