@@ -39,6 +39,12 @@ class Program(NamedTuple):
     result: int
     extras: list[tuple[int, ...]]
 
+    def __str__(self) -> str:
+        """A line for each operation; the rows of the matrix U are counted in units of H."""
+        inputs = "; ".join(_listed(columns) or "U" for columns in self.inputs)
+        results = "; ".join(map(_listed, [(self.result,), *self.extras]))
+        return "\n".join([f"inputs {inputs}", *map(_line, self.ops), f"return {results}"])
+
     def without_extras(self) -> "Program":
         """The same for the result alone."""
         return self._replace(extras=[]).needed()
@@ -52,6 +58,23 @@ class Program(NamedTuple):
                 ops.append(op)
                 needed |= {i for i in op.inputs if not isinstance(i, float)}
         return self._replace(ops=ops[::-1])
+
+
+INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
+
+
+def _listed(columns: tuple[int, ...]) -> str:
+    return ", ".join(f"v{i}" for i in columns)
+
+
+def _line(op: Op | Product) -> str:
+    if isinstance(op, Product):
+        rows = f"U[{op.rows.start}:{op.rows.stop}]" + ".T" * op.transposed
+        return f"  {_listed(op.outputs)} = ({_listed(op.inputs)}) @ {rows}"
+    inputs = [f"{i:g}" if isinstance(i, float) else f"v{i}" for i in op.inputs]
+    if op.name in INFIX:
+        return f"  v{op.output} = {inputs[0]} {INFIX[op.name]} {inputs[1]}"
+    return f"  v{op.output} = {op.name}({', '.join(inputs)})"
 
 
 MATRIX = "matrix"

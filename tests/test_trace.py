@@ -98,3 +98,20 @@ def test_an_input_times_one_is_a_result_of_its_own():
 def test_what_cannot_be_traced_is_said():
     with pytest.raises(AttributeError, match=r"xp\.exp cannot be traced"):
         trace(lambda xp, h: (xp.exp(h), ()), 1)
+
+
+def test_a_program_prints_as_it_is_read():
+    def step(xp, a, h, U):
+        q = h @ U[:2, :].T
+        n = xp.tanh(a + q[..., :1])
+        return 0.5 - n * q[..., 1:], (n,)
+
+    assert str(trace(step, 1, 1, MATRIX)).splitlines() == [
+        "inputs v0; v1; U",
+        "  v2, v3 = (v1) @ U[0:2].T",
+        "  v4 = v0 + v2",
+        "  v5 = tanh(v4)",
+        "  v6 = v5 * v3",
+        "  v7 = 0.5 - v6",
+        "return v7; v5",
+    ]
