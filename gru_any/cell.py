@@ -79,7 +79,7 @@ class GRUCell(Layer):
         return variant_advice(missing, unused)
 
     def __call__(self, x: Any, h0: Any = None) -> Any:
-        """X (B, I) or (I,), h0 (B, H) or (H,), zeros if None -> the next state, shaped like h0."""
+        """Return the next state (B, H) or (H,) of x (B, I) or (I,) and h0, zeros if None."""
         x3, h, shape = self._enter(x, h0)
         return self._leave(self._sweep().forward(x3, h)[1], shape)
 

@@ -62,7 +62,7 @@ class Linear(Layer):
         self._create(settings, backend, device, dtype, arrays)
 
     def __call__(self, x: Any) -> Any:
-        """X (..., I) -> (..., O)."""
+        """Return y (..., O) of x (..., I)."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(..., I)", {"I": self.in_features})
         y = self._rows(x) @ self._compute(self.params["weight"]).T
@@ -134,7 +134,7 @@ class Embedding(Layer):
         self._create({"n": n, "size": size}, backend, device, dtype, [("weight", table)])
 
     def __call__(self, x: Any) -> Any:
-        """X (...) of integers in 0..n-1 -> (..., size).
+        """Return the rows (..., size) of x (...), integers in 0..n-1.
 
         An index out of range raises IndexError where the array is on the host (NumPy). On a device
         that would mean to wait for it; there the row becomes NaN, and with it the next loss read.

@@ -33,7 +33,7 @@ class Back(NamedTuple):
 
 
 class LayerTape(NamedTuple):
-    """What the way back needs of one layer: its input, its dropout mask, its directions."""
+    """The residuals of one layer: its input, its dropout mask, its directions."""
 
     x: Any
     mask: Any

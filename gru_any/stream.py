@@ -115,7 +115,7 @@ class Stream:
             self._states = [self._without(h, rows) for h in self._states]
 
     def _without(self, h: Any, rows: Any) -> Any:
-        """H (L, B, H) with zeros in these rows."""
+        """Return h (L, B, H) with zeros in these rows of the batch."""
         rows = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows)
         if rows.dtype != bool or h.ndim != 3 or rows.shape != h.shape[1:2]:
             wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"

@@ -1,4 +1,4 @@
-"""Time: one layer in one direction over a whole sequence, and the way back.
+"""Time: one layer in one direction over a whole sequence, forward and backward.
 
 The sequence is cut into blocks of K steps. The input products and the gradients of the weights are
 one product a block, summed in the order of the blocks, so that what has to be in memory at once
@@ -56,14 +56,14 @@ class Padding(NamedTuple):
         return Alive(self.alive[block, :, :], self.full - block.start)
 
     def clean(self, xp: Any, v: Any, block: slice) -> Any:
-        """V (K, B, .) with zeros at the padded steps, whatever stood there."""
+        """Return v (K, B, .) with zeros at the padded steps, whatever stood there."""
         if block.stop <= self.full:
             return v
         return xp.where(self.alive[block, :, :], v, xp.zeros_like(v))
 
 
 class Kept(NamedTuple):
-    """What the way back needs of one block: the K + 1 states, and what each step saved."""
+    """The residuals of one block: its K + 1 states, and what each step saved."""
 
     path: Any
     saved: Any
@@ -96,10 +96,10 @@ class Sweep(NamedTuple):
     def forward(
         self, x: Any, h: Any, keep: bool = False, segment: int | None = None, outputs: bool = True
     ) -> tuple[Any, Any, list[Segment]]:
-        """X (T, B, I), h (B, H) -> y (T, B, H) or None, the last state (B, H), the tape.
+        """Run x (T, B, I) from h (B, H): y (T, B, H) or None, the last state (B, H), the tape.
 
-        keep: make the tape that `backward` needs; segment: how many steps are recomputed together
-        on the way back, None keeps everything.
+        keep: make the tape of residuals for `backward`. segment: the number of steps that the
+        backward pass recomputes together; None keeps everything.
         """
         y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
         weights = self._laid_out(x)

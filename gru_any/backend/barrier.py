@@ -1,9 +1,9 @@
-"""Threads that wait for one another in compiled code: a few that share one walk over the steps.
+"""A barrier for compiled code: a team of threads that share one recurrence over the steps.
 
-`sync` (8 (1 + members),) of int64: first how many members take part (0: not known yet; below 0: the
-walk is at its end or was given up), then for each member how often it has arrived, at the walk
-itself and at each meeting, each number in a line of the cache of its own. Whoever waits turns round
-for a while, then lets others run.
+`sync`: (8 (1 + members),) of int64. Its first element is the size of the team (0: not known yet;
+negative: the call has ended or was given up). One more element for each member counts its arrivals,
+at the start and at each barrier. Each stands in a cache line of its own, so that they do not share
+one. A waiting thread spins for a while, then yields its processor.
 """
 
 import os
@@ -14,14 +14,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LINE = 8  # numbers in a line of the cache
+LINE = 8  # elements of int64 in a cache line
 SPINS = 4000  # some microseconds
 YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
 
 @intrinsic
 def get(typing, array, i):  # type: ignore[no-untyped-def]
-    """array[i], as another thread has left it."""
+    """Load array[i] with acquire semantics: what its writer stored before is visible."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _place(context, builder, array, args)
@@ -32,7 +32,7 @@ def get(typing, array, i):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def put(typing, array, i, value):  # type: ignore[no-untyped-def]
-    """array[i] = value, after all that this thread has written before."""
+    """Store array[i] = value with release semantics: after all earlier stores of this thread."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[2], _place(context, builder, array, args), "release", 8)
@@ -43,7 +43,7 @@ def put(typing, array, i, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def others_first(typing):  # type: ignore[no-untyped-def]
-    """Let other threads run on this processor."""
+    """Yield the processor to other threads."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [])
@@ -60,7 +60,7 @@ def _place(context: Any, builder: Any, array: Any, args: Any) -> Any:
 
 @njit(nogil=True)
 def wait(sync, i, least):  # type: ignore[no-untyped-def]
-    """Until sync[i] is at least so much, or the walk was given up."""
+    """Wait until sync[i] >= least, or until the team was given up."""
     spins = 0
     while get(sync, i) < least and get(sync, 0) >= 0:
         spins += 1
@@ -70,7 +70,7 @@ def wait(sync, i, least):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def arrived(sync, most, patience):  # type: ignore[no-untyped-def]
-    """How many are there, the one who asks included, after looking so often at most."""
+    """Return how many members have arrived, the caller included, after at most `patience` looks."""
     there = 1
     for _ in range(patience):
         while there < most and get(sync, LINE * (there + 1)):
@@ -82,7 +82,7 @@ def arrived(sync, most, patience):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def members(sync, me):  # type: ignore[no-untyped-def]
-    """Arrive -> how many take part, as soon as it is known; 1 where the walk was given up."""
+    """Arrive, and return the size of the team once it is known; 1 where it was given up."""
     if len(sync) == 0:
         return 1
     put(sync, LINE * (me + 1), 1)
@@ -92,7 +92,7 @@ def members(sync, me):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def meet(sync, me, count, times):  # type: ignore[no-untyped-def]
-    """Wait until all members have come here as often; how often that is."""
+    """Wait at the barrier for all members, and return the number of the next barrier."""
     if count > 1:
         put(sync, LINE * (me + 1), times)
         for other in range(count):
@@ -102,6 +102,6 @@ def meet(sync, me, count, times):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def share(H, unit, me, count):  # type: ignore[no-untyped-def]
-    """The units of one member, from and to: whole pieces of so many."""
+    """Return the first and last unit of one member, in whole pieces of `unit`."""
     pieces = -(-H // unit)
     return unit * (me * pieces // count), min(H, unit * ((me + 1) * pieces // count))

@@ -1,8 +1,8 @@
-"""Memory for NumPy that is used again as soon as nobody refers to it any more.
+"""Buffers for NumPy that are reused as soon as no array refers to them.
 
-Fresh memory can cost more than the arithmetic on it: the system hands it out page by page, at the
-first touch. An array made here is a view of an owner; so is every view of it, and it is by the
-references to the owner that one sees whether the memory is free.
+Fresh memory can cost more than the arithmetic on it, since the system maps it page by page at the
+first touch. Each array made here is a view of an owner, and so is every view of that array; the
+owner's reference count therefore says whether its memory is free.
 """
 
 import math
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-LEAST = 2**16  # bytes; for less there is no new page
-MOST = 2**28  # bytes that are remembered
+LEAST = 2**16  # bytes; smaller arrays need no new page
+MOST = 2**28  # bytes that are kept at most
 _owners: dict[int, deque[Any]] = {}  # by their size
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """As numpy.empty, over memory that nobody uses; for what is not given to the user."""
+    """Return an uninitialised array over a free buffer. Never for arrays that a user receives."""
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST:
         return np.empty(shape, dtype)
@@ -27,14 +27,14 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def forget() -> None:
-    """Let go of all memory that nobody uses."""
+    """Release all free buffers."""
     _owners.clear()
 
 
 def _free(owners: deque[Any]) -> Any:
-    """A view of the first owner that nobody refers to; None where there is none.
+    """Return a view of the first owner without other references; None where there is none.
 
-    Whoever takes an owner off the list has it alone, in whatever thread.
+    A thread that pops an owner off the list is the only one that looks at it.
     """
     for _ in range(len(owners)):
         try:
@@ -57,7 +57,7 @@ def _new(size: int) -> Any:
 
 
 def _references() -> int:
-    """To an array that has no name but one."""
+    """Count the references to an array that one name alone refers to."""
     owner = deque([np.empty(1)]).popleft()
     return sys.getrefcount(owner)
 

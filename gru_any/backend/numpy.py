@@ -33,11 +33,9 @@ class NumPy(Plain):
         return turned(empty((K, N, B), dtype))
 
     def own(self, v: Any) -> Any:
-        """As `Plain.own`."""
         return v.copy()
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """As `Plain.affine`."""
         if x.dtype.kind == "c":
             return super().affine(x, W, b)
         (K, B, I), N = x.shape, len(W)
@@ -51,14 +49,13 @@ class NumPy(Plain):
         return a
 
     def rows(self, v: Any) -> Any:
-        """As `Plain.rows`."""
         if not v.flags.c_contiguous:
             v, given = empty(v.shape, v.dtype), v
             v[...] = given
         return v.reshape(math.prod(v.shape[:-1]), v.shape[-1]).view(Rows)  # faster than np.reshape
 
     def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        """As `Plain.gradients`; a product under a concat is written where it belongs."""
+        """Write each product under a concat directly into its place in the result."""
 
         def late(v: Any) -> Any:
             return self.rows(v).view(Late)
@@ -67,7 +64,6 @@ class NumPy(Plain):
         return map(np.asarray, found)
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """As `Plain.output`."""
         return Filled(np.empty(shape, dtype))
 
     def forward(
@@ -80,7 +76,6 @@ class NumPy(Plain):
         reverse: bool,
         keep: bool,
     ) -> tuple[Any, Any]:
-        """As `Plain.forward`."""
         if a.dtype.kind == "c":
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         (K, B, _), H = a.shape, h.shape[-1]
@@ -109,7 +104,6 @@ class NumPy(Plain):
         reverse: bool,
         taps: bool,
     ) -> tuple[Any, Any, Any]:
-        """As `Plain.backward`."""
         K, B, H = previous.shape
         program = backward_program(step, len(saved), dy is not None, taps)
         walk = backward_walk(step, len(saved), dy is not None, taps)
@@ -150,7 +144,7 @@ class Rows(np.ndarray):
             np.matmul(v, M, out)
 
     def sum(self, axis: Any = None, **options: Any) -> Any:  # type: ignore[override]
-        """As NumPy's, in fewer calls."""
+        """Sum like NumPy, in fewer calls."""
         return np.add.reduce(self.view(np.ndarray), axis, **options)
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
@@ -179,7 +173,7 @@ class _Joining:
         return getattr(np, name)
 
     def concat(self, parts: Any, axis: int) -> Any:
-        """As NumPy's."""
+        """Concatenate like NumPy."""
         if axis or not all(isinstance(part, Waiting) for part in parts):
             return np.concat(parts, axis)
         edges = list(accumulate((part.shape[0] for part in parts), initial=0))

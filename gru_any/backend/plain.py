@@ -1,7 +1,7 @@
-"""How any array library runs a block of steps: the equations as they stand, one call a step.
+"""The reference runner: the equations as they stand, one call a step, on any array library.
 
-Nothing is assigned into an array, so immutable arrays work too; the steps are collected and
-stacked. This is the definition that every faster way of running a block is tested against.
+It never assigns into an array, so immutable arrays work too: steps are collected and stacked. Every
+faster runner has the methods of `Plain`, documented here, and is tested against it.
 """
 
 import math
@@ -16,15 +16,15 @@ class Plain:
         self.xp, self.device = xp, device
 
     def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
-        """The weights as a sweep that multiplies so many rows, steps counted, likes them."""
+        """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
         return W, U
 
     def wide(self, v: Any, dtype: Any) -> Any:
-        """V as a sweep takes it: in the dtype of the arithmetic, which is float32 for halves."""
+        """Upcast `v` to the dtype of the arithmetic, which is float32 for half precision."""
         return v if v.dtype == dtype else self.xp.astype(v, dtype)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """X (K, B, I), W (N, I), b (N,) or None -> x W^T + b (K, B, N)."""
+        """Return x W^T + b (K, B, N) of x (K, B, I), W (N, I) and b (N,) or None."""
         a = self.rows(x) @ W.T
         return self.xp.reshape(a if b is None else a + b, (x.shape[0], x.shape[1], W.shape[0]))
 
@@ -38,12 +38,13 @@ class Plain:
         reverse: bool,
         keep: bool,
     ) -> tuple[Any, Any]:
-        """Walk one block of K steps.
+        """Run one block of K steps forward.
 
-        a (K, B, 3H); h (B, H) the state before the first step walked; alive None, or a list of
-        K entries, None or (B, 1) of bool. Returns the path (K + 1, B, H), in which step t leads
-        from path[t] to path[t + 1] (from path[t + 1] to path[t] in reverse), and what `step`
-        saved, each (K, B, H), or None.
+        a: (K, B, 3H), the input products. h: (B, H), the state before the first step run. alive:
+        None, or K entries, each None or (B, 1) of bool, False where a sequence has finished.
+        Returns the states, path (K + 1, B, H), in which step t leads from path[t] to path[t + 1]
+        (in reverse from path[t + 1] to path[t]); and the residuals that `step` saved, each
+        (K, B, H), or None without `keep`.
         """
         xp, states, saved = self.xp, [h], []
         for t in _order(a.shape[0], reverse):
@@ -57,7 +58,7 @@ class Plain:
         return xp.stack(states), self._stack(saved) if keep else None
 
     def single(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """A function x (B, I), h (B, H) -> the next h, with these weights, and a copy of it."""
+        """Return a function of x (B, I) and h (B, H) that gives the next state and a copy of it."""
         U, *vectors = recurrent
 
         def one(x: Any, h: Any) -> Any:
@@ -70,7 +71,7 @@ class Plain:
         return one
 
     def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """As `single`, for a stream of steps: it may work on copies of the weights."""
+        """Return the function of `single` for many steps; it may keep copies of the weights."""
         return self.single(step, W, b, recurrent)
 
     def backward(
@@ -85,10 +86,11 @@ class Plain:
         reverse: bool,
         taps: bool,
     ) -> tuple[Any, Any, Any]:
-        """Walk the block back. dy (K, B, H) or None; dh (B, H); previous (K, B, H).
+        """Run the backward pass of one block.
 
-        Returns the gradients of the pre-activations, each (K, B, .), the new dh, and with
-        `taps` g = dL/dh' of every step (K, B, H), else None.
+        dy: (K, B, H) or None. dh: (B, H), the gradient to the state after the block. previous:
+        (K, B, H), the state before each step. Returns the gradients to the pre-activations, each
+        (K, B, .); dh before the block; and with `taps` dL/dh' of every step (K, B, H), else None.
         """
         xp, parts, gs = self.xp, [], []
         for t in _order(previous.shape[0], not reverse):
@@ -103,49 +105,49 @@ class Plain:
         return self._stack(parts), dh, xp.stack(gs) if taps else None
 
     def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Call functions that do not need each other -> what they return."""
+        """Call functions that do not depend on one another, and return their results."""
         return [call() for call in calls]
 
     def chained(
         self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
     ) -> Any:
-        """Call functions on what the one before returned, the first on x -> what the last returns.
+        """Call each function on the result of the one before, the first on x.
 
-        overlap: None, or how many numbers a state has where a call may begin at a block of steps
-        as soon as the one before is done with it.
+        overlap: None, or the number of elements of a state where a call may begin with a block of
+        steps as soon as the call before it has finished that block.
         """
         for call in calls:
             x = call(x)
         return x
 
     def complete(self, steps: int) -> int:
-        """Of the first steps, at which all rows are alive, how many are run without a mask."""
+        """Return how many of the leading steps, at which no sequence has ended, run unmasked."""
         return steps
 
     def call(
         self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
     ) -> tuple[Any, Any]:
-        """function(*static, arrays), and the tape if there is one -> results, and a new tape.
+        """Return function(*static, arrays[, tape]): its results, and the residuals as a tape.
 
-        It may be recorded and replayed where all depends on `static` and the arrays alone.
-        steps: so many it has, of all layers; None: not to be recorded.
+        A device may capture the call and replay it, since nothing but `static` and the arrays
+        enters it. steps: how many it has, all layers counted; None: it must not be captured.
         """
         return function(*static, arrays, *(() if tape is None else (tape,)))
 
     def rows(self, v: Any) -> Any:
-        """V (..., N) -> (rows, N), a matrix whose products this object takes care of."""
+        """Reshape v (..., N) to a matrix (rows, N) whose products this runner computes."""
         return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
 
     def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        """What the equations' `weights` returns, of these arrays of a block as matrices."""
+        """Call the equations' `weights` on the arrays of a block as matrices."""
         return weights(self.xp, self.rows(h), OnDemand(self.rows, saved), *parts)
 
     def own(self, v: Any) -> Any:
-        """v, so that it does not hold on to the array that it is a part of."""
+        """Return `v` without a reference to the larger array that it is a view of."""
         return v
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> "_Output":
-        """Collect blocks of steps into an array of the shape."""
+        """Return an object that collects blocks of steps into an array of this shape."""
         return _Output(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
 
     def _stack(self, tuples: list[Any]) -> tuple[Any, ...]:
@@ -153,7 +155,7 @@ class Plain:
 
 
 class OnDemand:
-    """A sequence through a function that is called where an entry is asked for."""
+    """A sequence whose entries are passed through a function when they are read."""
 
     def __init__(self, function: Any, entries: Any) -> None:
         self.function, self.entries = function, entries
@@ -163,7 +165,7 @@ class OnDemand:
 
 
 class _Output:
-    """Pieces of an array, put together along axis 0 at the end."""
+    """Pieces of an array, concatenated along axis 0 at the end."""
 
     def __init__(self, xp: Any, nothing: Callable[[], Any]) -> None:
         self.xp, self.nothing = xp, nothing
@@ -178,7 +180,7 @@ class _Output:
 
 
 def _ends(alive: Any, t: int) -> bool:
-    """Whether some row has ended at step t."""
+    """Whether a sequence has finished before step t."""
     return alive is not None and alive[t] is not None
 
 

@@ -1,4 +1,4 @@
-"""How the calls of a device are put together: lanes and streams, and whole calls recorded."""
+"""How calls are scheduled on a device: on several streams, and captured as CUDA graphs."""
 
 import threading
 import warnings
@@ -18,9 +18,9 @@ IDLE = 64 * 512  # numbers of a state up to which one layer leaves most of a dev
 
 
 class Calls(Plain):
-    """Runs calls on the device of `ops`: at the same time what can be, recorded what can be.
+    """Schedules calls on the device of `ops`: concurrent and captured where possible.
 
-    way: as of `CUDA`; precision: of products in float32, "full" or "tf32".
+    way: as for `CUDA`; precision: of products in float32, "full" or "tf32".
     """
 
     def __init__(self, xp: Any, device: Any, ops: Any, way: str, precision: str = "full") -> None:
@@ -36,21 +36,24 @@ class Calls(Plain):
 
     @property
     def lane(self) -> Lane:
-        """The one that this thread is in."""
+        """The lane that this thread is in."""
         return self.lanes[getattr(self._local, "lane", 0)]
 
     @property
     def once(self) -> bool:
-        """Whether this thread is in all lanes, with plans that nobody uses again."""
+        """Whether this thread holds all lanes, with plans that are used only once."""
         return getattr(self._local, "once", False)
 
     def turn(self) -> Any:
-        """Alone in the lane."""
+        """Hold the lock of the lane."""
         return nullcontext() if self.once else self.lane.turn()
 
     @contextmanager
     def _in_lane(self, n: int, start: Any, ends: list[Any]) -> Iterator[None]:
-        """After `start` on the stream of lane n, whose end is noted; lane 0 has the current one."""
+        """Enter the stream of lane n after the event `start`, and append its end to `ends`.
+
+        Lane 0 is the current stream.
+        """
         if n == 0:
             yield
             return
@@ -64,7 +67,7 @@ class Calls(Plain):
             self._local.lane = 0
 
     def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """As `Plain.parallel`: the first on the current stream, each other on one of its own."""
+        """Run the first call on the current stream, each other one on a stream of its own."""
         # two kernels of the whole device would wait for each other's multiprocessors
         if self.way == "whole" or len(calls) == 1:
             return super().parallel(calls)
@@ -80,11 +83,11 @@ class Calls(Plain):
     def chained(
         self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
     ) -> Any:
-        """As `Plain.chained`: a wavefront of layers, where one alone leaves the device idle."""
+        """Run layers as a wavefront, where a single layer would leave most of the device idle."""
         alone = overlap is None or overlap > IDLE or len(calls) == 1
         if alone or self.way in ("eager", "whole"):
             return super().chained(calls, x)
-        start, passed = self.ops.event(), [x]  # none is let go of before all have ended
+        start, passed = self.ops.event(), [x]  # kept alive until all streams have finished
         ends: list[Any] = []
         self._local.overlap = True
         try:
@@ -101,7 +104,7 @@ class Calls(Plain):
         return self._joined(passed[-1])
 
     def _joined(self, v: Any) -> Any:
-        """One array of its blocks."""
+        """Concatenate the blocks of `v`, where it is not an array yet."""
         if not isinstance(v, Arriving):
             return v
         out = self.output(v.shape, v.dtype)
@@ -110,7 +113,6 @@ class Calls(Plain):
         return out.array()
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """As `Plain.output`."""
         if getattr(self._local, "overlap", False):
             return Arriving(self.ops, shape, dtype)
         return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
@@ -118,13 +120,13 @@ class Calls(Plain):
     # recorded ------------------------------------------------------------------------------------
 
     def complete(self, steps: int) -> int:
-        """As `Plain.complete`: none, so that one recording serves all lengths."""
+        """Return 0 where calls are captured, so that one graph serves all lengths."""
         return 0 if self.whole_calls else steps
 
     def call(
         self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
     ) -> tuple[Any, Any]:
-        """As `Plain.call`; from the second call of a shape on, it is recorded and replayed."""
+        """Run the call; from the second call of a shape on, capture it and replay it."""
         loan = tape if isinstance(tape, Loan) else None
         tape = loan.recording.tape if loan else tape
         run = partial(super().call, function, static, tape=tape)
@@ -151,7 +153,7 @@ class Calls(Plain):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """In all lanes: a recording uses the workspaces of each."""
+        """Hold the locks of all lanes, since a captured call uses the workspaces of each."""
         with ExitStack() as turns:
             for lane in self.lanes:
                 turns.enter_context(lane.turn())
@@ -166,7 +168,7 @@ class Calls(Plain):
             self._local.once = False
 
     def _recorded(self, run: Any, arrays: Any) -> Recording | None:
-        """A recording; None where the device refuses, which is told once."""
+        """Capture the call; None where the device refuses, with one warning per process."""
         try:
             with self._once():
                 return Recording(self.ops, run, arrays)
@@ -181,7 +183,7 @@ class Calls(Plain):
             return None
 
     def recorded(self, steps: int | None) -> str:
-        """In words, whether a call of so many steps is recorded as a whole, and why not."""
+        """Say in words whether a call of so many steps is captured as a whole, and if not, why."""
         if self.way in ("eager", "blocks"):
             return f"Calls are not recorded as a whole: GRU_ANY_CUDA is set to {self.way}."
         if not self.whole_calls:
@@ -195,7 +197,7 @@ class Calls(Plain):
         )
 
     def forget(self) -> None:
-        """Let go of all plans, recordings and their memory, after the device is done with them."""
+        """Release all plans, captured calls and their memory, once the device has finished them."""
         with self._alone():
             self.ops.synchronize()
             self.recordings = Recordings()
@@ -204,7 +206,7 @@ class Calls(Plain):
 
 
 class Arriving:
-    """The blocks of an array that one stream makes, for others, which wait for each."""
+    """The blocks of an array that one stream computes; other streams wait for each block."""
 
     def __init__(self, ops: Any, shape: tuple[int, ...], dtype: Any) -> None:
         self.ops, self.shape, self.dtype = ops, shape, dtype
@@ -212,12 +214,12 @@ class Arriving:
         self.events: dict[int, Any] = {}
 
     def put(self, block: slice, piece: Any) -> None:
-        """The piece is there from now on."""
+        """Add a block, with an event that marks its completion."""
         self.pieces[block.start] = piece
         self.events[block.start] = self.ops.event()
 
     def array(self) -> Any:
-        """Itself, to be read by blocks."""
+        """Return itself, to be read block by block."""
         return self
 
     def __getitem__(self, key: Any) -> Any:

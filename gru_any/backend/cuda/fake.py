@@ -185,7 +185,7 @@ def astype(v: Array, dtype: Any, copy: bool = True) -> Array:
 
 
 def ascontiguousarray(v: Array) -> Array:
-    """As NumPy's."""
+    """Return a C-contiguous array, like NumPy."""
     return v if v.host.flags.c_contiguous else _computed(np.array, (v,), {"order": "C"})
 
 

@@ -67,34 +67,27 @@ class Ops:
         self.records = True
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """As `ops.Ops.empty`."""
         return Array(new(shape, np.dtype(dtype)))
 
     def copy(self, array: Array) -> Array:
-        """As `ops.Ops.copy`."""
         return asarray(array, copy=True)
 
     def pointer(self, array: Array) -> int:
-        """As `ops.Ops.pointer`."""
         return array.host.ctypes.data
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, int], threads: int, numbers: Any, shared: int = 0
     ) -> None:
-        """As `ops.Ops.launch`."""
         count["launches"] += 1
         do(partial(_launch, kernel, (*grid, threads, shared, kernel.barrier), tuple(numbers)))
 
     def blas(self, precision: str) -> Any:
-        """As `ops.Ops.blas`."""
         return lambda *arguments: do(partial(gemm, *arguments))
 
     def stream(self) -> Any:
-        """As `ops.Ops.stream`."""
         return stream()
 
     def event(self) -> Event:
-        """As `ops.Ops.event`."""
         event = Event()
         event.recorder = recording()
 
@@ -106,7 +99,6 @@ class Ops:
         return event
 
     def wait(self, event: Event) -> None:
-        """As `ops.Ops.wait`."""
         recorder = recording()
         if event.recorder is not recorder:
             raise RuntimeError("a stream waits for what is on the other side of a recording")
@@ -121,7 +113,6 @@ class Ops:
 
     @contextmanager
     def on(self, number: int) -> Iterator[None]:
-        """As `ops.Ops.on`."""
         before, local.stream = stream(), (threading.get_ident(), number)
         try:
             yield
@@ -129,14 +120,13 @@ class Ops:
             local.stream = before
 
     def synchronize(self) -> None:
-        """As `ops.Ops.synchronize`: for all streams."""
+        """Wait for all streams."""
         wait()
         with LOCK:
             for known in list(DONE.values()):
                 learn("host", known)
 
     def record(self, steps: Callable[[], None]) -> Graph:
-        """As `ops.Ops.record`."""
         before, local.recorder = stream(), Recorder()
         local.stream = local.recorder.origin
         try:
@@ -146,12 +136,10 @@ class Ops:
             local.recorder, local.stream = None, before
 
     def pool(self) -> Pool:
-        """As `ops.Ops.pool`."""
         return Pool()
 
     @contextmanager
     def memory(self, pool: Any) -> Iterator[None]:
-        """As `ops.Ops.memory`."""
         before, local.pool = getattr(local, "pool", None), pool
         try:
             yield

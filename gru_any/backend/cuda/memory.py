@@ -2,7 +2,7 @@
 
 What one stream does to memory that another used, without having waited for it, is an error; so is
 making an array while launches are recorded, but in memory of the recording's own. Memory that is
-let go of becomes NaN and is lent again.
+released becomes NaN and is reused.
 """
 
 import threading

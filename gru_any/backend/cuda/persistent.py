@@ -1,7 +1,7 @@
 """One kernel for all steps of a block, where a block of threads holds all weights in registers.
 
 A block of 3H threads owns a few rows of the batch for all steps, so nothing is asked of other
-blocks. Thread j keeps row j of U (on the way back one column of one third of it) in registers and
+blocks. Thread j keeps row j of U (in the backward pass one column of one third) in registers and
 sees to one entry of the products; the state and what a product reads stand in shared memory. For
 the traced operations, thread j also sees to one unit of one row, whose values stay in its
 registers. (That is how cuDNN runs small sizes; Diamos et al. 2016 is the source of the idea.)
@@ -15,7 +15,7 @@ from .walk import Walk
 
 LARGEST = {"float32": 128, "float64": 64}  # units whose weights fit a block's registers
 ROWS = 3  # that a block may own: each thread has one unit of one row
-PARTS = "parts"  # of the sums of a product on the way back, one for each third of U
+PARTS = "parts"  # partial sums of a product in the backward pass, one for each third of U
 
 
 def fits(walk: Walk, H: int) -> bool:

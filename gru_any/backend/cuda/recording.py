@@ -1,7 +1,7 @@
 """Whole calls on a device: a function of arrays, recorded once for each shape and replayed.
 
 A recording owns all its memory: what it is given is copied in, and its results are copied out. What
-it keeps for the way back stays where it is; so it is lent until nothing refers to that any more.
+it keeps for the backward pass stays in place, so it is leased until nothing refers to that.
 """
 
 from collections import OrderedDict
@@ -9,13 +9,13 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 PLANS = 8  # shapes of which recordings are kept
-COPIES = 2  # recordings of one shape: a loop often holds the last pullback during the next forward
+COPIES = 2  # recordings of one shape: a loop often keeps its last pullback during the next forward
 PAID = 32  # calls that make up for one recording, if there are many shapes
 SEEN = 1024  # shapes that are remembered
 
 
 def leaves(nested: Any) -> Iterator[Any]:
-    """The arrays in tuples, lists and dicts, and None where there is none."""
+    """Yield the arrays, and the Nones, in nested tuples, lists and dicts."""
     if isinstance(nested, dict):
         nested = tuple(nested.values())
     if isinstance(nested, (tuple, list)):
@@ -26,7 +26,7 @@ def leaves(nested: Any) -> Iterator[Any]:
 
 
 def mapped(function: Callable[[Any], Any], nested: Any) -> Any:
-    """The same, with the results of the function on its arrays."""
+    """Apply the function to each array of the nested structure."""
     if nested is None:
         return None
     if isinstance(nested, dict):
@@ -38,12 +38,12 @@ def mapped(function: Callable[[Any], Any], nested: Any) -> Any:
 
 
 def signature(arrays: Any) -> Hashable:
-    """Shapes and dtypes."""
+    """Return the shapes and dtypes, as a key."""
     return tuple(None if v is None else (tuple(v.shape), str(v.dtype)) for v in leaves(arrays))
 
 
 class Recording:
-    """What a function of such arrays launches, over arrays of its own."""
+    """The captured launches of a function, over arrays of its own."""
 
     def __init__(self, ops: Any, function: Callable[[Any], Any], arrays: Any) -> None:
         self.ops, self.lent, self.back = ops, False, Recordings()
@@ -60,26 +60,26 @@ class Recording:
             self.graph = ops.record(steps)
 
     def __del__(self) -> None:
-        """Return all memory: what a pool of CuPy has when it ends is lost."""
+        """Free the pool's memory: a CuPy pool that is destroyed leaks what it still holds."""
         pool = self.pool
         vars(self).clear()
         pool.free_all_blocks()
 
     def fill(self, arrays: Any) -> None:
-        """Copy in what is given."""
+        """Copy the inputs into the recording's own arrays."""
         for mine, new in zip(leaves(self.given), leaves(arrays), strict=True):
             if mine is not None:
                 mine[...] = new
 
     def __call__(self, arrays: Any) -> Any:
-        """Replay it over these -> copies of the results."""
+        """Replay it on these inputs, and return copies of the results."""
         self.fill(arrays)
         self.graph.launch()
         return mapped(self.ops.copy, self.results)
 
 
 class Loan:
-    """The tape of a recording, which nobody else may replay before this is let go of."""
+    """The tape of a recording, which nobody else may replay until this is released."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, recording.lent = recording, True
@@ -89,7 +89,7 @@ class Loan:
 
 
 class Recordings:
-    """Those that were used last."""
+    """A cache of recordings, least recently used dropped first."""
 
     def __init__(self) -> None:
         self.kept: OrderedDict[Hashable, list[Recording]] = OrderedDict()
@@ -97,7 +97,7 @@ class Recordings:
         self.made = self.calls = 0
 
     def first(self, key: Hashable) -> bool:
-        """Whether nobody asked for this key before."""
+        """Whether this key is new."""
         self.calls += 1
         if key in self.seen:
             return False
@@ -107,7 +107,7 @@ class Recordings:
         return True
 
     def find(self, key: Hashable, make: Callable[[], Recording | None]) -> Recording | None:
-        """One that nobody has; None where none is to be had."""
+        """Return a recording that is not leased, made if need be; None where none can be made."""
         copies = self.kept.get(key, [])
         found = next((recording for recording in copies if not recording.lent), None)
         if found is None and len(copies) < COPIES and self.made < PLANS + self.calls // PAID:

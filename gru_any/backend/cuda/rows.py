@@ -26,7 +26,7 @@ class Rows:
     def sum(
         self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False
     ) -> Any:
-        """As of an array; the function `sum` of the namespace calls it, CuPy's by position."""
+        """Sum over an axis. The namespace's `sum` calls it, CuPy's with positional arguments."""
         dtype = "float32" if self.array.itemsize == 2 else dtype
         return self.array.sum(axis=axis, dtype=dtype, keepdims=keepdims)
 

@@ -30,7 +30,7 @@ class CUDA(Calls):
     """
 
     def path(self, hidden_size: int, dtype: str) -> tuple[str, str]:
-        """Which way a block of this size takes, and why not a faster one."""
+        """Return the path that a block of this size takes, and why not a faster one."""
         if self.way == "eager":
             return "eager", "GRU_ANY_CUDA is set to eager"
         if not self.ops.records:
@@ -48,15 +48,14 @@ class CUDA(Calls):
         return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
 
     def own(self, v: Any) -> Any:
-        """As `Plain.own`."""
         return self.ops.copy(v)
 
     def wide(self, v: Any, dtype: Any) -> Any:
-        """As `Plain.wide`; kernels and products read halves as they are."""
+        """Upcast vectors alone: kernels and products read half precision as it is."""
         return super().wide(v, dtype) if v.ndim == 1 else v
 
     def rows(self, v: Any) -> Any:
-        """As `Plain.rows`; CuPy refuses its own products while launches are recorded."""
+        """Route products to cuBLAS directly: CuPy refuses its own during a capture."""
         rows = super().rows(v)
         return Rows(rows, self._product) if rows.size and str(v.dtype) in KINDS else rows
 
@@ -67,7 +66,6 @@ class CUDA(Calls):
             return multiply(self.ops, self.lane.blas, left, right)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """As `Plain.affine`."""
         a = super().affine(x, W, None)
         if b is not None:
             a += b
@@ -83,7 +81,6 @@ class CUDA(Calls):
         reverse: bool,
         keep: bool,
     ) -> tuple[Any, Any]:
-        """As `Plain.forward`."""
         (K, B, _), H = a.shape, h.shape[-1]
         if not B or str(h.dtype) not in ("float32", "float64"):
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
@@ -109,7 +106,6 @@ class CUDA(Calls):
         reverse: bool,
         taps: bool,
     ) -> tuple[Any, Any, Any]:
-        """As `Plain.backward`."""
         K, B, H = previous.shape
         if not B or str(dh.dtype) not in ("float32", "float64"):
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps)
@@ -124,7 +120,7 @@ class CUDA(Calls):
     def _run(
         self, walk: Walk, arrays: Any, alive: Any, state: Any, U: Any, order: range, shift: int
     ) -> Any:
-        """Fill the arrays that results go to, step after step in this order -> the last state."""
+        """Fill the result arrays, step after step in this order, and return the last state."""
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
         mask = None if alive is None else alive.block
         kinds = [(n, str(v.dtype)) for n, v in (*arrays.items(), ("U", U)) if v is not None]
@@ -196,5 +192,5 @@ def _named(letter: str, arrays: Any) -> dict[str, Any]:
 
 
 def _tight(xp: Any, v: Any) -> Any:
-    """With the entries of a row side by side, as the kernels take them."""
+    """Make the last axis contiguous, as the kernels expect it."""
     return v if v.strides[-1] == v.itemsize else xp.ascontiguousarray(v)

@@ -73,7 +73,7 @@ def constant(value: float, number: str) -> str:
 
 
 def body(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
-    """The lines of a group for row b and unit j; `on`: the row has not ended."""
+    """The lines of a group for row b and unit j; `on`: its sequence has not finished."""
     old = next((f"v{c}" for c, place in group.loads if place.array == STATE), "")
     return [
         *(f"const number v{c} = get({entry(place)});" for c, place in group.loads),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ...trace import Op, Product, Program
 
-STATE = "state"  # h on the way forward, dL/dh on the way back; read and written in place
+STATE = "state"  # h in the forward pass, dL/dh in the backward pass; updated in place
 NARROW = "narrow"  # the state once more, as products in half precision read it
 
 
