@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import running
 
-from gru_any import checks
+from gru_any import checks, equations
+from gru_any.trace import MATRIX, trace
 
 ROOT = Path(__file__).parent.parent
 ENGLISH = ["README.md", "docs/derivation.md", "docs/mistakes.md"]
@@ -85,3 +86,29 @@ def test_the_mistakes(monkeypatch, tmp_path, capsys):
             assert float(printed[0]) > 1000 * checks.TOLERANCE["central"]
             now, then = ([float(v) for v in row[:7]] for row in (printed, on_page))
             assert np.allclose(now, then, rtol=0.03, atol=0.006)
+
+
+MAP = "docs/architecture.md"
+
+
+def test_the_map_names_files_that_are_there():
+    rooms = [row.split("|")[2] for row in re.findall(r"^\|.*\.py`.*\|$", text_of(MAP), re.M)]
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text_of(MAP)))
+    places = [ROOT, ROOT / "gru_any", ROOT / "gru_any/backend/cuda"]
+    lost = {name for name in named if not any((place / name).exists() for place in places)}
+    assert len(named) > 40
+    assert not lost
+    listed = set(re.findall(r"`([a-z_]+\.py)`", " ".join(rooms)))
+    top = {path.name for path in (ROOT / "gru_any").glob("[!_]*.py")}
+    assert top - listed == {"arguments.py", "errors.py", "init.py"}
+
+
+def test_the_map_shows_the_program_that_is_traced():
+    program = trace(equations.reset_before, 3, 1, MATRIX)
+    assert boxes(MAP, "text") == [f"{program}\n"]
+
+
+def test_the_map_lists_every_environment_variable():
+    files = [path for folder in ("gru_any", "tests") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in files for name in re.findall(r"GRU_ANY_[A-Z_]+", path.read_text())}
+    assert read == set(re.findall(r"GRU_ANY_[A-Z_]+", text_of(MAP)))
