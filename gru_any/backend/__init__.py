@@ -2,7 +2,7 @@
 
 from .run import environment, path, recorded, runner
 from .select import NUMPY, Backend, BackendError, of, select
-from .transfer import asarray, to_numpy
+from .transfer import asarray, overlap, to_numpy
 
 __all__ = [
     "NUMPY",
@@ -11,6 +11,7 @@ __all__ = [
     "asarray",
     "environment",
     "of",
+    "overlap",
     "path",
     "recorded",
     "runner",
