@@ -55,13 +55,15 @@ class Optimizer:
     lr : float
         The learning rate of all groups without one of their own. Those with one keep their
         proportion to it: where lr is halved, so are they.
+    first_rate : float
+        The lr it was made with.
     names : tuple of str
         The parameters that a step changes.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
         self.lr, self.weight_decay = lr, weight_decay
-        self._first_rate = self.lr
+        self.first_rate = self.lr
         arrays, self._groups = _grouped(params, self._own())
         self.names = tuple(arrays)
         refuse_shared(arrays)
@@ -82,7 +84,7 @@ class Optimizer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments this optimiser was made with, but params; lr is the present one."""
+        """What it was made with, fit for JSON: its arguments, and names and own ones of groups."""
         groups = [[list(group.names), group.own] for group in self._groups]
         return {**self._own(), "groups": groups}
 
@@ -90,13 +92,13 @@ class Optimizer:
         """The names of each group, and all its settings as attributes."""
         for names, own in self._groups:
             o = SimpleNamespace(**{**self._own(), **own})
-            if "lr" in own and self.lr != self._first_rate:
-                if not self._first_rate:
+            if "lr" in own and self.lr != self.first_rate:
+                if not self.first_rate:
                     raise ValueError(
                         "lr was 0 and was changed, so a group's own lr has no proportion to it: "
                         "make the optimiser with an lr above 0"
                     )
-                o.lr = own["lr"] * (self.lr / self._first_rate)
+                o.lr = own["lr"] * (self.lr / self.first_rate)
             yield names, o
 
     def _accept(self, o: Any, name: str, p: Any) -> None:
