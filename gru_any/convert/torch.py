@@ -72,6 +72,7 @@ def to_arrays(model: Any) -> dict[str, np.ndarray]:
     """
     if not isinstance(model, Chain):
         return _state_dict(model)
+    model.params.refuse_untied()
     return {
         f"{i}.{name}": array
         for i, layer in enumerate(model.layers)
