@@ -153,7 +153,7 @@ class Chain:
 
     def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> "Chain":
         """Return a new chain with these weights on another backend, device or dtype."""
-        self.params.refuse_untied()
+        refuse_shared(self.params)
         return _chain([layer.to(backend, device, dtype) for layer in self.layers], dict(self.tied))
 
     def __repr__(self) -> str:
@@ -162,7 +162,7 @@ class Chain:
         return "Chain(\n  " + "\n  ".join(lines) + "\n)"
 
     def __reduce__(self) -> Any:
-        self.params.refuse_untied()
+        refuse_shared(self.params)
         return _chain, (self.layers, dict(self.tied))
 
 
