@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import arguments
-from .backend import of
+from .backend import of, plain_name
 from .errors import ShapeError
 from .params import refuse_shared
 
@@ -68,7 +68,7 @@ class Optimizer:
         self.names = tuple(arrays)
         refuse_shared(arrays)
         self.count: Any = 0  # steps; an array without axes once a step was told what is finite
-        self._like = {name: (tuple(p.shape), p.dtype) for name, p in arrays.items()}
+        self._like = {k: (type(p), of(p), p.dtype, tuple(p.shape)) for k, p in arrays.items()}
         self._slots: dict[str, Any] = {}
         for names, o in self._settled():
             for name in names:
@@ -158,10 +158,10 @@ class Optimizer:
             raise KeyError(f"grads: missing {sorted(missing)}, unused {sorted(unused)}")
         if len({id(params[name]) for name in ours}) < len(ours):
             refuse_shared({name: params[name] for name in self.names})
-        for name, (shape, dtype) in self._like.items():
+        for name, (kind, home, dtype, shape) in self._like.items():
             for where, array in (("params", params[name]), ("grads", grads[name])):
-                if type(array) is not type(params[name]) or getattr(array, "dtype", 0) != dtype:
-                    _check_array(f"{where}[{name!r}]", array, params[name], dtype)
+                if type(array) is not kind or array.dtype != dtype:
+                    home.check(f"{where}[{name!r}]", array, plain_name(dtype))
                 if tuple(array.shape) != shape:
                     what = f"{where}[{name!r}] is {tuple(array.shape)}"
                     raise ShapeError(f"{what}, expected {shape}")
@@ -452,26 +452,25 @@ def _grouped(params: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], lis
     if not arrays:
         raise ValueError("params is empty, so there is nothing to optimise")
     for name, p in arrays.items():
-        _check_array(f"params[{name!r}]", p, p, getattr(p, "dtype", None))
+        _check_array(f"params[{name!r}]", p)
     return arrays, groups
 
 
-def _check_array(what: str, array: Any, home: Any, dtype: Any) -> None:
-    """Raise TypeError where it is no floating array of this dtype from where `home` is."""
+def _check_array(what: str, array: Any) -> None:
+    """Raise TypeError where it is no floating array."""
     try:
-        backend = of(home)
+        home = of(array)
     except TypeError:
-        raise TypeError(f"{what} is a {type(home).__name__}, expected an array") from None
-    if not backend.xp.isdtype(dtype, "real floating"):
-        raise TypeError(f"{what} has dtype {dtype}, expected a real floating dtype")
-    name = str(dtype).rpartition(".")[2]
-    backend.dtype(name)
-    backend.check(what, array, name)
+        raise TypeError(f"{what} is a {type(array).__name__}, expected an array") from None
+    if not home.xp.isdtype(array.dtype, "real floating"):
+        raise TypeError(f"{what} has dtype {array.dtype}, expected a real floating dtype")
+    home.dtype(plain_name(array.dtype))
+    home.check(what, array, plain_name(array.dtype))
 
 
 def _check_gradients(grads: Mapping[str, Any]) -> None:
     for name, g in grads.items():
-        _check_array(f"grads[{name!r}]", g, g, getattr(g, "dtype", None))
+        _check_array(f"grads[{name!r}]", g)
     refuse_shared(grads, "grads")
 
 

@@ -1,7 +1,7 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
 from .run import environment, path, recorded, runner
-from .select import NUMPY, Backend, BackendError, of, select
+from .select import NUMPY, Backend, BackendError, of, plain_name, select
 from .transfer import asarray, overlap, to_numpy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "of",
     "overlap",
     "path",
+    "plain_name",
     "recorded",
     "runner",
     "select",
