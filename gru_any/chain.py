@@ -1,11 +1,14 @@
 """Layers one after the other, with the states of the GRUs among them."""
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
+from .backend import to_numpy
 from .cell import GRUCell
+from .errors import ShapeError
 from .gru import GRU
-from .params import Layer, load
+from .params import Layer, load, refuse_shared
 
 
 class Chain:
@@ -15,11 +18,25 @@ class Chain:
     ----------
     *layers
         GRU, Linear, Embedding or Dropout layers on one backend.
+    tied : mapping of str to str, or None
+        `{"2.weight": "0.weight"}` makes the parameter on the left another name of the one on the
+        right, whose array it takes: one parameter, with the sum of the gradients.
 
     Attributes
     ----------
     params : mapping
-        The parameters of all layers, live, under names such as `0.weight_ih_l0`.
+        The parameters of all layers, live, under names such as `0.weight_ih_l0`; a tied one stands
+        there once, under the name on the right.
+    tied : mapping
+        As given; it cannot be changed.
+
+    Raises
+    ------
+    TypeError
+        A layer is of another kind.
+    ValueError
+        There is no layer, or they are not on one backend and of one dtype; `tied` names what is
+        not there, is itself tied, or has another shape; or two parameters share memory untied.
 
     Notes
     -----
@@ -37,7 +54,7 @@ class Chain:
     ['0.weight', '1.weight_ih_l0', '1.weight_hh_l0']
     """
 
-    def __init__(self, *layers: Any) -> None:
+    def __init__(self, *layers: Any, tied: Mapping[str, str] | None = None) -> None:
         for layer in layers:
             if not isinstance(layer, Layer) or isinstance(layer, GRUCell):
                 raise TypeError(
@@ -48,12 +65,17 @@ class Chain:
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
+        if tied is not None and not isinstance(tied, Mapping):
+            raise TypeError(f'tied is {tied!r}, expected a dict such as {{"2.weight": "0.weight"}}')
         self.layers = layers
-        self.params = _AllParams(layers)
+        self.tied: Mapping[str, str] = MappingProxyType(dict(tied or {}))
+        self.params = _AllParams(layers, self.tied)
+        refuse_shared(self.params)
         self.backend, self.dtype = layers[0].backend, layers[0].dtype
 
     def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[Any, list[Any]]:
         """Run all layers, keeping nothing for a way back -> y, the new state."""
+        self.params.refuse_untied()
         states, new = self._states(state), []
         for layer in self.layers:
             if isinstance(layer, GRU):
@@ -73,6 +95,7 @@ class Chain:
             `grads, dx, dstate = pullback(dy, dstate=None)`: grads named like `params`; dstate a
             list like state. It may be called again.
         """
+        self.params.refuse_untied()
         states, new, pullbacks = self._states(state), [], []
         for layer in self.layers:
             if isinstance(layer, GRU):
@@ -101,6 +124,8 @@ class Chain:
                 of_layer, dy = pullbacks[i](dy)
             grads[i] = of_layer
         named = {f"{i}.{k}": v for i in sorted(grads) for k, v in grads[i].items()}
+        for alias, name in self.tied.items():
+            named[name] = named[name] + named.pop(alias)
         return named, dy, found[::-1]
 
     def _states(self, state: Any) -> Iterator[Any]:
@@ -111,45 +136,102 @@ class Chain:
         return iter(state)
 
     def load_params(self, mapping: Mapping[str, Any]) -> None:
-        """Load all layers; strict, like `GRU.load_params`. Nothing is loaded unless all fits."""
-        load(self, mapping, lambda missing, unused: "")
+        """Load all layers; strict, like `GRU.load_params`. Nothing is loaded unless all fits.
+
+        A tied parameter may come under each of its names, but only with the same bits.
+        """
+        named: dict[str, Any] = {}
+        for given, array in mapping.items():
+            name = self.tied.get(given, given)
+            if name in named and not _same_bits(named[name], array):
+                raise ValueError(
+                    f"{given} holds other numbers than another name of {name}, to which it is "
+                    "tied: load them into a Chain without this tie, or leave one name out"
+                )
+            named[name] = array
+        load(self, named, lambda missing, unused: "")
 
     def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> "Chain":
         """Return a new chain with these weights on another backend, device or dtype."""
-        return Chain(*(layer.to(backend, device, dtype) for layer in self.layers))
+        refuse_shared(self.params)
+        return _chain([layer.to(backend, device, dtype) for layer in self.layers], dict(self.tied))
 
     def __repr__(self) -> str:
-        return "Chain(\n  " + "\n  ".join(repr(layer) for layer in self.layers) + "\n)"
+        lines = [repr(layer) for layer in self.layers]
+        lines += [f"tied={dict(self.tied)!r}"] if self.tied else []
+        return "Chain(\n  " + "\n  ".join(lines) + "\n)"
 
     def __reduce__(self) -> Any:
-        return Chain, self.layers
+        refuse_shared(self.params)
+        return _chain, (self.layers, dict(self.tied))
+
+
+def _chain(layers: Any, tied: dict[str, str]) -> Chain:
+    return Chain(*layers, tied=tied)
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    a, b = to_numpy(a), to_numpy(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 class _AllParams(MutableMapping[str, Any]):
-    """The params of several layers as one mapping; writing to it writes to them."""
+    """The params of several layers as one mapping; writing to it writes to them.
 
-    def __init__(self, layers: tuple[Any, ...]) -> None:
-        self._layers = layers
+    A tied parameter is one array that stands in the entries of several layers.
+    """
 
-    def _at(self, name: str) -> tuple[Any, str]:
-        number, _, rest = name.partition(".")
-        if number.isdecimal() and int(number) < len(self._layers):
-            return self._layers[int(number)].params, rest
-        raise KeyError(name)
+    def __init__(self, layers: tuple[Any, ...], tied: Mapping[str, str]) -> None:
+        self._tied = tied
+        # the layers, and their names for it, in which each parameter stands
+        self._homes = {
+            f"{i}.{k}": [(layer, k)] for i, layer in enumerate(layers) for k in layer.params
+        }
+        for alias, name in tied.items():
+            self._refuse_tie(alias, name)
+        for alias, name in tied.items():
+            layer, entry = self._homes.pop(alias)[0]
+            layer.params[entry] = self[name]
+            self._homes[name].append((layer, entry))
+
+    def _refuse_tie(self, alias: Any, name: Any) -> None:
+        told = f"tied is {{{alias!r}: {name!r}}}"
+        for given in (alias, name):
+            if given not in self._homes:
+                raise ValueError(f"{told}, but there is no {given!r}, only {list(self._homes)}")
+        if name in self._tied:
+            raise ValueError(f"{told}, but {name!r} is tied itself: name the one it is tied to")
+        homes = [self._homes[given][0] for given in (alias, name)]
+        shapes = [tuple(layer.params[entry].shape) for layer, entry in homes]
+        if shapes[0] != shapes[1]:
+            raise ShapeError(f"{told}, but they are {shapes[0]} and {shapes[1]}")
+
+    def refuse_untied(self) -> None:
+        """Raise where the entry of one layer was replaced, so that tied parameters differ."""
+        for alias, name in self._tied.items():
+            if any(layer.params[k] is not self[name] for layer, k in self._homes[name]):
+                raise RuntimeError(
+                    f"{alias!r} is tied to {name!r}, but the entry of one layer was replaced: "
+                    f"write chain.params[{name!r}] = array, which sets both"
+                )
 
     def __getitem__(self, name: str) -> Any:
-        params, rest = self._at(name)
-        return params[rest]
+        if name in self._tied:
+            raise KeyError(f"{name!r} is tied, and stands here as {self._tied[name]!r}")
+        layer, entry = self._homes[name][0]
+        return layer.params[entry]
 
     def __setitem__(self, name: str, array: Any) -> None:
-        params, rest = self._at(name)
-        params[rest] = array
+        _ = self[name]  # a name that is not there
+        for layer, entry in self._homes[name]:
+            layer.params[entry] = array
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{name!r} cannot be deleted; the layer needs it")
 
     def __iter__(self) -> Iterator[str]:
-        return (f"{i}.{name}" for i, layer in enumerate(self._layers) for name in layer.params)
+        self.refuse_untied()
+        return iter(self._homes)
 
     def __len__(self) -> int:
-        return sum(len(layer.params) for layer in self._layers)
+        return len(self._homes)

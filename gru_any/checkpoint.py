@@ -1,7 +1,9 @@
 """A model in one file: a flat dict of arrays and a small JSON header, stored as safetensors."""
 
+import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from .cell import GRUCell
 from .chain import Chain
 from .gru import GRU
 from .layers import Dropout, Embedding, Linear
-from .params import Layer
+from .params import Layer, refuse_shared
 
 FORMAT = 1
+RUN_FORMAT = 2  # of the checkpoints of a training run; 1 had neither the model nor "closing"
+NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")  # of such, newest first
 LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout)}
 
 
@@ -33,6 +37,8 @@ def save(path: Any, model: Any) -> None:
     ------
     TypeError
         The model is something else.
+    ValueError
+        Two of its parameters share memory; a Chain can declare that with `tied`.
     OSError
         The folder does not exist or cannot be written.
 
@@ -53,49 +59,112 @@ def save(path: Any, model: Any) -> None:
             raise TypeError(
                 f"cannot save {type(part).__name__}, only {', '.join(LAYERS)} and Chain"
             )
-    header = {
+    refuse_shared(model.params)
+    arrays = {name: np.ascontiguousarray(to_numpy(a)) for name, a in model.params.items()}
+    write_atomically(path, to_bytes(arrays, {"gru_any": json.dumps(describe(model))}))
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """All that makes the model again, but its parameters; fit for JSON."""
+    chain = isinstance(model, Chain)
+    parts = model.layers if chain else (model,)
+    return {
         "format": FORMAT,
-        "chain": isinstance(model, Chain),
+        "chain": chain,
         "dtype": model.dtype,
         "layers": [[type(part).__name__, part.settings] for part in parts],
+        **({"tied": dict(model.tied)} if chain and model.tied else {}),
     }
-    arrays = {name: np.ascontiguousarray(to_numpy(a)) for name, a in model.params.items()}
-    write_atomically(path, to_bytes(arrays, {"gru_any": json.dumps(header)}))
 
 
 def load(path: Any, backend: Any = None, device: Any = None) -> Any:
-    """Read a model that `save` wrote, onto any backend.
+    """Read a model that `save` or `fit` wrote, onto any backend.
+
+    Of a training run these are the weights that `fit` gives back: those with the lowest validation
+    loss, else the averaged ones, else the last.
 
     Parameters
     ----------
     path : str or path
+        A file of `save`, a checkpoint of `fit`, or the folder `out` of a run.
     backend, device
         As in `GRU`.
 
     Raises
     ------
     ValueError
-        The file is damaged, was not written by `save`, or is of a newer version.
+        The file is damaged, was written by neither, or is of a newer version; or a checkpoint is
+        of a version that did not keep the model's description.
     OSError
         The file cannot be read.
     """
-    text, arrays = _read(path)
+    metadata, arrays = _newest(Path(path)) if Path(path).is_dir() else _read(path)
     backend = select(backend, device)
     try:
-        header = json.loads(text)
+        if "gru_any" in metadata:
+            header = json.loads(metadata["gru_any"])
+        else:
+            header, arrays = _given_back(json.loads(metadata["gru_any.run"]), arrays)
         if header["format"] > FORMAT:
             raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
         home = {"backend": backend, "dtype": header["dtype"]}
         layers = [LAYERS[kind](**settings, **home) for kind, settings in header["layers"]]
-        model = Chain(*layers) if header["chain"] else layers[0]
+        model = Chain(*layers, tied=header.get("tied")) if header["chain"] else layers[0]
         model.load_params(arrays)
     except (KeyError, TypeError, IndexError, ValueError) as e:
         raise ValueError(f"{path} does not describe a model of this version: {e}") from e
     return model
 
 
-def _read(path: Any) -> tuple[str, dict[str, Any]]:
-    """Return the header that `save` wrote, and the arrays."""
+def _newest(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read the newest checkpoint of a run that is whole; the folder is left as it is."""
+    problems = []
+    for path in (folder / name for name in NAMES):
+        if path.is_file():
+            try:
+                found = _read(path)
+            except ValueError as e:
+                problems.append(str(e))
+                continue
+            if problems:
+                print(f"gru_any: {problems[0]}; reading {path}", file=sys.stderr)
+            return found
+    if problems:
+        raise ValueError(f"no checkpoint can be used: {'; '.join(problems)}")
+    raise FileNotFoundError(f"the folder {folder} holds no checkpoint of a training run")
+
+
+def _given_back(run: dict[str, Any], arrays: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model's description and the weights that `fit` would give back."""
+    if run["format"] > RUN_FORMAT:
+        raise ValueError(f"it has format {run['format']}, this version reads up to {RUN_FORMAT}")
+    if "description" not in run:
+        raise ValueError(
+            "an earlier version wrote this checkpoint, without the model's description: make the "
+            "model and give its run's folder to fit, which puts the weights in"
+        )
+    groups: dict[str, dict[str, Any]] = {"averaged": {}, "lowest": {}}
+    for name, array in arrays.items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = array
+    last, averaged, lowest = (groups[g] for g in ("weights", "averaged", "lowest"))
+    closing, best = run["closing"], run["best"]
+    if closing and (best is None or closing["valid"] < best):  # the last were the lowest
+        lowest = {}
+    return run["description"], {**last, **(lowest or averaged)}
+
+
+def digest(text: str, arrays: dict[str, np.ndarray]) -> str:
+    """Return what the header and the arrays of a checkpoint of a run must add up to."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        total.update(arrays[name].tobytes())
+    return total.hexdigest()
+
+
+def _read(path: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the metadata that `save` or a run wrote, and the arrays."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -106,12 +175,15 @@ def _read(path: Any) -> tuple[str, dict[str, Any]]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or no safetensors file: {e}") from e
-    if "gru_any" not in metadata:
+    if "gru_any.run" in metadata:
+        if metadata.get("digest") != digest(metadata["gru_any.run"], arrays):
+            raise ValueError(f"{path} is damaged: its contents do not fit its digest")
+    elif "gru_any" not in metadata:
         raise ValueError(
             f"{path} was not written by gru_any.save; to load plain weights, make the model and "
             "call its load_params"
         )
-    return metadata["gru_any"], arrays
+    return metadata, arrays
 
 
 def write_atomically(path: Any, content: bytes) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from .backend import Backend, select, to_numpy
+from .backend import Backend, overlap, select, to_numpy
 from .errors import ShapeError
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
@@ -175,6 +176,16 @@ def _again(cls: Any, settings: Any, backend: Any, dtype: str, params: Any) -> An
     layer = cls(**settings, backend=backend, dtype=dtype)
     layer.load_params(params)
     return layer
+
+
+def refuse_shared(arrays: Mapping[str, Any], what: str = "params") -> None:
+    """Raise ValueError where two names hold one array: a change of one would change the other."""
+    for (one, x), (other, y) in combinations(arrays.items(), 2):
+        if overlap(x, y):
+            raise ValueError(
+                f"{what}: {one!r} and {other!r} share their memory. Where they are to be one "
+                f"parameter, say so: Chain(..., tied={{{other!r}: {one!r}}}); else copy one"
+            )
 
 
 def refuse_stale(params: Params, version: int) -> None:

@@ -4,7 +4,6 @@ A folder holds the newest checkpoint and the one before it. Each carries a diges
 where the newest is damaged it is put aside, and the one before is taken.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -13,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import settle, write_atomically
+from .checkpoint import NAMES, digest, settle, write_atomically
+from .checkpoint import RUN_FORMAT as FORMAT
 
-FORMAT = 1
-NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
 ASIDE = "checkpoint.damaged.safetensors"
 
 
@@ -38,7 +36,7 @@ def store(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -
     text = json.dumps({"format": FORMAT, **header})
     newest, before = (folder / name for name in NAMES)
     made = folder / "checkpoint.new.safetensors"
-    content = save(arrays, {"gru_any.run": text, "digest": _digest(text, arrays)})
+    content = save(arrays, {"gru_any.run": text, "digest": digest(text, arrays)})
     try:
         write_atomically(made, content)
     except OSError as e:
@@ -88,7 +86,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     text = metadata.get("gru_any.run", "")
     if not text and "digest" not in metadata:
         raise ValueError(f"{path} is no checkpoint of a training run")
-    if metadata.get("digest") != _digest(text, arrays):
+    if metadata.get("digest") != digest(text, arrays):
         raise DamagedError(f"{path} is damaged: its contents do not fit its digest")
     header = json.loads(text)
     if header["format"] > FORMAT:
@@ -97,14 +95,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "update gru-any"
         )
     return header, arrays
-
-
-def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
 
 
 def refuse_changes(kept: dict[str, Any], given: dict[str, Any]) -> None:

@@ -12,15 +12,19 @@ import numpy as np
 
 from . import resume
 from .backend import environment, to_numpy
+from .checkpoint import describe
 from .data import Piece
 from .history import History, Log
 from .mixed import Mixed
 from .optim import Optimizer, clip_by_global_norm
+from .params import refuse_shared
 
 GATES = ("r", "z", "n")
 NUMBERS = (
     "step", "epoch", "piece", "seconds", "best", "since", "validated", "reason", "losses", "rated",
+    "pending",
 )  # fmt: skip
+ENDS = ("steps", "epochs", "minutes", "patience")  # a run may go on with other ones
 
 
 class Run:
@@ -35,6 +39,7 @@ class Run:
         mixed: str | None = None,
     ) -> None:
         self.model, self.optimiser, self.decay = model, optimiser, average
+        _tell_frozen(model.params, optimiser.names)
         self.mixed = Mixed(model, mixed) if mixed else None
         self.working = self.mixed.twin if self.mixed else model
         self.rng = np.random.default_rng(seed)
@@ -45,6 +50,7 @@ class Run:
         self.state: list[Any] = []
         self.averaged = self._copy() if average else {}
         self.lowest: dict[str, Any] = {}  # the weights with the lowest loss
+        self.closing: dict[str, Any] | None = None  # the record of the validation at the end
         self.grads: dict[str, Any] = {}
         self.pending = 0  # so many gradients are added up in grads
         self.sums: list[Any] = [0.0, 0.0]  # of loss and norm since the last record, and how many
@@ -85,8 +91,8 @@ class Run:
         self._add(0, value)
 
     def update(self, clip: float | None) -> None:
-        """Change the weights by the mean of the gradients."""
-        grads = self.grads
+        """Change the weights by the mean of the gradients, but those that are frozen."""
+        grads = {name: self.grads[name] for name in self.optimiser.names}
         if self.pending > 1:
             grads = {name: g / self.pending for name, g in grads.items()}
         norm = clip_by_global_norm(grads, math.inf if clip is None else clip)
@@ -102,8 +108,8 @@ class Run:
         self._add(1, norm, done)
         if self.decay:
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
-            for name, w in self.model.params.items():
-                self.averaged[name] = self.averaged[name] * decay + (1 - decay) * w
+            for name, average in self.averaged.items():
+                self.averaged[name] = average * decay + (1 - decay) * self.model.params[name]
 
     def quiet(self) -> Any:
         """Overflow is no news where a scale is found by it."""
@@ -156,19 +162,28 @@ class Run:
 
     def validate(self, valid: Callable[[], float]) -> None:
         """Ask for the validation loss, with the averaged weights if there are some."""
+        loss = self._validation(valid)
+        self._judge(loss)
+        self._write(valid=loss)
+
+    def _validation(self, valid: Callable[[], float]) -> float:
         own = dict(self.model.params)
         self._put_in(self.averaged)
         loss = float(valid())
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss} after step {self.step}")
+        self._put_in(own)
+        return loss
+
+    def _judge(self, loss: float) -> None:
+        """Take note of a validation loss of the present weights."""
         if self.best is None or loss < self.best:
-            self.best, self.since, self.lowest = loss, 0, self._copy()
+            self.best, self.since = loss, 0
+            self.lowest = {k: self._fresh(w) for k, w in self.averaged.items()} or self._copy()
         else:
             self.since += 1
-        self._put_in(own)
         self.losses.append(loss)
         self.validated = self.step
-        self._write(valid=loss)
 
     def ended(
         self, steps: int | None, epochs: int | None, minutes: float | None, patience: int | None
@@ -181,11 +196,17 @@ class Run:
         return "minutes" if minutes is not None and self.elapsed() >= 60 * minutes else ""
 
     def close(self, valid: Callable[[], float] | None) -> History:
-        """Keep the run, and give the best weights back."""
-        if valid and self.reason not in ("interrupted", "finished") and self.validated < self.step:
-            self.validate(valid)
+        """Keep the run, and give the best weights back.
+
+        What a validation at the end finds is kept apart, since a run that goes on with another end
+        would not have had it.
+        """
         if self.reason != "finished":
+            if valid and self.reason != "interrupted" and self.validated < self.step:
+                self.closing = self._write(valid=self._validation(valid))
             self.save()
+        if self.closing:
+            self._judge(self.closing["valid"])
         self._put_in(self.lowest or self.averaged)
         return History(self.log.records, self.reason, self.best)
 
@@ -194,8 +215,11 @@ class Run:
         return self.seconds + time.monotonic() - self.clock
 
     def _copy(self) -> dict[str, Any]:
-        xp = self.model.backend.xp
-        return {name: xp.asarray(w, copy=True) for name, w in self.model.params.items()}
+        """Copies of what the optimiser changes."""
+        return {name: self._fresh(self.model.params[name]) for name in self.optimiser.names}
+
+    def _fresh(self, w: Any) -> Any:
+        return self.model.backend.xp.asarray(w, copy=True)
 
     def _put_in(self, weights: dict[str, Any]) -> None:
         for name, w in weights.items():
@@ -207,8 +231,12 @@ class Run:
         self, out: Any, settings: dict[str, Any], schedule: Callable[..., float] | None = None
     ) -> None:
         """Take up the run that the folder `out` holds, or begin it there."""
+        numbers = self.optimiser.settings
+        if schedule:  # which has changed lr, where this optimiser has been in a run before
+            numbers["lr"] = self.optimiser.first_rate
+        if numbers["groups"] == [[list(self.model.params), {}]]:
+            del numbers["groups"]
         name = type(self.optimiser).__name__
-        numbers = {k: v for k, v in vars(self.optimiser).items() if k[0] != "_" and k != "count"}
         self.settings = {"model": repr(self.model), "optimiser": name, **numbers, **settings}
         if out is None:
             return
@@ -217,20 +245,53 @@ class Run:
         found = resume.restore(self.folder)
         if found is not None:
             header, arrays = found
-            resume.refuse_changes(header["settings"], self.settings)
+            kept, now = header["settings"], {name: self.settings[name] for name in ENDS}
+            resume.refuse_changes({**kept, **now}, self.settings)
             resume.tell_differences(header["environment"], environment(self.model.backend))
-            self._take_up(header, arrays)
-            self._same_schedule(schedule)
+            self._take_up({"closing": None, "pending": 0, **header}, arrays)
+            changes = [f"{k} was {kept.get(k)} and is now {v}" for k, v in now.items()
+                       if kept.get(k) != v]  # fmt: skip
+            self._tell(changes)
+            self._same_schedule(schedule, bool(changes))
         self.log = Log(self.folder / "log.jsonl", self.log.records)
 
-    def _same_schedule(self, schedule: Callable[..., float] | None) -> None:
-        """Ask the schedule again what it was asked last: a function cannot be compared itself."""
+    def _tell(self, changes: list[str]) -> None:
+        """Decide whether the run goes on, and say so."""
+        steps, epochs, _, _ = ends = [self.settings[name] for name in ENDS]
+        over = self.reason not in ("", "interrupted")
+        beyond = self.step > (steps or math.inf) or (self.epoch, self.piece) > (
+            epochs or math.inf, 0,
+        )  # fmt: skip
+        why = f" ({'; '.join(changes)})" if changes else ""
+        if beyond or (over and self.ended(*ends)):
+            told = f"is finished ({self.step} steps)" if over else f"has {self.step} steps"
+            self.reason, told = "finished", f"{told}{why}; nothing is changed"
+            self.log.records = [*self.log.records, *([self.closing] if self.closing else [])]
+        else:
+            self.reason, self.closing = "", None
+            told = f"goes on after step {self.step}{why}"
+        print(f"gru_any: the run in {self.folder} {told}", file=sys.stderr)
+
+    def _same_schedule(self, schedule: Callable[..., float] | None, other_end: bool) -> None:
+        """Ask the schedule again what it was asked last: a function cannot be compared itself.
+
+        One that reaches up to the end of the run changes with it, and is told of then.
+        """
         step, count, rate = self.rated or (0, 0, None)
-        now = schedule(step, self.losses[:count]) if schedule and self.rated else None
-        if now != rate or (schedule and self.step and not self.rated):
+        now = float(schedule(step, self.losses[:count])) if schedule and self.rated else None
+        if now == rate and not (schedule and self.step and not self.rated):
+            return
+        told = f"the rate was {rate} in step {step + 1} and is now {now}"
+        if not other_end or now is None or rate is None:
             raise ValueError(
-                f"this folder holds a run with another schedule: the rate was {rate} in step "
-                f"{step + 1} and is now {now}. Take it back, or give another folder"
+                f"this folder holds a run with another schedule: {told}. Take it back, or give "
+                "another folder"
+            )
+        if self.reason != "finished":
+            print(
+                f"gru_any: the schedule would have given other rates so far: {told}; the run is "
+                "not the one that had this end from the start",
+                file=sys.stderr,
             )
 
     def save(self) -> None:
@@ -249,12 +310,15 @@ class Run:
             "sums": [float(s) for s in self.sums],
             "counts": [float(n) for n in self.counts],
             "mixed": [float(v) for v in (self.mixed.scale, self.mixed.good)] if self.mixed else [],
-            "records": self.log.records,
+            "records": self.log.records[:-1] if self.closing else self.log.records,
+            "closing": self.closing,
+            "description": describe(self.model),
         }
         slots = {k: v for k, v in self.optimiser.state.items() if k != "count"}
         state = {str(i): h for i, h in enumerate(self.state)}
         groups = {"weights": self.model.params, "optimiser": slots, "state": state,
-                  "averaged": self.averaged, "lowest": self.lowest}  # fmt: skip
+                  "averaged": self.averaged, "lowest": self.lowest,
+                  "grads": self.grads}  # fmt: skip
         arrays = {f"{g}/{k}": to_numpy(v) for g, part in groups.items() for k, v in part.items()}
         resume.store(self.folder, header, arrays)
 
@@ -276,13 +340,21 @@ class Run:
         state = groups.get("state", {})
         self.state = [state[str(i)] for i in range(len(state))]
         self.averaged, self.lowest = groups.get("averaged", {}), groups.get("lowest", {})
+        self.grads, self.closing = groups.get("grads", {}), header["closing"]
         self.log.records = header["records"]
-        if self.reason and self.reason != "interrupted":
-            self.reason = "finished"
-            told = f"is finished ({self.step} steps); nothing is changed"
-        else:
-            self.reason, told = "", f"goes on after step {self.step}"
-        print(f"gru_any: the run in {self.folder} {told}", file=sys.stderr)
+
+
+def _tell_frozen(params: Any, names: tuple[str, ...]) -> None:
+    """Say which parameters the optimiser does not hold, so that none is forgotten by mistake."""
+    refuse_shared(params)
+    if unknown := set(names) - set(params):
+        raise KeyError(f"the optimiser holds {sorted(unknown)}, which the model does not have")
+    if frozen := [name for name in params if name not in names]:
+        print(
+            f"gru_any: {len(frozen)} of {len(params)} parameters are frozen, since the optimiser "
+            f"does not hold them: {', '.join(frozen)}",
+            file=sys.stderr,
+        )
 
 
 def _not_finite(step: int, what: str, arrays: dict[str, Any]) -> str:

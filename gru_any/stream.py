@@ -76,6 +76,8 @@ class Stream:
 
     def refresh(self) -> None:
         """Take the model's parameters as they are now; the state stays."""
+        if isinstance(self.model, Chain):
+            self.model.params.refuse_untied()
         self._steps = [
             (layer._prepared(), True) if isinstance(layer, GRU) else (layer, False)
             for layer in self._layers

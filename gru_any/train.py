@@ -53,9 +53,11 @@ def fit(
     batches : callable
         `batches(epoch)` gives the batches of an epoch, on the host; the same for the same epoch.
     optimiser : Optimizer
-        Of `model.params`.
+        Of `model.params`, or of a part of them: the others are frozen, which is said on stderr.
+        Only its own are clipped, averaged and changed.
     steps, epochs, minutes : int, int, float
-        The run ends where the first of those given is reached. A step is an update.
+        The run ends where the first of those given is reached. A step is an update. A run in
+        `out` may be given a later end, also after it ended, and goes on to it.
     tbptt : (k1, k2) or None
         A gradient every k1 steps of time over the last k2, the state carried over; see `data.cut`.
     accumulate : int
@@ -64,6 +66,7 @@ def fit(
         Largest norm of the gradient.
     schedule : callable or None
         `schedule(step, losses)` is the learning rate; losses are those of validation so far.
+        Groups of the optimiser with a rate of their own keep their proportion to it.
     valid : callable or None
         Returns the validation loss; called every `validate_every` steps or else each epoch, and at
         the end. The weights with the lowest are given back.
@@ -79,7 +82,7 @@ def fit(
         Folder of the log (log.jsonl) and the checkpoints, one every `save_every` steps.
     settings : dict or None
         What else decides the numbers, such as a digest of the data; a run that goes on must have
-        the same.
+        the same, as it must have the same arguments but for its end.
     log_every : int
         Steps between two records; making one waits for the device.
     bar : bool or callable
@@ -92,7 +95,9 @@ def fit(
     Raises
     ------
     TypeError
-        The model is no Chain.
+        The model is no Chain, or the optimiser none of this library.
+    KeyError
+        The optimiser holds a name that the model does not have.
     FloatingPointError
         Loss or gradient is not finite; on the host before it changed the weights, on a device with
         the next record.
@@ -106,6 +111,9 @@ def fit(
     """
     if not isinstance(model, Chain):
         raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
+    if not isinstance(optimiser, Optimizer):
+        name = type(optimiser).__name__
+        raise TypeError(f"optimiser is {name}, expected one such as Adam(model.params)")
     _check(steps=steps, epochs=epochs, minutes=minutes, accumulate=accumulate, clip=clip,
            validate_every=validate_every, save_every=save_every, log_every=log_every)  # fmt: skip
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,

@@ -7,14 +7,28 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear, load, save
+from gru_any import (
+    GRU,
+    Adam,
+    Chain,
+    Dropout,
+    Embedding,
+    GRUCell,
+    Linear,
+    load,
+    resume,
+    save,
+    softmax_cross_entropy,
+)
+from gru_any.data import Batch
+from gru_any.train import fit
 
 MODELS = {
     "gru": lambda **o: GRU(3, 4, 2, bidirectional=True, reset_after=True, seed=0, **o),
     "cell": lambda **o: GRUCell(3, 4, seed=0, **o),
     "chain": lambda **o: Chain(
-        Embedding(5, 3, seed=0, **o), GRU(3, 4, 2, dropout=0.1, **o), Dropout(0.2, **o),
-        Linear(4, 5, bias=False, **o),
+        Embedding(5, 3, seed=0, **o), GRU(3, 4, 2, dropout=0.1, seed=1, **o), Dropout(0.2, **o),
+        Linear(4, 5, bias=False, seed=2, **o),
     ),
 }  # fmt: skip
 
@@ -123,3 +137,103 @@ def test_half_precision(tmp_path):
     again = load(tmp_path / "m")
     assert again.dtype == "float16"
     assert np.array_equal(again.params["weight_hh_l0"], model.params["weight_hh_l0"])
+
+
+# checkpoints of a training run -------------------------------------------------------------------
+
+
+def a_run(out, steps=7, losses=(), **given):
+    """Train a Chain a little; its weights are those that come back."""
+    rng = np.random.default_rng(0)
+    batch = Batch(rng.integers(0, 5, (6, 3)), rng.integers(0, 5, (6, 3)))
+    model = MODELS["chain"]()
+    if losses:
+        answers = iter(losses)
+        given |= {"valid": lambda: next(answers), "validate_every": 3}
+    fit(model, softmax_cross_entropy, lambda epoch: [batch], Adam(model.params, lr=0.1),
+        steps=steps, out=out, save_every=2, bar=False, **given)  # fmt: skip
+    return model
+
+
+def same(a, b):
+    return a.params.keys() == b.params.keys() and all(
+        np.array_equal(a.params[name], w) for name, w in b.params.items()
+    )
+
+
+@pytest.mark.parametrize("average", [None, 0.5])
+@pytest.mark.parametrize("losses", [(), (1.0, 2.0, 3.0), (2.0, 1.0, 3.0), (3.0, 2.0, 1.0)])
+def test_a_run_is_loaded_with_the_weights_that_fit_gives_back(tmp_path, losses, average):
+    model = a_run(tmp_path, losses=losses, average=average)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for path in (tmp_path, str(tmp_path), tmp_path / "checkpoint.safetensors"):
+        again = load(path)
+        assert repr(again) == repr(model)
+        assert same(again, model)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_of_frozen_parameters_the_run_has_them_too(tmp_path):
+    model = MODELS["chain"]()
+    part = {name: w for name, w in model.params.items() if name[0] == "3"}
+    batch = Batch(np.zeros((2, 1), int), np.zeros((2, 1), int))
+    fit(model, softmax_cross_entropy, lambda epoch: [batch], Adam(part), steps=3, average=0.9,
+        out=tmp_path, bar=False)  # fmt: skip
+    assert same(load(tmp_path), model)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged(tmp_path, capfd):
+    a_run(tmp_path)
+    expected = load(tmp_path / "checkpoint.before.safetensors")
+    newest = tmp_path / "checkpoint.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    assert same(load(tmp_path), expected)
+    assert "its contents do not fit its digest; reading" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="is damaged"):
+        load(newest)
+    assert newest.read_bytes() == content
+    (tmp_path / "checkpoint.before.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint can be used"):
+        load(tmp_path)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint of a training run"):
+        load(tmp_path)
+
+
+def test_a_run_of_an_earlier_version_goes_on_but_is_no_model(tmp_path, monkeypatch):
+    """Format 1 knew nothing of a closing validation, of pending gradients, and of the model."""
+    model = a_run(tmp_path)
+    header, arrays = resume.restore(tmp_path)
+    for name in ("closing", "pending", "description", "format"):
+        del header[name]
+    with monkeypatch.context() as older:
+        older.setattr(resume, "FORMAT", 1)
+        resume.store(tmp_path, header, arrays)
+    with pytest.raises(
+        ValueError, match="earlier version wrote this checkpoint, without the model"
+    ):
+        load(tmp_path)
+    assert same(a_run(tmp_path), model)
+    assert same(a_run(tmp_path, steps=9), a_run(None, steps=9))
+    assert same(load(tmp_path), a_run(None, steps=9))
+
+
+def test_a_run_of_a_newer_version_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(resume, "FORMAT", 3)
+        a_run(tmp_path)
+    with pytest.raises(ValueError, match="it has format 3, this version reads up to 2"):
+        load(tmp_path)
+
+
+def test_ties_in_the_header_that_lie_are_refused(tmp_path):
+    header = {"format": 1, "chain": True, "dtype": "float32", "tied": {"0.weight_ih_l0": "0.w"},
+              "layers": [["GRU", GRU(3, 4).settings]]}  # fmt: skip
+    arrays = {f"0.{name}": w for name, w in GRU(3, 4).params.items()}
+    save_file(arrays, tmp_path / "m", {"gru_any": json.dumps(header)})
+    with pytest.raises(ValueError, match="does not describe a model of this version: tied is"):
+        load(tmp_path / "m")

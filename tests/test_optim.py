@@ -1,5 +1,8 @@
 """Optimisers against PyTorch over 20 steps; clipping."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 from conftest import require
@@ -183,3 +186,183 @@ def test_the_norm_of_half_precision_does_not_overflow():
     grads = {"w": np.full((100, 100), 300, np.float16)}
     assert clip_by_global_norm(grads, 1.0) == pytest.approx(30_000)
     assert np.abs(grads["w"].astype(float) - 0.01).max() < 1e-4
+
+
+# parts and groups --------------------------------------------------------------------------------
+
+GROUPS = [
+    (SGD, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.02, "momentum": 0.5, "weight_decay": 0.1}),
+    (SGD, {"lr": 0.1}, {"momentum": 0.9, "nesterov": True}),
+    (RMSprop, {"lr": 0.05}, {"lr": 0.2, "alpha": 0.8, "momentum": 0.5, "centered": True}),
+    (Adam, {"lr": 0.1}, {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3, "amsgrad": True}),
+    (AdamW, {"lr": 0.1, "weight_decay": 0.3}, {"weight_decay": 0.0}),
+]
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["all", "frozen"])
+@pytest.mark.parametrize(("kind", "options", "own"), GROUPS)
+def test_groups_are_torchs(kind, options, own, part):
+    """Their rates change as PyTorch's LambdaLR changes them; what is in no group stays."""
+    torch = require("torch")
+    ours = start()
+    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in ours.items()}
+    given = [{"params": {"w": ours["w"]}, **own}, {"params": {} if part else {"b": ours["b"]}}]
+    optimiser = kind(given, **options)
+    given = [{"params": [theirs["w"]], **own}, *([] if part else [{"params": [theirs["b"]]}])]
+    other = getattr(torch.optim, kind.__name__)(given, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(other, lambda step: 1 / (1 + step))
+    for step in range(20):
+        optimiser.lr = options["lr"] / (1 + step)
+        grads = gradients(step)
+        for k, p in theirs.items():
+            p.grad = torch.tensor(grads[k])
+        optimiser.step(ours, grads)
+        other.step()
+        schedule.step()
+    for k, p in theirs.items():
+        change = np.linalg.norm(p.detach().numpy() - start()[k])
+        assert (change == 0) == (part and k == "b")
+        assert np.linalg.norm(ours[k] - p.detach().numpy()) <= 1e-10 * change
+    assert optimiser.names == (("w",) if part else ("w", "b"))
+    assert all(k == "count" or k.endswith(optimiser.names) for k in optimiser.state)
+
+
+def test_a_part_is_stepped_and_the_rest_is_left_alone(backend):
+    params = {k: backend.backend.put(v) for k, v in start().items()}
+    before = dict(params)
+    optimiser = Adam({"b": params["b"]})
+    grads = {k: backend.put(v) for k, v in gradients(0).items()}
+    optimiser.step(params, grads)
+    optimiser.step(params, {"b": grads["b"]})
+    assert params["w"] is before["w"]
+    assert np.array_equal(backend.host(params["w"]), start()["w"])
+    assert np.abs(backend.host(params["b"]) - start()["b"]).min() > 1e-4
+    with pytest.raises(KeyError, match=r"grads: missing \['b'\], unused \[\]"):
+        optimiser.step(params, {"w": grads["w"]})
+    with pytest.raises(KeyError, match=r"params: missing \['b'\]"):
+        optimiser.step({"w": params["w"]}, grads)
+    with pytest.raises(KeyError, match=r"grads: missing \[\], unused \['other'\]"):
+        optimiser.step(params, {**grads, "other": grads["w"]})
+
+
+def test_groups_that_cannot_be():
+    p = start()
+    w, b = {"w": p["w"]}, {"b": p["b"]}
+    for groups, error, message in (
+        ([{"params": w}, {"params": p}], ValueError, r"\['w'\] in two groups"),
+        ([{"params": w, "rate": 1.0}], TypeError, r"group 0 has \['rate'\], expected some of \['"),
+        ([{"params": w, "dampening": 0.1}], TypeError, r"group 0 has \['dampening'\]"),
+        ([{"params": w}, {"params": b, "lr": "0.1"}], TypeError, "lr of group 1 is '0.1'"),
+        ([{"params": w}, {"params": b, "lr": -1}], ValueError, "lr of group 1 is -1"),
+        ([{"params": list(w.values())}], TypeError, "params is a list, expected a mapping name"),
+        ([{"lr": 0.1}], TypeError, "params is a list, expected a mapping name"),
+        (list(p.values()), TypeError, "params is a list, expected a mapping name"),
+        (p.items(), TypeError, "params is a dict_items, expected a mapping name"),
+        ({}, ValueError, "params is empty"),
+        ([], ValueError, "params is empty"),
+        ([{"params": {}}], ValueError, "params is empty"),
+    ):
+        with pytest.raises(error, match=message):
+            Adam(groups)
+    with pytest.raises(ValueError, match="nesterov=True needs"):
+        SGD([{"params": w, "momentum": 0.9}, {"params": b, "momentum": 0.0}], nesterov=True,
+            momentum=0.9)  # fmt: skip
+    optimiser = SGD([{"params": w, "lr": 0.1}, {"params": b}], lr=0.0)
+    optimiser.step(p, gradients(0))
+    assert np.array_equal(p["b"], start()["b"])
+    assert np.allclose(p["w"], start()["w"] - 0.1 * gradients(0)["w"])
+    optimiser.lr = 0.5
+    with pytest.raises(ValueError, match="lr was 0 and was changed"):
+        optimiser.step(p, gradients(0))
+
+
+# at the door -------------------------------------------------------------------------------------
+
+WRONG = [
+    (SGD, "lr", "0.1", TypeError), (SGD, "lr", True, TypeError), (SGD, "lr", math.inf, ValueError),
+    (SGD, "lr", math.nan, ValueError), (SGD, "lr", None, TypeError), (SGD, "lr", 1j, TypeError),
+    (SGD, "lr", np.array([0.1, 0.2]), TypeError), (SGD, "momentum", "0.9", TypeError),
+    (SGD, "momentum", -0.1, ValueError), (SGD, "dampening", math.nan, ValueError),
+    (SGD, "weight_decay", math.inf, ValueError), (SGD, "nesterov", "False", TypeError),
+    (RMSprop, "alpha", 1.5, ValueError), (RMSprop, "centered", 1, TypeError),
+    (RMSprop, "eps", "1e-8", TypeError), (Adam, "betas", (0.9,), ValueError),
+    (Adam, "betas", 0.9, ValueError), (Adam, "betas", ("0.9", 0.99), TypeError),
+    (Adam, "betas", (0.9, math.nan), ValueError), (Adam, "betas", "ab", ValueError),
+    (Adam, "eps", math.inf, ValueError), (Adam, "amsgrad", 0, TypeError),
+    (AdamW, "weight_decay", True, TypeError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "error"), WRONG)
+def test_settings_are_refused_by_name_when_given_and_when_written(kind, name, value, error):
+    with pytest.raises(error, match=name):
+        kind(start(), **{name: value})
+    optimiser = kind(start())
+    kept = getattr(optimiser, name)
+    with pytest.raises(error, match=name):
+        setattr(optimiser, name, value)
+    assert getattr(optimiser, name) == kept
+
+
+def test_numpys_scalars_become_pythons():
+    optimiser = Adam(start(), lr=np.float32(0.5), betas=[np.float64(0.5), 0], amsgrad=np.True_)
+    optimiser.lr = np.float64(0.25)
+    assert type(optimiser.lr) is float
+    assert optimiser.betas == (0.5, 0.0)
+    assert type(optimiser.betas[0]) is float
+    assert optimiser.amsgrad is True
+    json.dumps(optimiser.settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (None, TypeError, r"grads\['b'\] is a NoneType"),
+        ([0.0] * 4, TypeError, r"grads\['b'\] is a list"),
+        (np.zeros(4, np.float32), TypeError, r"grads\['b'\] has dtype float32, expected float64"),
+        (np.zeros(4, int), TypeError, r"grads\['b'\] has dtype int64"),
+        (np.ma.zeros(4), TypeError, r"grads\['b'\] is a MaskedArray"),
+        (np.zeros((1, 4)), ValueError, r"grads\['b'\] is \(1, 4\), expected \(4,\)"),
+    ],
+)
+def test_gradients_are_refused_by_name_before_anything_changes(wrong, error, message):
+    params = start()
+    optimiser = Adam(params)
+    with pytest.raises(error, match=message):
+        optimiser.step(params, {"w": gradients(0)["w"], "b": wrong})
+    assert all(np.array_equal(params[k], v) for k, v in start().items())
+    assert optimiser.state["count"] == 0
+    if error is TypeError and getattr(wrong, "dtype", 0) != np.float32 and wrong is not None:
+        with pytest.raises(TypeError, match=message):
+            clip_by_global_norm({"w": gradients(0)["w"], "b": wrong}, 1.0)
+    with pytest.raises(error, match=message.replace("grads", "params")):
+        optimiser.step({"w": params["w"], "b": wrong}, gradients(0))
+
+
+def test_parameters_of_another_model_are_refused():
+    params = start()
+    optimiser = Adam(params)
+    other = {"w": np.zeros((3, 1)), "b": np.zeros(4)}
+    with pytest.raises(ValueError, match=r"params\['w'\] is \(3, 1\), expected \(3, 4\)"):
+        optimiser.step(other, {k: np.zeros_like(v) for k, v in other.items()})
+    other = {k: v.astype(np.float32) for k, v in params.items()}
+    with pytest.raises(TypeError, match=r"params\['w'\] has dtype float32, expected float64"):
+        optimiser.step(other, other)
+    for wrong in (None, [1.0], np.zeros(3, int), np.ma.zeros(3)):
+        with pytest.raises(TypeError, match=r"params\['w'\]"):
+            Adam({"w": wrong})
+
+
+def test_clipping_is_refused_by_name():
+    for value in ("1.0", True, None):
+        with pytest.raises(TypeError, match="max_norm is"):
+            clip_by_global_norm(start(), value)
+        with pytest.raises(TypeError, match="limit is"):
+            clip_by_value(start(), value)
+    with pytest.raises(ValueError, match="limit is inf"):
+        clip_by_value(start(), math.inf)
+    grads = start()
+    clip_by_global_norm(grads, math.inf)  # measures alone
+    assert all(np.array_equal(grads[k], v) for k, v in start().items())
+    with pytest.raises(TypeError, match=r"grads\['w'\] is a NoneType"):
+        clip_by_value({"w": None}, 1.0)

@@ -1,8 +1,8 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
 from .run import environment, path, recorded, runner
-from .select import NUMPY, Backend, BackendError, of, select
-from .transfer import asarray, to_numpy
+from .select import NUMPY, Backend, BackendError, of, plain_name, select
+from .transfer import asarray, overlap, to_numpy
 
 __all__ = [
     "NUMPY",
@@ -11,7 +11,9 @@ __all__ = [
     "asarray",
     "environment",
     "of",
+    "overlap",
     "path",
+    "plain_name",
     "recorded",
     "runner",
     "select",

@@ -52,6 +52,23 @@ def asarray(x: Any, like: Any) -> Any:
     return backend.xp.astype(there, backend.dtype(dtype), copy=False) if floating else there
 
 
+def overlap(x: Any, y: Any) -> bool:
+    """Whether two arrays are one object, or share memory as far as their library tells."""
+    if x is y:
+        return True
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        return np.shares_memory(x, y)
+    start = _start(x)
+    return bool(start) and start == _start(y)
+
+
+def _start(x: Any) -> int:
+    """The address of the first byte on its device; 0 where the library does not tell it."""
+    if hasattr(x, "data_ptr"):  # PyTorch
+        return int(x.data_ptr())
+    return int(getattr(getattr(x, "data", None), "ptr", 0))  # CuPy
+
+
 def _numbers(x: np.ndarray) -> np.ndarray:
     if x.dtype.kind not in "biufc":
         raise TypeError(f"x has dtype {x.dtype}, expected numbers")

@@ -71,6 +71,7 @@ def to_arrays(model: Any) -> list[np.ndarray]:
     """The list that `set_weights` takes: of layers of a GRU, or of a Sequential like the Chain."""
     if not isinstance(model, Chain):
         return [array for cell in ours(model) for array in write_cell(cell, model.reset_after)]
+    model.params.refuse_untied()
     return [array for layer in model.layers for array in layer_arrays(layer)]
 
 

@@ -64,6 +64,8 @@ def _entry(kind: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _parts_of(model: Any) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
     """Each Keras layer of a model, with its arrays by their place in the HDF5 file."""
+    if isinstance(model, Chain):
+        model.params.refuse_untied()
     for i, layer in enumerate(model.layers if isinstance(model, Chain) else [model]):
         if isinstance(layer, GRU):
             yield from _gru_parts(layer, f"layer_{i}")

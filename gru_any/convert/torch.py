@@ -7,11 +7,13 @@ PyTorch). `as_module` puts a GRU of ours into a PyTorch model.
 import io
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..backend import overlap
 from ..chain import Chain
 from ..checkpoint import write_atomically
 from ..gru import GRU
@@ -33,7 +35,8 @@ def from_arrays(arrays: Any, prefix: Any = "", *, batch_first: bool = False) -> 
     prefix : str, or a list of them
         What stands before the GRU's names in a larger model, such as "encoder.rnn.". A list makes
         a Chain of these layers in this order: each is a GRU, a Linear, or, where there is a lone
-        matrix `weight` in front, an Embedding.
+        matrix `weight` in front, an Embedding. Tensors that are one in memory become tied
+        parameters of the Chain.
     batch_first : bool
         As the torch.nn.GRU was made.
 
@@ -44,7 +47,19 @@ def from_arrays(arrays: Any, prefix: Any = "", *, batch_first: bool = False) -> 
     """
     if isinstance(prefix, str):
         return _gru(under(arrays, prefix), batch_first)
-    return Chain(*(_layer(under(arrays, p), i, batch_first) for i, p in enumerate(prefix)))
+    parts = [under(arrays, p) for p in prefix]
+    layers = [_layer(part, i, batch_first) for i, part in enumerate(parts)]
+    named = {f"{i}.{name}": array for i, part in enumerate(parts) for name, array in part.items()}
+    return Chain(*layers, tied=_one_in_memory(named))
+
+
+def _one_in_memory(arrays: dict[str, Any]) -> dict[str, str]:
+    """The later names of arrays that stand under several -> the first name."""
+    tied: dict[str, str] = {}
+    for (first, x), (name, y) in combinations(arrays.items(), 2):
+        if first not in tied and tuple(x.shape) == tuple(y.shape) and overlap(x, y):
+            tied[name] = first
+    return tied
 
 
 def to_arrays(model: Any) -> dict[str, np.ndarray]:
@@ -57,6 +72,7 @@ def to_arrays(model: Any) -> dict[str, np.ndarray]:
     """
     if not isinstance(model, Chain):
         return _state_dict(model)
+    model.params.refuse_untied()
     return {
         f"{i}.{name}": array
         for i, layer in enumerate(model.layers)
