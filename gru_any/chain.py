@@ -5,6 +5,7 @@ from typing import Any
 
 from .cell import GRUCell
 from .gru import GRU
+from .layers import Last
 from .params import Layer, load
 
 
@@ -14,7 +15,7 @@ class Chain:
     Parameters
     ----------
     *layers
-        GRU, Linear, Embedding or Dropout layers on one backend.
+        GRU, Linear, Embedding, Dropout or Last layers on one backend. A Last follows a GRU.
 
     Attributes
     ----------
@@ -41,10 +42,12 @@ class Chain:
         for layer in layers:
             if not isinstance(layer, Layer) or isinstance(layer, GRUCell):
                 raise TypeError(
-                    f"a Chain is made of GRU, Linear, Embedding and Dropout, not {type(layer)}"
+                    "a Chain is made of GRU, Linear, Embedding, Dropout and Last, not "
+                    f"{type(layer)}"
                 )
         if not layers:
             raise ValueError("a Chain needs at least one layer")
+        _check_last(layers)
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
@@ -59,6 +62,8 @@ class Chain:
             if isinstance(layer, GRU):
                 x, h = layer(x, next(states), lengths)
                 new.append(h)
+            elif isinstance(layer, Last):
+                x = layer(new[-1], self._directions)
             else:
                 x = layer(x)
         return x, new
@@ -78,6 +83,8 @@ class Chain:
             if isinstance(layer, GRU):
                 (x, h), back = layer.vjp(x, next(states), lengths, rng)
                 new.append(h)
+            elif isinstance(layer, Last):
+                x, back = layer.vjp(new[-1], self._directions)
             else:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
@@ -97,11 +104,19 @@ class Chain:
             if isinstance(self.layers[i], GRU):
                 of_layer, dy, dh0 = pullbacks[i](dy, given.pop())
                 found.append(dh0)
+            elif isinstance(self.layers[i], Last):
+                of_layer, given[-1] = pullbacks[i](dy, given[-1])
+                dy = None
             else:
                 of_layer, dy = pullbacks[i](dy)
             grads[i] = of_layer
         named = {f"{i}.{k}": v for i in sorted(grads) for k, v in grads[i].items()}
         return named, dy, found[::-1]
+
+    @property
+    def _directions(self) -> int:
+        """Of the last GRU, whose states a Last takes."""
+        return [len(layer.suffixes) for layer in self.layers if isinstance(layer, GRU)][-1]
 
     def _states(self, state: Any) -> Iterator[Any]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)
@@ -123,6 +138,16 @@ class Chain:
 
     def __reduce__(self) -> Any:
         return Chain, self.layers
+
+
+def _check_last(layers: tuple[Any, ...]) -> None:
+    """Raise where a Last does not follow a GRU, or a GRU comes after it: there is no time left."""
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, Last)]
+    for i in places:
+        if i == 0 or not isinstance(layers[i - 1], GRU):
+            raise ValueError(f"layer {i} is a Last, which must follow a GRU directly")
+        if any(isinstance(layer, GRU) for layer in layers[i:]):
+            raise ValueError(f"a GRU comes after the Last at {i}, which leaves no steps to read")
 
 
 class _AllParams(MutableMapping[str, Any]):

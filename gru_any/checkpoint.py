@@ -11,11 +11,13 @@ from .backend import select, to_numpy
 from .cell import GRUCell
 from .chain import Chain
 from .gru import GRU
-from .layers import Dropout, Embedding, Linear
+from .layers import Dropout, Embedding, Last, Linear
 from .params import Layer
 
 FORMAT = 1
-LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout)}
+LAYERS: dict[str, type[Layer]] = {
+    c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout, Last)
+}
 
 
 def save(path: Any, model: Any) -> None:
@@ -27,7 +29,7 @@ def save(path: Any, model: Any) -> None:
     Parameters
     ----------
     path : str or path
-    model : GRU, GRUCell, Linear, Embedding, Dropout or Chain
+    model : GRU, GRUCell, Linear, Embedding, Dropout, Last or Chain
 
     Raises
     ------
