@@ -11,7 +11,12 @@ from gru_any.stream import Stream
 T, B, I, H = 5, 3, 2, 4
 LENGTHS = [5, 1, 3]
 X = np.random.default_rng(0).standard_normal((T, B, I))
-WAYS = [{}, {"bidirectional": True}, {"reverse": True}, {"bidirectional": True, "batch_first": True}]
+WAYS = [
+    {},
+    {"bidirectional": True},
+    {"reverse": True},
+    {"bidirectional": True, "batch_first": True},
+]
 
 
 def model(way, dtype="float64", layers=2, **home):
@@ -78,7 +83,8 @@ def test_on_every_backend(backend):
 def test_without_a_batch_and_saved(tmp_path):
     chain = model({"bidirectional": True})
     y, _ = chain(X[:, 0])
-    assert y.shape == (2,) and np.allclose(y, chain(X)[0][0], rtol=0, atol=1e-14)
+    assert y.shape == (2,)
+    assert np.allclose(y, chain(X)[0][0], rtol=0, atol=1e-14)
     save(tmp_path / "m.safetensors", chain)
     assert np.array_equal(load(tmp_path / "m.safetensors")(X)[0], chain(X)[0])
 
