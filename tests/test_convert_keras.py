@@ -487,7 +487,7 @@ def test_masks_by_lengths(keras, L, tmp_path, ending):
         path = saved(model, tmp_path, ending)
         with pytest.raises(ValueError, match=r"'mask_zero': True.*lengths"):
             convert.load(path)
-        with pytest.warns(UserWarning) as warned:
+        with pytest.warns(UserWarning, match="is left to you") as warned:
             ours = convert.load(path, names)
         assert [str(w.message).partition(" has")[0] for w in warned] == [
             "a Embedding with {'name': 'words', 'mask_zero': True}",
