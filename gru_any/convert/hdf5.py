@@ -1,6 +1,7 @@
 """Arrays in HDF5 files, with h5py (extra `keras`). Nothing is allocated that is not in the file."""
 
 import io
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def read_hdf5(content: bytes, name: Any) -> Contents:
                 raise ValueError(f"it promises {total} bytes and has {len(content)}")
             for path, item in found:
                 if isinstance(item, h5py.Group):
-                    attributes[path] = dict(item.attrs)
+                    attributes[path] = _attributes(path, item.attrs, len(content))
                 else:
                     arrays[path] = _array(h5py, item)
     except (OSError, RuntimeError, LookupError, ArithmeticError, TypeError, ValueError) as e:
@@ -71,6 +72,14 @@ def _items(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Iterator[tuple
         elif isinstance(item, h5py.Dataset):
             _check_present(h5py, path, item)
             yield path, item
+
+
+def _attributes(path: str, attributes: Any, size: int) -> dict[str, Any]:
+    """The attributes of a group, which together are no longer than the file."""
+    ids = [attributes.get_id(name) for name in attributes]
+    if sum(math.prod(i.shape) * i.dtype.itemsize for i in ids) > size:
+        raise ValueError(f"the attributes of {path!r} promise more than {size} bytes")
+    return dict(attributes)
 
 
 def _check_present(h5py: Any, path: str, item: Any) -> None:

@@ -46,6 +46,19 @@ def of_keras() -> None:
     expected["keras.weights"] = gru(X).tolist()
 
 
+def of_keras_trained() -> None:
+    """One result a sequence, from a model that was compiled and trained; in the older format too."""
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    both = layers.Bidirectional(layers.GRU(2, bias_initializer="normal"))
+    model = keras.Sequential([keras.Input((None, 3)), both, layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.train_on_batch(X, np.ones((2, 2)))
+    for name in ("trained.keras", "trained.h5"):
+        model.save(HERE / f"keras_{name}")
+        expected[f"keras_{name}"] = model(X).tolist()
+
+
 def of_equinox() -> None:
     cell = equinox.nn.GRUCell(3, 4, key=jax.random.key(0))
     equinox.tree_serialise_leaves(HERE / "equinox.eqx", cell)
@@ -87,6 +100,6 @@ def of_chainer() -> None:
 
 
 if __name__ == "__main__":
-    for make in (of_torch, of_keras, of_equinox, of_mlx, of_chainer):
+    for make in (of_torch, of_keras, of_keras_trained, of_equinox, of_mlx, of_chainer):
         make()
     (HERE / "expected.json").write_text(json.dumps(expected))
