@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# how the names of the attributes begin that are read; no other is touched
+KNOWN = ("layer_names", "weight_names", "model_config")
+
 
 class Contents(NamedTuple):
     """What a file holds.
@@ -75,11 +78,11 @@ def _items(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Iterator[tuple
 
 
 def _attributes(path: str, attributes: Any, size: int) -> dict[str, Any]:
-    """The attributes of a group, which together are no longer than the file."""
-    ids = [attributes.get_id(name) for name in attributes]
-    if sum(math.prod(i.shape) * i.dtype.itemsize for i in ids) > size:
+    """Those of the attributes that are known, which together are no longer than the file."""
+    known = {name: attributes.get_id(name) for name in attributes if name.startswith(KNOWN)}
+    if sum(math.prod(i.shape) * i.dtype.itemsize for i in known.values()) > size:
         raise ValueError(f"the attributes of {path!r} promise more than {size} bytes")
-    return dict(attributes)
+    return {name: attributes[name] for name in known}
 
 
 def _check_present(h5py: Any, path: str, item: Any) -> None:

@@ -2,8 +2,9 @@
 
     KERAS_BACKEND=torch python tests/data/make.py
 
-It ran on 2026-11-24 with torch 2.13.0, keras 3.15.1, equinox 0.13.8 and mlx 0.32.4. Chainer does
-not install beside NumPy 2: its file is laid out as `chainer.serializers.save_npz` does.
+It ran on 2026-11-24, and `of_keras_trained` on 2026-11-26, with torch 2.13.0, keras 3.15.1,
+equinox 0.13.8 and mlx 0.32.4. Chainer does not install beside NumPy 2: its file is laid out as
+`chainer.serializers.save_npz` does.
 """
 
 import json
@@ -47,7 +48,7 @@ def of_keras() -> None:
 
 
 def of_keras_trained() -> None:
-    """One result a sequence, from a model that was compiled and trained; in the older format too."""
+    """One result a sequence, from a model that was trained; in the older format too."""
     keras.utils.set_random_seed(1)
     layers = keras.layers
     both = layers.Bidirectional(layers.GRU(2, bias_initializer="normal"))
