@@ -8,7 +8,7 @@ from .checkpoint import load, save
 from .checks import gradcheck
 from .explain import explain
 from .gru import GRU
-from .layers import Dropout, Embedding, Linear
+from .layers import Dropout, Embedding, Last, Linear
 from .losses import sigmoid_cross_entropy, softmax_cross_entropy, squared_error
 from .optim import SGD, Adam, AdamW, RMSprop, clip_by_global_norm, clip_by_value
 
@@ -23,6 +23,7 @@ __all__ = [
     "Dropout",
     "Embedding",
     "GRUCell",
+    "Last",
     "Linear",
     "RMSprop",
     "asarray",

@@ -8,6 +8,7 @@ from .backend import to_numpy
 from .cell import GRUCell
 from .errors import ShapeError
 from .gru import GRU
+from .layers import Last
 from .params import Layer, load, refuse_shared
 
 
@@ -17,7 +18,7 @@ class Chain:
     Parameters
     ----------
     *layers
-        GRU, Linear, Embedding or Dropout layers on one backend.
+        GRU, Linear, Embedding, Dropout or Last layers on one backend. A Last follows a GRU.
     tied : mapping of str to str, or None
         `{"2.weight": "0.weight"}` makes the parameter on the left another name of the one on the
         right, whose array it takes: one parameter, with the sum of the gradients.
@@ -58,10 +59,12 @@ class Chain:
         for layer in layers:
             if not isinstance(layer, Layer) or isinstance(layer, GRUCell):
                 raise TypeError(
-                    f"a Chain is made of GRU, Linear, Embedding and Dropout, not {type(layer)}"
+                    "a Chain is made of GRU, Linear, Embedding, Dropout and Last, not "
+                    f"{type(layer)}"
                 )
         if not layers:
             raise ValueError("a Chain needs at least one layer")
+        _check_last(layers)
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
@@ -81,6 +84,8 @@ class Chain:
             if isinstance(layer, GRU):
                 x, h = layer(x, next(states), lengths)
                 new.append(h)
+            elif isinstance(layer, Last):
+                x = layer(new[-1], self._directions)
             else:
                 x = layer(x)
         return x, new
@@ -101,6 +106,8 @@ class Chain:
             if isinstance(layer, GRU):
                 (x, h), back = layer.vjp(x, next(states), lengths, rng)
                 new.append(h)
+            elif isinstance(layer, Last):
+                x, back = layer.vjp(new[-1], self._directions)
             else:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
@@ -120,6 +127,9 @@ class Chain:
             if isinstance(self.layers[i], GRU):
                 of_layer, dy, dh0 = pullbacks[i](dy, given.pop())
                 found.append(dh0)
+            elif isinstance(self.layers[i], Last):
+                of_layer, given[-1] = pullbacks[i](dy, given[-1])
+                dy = None
             else:
                 of_layer, dy = pullbacks[i](dy)
             grads[i] = of_layer
@@ -127,6 +137,11 @@ class Chain:
         for alias, name in self.tied.items():
             named[name] = named[name] + named.pop(alias)
         return named, dy, found[::-1]
+
+    @property
+    def _directions(self) -> int:
+        """Of the last GRU, whose states a Last takes."""
+        return [len(layer.suffixes) for layer in self.layers if isinstance(layer, GRU)][-1]
 
     def _states(self, state: Any) -> Iterator[Any]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)
@@ -173,6 +188,16 @@ def _chain(layers: Any, tied: dict[str, str]) -> Chain:
 def _same_bits(a: Any, b: Any) -> bool:
     a, b = to_numpy(a), to_numpy(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _check_last(layers: tuple[Any, ...]) -> None:
+    """Raise where a Last does not follow a GRU, or a GRU comes after it: there is no time left."""
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, Last)]
+    for i in places:
+        if i == 0 or not isinstance(layers[i - 1], GRU):
+            raise ValueError(f"layer {i} is a Last, which must follow a GRU directly")
+        if any(isinstance(layer, GRU) for layer in layers[i:]):
+            raise ValueError(f"a GRU comes after the Last at {i}, which leaves no steps to read")
 
 
 class _AllParams(MutableMapping[str, Any]):

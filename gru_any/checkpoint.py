@@ -13,13 +13,15 @@ from .backend import select, to_numpy
 from .cell import GRUCell
 from .chain import Chain
 from .gru import GRU
-from .layers import Dropout, Embedding, Linear
+from .layers import Dropout, Embedding, Last, Linear
 from .params import Layer, refuse_shared
 
 FORMAT = 1
 RUN_FORMAT = 2  # of the checkpoints of a training run; 1 had neither the model nor "closing"
 NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")  # of such, newest first
-LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout)}
+LAYERS: dict[str, type[Layer]] = {
+    c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout, Last)
+}
 
 
 def save(path: Any, model: Any) -> None:
@@ -31,7 +33,7 @@ def save(path: Any, model: Any) -> None:
     Parameters
     ----------
     path : str or path
-    model : GRU, GRUCell, Linear, Embedding, Dropout or Chain
+    model : GRU, GRUCell, Linear, Embedding, Dropout, Last or Chain
 
     Raises
     ------

@@ -16,7 +16,7 @@ from .chain import Chain
 from .errors import check_shape
 from .formulas import called, formulas, latex
 from .gru import GRU
-from .layers import Embedding, Linear
+from .layers import Embedding, Last, Linear
 from .params import Layer
 
 PATHS = {
@@ -36,7 +36,7 @@ def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "tex
 
     Parameters
     ----------
-    model : GRU, GRUCell, Linear, Embedding, Dropout or Chain
+    model : GRU, GRUCell, Linear, Embedding, Dropout, Last or Chain
     shape : tuple of int or None
         The shape of x, for the shapes of the results; letters stand for what is left open.
     format : "text" or "latex"
@@ -74,9 +74,10 @@ def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "tex
     if not isinstance(model, (Layer, Chain)):
         raise TypeError(f"explain takes a layer or a Chain, not a {type(model).__name__}")
     write = _text if format == "text" else _latex
-    parts, at = [], None if shape is None else tuple(shape)
+    parts, at, batch_first = [], None if shape is None else tuple(shape), False
     for layer in model.layers if isinstance(model, Chain) else (model,):
-        at, facts = _facts(layer, at)
+        batch_first = getattr(layer, "batch_first", batch_first)
+        at, facts = _facts(layer, at, batch_first)
         parts.append(write(facts))
     return "\n\n".join(parts) + "\n"
 
@@ -90,9 +91,9 @@ class _Facts(NamedTuple):
     parameters: dict[str, tuple[int, ...]]
 
 
-def _facts(layer: Any, shape: Any) -> tuple[Any, _Facts]:
+def _facts(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, _Facts]:
     """The shape of what the layer returns, and what there is to say."""
-    after, results = _shapes(layer, shape)
+    after, results = _shapes(layer, shape, batch_first)
     known = isinstance(layer, (GRU, GRUCell))
     notes = [results, *(_recurrent(layer, shape) if known else _about(layer))]
     lines = _lines(layer) if isinstance(layer, (GRU, GRUCell)) else []
@@ -107,9 +108,8 @@ def _about(layer: Any) -> list[str]:
 # shapes ------------------------------------------------------------------------------------------
 
 
-def _shapes(layer: Any, shape: Any) -> tuple[Any, str]:
+def _shapes(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
     """The shape of what the layer returns, and a line that says so."""
-    batch_first = getattr(layer, "batch_first", False)
     if isinstance(layer, GRU):
         letters = "(B, T, I)" if batch_first else "(T, B, I)"
         letters, width = "(T, I)" if shape and len(shape) == 2 else letters, layer.input_size
@@ -117,6 +117,8 @@ def _shapes(layer: Any, shape: Any) -> tuple[Any, str]:
         letters, width = "(I,)" if shape and len(shape) == 1 else "(B, I)", layer.input_size
     elif isinstance(layer, Linear):
         letters, width = "(..., I)", layer.in_features
+    elif isinstance(layer, Last):
+        letters, width = "(T, B, D*H)", 0
     else:
         letters, width = "(...)" if shape else "(T, B)", 0
     if shape is None:
@@ -137,6 +139,8 @@ def _results(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
         new = (*shape, layer.params["weight"].shape[1])
     elif isinstance(layer, Linear):
         new = (*rows, layer.out_features)
+    elif isinstance(layer, Last):
+        new = (*(rows[:1] if batch_first and len(rows) == 2 else rows[1:]), shape[-1])
     else:
         new = (*rows, layer.hidden_size) if isinstance(layer, GRUCell) else shape
     return new, f"x {_shown(shape)} -> {_shown(new)}"

@@ -11,6 +11,7 @@ import numpy as np
 
 from .backend import to_numpy
 from .gru import GRU
+from .layers import Last
 
 
 def activity(model: Any, x: Any, lengths: Any = None) -> list[dict[str, np.ndarray]]:
@@ -43,6 +44,8 @@ def activity(model: Any, x: Any, lengths: Any = None) -> list[dict[str, np.ndarr
             taps = layer.taps(x, lengths=lengths)
             found.append({name: to_numpy(array) for name, array in taps.items()})
             x, _ = layer(x, lengths=lengths)
+        elif isinstance(layer, Last):
+            break  # no GRU comes after it
         else:
             x = layer(x)
     return found

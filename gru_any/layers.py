@@ -7,7 +7,7 @@ import numpy as np
 
 from . import arguments
 from .backend import runner
-from .errors import check_shape
+from .errors import ShapeError, check_shape
 from .init import uniform
 from .params import Layer, refuse_stale
 
@@ -201,6 +201,56 @@ class Dropout(Layer):
             return {}, dy if mask is None else dy * mask
 
         return x if mask is None else x * mask, pullback
+
+
+class Last(Layer):
+    """The last states of the GRU before it in a Chain, in place of its outputs of every step.
+
+    For one result a sequence, as Keras' `return_sequences=False`. Each row ends at its own length,
+    and the reverse direction at step 0, which `y[:, -1]` gets wrong.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU, Chain, Last, Linear
+    >>> model = Chain(GRU(3, 4, bidirectional=True, seed=0), Last(), Linear(8, 2, seed=1))
+    >>> y, state = model(np.ones((5, 2, 3), dtype="float32"), lengths=[5, 3])
+    >>> y.shape  # (B, O)
+    (2, 2)
+    """
+
+    def __init__(self, *, backend: Any = None, device: Any = None, dtype: str = "float32") -> None:
+        self._create({}, backend, device, dtype, [])
+
+    def __call__(self, h_n: Any, directions: int = 1) -> Any:
+        """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side."""
+        self.backend.check("h_n", h_n, self.dtype)
+        rows = h_n.shape[0]
+        if h_n.ndim not in (2, 3) or not rows or rows % directions:
+            raise ShapeError(f"h_n is {tuple(h_n.shape)}, expected (L*D, B, H), D = {directions}")
+        top = [h_n[i, ...] for i in range(rows - directions, rows)]
+        return self.backend.xp.concat(top, axis=-1)
+
+    def vjp(self, h_n: Any, directions: int = 1, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy, dh_n=None) -> {}, dh_n` with what comes through y added."""
+        y, states = self(h_n, directions), tuple(h_n.shape)
+        shape, H = tuple(y.shape), states[-1]
+
+        def pullback(dy: Any, dh_n: Any = None) -> tuple[dict[str, Any], Any]:
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            xp = self.backend.xp
+            top = xp.stack([dy[..., d * H : (d + 1) * H] for d in range(directions)])
+            below = self.backend.zeros((states[0] - directions, *states[1:]), self.dtype)
+            through = xp.concat([below, top])
+            if dh_n is None:
+                return {}, through
+            self.backend.check("dh_n", dh_n, self.dtype)
+            if tuple(dh_n.shape) != states:
+                raise ShapeError(f"dh_n is {tuple(dh_n.shape)}, expected {states}")
+            return {}, through + dh_n
+
+        return y, pullback
 
 
 def _same_shape(name: str, array: Any, shape: Any) -> None:

@@ -8,6 +8,7 @@ from .backend import to_numpy
 from .chain import Chain
 from .errors import check_shape
 from .gru import GRU
+from .layers import Last
 
 
 class Stream:
@@ -23,7 +24,7 @@ class Stream:
     Raises
     ------
     ValueError
-        A GRU is bidirectional or reverse.
+        A GRU is bidirectional or reverse, or the Chain has a Last.
     TypeError
         It is neither a GRU nor a Chain.
 
@@ -46,6 +47,8 @@ class Stream:
                     f"{gru!r} cannot stream: its reverse direction reads from the end, which has "
                     "not come yet"
                 )
+        if any(isinstance(layer, Last) for layer in self._layers):
+            raise ValueError("a Chain with a Last cannot stream: it waits for the sequence's end")
         self._states: list[Any] = [None] * len(self._grus)
         self.refresh()
 

@@ -29,6 +29,8 @@ WRITTEN = {
     "keras_after": (keras, "keras_after.keras", {}),
     "keras_before": (keras, "keras_before.keras", {}),
     "keras.weights": (keras, "keras.weights.h5", {"layer": "gru"}),
+    "keras_trained.keras": (keras, "keras_trained.keras", {}),
+    "keras_trained.h5": (keras, "keras_trained.h5", {}),
     "equinox": (equinox, "equinox.eqx", {"batch_first": True}),
     "mlx": (mlx, "mlx.safetensors", {}),
     "mlx_npz": (mlx, "mlx.npz", {}),

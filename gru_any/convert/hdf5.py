@@ -1,9 +1,26 @@
 """Arrays in HDF5 files, with h5py (extra `keras`). Nothing is allocated that is not in the file."""
 
 import io
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+
+# how the names of the attributes begin that are read; no other is touched
+KNOWN = ("layer_names", "weight_names", "model_config")
+
+
+class Contents(NamedTuple):
+    """What a file holds.
+
+    arrays: path -> array. bfloat16 becomes float32; what is not made of numbers is an empty array
+    of its dtype, so that whoever wants it learns what it is. attributes: path of a group, "" the
+    file itself -> its attributes.
+    """
+
+    arrays: dict[str, np.ndarray]
+    attributes: dict[str, dict[str, Any]]
 
 
 def library() -> Any:
@@ -15,8 +32,8 @@ def library() -> Any:
     return h5py
 
 
-def read_hdf5(content: bytes, name: Any) -> dict[str, np.ndarray]:
-    """Path inside of the file -> array; those that are not floating stay out.
+def read_hdf5(content: bytes, name: Any) -> Contents:
+    """Read all arrays of a file, and the attributes of its groups.
 
     Raises
     ------
@@ -24,22 +41,26 @@ def read_hdf5(content: bytes, name: Any) -> dict[str, np.ndarray]:
         The file is damaged or of another kind, holds links to elsewhere, or promises more numbers
         than it has.
     """
-    h5py, arrays = library(), {}
+    h5py, arrays, attributes = library(), {}, {}
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
-            found = list(_datasets(h5py, file, "", set()))
-            total = sum(dataset.nbytes for _, dataset in found)
+            found = list(_items(h5py, file, "", set()))
+            total = sum(item.nbytes for _, item in found if _is_array(h5py, item))
             if total > len(content):
                 raise ValueError(f"it promises {total} bytes and has {len(content)}")
-            for path, dataset in found:
-                arrays[path] = dataset[()]
+            for path, item in found:
+                if isinstance(item, h5py.Group):
+                    attributes[path] = _attributes(path, item.attrs, len(content))
+                else:
+                    arrays[path] = _array(h5py, item)
     except (OSError, RuntimeError, LookupError, ArithmeticError, TypeError, ValueError) as e:
         raise ValueError(f"{name} is damaged or no HDF5 file of weights: {e}") from e
-    return arrays
+    return Contents(arrays, attributes)
 
 
-def _datasets(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Any:
-    """Path and dataset, of all that hold floating numbers in this file itself."""
+def _items(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Path and item, of all groups and datasets in this file itself."""
+    yield prefix.rstrip("/"), group
     for name in group:
         path = prefix + name
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -50,11 +71,41 @@ def _datasets(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Any:
             raise ValueError(f"{path} is there twice, or in a circle")
         seen.add(address)
         if isinstance(item, h5py.Group):
-            yield from _datasets(h5py, item, path + "/", seen)
-        elif isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
-            if item.is_virtual or item.external or item.id.get_storage_size() < item.nbytes:
-                raise ValueError(f"{path} promises {item.shape}, which is not in this file")
+            yield from _items(h5py, item, path + "/", seen)
+        elif isinstance(item, h5py.Dataset):
+            _check_present(h5py, path, item)
             yield path, item
+
+
+def _attributes(path: str, attributes: Any, size: int) -> dict[str, Any]:
+    """Those of the attributes that are known, which together are no longer than the file."""
+    known = {name: attributes.get_id(name) for name in attributes if name.startswith(KNOWN)}
+    if sum(math.prod(i.shape) * i.dtype.itemsize for i in known.values()) > size:
+        raise ValueError(f"the attributes of {path!r} promise more than {size} bytes")
+    return {name: attributes[name] for name in known}
+
+
+def _check_present(h5py: Any, path: str, item: Any) -> None:
+    """Raise where the numbers of a dataset are not in this file, or not all of them."""
+    if _is_array(h5py, item) and (
+        item.is_virtual or item.external or item.id.get_storage_size() < item.nbytes
+    ):
+        raise ValueError(f"{path} promises {item.shape}, which is not in this file")
+
+
+def _is_array(h5py: Any, item: Any) -> bool:
+    """Whether it is made of numbers; bfloat16 and float8 are opaque bytes to HDF5."""
+    is_data = isinstance(item, h5py.Dataset) and item.shape is not None
+    return is_data and (item.dtype.kind in "fciub" or item.dtype.str in ("|V1", "|V2"))
+
+
+def _array(h5py: Any, item: Any) -> np.ndarray:
+    if not _is_array(h5py, item):
+        return np.empty(0, item.dtype)
+    array = np.asarray(item[()])
+    if item.dtype.str == "|V2" and item.attrs.get("dtype") == "bfloat16":  # as Keras marks it
+        return (array.view("<u2").astype("<u4") << 16).view("<f4")
+    return array
 
 
 def write_hdf5(arrays: dict[str, np.ndarray]) -> bytes:

@@ -1,8 +1,8 @@
-"""Keras 3: `keras.layers.GRU`, with both values of `reset_after`. z keeps, gates z, r, n.
+"""Keras 2 and 3: `keras.layers.GRU`, with both values of `reset_after`. z keeps, gates z, r, n.
 
 With reset_after (the default there) the bias is (2, 3H): b on top of c; without, (3H,). x is
-(B, T, I) in Keras, and so it is for the models made here. Files (`.keras`, `.weights.h5`) need h5py
-(extra `keras`), not Keras (https://keras.io/api).
+(B, T, I) in Keras, and so it is for the models made here. Files (`.keras`, `.weights.h5`, `.h5`)
+need h5py (extra `keras`), not Keras (https://keras.io/api).
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import flag
 from ..chain import Chain
 from ..checkpoint import write_atomically
 from ..gru import GRU
@@ -59,12 +60,16 @@ def from_arrays(
     ValueError, TypeError
         A shape or dtype does not fit.
     """
-    count = 3 if use_bias else 2
+    bidirectional, reset_after = (
+        flag("bidirectional", bidirectional),
+        flag("reset_after", reset_after),
+    )
+    count = 3 if flag("use_bias", use_bias) else 2
     if not weights or len(weights) % count:
         raise ValueError(f"{len(weights)} arrays, expected {count} for each layer and direction")
     groups = [weights[i : i + count] for i in range(0, len(weights), count)]
     cells = [read_cell(group, reset_after) for group in groups]
-    return assemble(cells, reset_after, bidirectional, batch_first)
+    return assemble(cells, reset_after, bidirectional, flag("batch_first", batch_first))
 
 
 def to_arrays(model: Any) -> list[np.ndarray]:
@@ -75,22 +80,39 @@ def to_arrays(model: Any) -> list[np.ndarray]:
     return [array for layer in model.layers for array in layer_arrays(layer)]
 
 
-def load(path: Any, layer: Any = None, *, reset_after: bool | None = None) -> Any:
-    """A model from a file of Keras 3.
+def load(
+    path: Any,
+    layer: Any = None,
+    *,
+    reset_after: bool | None = None,
+    go_backwards: bool | None = None,
+    activation: str | None = None,
+    recurrent_activation: str | None = None,
+) -> Any:
+    """A model from a file of Keras.
 
     Parameters
     ----------
     path : str or path
-        `.keras`: a model that is a row of InputLayer, Embedding, GRU, Bidirectional, Dropout and
-        Dense becomes a Chain, or a GRU where there is nothing else. GRUs on top of each other
-        become one of several layers. All steps are returned, also where the last GRU of the model
-        returns its last one; take `y[:, -1]`. Dropout inside of a Keras GRU stays behind.
-        `.weights.h5`: has no description of the model, and gives its GRU.
+        `.keras`, or `.h5` with a whole model, of Keras 2 or 3: the model, whose call returns what
+        the one in Keras returns. It must be a row of GRU, RNN of GRUCells, Bidirectional of either,
+        Embedding, Dropout, Dense and TimeDistributed(Dense), or of models of these; it becomes a
+        Chain, or a GRU where there is nothing else. GRUs on top of each other become one of several
+        layers; a `Last` stands where `return_sequences` is False.
+        `.weights.h5`, or `.h5` of weights: has no description of the model, and gives its GRU,
+        with the outputs of all steps. Such a file cannot tell a GRU with `activation="relu"` or
+        `go_backwards=True` from any other: know it, and say so.
     layer : str, a list of them, or None
-        The GRU to take out of a larger model, by its name in `.keras`, and by its place in
-        `.weights.h5`, such as "gru" or "bidirectional_1". A list makes one GRU of several layers.
-    reset_after : bool or None
-        Needed for `.weights.h5` without bias, where it cannot be told.
+        Layers to take out of a larger model, also one that branches, by their names, which are
+        paths such as "encoder/gru" in a model inside of the model. In `.weights.h5` they are the
+        places, such as "gru", "bidirectional_1" or "sequential/gru". GRUs become one GRU of
+        several layers, with the outputs of all steps; of `go_backwards` it is a
+        `GRU(reverse=True)`. Where there are others among them they become what the row of them is,
+        and a warning tells what of them is left to you: an activation, or a mask.
+    reset_after, go_backwards, activation, recurrent_activation : None, or as in Keras
+        What the GRUs were made with. Needed where a file cannot tell: `reset_after` of weights
+        without bias. Whatever the file says otherwise is an error, and so is an activation other
+        than "tanh" and "sigmoid".
 
     Raises
     ------
@@ -101,17 +123,27 @@ def load(path: Any, layer: Any = None, *, reset_after: bool | None = None) -> An
     """
     from . import keras_read
 
-    wanted = [layer] if isinstance(layer, str) else layer
-    if Path(path).suffix == ".keras":
-        return keras_read.load_archive(path, wanted)
-    return keras_read.load_weights(path, wanted, reset_after)
+    names = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+    if layer is not None and not (names and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"layer is {layer!r}, expected a name or a list of names")
+    given: dict[str, Any] = {
+        "reset_after": reset_after,
+        "go_backwards": go_backwards,
+        "activation": activation,
+        "recurrent_activation": recurrent_activation,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in {"reset_after", "go_backwards"} & set(given):
+        given[name] = flag(name, given[name])
+    return keras_read.load(path, None if layer is None else names, given)
 
 
 def save(path: Any, model: Any) -> None:
     """Write a GRU or a Chain for Keras 3.
 
     path : `.keras` for `keras.saving.load_model`, or `.weights.h5` for `load_weights` of a
-        Sequential of the same layers. Each layer of a GRU is one in Keras.
+        Sequential of the same layers. Each layer of a GRU is one in Keras, which returns all steps
+        unless a Last follows.
     """
     from . import keras_write
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from ..chain import Chain
 from ..gru import GRU
-from ..layers import Embedding, Linear
+from ..layers import Embedding, Last, Linear
 from .cells import ours
 from .hdf5 import write_hdf5
 from .keras import layer_arrays, write_cell
-from .keras_read import Part, places_of
+from .keras_file import Part, places_of
 
 CELLS = {1: ("cell/vars",), 2: ("forward_layer/cell/vars", "backward_layer/cell/vars")}
 
@@ -43,7 +43,7 @@ def archive(model: Any) -> bytes:
     }
     description["config"]["layers"] = [
         _entry("InputLayer", {**entry, "name": "input_layer"}),
-        *(_entry(kind, {**config, "dtype": dtype}) for kind, config in parts),
+        *(_entry(part.kind, {**part.config, "dtype": dtype}) for part in parts),
     ]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
@@ -66,9 +66,12 @@ def _parts_of(model: Any) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
     """Each Keras layer of a model, with its arrays by their place in the HDF5 file."""
     if isinstance(model, Chain):
         model.params.refuse_untied()
-    for i, layer in enumerate(model.layers if isinstance(model, Chain) else [model]):
+    layers = model.layers if isinstance(model, Chain) else (model,)
+    for i, layer in enumerate(layers):
         if isinstance(layer, GRU):
-            yield from _gru_parts(layer, f"layer_{i}")
+            last = any(isinstance(after, Last) for after in layers[i + 1 : i + 2])
+            yield from _gru_parts(layer, f"layer_{i}", last)
+        if isinstance(layer, (GRU, Last)):
             continue
         found = {f"vars/{k}": array for k, array in enumerate(layer_arrays(layer))}
         if isinstance(layer, Embedding):
@@ -81,13 +84,12 @@ def _parts_of(model: Any) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
         yield Part(kind, {"name": f"layer_{i}", **config}), found
 
 
-def _gru_parts(gru: GRU, name: str) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
+def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
     cells = [write_cell(cell, gru.reset_after) for cell in ours(gru)]
     config = {
         "units": gru.hidden_size,
         "use_bias": gru.bias,
         "reset_after": gru.reset_after,
-        "return_sequences": True,
     }
     D = len(gru.suffixes)
     for i in range(gru.num_layers):
@@ -99,7 +101,8 @@ def _gru_parts(gru: GRU, name: str) -> Iterator[tuple[Part, dict[str, np.ndarray
             for prefix, cell in zip(CELLS[D], of_layer, strict=True)
             for k, array in enumerate(cell)
         }
-        inner = {"name": f"{name}_{i}", **config}
+        sequences = not last or i + 1 < gru.num_layers
+        inner = {"name": f"{name}_{i}", **config, "return_sequences": sequences}
         if D == 1:
             yield Part("GRU", inner), found
         else:

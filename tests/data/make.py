@@ -2,8 +2,9 @@
 
     KERAS_BACKEND=torch python tests/data/make.py
 
-It ran on 2026-11-24 with torch 2.13.0, keras 3.15.1, equinox 0.13.8 and mlx 0.32.4. Chainer does
-not install beside NumPy 2: its file is laid out as `chainer.serializers.save_npz` does.
+It ran on 2026-11-24, and `of_keras_trained` on 2026-11-26, with torch 2.13.0, keras 3.15.1,
+equinox 0.13.8 and mlx 0.32.4. Chainer does not install beside NumPy 2: its file is laid out as
+`chainer.serializers.save_npz` does.
 """
 
 import json
@@ -44,6 +45,19 @@ def of_keras() -> None:
         expected[f"keras_{name}"] = model(X).tolist()
     model.save_weights(HERE / "keras.weights.h5")
     expected["keras.weights"] = gru(X).tolist()
+
+
+def of_keras_trained() -> None:
+    """One result a sequence, from a model that was trained; in the older format too."""
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    both = layers.Bidirectional(layers.GRU(2, bias_initializer="normal"))
+    model = keras.Sequential([keras.Input((None, 3)), both, layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.train_on_batch(X, np.ones((2, 2)))
+    for name in ("trained.keras", "trained.h5"):
+        model.save(HERE / f"keras_{name}")
+        expected[f"keras_{name}"] = model(X).tolist()
 
 
 def of_equinox() -> None:
@@ -87,6 +101,6 @@ def of_chainer() -> None:
 
 
 if __name__ == "__main__":
-    for make in (of_torch, of_keras, of_equinox, of_mlx, of_chainer):
+    for make in (of_torch, of_keras, of_keras_trained, of_equinox, of_mlx, of_chainer):
         make()
     (HERE / "expected.json").write_text(json.dumps(expected))
