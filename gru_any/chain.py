@@ -30,6 +30,8 @@ class Chain:
         there once, under the name on the right.
     tied : mapping
         As given; it cannot be changed.
+    batch_first : bool or None
+        As the GRUs have it, which must agree; None where there is none.
 
     Raises
     ------
@@ -75,6 +77,7 @@ class Chain:
         self.params = _AllParams(layers, self.tied)
         refuse_shared(self.params)
         self.backend, self.dtype = layers[0].backend, layers[0].dtype
+        self.batch_first = _layout(layers)
 
     def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[Any, list[Any]]:
         """Run all layers, keeping nothing for a way back -> y, the new state."""
@@ -188,6 +191,17 @@ def _chain(layers: Any, tied: dict[str, str]) -> Chain:
 def _same_bits(a: Any, b: Any) -> bool:
     a, b = to_numpy(a), to_numpy(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _layout(layers: tuple[Any, ...]) -> bool | None:
+    """Whether x is (B, T, ...), as all GRUs must agree; None where there is no GRU."""
+    layouts = {layer.batch_first for layer in layers if isinstance(layer, GRU)}
+    if len(layouts) == 2:
+        raise ValueError(
+            "some GRUs of the Chain have batch_first=True and others False: one would take the "
+            "other's time for its batch. Make them alike"
+        )
+    return next(iter(layouts), None)
 
 
 def _check_last(layers: tuple[Any, ...]) -> None:

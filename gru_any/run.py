@@ -74,7 +74,7 @@ class Run:
 
     def add_gradient(self, loss: Callable[..., Any], piece: Piece) -> None:
         """Forward and back over one piece, from the state that the piece before left."""
-        x, target, mask, lengths = piece.batch
+        x, target, mask, lengths, batch_first = piece.batch
         state = None if piece.first else self.state
         (y, after), pullback = self.working.vjp(x, state, lengths, rng=self.rng)
         if self.mixed:
@@ -82,9 +82,11 @@ class Run:
         else:
             value, dy = loss(y, target, mask=mask)
             grads, _, _ = pullback(dy)
-        if piece.advance < x.shape[0]:
+        time = 1 if batch_first else 0
+        if piece.advance < x.shape[time]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
-            _, after = self.working(x[: piece.advance, ...], state, shorter)
+            part = (*[slice(None)] * time, slice(piece.advance), ...)
+            _, after = self.working(x[part], state, shorter)
         self.state = after
         self.grads = {k: self.grads[k] + g for k, g in grads.items()} if self.pending else grads
         self.pending += 1

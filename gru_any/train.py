@@ -1,5 +1,6 @@
 """The training loop: `fit` reads like a recipe, and a run that was killed goes on bit for bit."""
 
+import json
 import math
 import signal
 import threading
@@ -7,15 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import arguments
 from .chain import Chain
-from .data import Batch, Piece, ahead, cut
+from .data import Batch, Piece, ahead, arranged, cut, reach, whole
+from .gru import GRU
 from .history import History
-from .layers import Embedding
+from .layers import Embedding, Last
 from .optim import Optimizer
 from .run import Run
 from .schedules import Schedule
 
-Batches = Callable[[int], Iterable[Batch]]
+Batches = Callable[[int], Iterable[Any]]
 
 
 def fit(
@@ -49,9 +52,11 @@ def fit(
     ----------
     model : Chain
     loss : callable
-        `value, dy = loss(y, target, mask=None)`; the mask is (T, B).
+        `value, dy = loss(y, target, mask=None)`; the mask stands over the leading axes of y.
     batches : callable
         `batches(epoch)` gives the batches of an epoch, on the host; the same for the same epoch.
+        Each is a `data.Batch`, or a tuple (x, target[, mask[, lengths]]) laid out as the model
+        takes x.
     optimiser : Optimizer
         Of `model.params`, or of a part of them: the others are frozen, which is said on stderr.
         Only its own are clipped, averaged and changed.
@@ -103,9 +108,9 @@ def fit(
         the next record.
     IndexError
         x holds indices that the model's first layer, an Embedding, does not have.
-    ValueError
-        A number is not above 0, settings differ from the checkpoint's, or no checkpoint can be
-        used.
+    TypeError, ValueError
+        A number is not above 0, a batch does not fit, settings differ from the checkpoint's, or
+        no checkpoint can be used.
     OSError
         A checkpoint cannot be written; the last good one is kept.
     """
@@ -114,8 +119,25 @@ def fit(
     if not isinstance(optimiser, Optimizer):
         name = type(optimiser).__name__
         raise TypeError(f"optimiser is {name}, expected one such as Adam(model.params)")
-    _check(steps=steps, epochs=epochs, minutes=minutes, accumulate=accumulate, clip=clip,
-           validate_every=validate_every, save_every=save_every, log_every=log_every)  # fmt: skip
+    if steps is epochs is minutes is None:
+        raise ValueError("give at least one of steps, epochs and minutes")
+    steps, epochs, accumulate, validate_every, save_every, log_every = (
+        _count(name, n)
+        for name, n in (
+            ("steps", steps),
+            ("epochs", epochs),
+            ("accumulate", accumulate),
+            ("validate_every", validate_every),
+            ("save_every", save_every),
+            ("log_every", log_every),
+        )
+    )
+    minutes, clip = _above_0("minutes", minutes), _above_0("clip", clip)
+    patience = None if patience is None else arguments.size("patience", patience, 0)
+    if average is not None:
+        average = arguments.number("average", average, below=1, above=True)
+    tbptt, seed = tbptt and reach(tbptt), arguments.size("seed", seed, 0)
+    _refuse_unwritable(settings or {})
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
                 clip=clip, validate_every=validate_every, patience=patience, average=average,
                 mixed=mixed, seed=seed, log_every=log_every)  # fmt: skip
@@ -149,27 +171,59 @@ def fit(
     return run.close(valid)
 
 
-def _check(**numbers: float | None) -> None:
-    """Raise where a number that was given is not above 0, or no end of the run was given."""
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{name} is {number!r}, expected a number above 0")
-    if numbers["steps"] is numbers["epochs"] is numbers["minutes"] is None:
-        raise ValueError("give at least one of steps, epochs and minutes")
+def _above_0(name: str, number: Any) -> Any:
+    return None if number is None else arguments.number(name, number, above=True)
+
+
+def _count(name: str, number: Any) -> Any:
+    return None if _above_0(name, number) is None else arguments.size(name, number)
+
+
+def _refuse_unwritable(settings: Any) -> None:
+    """Raise where a checkpoint could not hold the settings, before a step is made."""
+    for name, value in dict(settings).items():
+        try:
+            json.dumps({name: value})
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"settings[{name!r}] is {value!r}, expected what JSON can write: numbers and text "
+                "of Python, lists and dicts of them"
+            ) from None
 
 
 def evaluate(
-    model: Any, loss: Callable[..., Any], batches: Iterable[Batch], chunk: int | None = None
+    model: Any, loss: Callable[..., Any], batches: Iterable[Any], chunk: int | None = None
 ) -> float:
-    """The mean loss over all targets that count, read in chunks of so many steps."""
+    """The mean loss over all targets that count, read in chunks of so many steps.
+
+    Batches are as in `fit`. Chunks are weighted by how many of their targets count; so `loss` must
+    be a mean over these, which one with weights of classes is not.
+    """
+    size = None if chunk is None else arguments.size("chunk", chunk)
     total, count, state = 0.0, 0, None
     for batch in batches:
-        for piece in cut(batch, None if chunk is None else (chunk, chunk)):
-            x, target, mask, lengths = _put(model, piece).batch
+        for piece in _cut(model, batch, None if size is None else (size, size)):
+            x, target, mask, lengths, _ = _put(model, piece).batch
             y, state = model(x, None if piece.first else state, lengths)
             total += float(loss(y, target, mask=mask)[0]) * piece.counted
             count += piece.counted
     return total / max(count, 1)
+
+
+def _cut(model: Any, item: Any, tbptt: tuple[int, int] | None) -> Iterable[Piece]:
+    """The pieces of a batch, laid out as the model takes them."""
+    recurrent = any(isinstance(layer, GRU) for layer in model.layers)
+    each_step = not any(isinstance(layer, Last) for layer in model.layers)
+    rank = 2 if isinstance(model.layers[0], Embedding) else 3 if recurrent else None
+    batch = arranged(item, model.batch_first, rank, each_step)
+    if each_step:
+        return cut(batch, tbptt)
+    if tbptt is not None:
+        raise ValueError(
+            f"the sequences are to be cut by {tbptt}, but the model has a Last, whose one result a "
+            "row needs all steps: leave out tbptt, or chunk"
+        )
+    return [whole(batch)]
 
 
 def _pieces(
@@ -182,7 +236,7 @@ def _pieces(
         while not run.reason:
             number = 0
             for batch in batches(epoch):
-                for piece in cut(batch, tbptt):
+                for piece in _cut(model, batch, tbptt):
                     if number >= skip:
                         yield epoch, number, _put(model, piece)
                     number += 1
@@ -195,7 +249,7 @@ def _pieces(
 
 def _put(model: Any, piece: Piece) -> Piece:
     """The piece on the model's device; its indices are looked at while they are on the host."""
-    x, target, mask, lengths = piece.batch
+    x, target, mask, lengths, batch_first = piece.batch
     put, first = model.backend.put, model.layers[0]
     if isinstance(first, Embedding):
         first.check_range(x)
@@ -205,6 +259,7 @@ def _put(model: Any, piece: Piece) -> Piece:
         put(target),
         None if mask is None else put(mask),
         lengths,
+        batch_first,
     )
     return piece._replace(batch=on_device)
 

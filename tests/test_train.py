@@ -61,7 +61,7 @@ def test_pieces_count_every_target_once(tbptt):
     pieces = list(cut(whole, tbptt))
     at = 0
     for piece in pieces:
-        x, _, mask, _ = piece.batch
+        x, _, mask, *_ = piece.batch
         counting = np.ones(x.shape[:2], bool) if mask is None else mask
         steps = np.flatnonzero(counting[:, 0])
         assert np.array_equal(x[steps], whole.x[at : at + len(steps)])
@@ -86,7 +86,7 @@ def test_impossible_cuts_are_refused(tbptt):
 
 
 def test_streams_predict_their_next():
-    x, target, mask, lengths = streams(np.arange(21), 4)
+    x, target, mask, lengths, _ = streams(np.arange(21), 4)
     assert x.shape == (5, 4)
     assert np.array_equal(x + 1, target)
     assert np.array_equal(x[:, 1], np.arange(5, 10))
@@ -595,9 +595,7 @@ def test_groups_in_a_run_are_torchs():
     fit(model, error, data, optimiser, steps=20, clip=0.1, bar=False,
         schedule=lambda step, losses: 0.02 * 0.9**step)  # fmt: skip
     for step in range(20):
-        x, target, _, _ = (
-            None if v is None else torch.tensor(v) for v in data(step // 2)[step % 2]
-        )
+        x, target, *_ = (None if v is None else torch.tensor(v) for v in data(step // 2)[step % 2])
         theirs.zero_grad()
         torch.nn.functional.mse_loss(head(rnn(x)[0]), target).backward()
         torch.nn.utils.clip_grad_norm_([*rnn.parameters(), *head.parameters()], 0.1)
