@@ -590,3 +590,33 @@ def test_the_path_in_words(monkeypatch):
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     assert run.path(NUMPY, 8)[0] == "traced"
     assert "gru-any[fast]" in run.path(NUMPY, 8)[1]
+
+
+def words(code, **variables):
+    """What a new process with these variables prints."""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env=os.environ | variables, check=True)  # fmt: skip
+    return found.stdout.strip()
+
+
+PATH = "from gru_any.backend import path, select; print(path(select('numpy'), 8))"
+
+
+@pytest.mark.parametrize("off", ["", "0", "false", "False", "off"])
+def test_a_switch_that_is_off(off):
+    assert words(PATH, GRU_ANY_PLAIN=off, GRU_ANY_NO_NUMBA="1").startswith("('traced'")
+    assert words(PATH, GRU_ANY_PLAIN="true", GRU_ANY_NO_NUMBA=off).startswith("('plain'")
+
+
+def test_an_unknown_value_is_an_error_of_the_call_that_needs_it():
+    code = """
+import gru_any, numpy as np
+gru = gru_any.GRU(2, 3)
+try:
+    gru(np.ones((2, 1, 2), "float32"))
+except ValueError as e:
+    print(e)
+"""
+    assert not words(code, GRU_ANY_CUDA="foo")  # which NumPy does not ask for
+    told = words(code, GRU_ANY_PLAIN="maybe")
+    assert told == "the environment variable GRU_ANY_PLAIN is 'maybe', expected 1 or 0"

@@ -12,24 +12,50 @@ from .plain import Plain
 CUDA = ("plain", "eager", "blocks", "graph", "persistent", "whole")
 
 
+OFF, ON = ("", "0", "false", "no", "off"), ("1", "true", "yes", "on")
+
+# what tests and scripts ask for, in place of the environment
+chosen: str | None = None
+chosen_on_cuda: str | None = None
+
+
+def switch(name: str) -> bool:
+    """Read a switch from the environment.
+
+    Raises
+    ------
+    ValueError
+        It is neither on nor off.
+    """
+    value = os.environ.get(name, "").strip().lower()
+    if value not in OFF + ON:
+        raise ValueError(f"the environment variable {name} is {value!r}, expected 1 or 0")
+    return value in ON
+
+
 def _chosen() -> str:
     """What the environment asks for on NumPy: "plain", "traced", or else "compiled"."""
-    if os.environ.get("GRU_ANY_PLAIN"):
+    if switch("GRU_ANY_PLAIN"):
         return "plain"
-    return "traced" if os.environ.get("GRU_ANY_NO_NUMBA") else "compiled"
+    return "traced" if switch("GRU_ANY_NO_NUMBA") else "compiled"
 
 
 def _chosen_on_cuda() -> str:
     """The fastest way that may be taken on CuPy; GRU_ANY_CUDA names it."""
     asked = os.environ.get("GRU_ANY_CUDA") or "persistent"
-    way = "plain" if os.environ.get("GRU_ANY_PLAIN") else asked
+    way = "plain" if switch("GRU_ANY_PLAIN") else asked
     if way not in CUDA:
         raise ValueError(f"GRU_ANY_CUDA is {way!r}, expected one of {', '.join(CUDA)}")
     return way
 
 
-chosen = _chosen()
-chosen_on_cuda = _chosen_on_cuda()
+_chosen_once, _chosen_on_cuda_once = cache(_chosen), cache(_chosen_on_cuda)
+
+
+def _way(backend: Any) -> str:
+    if backend.host:
+        return chosen or _chosen_once()
+    return (chosen_on_cuda or _chosen_on_cuda_once()) if backend.cuda else "plain"
 
 
 def runner(backend: Any, precision: str = "full") -> Plain:
@@ -37,10 +63,10 @@ def runner(backend: Any, precision: str = "full") -> Plain:
 
     NumPy's is compiled where Numba is installed. GRU_ANY_NO_NUMBA=1 does without it, and
     GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA=eager (or blocks, or graph,
-    or plain) is the fastest way that CuPy may take. All are read at the import.
+    or plain) is the fastest way that CuPy may take. Each is read once, by the first call that needs
+    it; 0, false and the empty string mean off.
     """
-    way = chosen if backend.host else chosen_on_cuda if backend.cuda else "plain"
-    return _runner(backend, way, precision if backend.cuda else "full")
+    return _runner(backend, _way(backend), precision if backend.cuda else "full")
 
 
 @cache
@@ -73,9 +99,9 @@ def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, s
         return "plain", f"{backend.name} evaluates the equations as they stand, one call a step"
     if dtype == "complex128":
         return "plain", "complex128 serves complex-step differentiation alone"
-    if chosen == "plain":
+    if _way(backend) == "plain":
         return "plain", "GRU_ANY_PLAIN is set"
-    if chosen == "traced":
+    if _way(backend) == "traced":
         return "traced", "GRU_ANY_NO_NUMBA is set"
     if find_spec("numba") is None:
         return "traced", 'Numba is not installed: pip install "gru-any[fast]"'
@@ -83,16 +109,15 @@ def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, s
 
 
 def _path_on_cuda(backend: Any, hidden_size: int, dtype: str) -> tuple[str, str]:
-    if chosen_on_cuda == "plain":
-        switch = "GRU_ANY_PLAIN" if os.environ.get("GRU_ANY_PLAIN") else "GRU_ANY_CUDA"
-        return "plain", f"{switch} is set"
+    if _way(backend) == "plain":
+        return "plain", f"{'GRU_ANY_PLAIN' if switch('GRU_ANY_PLAIN') else 'GRU_ANY_CUDA'} is set"
     run: Any = runner(backend)
     return run.path(hidden_size, dtype)
 
 
 def recorded(backend: Any, steps: int | None) -> str:
     """In words, whether CUDA records a call of so many steps as a whole; "" elsewhere."""
-    if not backend.cuda or chosen_on_cuda == "plain":
+    if not backend.cuda or _way(backend) == "plain":
         return ""
     run: Any = runner(backend)
     return str(run.recorded(steps))
@@ -102,7 +127,7 @@ def forget(backend: Any) -> None:
     """Let go of the memory that is kept for later calls, and of what was recorded on CUDA."""
     if backend.host:
         memory.forget()
-    if backend.cuda and chosen_on_cuda != "plain":
+    if backend.cuda and _way(backend) != "plain":
         for precision in ("full", "tf32"):
             run: Any = runner(backend, precision)
             run.forget()
