@@ -78,6 +78,9 @@ def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "tex
     for layer in model.layers if isinstance(model, Chain) else (model,):
         at, facts = _facts(layer, at)
         parts.append(write(facts))
+    for alias, name in model.tied.items() if isinstance(model, Chain) else ():
+        note = f"{alias} is tied to {name}: they are one parameter."
+        parts.append(note if format == "text" else _escaped(note))
     return "\n\n".join(parts) + "\n"
 
 

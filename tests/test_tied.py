@@ -19,6 +19,7 @@ from gru_any import (
     clip_by_global_norm,
     clip_by_value,
     convert,
+    explain,
     gradcheck,
     load,
     save,
@@ -174,6 +175,12 @@ def test_copies_are_tied(tmp_path, way):
     assert dict(new.tied) == TIED
     for name, w in ours.params.items():
         assert np.array_equal(new.params[name], w.astype(new.dtype))
+
+
+def test_it_is_told():
+    assert "tied={'2.weight': '0.weight'}" in repr(model())
+    assert explain(model()).endswith("2.weight is tied to 0.weight: they are one parameter.\n")
+    assert "2.weight is tied to 0.weight" in explain(model(), format="latex")
 
 
 def test_a_file_holds_it_once(tmp_path):
