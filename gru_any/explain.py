@@ -79,6 +79,9 @@ def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "tex
         batch_first = getattr(layer, "batch_first", batch_first)
         at, facts = _facts(layer, at, batch_first)
         parts.append(write(facts))
+    for alias, name in model.tied.items() if isinstance(model, Chain) else ():
+        note = f"{alias} is tied to {name}: they are one parameter."
+        parts.append(note if format == "text" else _escaped(note))
     return "\n\n".join(parts) + "\n"
 
 

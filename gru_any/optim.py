@@ -39,6 +39,9 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "betas": _betas,
 }
 
+# of these, whether they are 0 decides which arrays the optimiser keeps
+FIXED = ("momentum", "nesterov", "centered", "amsgrad")
+
 
 class Group(NamedTuple):
     """The names of some parameters, and the settings in which they differ from the others."""
@@ -77,7 +80,14 @@ class Optimizer:
                 self._slots |= {f"{s}.{name}": of(p).xp.zeros_like(p) for s in self._kept(o)}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, SETTINGS[name](name, value) if name in SETTINGS else value)
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
+            if "_slots" in vars(self) and name in FIXED and bool(value) != bool(vars(self)[name]):
+                raise ValueError(
+                    f"{name} was {vars(self)[name]} and decides which averages are kept: make a "
+                    "new optimiser"
+                )
+        super().__setattr__(name, value)
 
     def _own(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name in SETTINGS}
@@ -179,6 +189,9 @@ class Optimizer:
         for name, array in self._slots.items():
             if tuple(array.shape) != tuple(state[name].shape):
                 raise ShapeError(f"state[{name!r}] is {state[name].shape}, expected {array.shape}")
+            if plain_name(state[name].dtype) != plain_name(array.dtype):
+                found = plain_name(state[name].dtype)
+                raise TypeError(f"state[{name!r}] has dtype {found}, expected {array.dtype}")
         self.count = int(state["count"])
         self._slots = {
             name: of(array, state[name]).xp.asarray(state[name], copy=True)
@@ -469,8 +482,12 @@ def _check_array(what: str, array: Any) -> None:
 
 
 def _check_gradients(grads: Mapping[str, Any]) -> None:
+    seen = set()
     for name, g in grads.items():
-        _check_array(f"grads[{name!r}]", g)
+        kind = type(g), getattr(g, "dtype", None)
+        if kind not in seen:
+            _check_array(f"grads[{name!r}]", g)
+        seen.add(kind)
     refuse_shared(grads, "grads")
 
 

@@ -171,10 +171,12 @@ class Run:
     def _validation(self, valid: Callable[[], float]) -> float:
         own = dict(self.model.params)
         self._put_in(self.averaged)
-        loss = float(valid())
+        try:
+            loss = float(valid())
+        finally:
+            self._put_in(own)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss} after step {self.step}")
-        self._put_in(own)
         return loss
 
     def _judge(self, loss: float) -> None:
@@ -230,16 +232,26 @@ class Run:
     # kept, and taken up again --------------------------------------------------------------------
 
     def open(
-        self, out: Any, settings: dict[str, Any], schedule: Callable[..., float] | None = None
+        self,
+        out: Any,
+        arguments: dict[str, Any],
+        settings: dict[str, Any],
+        schedule: Callable[..., float] | None = None,
     ) -> None:
-        """Take up the run that the folder `out` holds, or begin it there."""
+        """Take up the run that the folder `out` holds, or begin it there.
+
+        arguments: those of `fit` that decide the numbers; settings: what else does.
+        """
         numbers = self.optimiser.settings
         if schedule:  # which has changed lr, where this optimiser has been in a run before
             numbers["lr"] = self.optimiser.first_rate
         if numbers["groups"] == [[list(self.model.params), {}]]:
             del numbers["groups"]
         name = type(self.optimiser).__name__
-        self.settings = {"model": repr(self.model), "optimiser": name, **numbers, **settings}
+        arguments = {"model": repr(self.model), "optimiser": name, **numbers, **arguments}
+        if twice := set(arguments) & set(settings):
+            raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
+        self.settings = {**arguments, **settings}
         if out is None:
             return
         self.folder = Path(out)

@@ -109,8 +109,8 @@ def fit(
     IndexError
         x holds indices that the model's first layer, an Embedding, does not have.
     TypeError, ValueError
-        A number is not above 0, a batch does not fit, settings differ from the checkpoint's, or
-        no checkpoint can be used.
+        A number is not above 0, a batch does not fit, `settings` has the name of an argument,
+        settings differ from the checkpoint's, or no checkpoint can be used.
     OSError
         A checkpoint cannot be written; the last good one is kept.
     """
@@ -142,7 +142,7 @@ def fit(
                 clip=clip, validate_every=validate_every, patience=patience, average=average,
                 mixed=mixed, seed=seed, log_every=log_every)  # fmt: skip
     run = Run(model, optimiser, seed, average, mixed)
-    run.open(out, {**kept, **(settings or {})}, schedule)
+    run.open(out, kept, settings or {}, schedule)
     ends = steps, epochs, minutes
     with _interrupts() as stop, _bar(bar, ends, run) as show, run.quiet():
         for epoch, number, piece in _pieces(run.working, batches, tbptt, run):

@@ -304,6 +304,19 @@ def test_settings_are_refused_by_name_when_given_and_when_written(kind, name, va
     assert getattr(optimiser, name) == kept
 
 
+def test_what_decides_the_state_stays():
+    params = start()
+    optimiser = SGD(params, momentum=0.9)
+    optimiser.momentum = 0.95
+    with pytest.raises(ValueError, match=r"momentum was 0\.95 and decides"):
+        optimiser.momentum = 0.0
+    with pytest.raises(ValueError, match="amsgrad was False and decides"):
+        Adam(params).amsgrad = True
+    narrow = {k: np.asarray(v, np.float32) for k, v in optimiser.state.items()}
+    with pytest.raises(TypeError, match=r"state\['b\.w'\] has dtype float32, expected float64"):
+        optimiser.state = narrow
+
+
 def test_numpys_scalars_become_pythons():
     optimiser = Adam(start(), lr=np.float32(0.5), betas=[np.float64(0.5), 0], amsgrad=np.True_)
     optimiser.lr = np.float64(0.25)

@@ -19,6 +19,7 @@ from gru_any import (
     clip_by_global_norm,
     clip_by_value,
     convert,
+    explain,
     gradcheck,
     load,
     save,
@@ -176,6 +177,12 @@ def test_copies_are_tied(tmp_path, way):
         assert np.array_equal(new.params[name], w.astype(new.dtype))
 
 
+def test_it_is_told():
+    assert "tied={'2.weight': '0.weight'}" in repr(model())
+    assert explain(model()).endswith("2.weight is tied to 0.weight: they are one parameter.\n")
+    assert "2.weight is tied to 0.weight" in explain(model(), format="latex")
+
+
 def test_a_file_holds_it_once(tmp_path):
     from safetensors.numpy import load_file
 
@@ -188,7 +195,7 @@ def test_a_file_holds_it_once(tmp_path):
     {"average": 0.5, "validated": True},
 ])  # fmt: skip
 def test_training_keeps_it_tied(tmp_path, options):
-    """Against the same loop over a model whose gradients are summed and stepped by hand."""
+    """Averages, lowest weights and the twin in half precision; the run's folder holds the same."""
     options = dict(options)
     ours, seen = model(), []
 
@@ -208,6 +215,19 @@ def test_training_keeps_it_tied(tmp_path, options):
     assert is_tied(again)
     for name, w in ours.params.items():
         assert np.array_equal(again.params[name], w)
+
+
+@pytest.mark.parametrize("average", [None, 0.5])
+def test_training_is_the_same_everywhere(backend, average):
+    found = []
+    for home in ({}, {"backend": backend.name, "device": backend.device}):
+        ours = model("float64", **home)
+        fit(ours, softmax_cross_entropy, batches, Adam(ours.params, lr=0.05), steps=5, clip=0.5,
+            average=average, valid=lambda: 1.0, bar=False)  # fmt: skip
+        assert is_tied(ours)
+        found.append({k: ours.backend.to_numpy(w) for k, w in ours.params.items()})
+    for name, w in found[0].items():
+        assert np.abs(found[1][name] - w).max() < 1e-10
 
 
 def test_a_tied_run_goes_on_tied_and_bit_for_bit(tmp_path):

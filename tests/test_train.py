@@ -533,6 +533,11 @@ def test_a_schedule_up_to_the_end_is_told_of_and_another_one_refused(tmp_path, c
         longer(tmp_path, steps=20, clip=0.1, schedule=cosine(0.05, 9))
 
 
+def test_settings_may_not_hide_an_argument(tmp_path):
+    with pytest.raises(ValueError, match=r"settings has \['lr', 'steps'\]"):
+        longer(tmp_path, steps=3, settings={"steps": 5, "lr": 1.0, "data": "x"})
+
+
 def test_the_same_optimiser_may_go_on(tmp_path):
     """In one process, where the schedule has changed its rate meanwhile."""
     model = chain()

@@ -145,11 +145,11 @@ def test_a_newer_checkpoint_is_left_as_it_is(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="plug"):
         train(out=tmp_path, save_every=2, loss=pulled(5))
     with monkeypatch.context() as newer:
-        newer.setattr(resume, "FORMAT", 2)
+        newer.setattr(resume, "FORMAT", 3)
         with pytest.raises(RuntimeError, match="plug"):
             train(out=tmp_path, save_every=2, loss=pulled(3))
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="has format 2, this version reads up to 1"):
+    with pytest.raises(ValueError, match="has format 3, this version reads up to 2"):
         train(out=tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 

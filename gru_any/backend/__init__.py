@@ -2,13 +2,14 @@
 
 from .run import environment, path, recorded, runner
 from .select import NUMPY, Backend, BackendError, of, plain_name, select
-from .transfer import asarray, overlap, to_numpy
+from .transfer import asarray, disjoint, overlap, to_numpy
 
 __all__ = [
     "NUMPY",
     "Backend",
     "BackendError",
     "asarray",
+    "disjoint",
     "environment",
     "of",
     "overlap",
