@@ -93,15 +93,23 @@ def save(path: Any, model: Any) -> None:
     write_atomically(path, content.getvalue())
 
 
-def as_module(gru: GRU) -> Any:
-    """A `torch.nn.Module` that runs this GRU, forward and backward, inside a PyTorch model.
+def as_module(model: Any) -> Any:
+    """A `torch.nn.Module` that runs this model, forward and backward, inside a PyTorch model.
 
-    See `gru_any.convert.torch_module.Module`.
+    Parameters
+    ----------
+    model : GRU, GRUCell or Chain
+        See `gru_any.convert.torch_module`: `Module`, `CellModule` and `ChainModule`.
+
+    Raises
+    ------
+    TypeError
+        The model is something else.
     """
     _import("as_module")
-    from .torch_module import Module
+    from .torch_module import as_module
 
-    return Module(gru)
+    return as_module(model)
 
 
 def _gru(arrays: Any, batch_first: bool) -> GRU:
