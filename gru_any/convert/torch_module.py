@@ -129,6 +129,10 @@ class ChainModule(torch.nn.ModuleList):
 
     def __init__(self, chain: Chain) -> None:
         super().__init__(_part(layer) for layer in chain.layers)
+        made: dict[int, Any] = {}  # an array that stands in two layers is one parameter
+        for part, layer in zip(self, chain.layers, strict=True):
+            for name, array in layer.params.items():
+                setattr(part, name, made.setdefault(id(array), getattr(part, name)))
 
     def forward(self, x: Any, state: Any = None, lengths: Any = None) -> Any:
         """Tensors shaped as in `gru_any.Chain` -> y, the new state of each GRU."""
