@@ -361,6 +361,20 @@ def test_names_that_are_no_strings(tmp_path):
         torch.load(tmp_path / "m.pt")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize("names", [("Wx.npy", "Wx.npy"), ("Wx.npy", "Wx")])
+def test_two_arrays_of_one_name(tmp_path, names):
+    arrays = of_mlx()
+    np.savez(tmp_path / "m.npz", Wh=arrays["Wh"], b=arrays["b"], bhn=arrays["bhn"])
+    for scale, name in enumerate(names):
+        buffer = io.BytesIO()
+        np.save(buffer, scale * arrays["Wx"])
+        with zipfile.ZipFile(tmp_path / "m.npz", "a") as archive:
+            archive.writestr(name, buffer.getvalue())
+    with pytest.raises(ValueError, match="two arrays of one name"):
+        mlx.load(tmp_path / "m.npz")
+
+
 # HDF5 and Keras' archives ------------------------------------------------------------------------
 
 

@@ -71,9 +71,12 @@ def read_npz(path: Any) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
             entries = archive.infolist()
             refuse_bomb(path, entries)
-            return dict(_members(archive, entries))
+            arrays = dict(_members(archive, entries))
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
         raise ValueError(f"{path} is damaged or no npz file: {e}") from e
+    if len(arrays) < len(entries):
+        raise ValueError(f"{path} holds two arrays of one name")
+    return arrays
 
 
 def _members(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> Any:

@@ -25,7 +25,7 @@ from .files import read_safetensors, write_safetensors
 from .table import check_variant, floating
 from .torch_state import part, refuse_others, weight
 
-NAME = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(\d{1,4})(_reverse)?)?")
+NAME = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(0|[1-9][0-9]{0,3})(_reverse)?)?")
 
 
 def from_arrays(arrays: Any, prefix: Any = "", *, batch_first: bool = False) -> Any:
@@ -133,13 +133,13 @@ def _gru(arrays: Any, batch_first: bool) -> GRU | GRUCell:
         ((kind, layer, reverse),) = NAME.findall(name)
         at = (int(layer), bool(reverse)) if layer else None
         cells.setdefault(at, {})[kind] = weight(name, array)
+    if None in cells and len(cells) > 1:
+        raise KeyError(f"names of a GRU and of a GRUCell in one; there are {shown(arrays)}")
     for at, cell in cells.items():
         if missing := {"weight_ih", "weight_hh"} - set(cell):
             where = "the cell" if at is None else f"layer {at[0]}{' reverse' * at[1]}"
             raise KeyError(f"{where} lacks {sorted(missing)}")
     if None in cells:
-        if len(cells) > 1:
-            raise KeyError(f"names of a GRU and of a GRUCell in one; there are {shown(arrays)}")
         if batch_first:
             raise ValueError("batch_first is True, but a GRUCell has no axis of time")
         return assemble_cell(cells[None])

@@ -11,7 +11,7 @@ from ..errors import ShapeError
 from .cells import shown
 from .table import floating
 
-BASE = r"((?:weight|bias)(?:_[ih]h(?:_l\d{1,4}(?:_reverse)?)?)?)"
+BASE = r"((?:weight|bias)(?:_[ih]h(?:_l[0-9]{1,4}(?:_reverse)?)?)?)"
 # what stands in a weight's place: torch.nn.utils.NAME, and torch.nn.utils.parametrizations.NAME
 OLD = re.compile(BASE + r"_(g|v|u|orig|mask)")
 NEW = re.compile(r"parametrizations\." + BASE + r"\.(.+)")
@@ -49,8 +49,8 @@ def refuse_others(arrays: Mapping[str, Any], others: list[str]) -> None:
     """Raise KeyError where there are names that are no GRU's."""
     if others:
         raise KeyError(
-            f"no names of torch.nn.GRU or GRUCell: {shown(others)}; there are {shown(arrays)}, "
-            f'after the prefix. Of a larger model take one layer with prefix="..."{_where(arrays)}'
+            f"no names of torch.nn.GRU or GRUCell: {shown(others)}; there are {shown(arrays)}. Of "
+            f'a larger model take one layer with prefix="..."{_where(arrays)}'
         )
 
 
