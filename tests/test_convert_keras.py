@@ -339,6 +339,26 @@ def test_settings_by_hand_are_checked(tmp_path):
             convert.from_arrays(list(CELL.values()), **{name: "False"})
 
 
+def test_what_may_stand_between_two_grus_of_weights_alone(keras, L, tmp_path):
+    first, last = L.GRU(H), L.GRU(H, return_sequences=True)
+    model = row(keras, first, L.RepeatVector(T), last)
+    model.save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(ValueError, match=r"\['repeat_vector'\] which may stand between"):
+        convert.load(tmp_path / "m.weights.h5")
+    one, two = (convert.load(tmp_path / "m.weights.h5", name) for name in ("gru", "gru_1"))
+    h = np.repeat(one.last(X)[0][:, None], T, axis=1)
+    assert np.abs(two(h)[0] - computed(model)).max() < EXACT
+    older(tmp_path / "m.h5", {"gru": cell_names("gru/", CELL.values())})
+    with require("h5py").File(tmp_path / "m.h5", "a") as file:
+        file["gru/stray:0"] = ONE
+    with pytest.raises(ValueError, match=r"no layer takes the arrays \['gru/stray:0'\]"):
+        convert.load(tmp_path / "m.h5")
+    steps = {"return_sequences": True}
+    stack = row(keras, L.GRU(H, **steps), L.Dropout(0.1), L.GRU(H, **steps))
+    stack.save_weights(tmp_path / "m.weights.h5")
+    same(convert.load(tmp_path / "m.weights.h5"), stack)
+
+
 # layers of other names ---------------------------------------------------------------------------
 
 
