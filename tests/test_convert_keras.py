@@ -310,6 +310,8 @@ def test_what_old_files_leave_out(tmp_path):
     with pytest.raises(ValueError, match="say reset_after=True or"):
         convert.load(path)
     assert not convert.load(path, reset_after=False).reset_after
+    with pytest.raises(ValueError, match="'relu' in place of the tanh"):
+        convert.load(path, reset_after=False, activation="relu")
 
 
 # settings by hand --------------------------------------------------------------------------------

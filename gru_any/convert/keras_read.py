@@ -313,7 +313,7 @@ def _cells(kind: str, config: Settings, settings: Settings, backwards: bool) -> 
         raise ValueError(f"a Bidirectional {kind} has no counterpart, only a GRU")
     for cell in cells:
         _agree(cell, settings)
-        _check_gates(cell)
+        _check_gates(settings | cell)
     return [settings | cell for cell in cells]
 
 
