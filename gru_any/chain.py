@@ -14,12 +14,14 @@ class Chain:
     Parameters
     ----------
     *layers
-        GRU, Linear, Embedding or Dropout layers on one backend.
+        GRU, Linear, Embedding or Dropout layers on one backend; the GRUs with one `batch_first`.
 
     Attributes
     ----------
     params : mapping
         The parameters of all layers, live, under names such as `0.weight_ih_l0`.
+    batch_first : bool
+        Whether x and y are (B, T, .) in place of (T, B, .), as all GRUs of the chain have it.
 
     Notes
     -----
@@ -48,6 +50,12 @@ class Chain:
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
+        layouts = {layer.batch_first for layer in layers if isinstance(layer, GRU)}
+        if len(layouts) == 2:
+            raise ValueError(
+                "the GRUs of a Chain must share batch_first: one reads (T, B, .), another (B, T, .)"
+            )
+        self.batch_first = True in layouts
         self.layers = layers
         self.params = _AllParams(layers)
         self.backend, self.dtype = layers[0].backend, layers[0].dtype

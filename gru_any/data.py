@@ -4,65 +4,176 @@ Everything here is NumPy on the host; `ahead` prepares and transfers the next pi
 present one computes.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import arguments
+from .backend import to_numpy
+from .errors import ShapeError
+
 
 class Batch(NamedTuple):
-    """Sequences side by side, time first.
+    """Sequences side by side, in NumPy arrays, lists or arrays of any library on the host.
 
-    x (T, B, ...) and target (T, B, ...); mask (T, B) of bool, True where a target counts, or None
-    where all do; lengths (B,) of the sequences, or None where padding at the end does no harm.
+    x, target : arrays (T, B, ...), or (B, T, ...) where batch_first is True
+    mask : array of bool or None
+        Shaped as the first two axes of x, or as the whole target: True where a target counts. None
+        where all do.
+    lengths : B integers in 0..T or None
+        Of the sequences; None where padding at the end does no harm. What `lengths` leaves out
+        still counts unless the mask says otherwise.
+    batch_first : bool or None
+        None: laid out as the model takes it, (T, B, ...) where there is no model.
     """
 
     x: Any
     target: Any
     mask: Any = None
     lengths: Any = None
+    batch_first: bool | None = None
 
 
 class Piece(NamedTuple):
     """A part of a batch, for one gradient.
 
     first: the state begins anew; advance: after so many steps the next piece begins; counted:
-    how many targets count.
+    how many steps of rows count, in part where a mask leaves out a part of a target.
     """
 
     batch: Batch
     first: bool
     advance: int
-    counted: int
+    counted: float
+
+
+def arranged(batch: Any, batch_first: bool | None = None, rank: int | None = None) -> Batch:
+    """Return a batch as NumPy arrays that fit each other, laid out with or without batch_first.
+
+    Parameters
+    ----------
+    batch : Batch, or a tuple or list (x, target[, mask[, lengths]])
+    batch_first : bool or None
+        The layout wanted; a batch that names the other one is transposed. None keeps it.
+    rank : int or None
+        Of x: 2 for integers (T, B), 3 for (T, B, I).
+
+    Raises
+    ------
+    ValueError, TypeError
+        It is no batch, or x, target, mask and lengths do not belong together.
+    """
+    if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= len(Batch._fields):
+        raise TypeError(
+            f"a batch is {type(batch).__name__}, expected a Batch or (x, target[, mask[, lengths]])"
+        )
+    x, target, mask, lengths, named = Batch(*batch)
+    x, target = _array("x", x), _array("target", target)
+    named = None if named is None else arguments.flag("batch_first", named)
+    wanted = bool(named) if batch_first is None else batch_first
+    turned = named is not None and named != wanted
+    axes = "(B, T" if (wanted != turned) else "(T, B"
+    if x.ndim < 2 or rank not in (None, x.ndim):
+        letters = {2: f"{axes}), indices of the Embedding", 3: f"{axes}, I)"}
+        raise ShapeError(f"x is {x.shape}, expected {letters.get(rank or 0, axes + ', ...)')}")
+    if target.shape[:2] != x.shape[:2]:
+        raise ShapeError(
+            f"target is {target.shape}, expected {axes}, ...) with {x.shape[:2]}, the first axes "
+            "of x; one target for a whole sequence is repeated, and the mask says where it counts"
+        )
+    if mask is not None:
+        mask = _array("mask", mask)
+        if mask.dtype != bool:
+            raise TypeError(f"mask has dtype {mask.dtype}, expected bool: mask != 0")
+        if mask.shape not in (x.shape[:2], target.shape):
+            raise ShapeError(
+                f"mask is {mask.shape}, expected {x.shape[:2]}, the first axes of x, or "
+                f"{target.shape}, the shape of target"
+            )
+    if turned:
+        x, target = np.swapaxes(x, 0, 1), np.swapaxes(target, 0, 1)
+        mask = None if mask is None else np.swapaxes(mask, 0, 1)
+    if lengths is not None:
+        B, T = x.shape[:2] if wanted else x.shape[1::-1]
+        lengths = arguments.lengths(_array("lengths", lengths), T, B)
+    return Batch(x, target, mask, lengths, wanted)
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    """The value as a NumPy array of numbers."""
+    try:
+        array = to_numpy(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"{name} of a batch is no array of numbers: {e}") from e
+    if array.dtype.kind in "OUSMmc":
+        raise TypeError(f"{name} of a batch has dtype {array.dtype}, expected real numbers")
+    return array
+
+
+def in_time(part: slice, batch_first: bool) -> tuple[Any, ...]:
+    """The index of a part of the steps."""
+    return (slice(None), part, ...) if batch_first else (part, ...)
 
 
 def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
     """Cut a batch along time: every k1 steps a gradient, over the last k2 steps.
 
     In the terms of Williams and Peng (1990), BPTT(k2; k1). The loss counts the last k1 steps of a
-    piece; those before let the gradient flow further back. tbptt None is one piece, uncut.
+    piece; those before let the gradient flow further back. tbptt None is one piece, uncut. Time is
+    the first axis, or the second where the batch says batch_first.
     """
-    T = len(batch.x)
-    k1, k2 = (max(T, 1), max(T, 1)) if tbptt is None else tbptt
-    if not 1 <= k1 <= k2:
-        raise ValueError(f"tbptt is {tbptt}, expected (k1, k2) with 1 <= k1 <= k2")
+    x, target, mask, lengths, batch_first = arranged(batch)
+    batch_first = bool(batch_first)
+    T = x.shape[int(batch_first)]
+    k1, k2 = pair(tbptt) or (max(T, 1), max(T, 1))
     for at in range(0, T, k1):
         start, stop = max(0, at + k1 - k2), min(at + k1, T)
-        part = slice(start, stop)
-        x, target = batch.x[part], batch.target[part]
-        mask = None if batch.mask is None else batch.mask[part]
+        part = in_time(slice(start, stop), batch_first)
+        counts = None if mask is None else mask[part]
         if at > start:  # these steps have had their gradient
-            mask = np.ones(target.shape[:2], bool) if mask is None else mask.copy()
-            mask[: at - start] = False
-        lengths = None if batch.lengths is None else np.clip(batch.lengths - start, 0, stop - start)
-        count = int(np.prod(target.shape[:2])) if mask is None else int(mask.sum())
+            shape = target[part].shape[:2]
+            counts = np.ones(shape, bool) if counts is None else counts.copy()
+            counts[in_time(slice(at - start), batch_first)] = False
+        within = None if lengths is None else np.clip(lengths - start, 0, stop - start)
+        size = math.prod(target[part].shape[:2])
+        count = size if counts is None else counts.sum() / max(math.prod(counts.shape[2:]), 1)
         advance = max(0, at + 2 * k1 - k2) - start
-        yield Piece(Batch(x, target, mask, lengths), start == 0 and at == 0, advance, count)
+        piece = Batch(x[part], target[part], counts, within, batch_first)
+        yield Piece(piece, start == 0 and at == 0, advance, float(count))
 
 
-def streams(data: np.ndarray, rows: int) -> Batch:
+def pair(tbptt: Any) -> tuple[int, int] | None:
+    """Return (k1, k2) as integers with 1 <= k1 <= k2, or None.
+
+    Raises
+    ------
+    ValueError
+        It is something else.
+    """
+    if tbptt is None:
+        return None
+    try:
+        k1, k2 = (arguments.size("k", k) for k in tbptt)
+        if k1 <= k2:
+            return k1, k2
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"tbptt is {tbptt!r}, expected (k1, k2) with 1 <= k1 <= k2, or None")
+
+
+def streams(data: Any, rows: int, batch_first: bool = False) -> Batch:
     """One long sequence (N, ...) as so many streams read side by side, each predicting its next.
+
+    Parameters
+    ----------
+    data : array (N, ...)
+    rows : int
+        B, so many streams.
+    batch_first : bool
+        x and target are (B, T, ...) in place of (T, B, ...).
 
     Raises
     ------
@@ -77,14 +188,17 @@ def streams(data: np.ndarray, rows: int) -> Batch:
     >>> batch.x.T.tolist(), batch.target.T.tolist()
     ([[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]])
     """
+    data, rows = _array("data", data), arguments.size("rows", rows)
+    batch_first = arguments.flag("batch_first", batch_first)
     length = (len(data) - 1) // rows
     if length < 1:
         raise ValueError(f"{rows} rows are too many for a sequence of {len(data)}")
 
-    def side_by_side(v: np.ndarray) -> np.ndarray:
-        return np.swapaxes(v[: length * rows].reshape(rows, length, *v.shape[1:]), 0, 1)
+    def laid_out(v: np.ndarray) -> np.ndarray:
+        v = v[: length * rows].reshape(rows, length, *v.shape[1:])
+        return v if batch_first else np.swapaxes(v, 0, 1)
 
-    return Batch(side_by_side(data[:-1]), side_by_side(data[1:]))
+    return Batch(laid_out(data[:-1]), laid_out(data[1:]), batch_first=batch_first)
 
 
 def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -105,21 +219,47 @@ def waste(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> float:
     return 1 - used / max(padded, 1)
 
 
-def side_by_side(sequences: Sequence[np.ndarray], dtype: Any = None) -> tuple[Any, Any]:
-    """Sequences (T, ...) of several lengths -> (T, B, ...) with zeros at the end, mask (T, B)."""
-    T = max(len(s) for s in sequences)
-    x = np.zeros((T, len(sequences), *sequences[0].shape[1:]), dtype or sequences[0].dtype)
-    mask = np.zeros(x.shape[:2], bool)
-    for row, s in enumerate(sequences):
-        x[: len(s), row] = s
-        mask[: len(s), row] = True
-    return x, mask
+def side_by_side(
+    sequences: Sequence[Any], dtype: Any = None, batch_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences (T, ...) of several lengths -> (T, B, ...) with zeros at the end, mask (T, B).
+
+    With batch_first (B, T, ...) and (B, T). dtype None is one that holds all sequences.
+
+    Raises
+    ------
+    ValueError
+        There are no sequences, or their steps differ in shape.
+    """
+    arrays = [_array("sequence", s) for s in sequences]
+    shapes = {s.shape[1:] if s.ndim else None for s in arrays}
+    if len(shapes) != 1 or None in shapes:
+        raise ShapeError(
+            f"the sequences are {[s.shape for s in arrays[:9]]}, expected one or more (T, ...) "
+            "that differ in T alone"
+        )
+    rows = len(arrays), max(len(s) for s in arrays)
+    x = np.zeros((*rows, *arrays[0].shape[1:]), dtype or np.result_type(*arrays))
+    mask = np.zeros(rows, bool)
+    for row, s in enumerate(arrays):
+        x[row, : len(s)], mask[row, : len(s)] = s, True
+    if arguments.flag("batch_first", batch_first):
+        return x, mask
+    return np.swapaxes(x, 0, 1), np.swapaxes(mask, 0, 1)
 
 
 def ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each made by another thread while the one before is in use."""
+    """The same items, each made by another thread while the one before is in use.
+
+    Where no thread can start they are made as they are asked for.
+    """
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, items, None)
-        while (item := future.result()) is not None:
+        try:
+            future = pool.submit(next, items, None)
+        except RuntimeError:  # nothing of items has been used
+            future = None
+        while future and (item := future.result()) is not None:
             future = pool.submit(next, items, None)
             yield item
+    if future is None:
+        yield from items

@@ -22,9 +22,9 @@ def softmax_cross_entropy(
     Parameters
     ----------
     y : array (..., C), scores before the softmax
-    target : array (...) of integers in 0..C-1, or (..., C) of probabilities
+    target : array (...) of integers in 0..C-1, or (..., C) of probabilities, of floating dtype
     weight : array (C,) or None, of the classes; with integer targets the mean is weighted too
-    mask : array (...) of bool or None, True where a row counts
+    mask : array (...) of bool or None, of y's leading axes: True where a row counts
 
     Raises
     ------
@@ -50,6 +50,11 @@ def softmax_cross_entropy(
         t = _one_hot(backend, target, y.shape[-1], z.dtype, mask)
     else:
         _same("target", target, y.shape)
+        if not xp.isdtype(target.dtype, "real floating"):
+            raise TypeError(
+                f"target has dtype {target.dtype} and the shape of y, expected probabilities of "
+                f"floating dtype, or integers {tuple(y.shape[:-1])}"
+            )
         t = xp.astype(target, z.dtype, copy=False)
     if weight is not None:
         _same("weight", weight, y.shape[-1:])
@@ -78,8 +83,11 @@ def sigmoid_cross_entropy(
     Parameters
     ----------
     y, target : arrays of one shape; the target is taken as y's dtype
-    weight : array that broadcasts to y, or None
-    mask : array of bool that broadcasts to y, or None
+    weight : array or None
+        Of the last axis of y, (C,), or of y's rank, with axes of 1 or as long as y's.
+    mask : array of bool or None
+        True where a number counts: of y's leading axes, all but the last, or of y's rank, with axes
+        of 1 or as long as y's. The mean is over the numbers that count, channels included.
 
     Raises
     ------
@@ -117,6 +125,11 @@ def squared_error(y: Any, target: Any, weight: Any = None, mask: Any = None) -> 
 
 def _mean(xp: Any, loss: Any, slope: Any, weight: Any, keep: Any, y: Any) -> tuple[Any, Any]:
     if weight is not None:
+        if weight.ndim not in (1, loss.ndim):
+            raise ShapeError(
+                f"weight is {tuple(weight.shape)}, expected {tuple(loss.shape)}, where axes may be "
+                f"1, or {tuple(loss.shape[-1:])}, of the last axis"
+            )
         w = _spread(xp, "weight", xp.astype(weight, loss.dtype, copy=False), loss.shape)
         loss, slope = loss * w, slope * w
     if keep is not None:  # once more, since the weight may be NaN there, and the loss not 0
@@ -135,7 +148,14 @@ def _enter(
         raise TypeError(f"y has dtype {y.dtype}, expected a real floating dtype")
     z = xp.astype(y, xp.float32) if xp.finfo(y.dtype).bits == 16 else y
     if mask is not None:
-        mask = _spread(xp, "mask", xp.astype(mask, xp.bool), y.shape[:axes])
+        if not xp.isdtype(mask.dtype, "bool"):
+            raise TypeError(f"mask has dtype {mask.dtype}, expected bool: mask != 0")
+        if axes is None and y.ndim and tuple(mask.shape) == tuple(y.shape[:-1]):
+            mask = xp.expand_dims(mask, axis=-1)
+        if mask.ndim != len(y.shape[:axes]):
+            whole = "" if axes else f" or {tuple(y.shape)}"
+            raise ShapeError(f"mask is {tuple(mask.shape)}, expected {tuple(y.shape[:-1])}{whole}")
+        mask = _spread(xp, "mask", mask, y.shape[:axes])
     return backend, xp, z, mask
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import resume
 from .backend import environment, to_numpy
-from .data import Piece
+from .data import Piece, in_time
 from .history import History, Log
 from .mixed import Mixed
 from .optim import Optimizer, clip_by_global_norm
@@ -68,7 +68,7 @@ class Run:
 
     def add_gradient(self, loss: Callable[..., Any], piece: Piece) -> None:
         """Forward and back over one piece, from the state that the piece before left."""
-        x, target, mask, lengths = piece.batch
+        x, target, mask, lengths, batch_first = piece.batch
         state = None if piece.first else self.state
         (y, after), pullback = self.working.vjp(x, state, lengths, rng=self.rng)
         if self.mixed:
@@ -76,9 +76,10 @@ class Run:
         else:
             value, dy = loss(y, target, mask=mask)
             grads, _, _ = pullback(dy)
-        if piece.advance < x.shape[0]:
+        if piece.advance < x.shape[int(batch_first)]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
-            _, after = self.working(x[: piece.advance, ...], state, shorter)
+            begun = x[in_time(slice(piece.advance), batch_first)]
+            _, after = self.working(begun, state, shorter)
         self.state = after
         self.grads = {k: self.grads[k] + g for k, g in grads.items()} if self.pending else grads
         self.pending += 1

@@ -1,5 +1,6 @@
 """The training loop: `fit` reads like a recipe, and a run that was killed goes on bit for bit."""
 
+import json
 import math
 import signal
 import threading
@@ -7,15 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import arguments
 from .chain import Chain
-from .data import Batch, Piece, ahead, cut
+from .data import Batch, Piece, ahead, arranged, cut, pair
 from .history import History
 from .layers import Embedding
 from .optim import Optimizer
 from .run import Run
 from .schedules import Schedule
 
-Batches = Callable[[int], Iterable[Batch]]
+Batches = Callable[[int], Iterable[Any]]
 
 
 def fit(
@@ -49,9 +51,11 @@ def fit(
     ----------
     model : Chain
     loss : callable
-        `value, dy = loss(y, target, mask=None)`; the mask is (T, B).
+        `value, dy = loss(y, target, mask=None)`; arrays are laid out as the model has it, and the
+        mask is (T, B), (B, T) with `batch_first`, or what the batch gives.
     batches : callable
         `batches(epoch)` gives the batches of an epoch, on the host; the same for the same epoch.
+        Each a `data.Batch`, or a tuple (x, target[, mask[, lengths]]) laid out as the model has it.
     optimiser : Optimizer
         Of `model.params`.
     steps, epochs, minutes : int, int, float
@@ -59,7 +63,8 @@ def fit(
     tbptt : (k1, k2) or None
         A gradient every k1 steps of time over the last k2, the state carried over; see `data.cut`.
     accumulate : int
-        So many gradients are averaged for one update.
+        So many gradients are averaged for one update: each is that of a mean over what counts in
+        its own piece, and all weigh the same, whatever their pieces' counts.
     clip : float or None
         Largest norm of the gradient.
     schedule : callable or None
@@ -79,7 +84,7 @@ def fit(
         Folder of the log (log.jsonl) and the checkpoints, one every `save_every` steps.
     settings : dict or None
         What else decides the numbers, such as a digest of the data; a run that goes on must have
-        the same.
+        the same. JSON must be able to write it.
     log_every : int
         Steps between two records; making one waits for the device.
     bar : bool or callable
@@ -92,27 +97,41 @@ def fit(
     Raises
     ------
     TypeError
-        The model is no Chain.
+        The model is no Chain, `batches` no function, or an argument or batch of a wrong type.
     FloatingPointError
         Loss or gradient is not finite; on the host before it changed the weights, on a device with
         the next record.
     IndexError
         x holds indices that the model's first layer, an Embedding, does not have.
     ValueError
-        A number is not above 0, settings differ from the checkpoint's, or no checkpoint can be
-        used.
+        A number is out of its range, the parts of a batch do not belong together or do not fit the
+        model, settings differ from the checkpoint's, or no checkpoint can be used.
     OSError
         A checkpoint cannot be written; the last good one is kept.
     """
-    if not isinstance(model, Chain):
-        raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
-    _check(steps=steps, epochs=epochs, minutes=minutes, accumulate=accumulate, clip=clip,
-           validate_every=validate_every, save_every=save_every, log_every=log_every)  # fmt: skip
+    _check_chain(model)
+    if not callable(batches):
+        raise TypeError(
+            f"batches is {type(batches).__name__}, expected a function: lambda epoch: batches"
+        )
+    if steps is epochs is minutes is None:
+        raise ValueError("give at least one of steps, epochs and minutes")
+    size, number = _given(arguments.size), _given(arguments.number)
+    steps, epochs = size("steps", steps), size("epochs", epochs)
+    minutes, clip = number("minutes", minutes, above=True), number("clip", clip, above=True)
+    accumulate = arguments.size("accumulate", accumulate)
+    validate_every = size("validate_every", validate_every)
+    save_every = arguments.size("save_every", save_every)
+    log_every = arguments.size("log_every", log_every)
+    patience, seed = size("patience", patience, 0), arguments.size("seed", seed, 0)
+    average, tbptt = number("average", average, below=1), pair(tbptt)
+    bar = bar if callable(bar) else arguments.flag("bar", bar)
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
                 clip=clip, validate_every=validate_every, patience=patience, average=average,
                 mixed=mixed, seed=seed, log_every=log_every)  # fmt: skip
+    settings = _writable(settings or {}, kept)
     run = Run(model, optimiser, seed, average, mixed)
-    run.open(out, {**kept, **(settings or {})}, schedule)
+    run.open(out, {**kept, **settings}, schedule)
     ends = steps, epochs, minutes
     with _interrupts() as stop, _bar(bar, ends, run) as show, run.quiet():
         for epoch, number, piece in _pieces(run.working, batches, tbptt, run):
@@ -141,27 +160,72 @@ def fit(
     return run.close(valid)
 
 
-def _check(**numbers: float | None) -> None:
-    """Raise where a number that was given is not above 0, or no end of the run was given."""
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{name} is {number!r}, expected a number above 0")
-    if numbers["steps"] is numbers["epochs"] is numbers["minutes"] is None:
-        raise ValueError("give at least one of steps, epochs and minutes")
+def _check_chain(model: Any) -> None:
+    if not isinstance(model, Chain):
+        raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
+
+
+def _given(check: Callable[..., Any]) -> Callable[..., Any]:
+    """The same check, which lets None pass."""
+    return lambda name, value, *more, **named: (
+        None if value is None else check(name, value, *more, **named)
+    )
+
+
+def _writable(settings: Any, kept: dict[str, Any]) -> dict[str, Any]:
+    """The settings, where JSON can write each and none takes the place of one of fit's own."""
+    if not isinstance(settings, dict):
+        raise TypeError(f"settings is {type(settings).__name__}, expected a dict")
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise TypeError(f"settings has the name {name!r}, expected a string")
+        if name in kept or name in ("model", "optimiser"):
+            raise ValueError(f"settings[{name!r}] is kept by fit itself; give it another name")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise TypeError(
+                f"settings[{name!r}] is {value!r}, which JSON cannot write ({e}): give a plain "
+                "number, string, list or dict"
+            ) from e
+    return settings
 
 
 def evaluate(
-    model: Any, loss: Callable[..., Any], batches: Iterable[Batch], chunk: int | None = None
+    model: Any, loss: Callable[..., Any], batches: Iterable[Any], chunk: int | None = None
 ) -> float:
-    """The mean loss over all targets that count, read in chunks of so many steps."""
-    total, count, state = 0.0, 0, None
+    """The mean loss over all targets that count, read in chunks of so many steps of time.
+
+    The mean over the pieces goes by how many targets count in each, so a loss that weighs its
+    classes has its weighted mean within each piece alone.
+
+    Parameters
+    ----------
+    model : Chain
+    loss, batches
+        As in `fit`; here `batches` are the batches themselves.
+    chunk : int or None
+        None reads each batch at once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `fit`; or no target counts.
+    """
+    _check_chain(model)
+    if chunk is not None:
+        chunk = arguments.size("chunk", chunk)
+    total, count, state = 0.0, 0.0, None
     for batch in batches:
-        for piece in cut(batch, None if chunk is None else (chunk, chunk)):
-            x, target, mask, lengths = _put(model, piece).batch
+        for piece in cut(_arranged(model, batch), chunk and (chunk, chunk)):
+            x, target, mask, lengths, _ = _put(model, piece).batch
             y, state = model(x, None if piece.first else state, lengths)
-            total += float(loss(y, target, mask=mask)[0]) * piece.counted
-            count += piece.counted
-    return total / max(count, 1)
+            if piece.counted:
+                total += float(loss(y, target, mask=mask)[0]) * piece.counted
+                count += piece.counted
+    if not count:
+        raise ValueError("no target counts in the batches: a mean over nothing is no number")
+    return total / count
 
 
 def _pieces(
@@ -174,7 +238,7 @@ def _pieces(
         while not run.reason:
             number = 0
             for batch in batches(epoch):
-                for piece in cut(batch, tbptt):
+                for piece in cut(_arranged(model, batch), tbptt):
                     if number >= skip:
                         yield epoch, number, _put(model, piece)
                     number += 1
@@ -185,9 +249,14 @@ def _pieces(
     return ahead(made())
 
 
+def _arranged(model: Any, batch: Any) -> Batch:
+    """The batch in the layout of the model."""
+    return arranged(batch, model.batch_first, 2 if isinstance(model.layers[0], Embedding) else 3)
+
+
 def _put(model: Any, piece: Piece) -> Piece:
     """The piece on the model's device; its indices are looked at while they are on the host."""
-    x, target, mask, lengths = piece.batch
+    x, target, mask, lengths, batch_first = piece.batch
     put, first = model.backend.put, model.layers[0]
     if isinstance(first, Embedding):
         first.check_range(x)
@@ -197,6 +266,7 @@ def _put(model: Any, piece: Piece) -> Piece:
         put(target),
         None if mask is None else put(mask),
         lengths,
+        batch_first,
     )
     return piece._replace(batch=on_device)
 

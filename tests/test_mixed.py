@@ -77,7 +77,7 @@ def test_the_scale_saves_small_gradients(scale, good):
     model = writer("numpy")
     mixed = Mixed(model, "float16")
     mixed.put(scale, 0.0)
-    x, target, _, _ = streams(TEXT[:400], 8)
+    x, target, *_ = streams(TEXT[:400], 8)
     (y, _), pullback = mixed.twin.vjp(x)
     _, found = mixed.gradient(small, y, target, None, pullback)
     (y, _), pullback = model.vjp(x)
@@ -158,7 +158,7 @@ def test_nothing_is_read_back(monkeypatch):
     torch = require("torch")
     model = writer("torch")
     optimiser, mixed = AdamW(model.params), Mixed(model, "bfloat16")
-    x, target, _, _ = streams(TEXT[:100], 4)
+    x, target, *_ = streams(TEXT[:100], 4)
     x, target = model.backend.put(x), model.backend.put(target)
 
     def refuse(*_):

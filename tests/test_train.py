@@ -61,7 +61,7 @@ def test_pieces_count_every_target_once(tbptt):
     pieces = list(cut(whole, tbptt))
     at = 0
     for piece in pieces:
-        x, _, mask, _ = piece.batch
+        x, _, mask, *_ = piece.batch
         counting = np.ones(x.shape[:2], bool) if mask is None else mask
         steps = np.flatnonzero(counting[:, 0])
         assert np.array_equal(x[steps], whole.x[at : at + len(steps)])
@@ -86,11 +86,12 @@ def test_impossible_cuts_are_refused(tbptt):
 
 
 def test_streams_predict_their_next():
-    x, target, mask, lengths = streams(np.arange(21), 4)
+    x, target, mask, lengths, batch_first = streams(np.arange(21), 4)
     assert x.shape == (5, 4)
     assert np.array_equal(x + 1, target)
     assert np.array_equal(x[:, 1], np.arange(5, 10))
     assert mask is lengths is None
+    assert batch_first is False
     with pytest.raises(ValueError, match="4 rows are too many for a sequence of 4"):
         streams(np.arange(4), 4)
 
