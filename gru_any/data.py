@@ -75,7 +75,7 @@ def arranged(batch: Any, batch_first: bool | None = None, rank: int | None = Non
     named = None if named is None else arguments.flag("batch_first", named)
     wanted = bool(named) if batch_first is None else batch_first
     turned = named is not None and named != wanted
-    axes = "(B, T" if (wanted != turned) else "(T, B"
+    axes = "(B, T" if wanted != turned else "(T, B"
     if x.ndim < 2 or rank not in (None, x.ndim):
         letters = {2: f"{axes}), indices of the Embedding", 3: f"{axes}, I)"}
         raise ShapeError(f"x is {x.shape}, expected {letters.get(rank or 0, axes + ', ...)')}")
@@ -113,7 +113,7 @@ def _array(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def in_time(part: slice, batch_first: bool) -> tuple[Any, ...]:
+def in_time(part: slice, batch_first: bool | None) -> tuple[Any, ...]:
     """The index of a part of the steps."""
     return (slice(None), part, ...) if batch_first else (part, ...)
 
@@ -126,8 +126,7 @@ def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
     the first axis, or the second where the batch says batch_first.
     """
     x, target, mask, lengths, batch_first = arranged(batch)
-    batch_first = bool(batch_first)
-    T = x.shape[int(batch_first)]
+    T = x.shape[1 if batch_first else 0]
     k1, k2 = pair(tbptt) or (max(T, 1), max(T, 1))
     for at in range(0, T, k1):
         start, stop = max(0, at + k1 - k2), min(at + k1, T)

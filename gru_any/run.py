@@ -76,7 +76,7 @@ class Run:
         else:
             value, dy = loss(y, target, mask=mask)
             grads, _, _ = pullback(dy)
-        if piece.advance < x.shape[int(batch_first)]:
+        if piece.advance < x.shape[1 if batch_first else 0]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
             begun = x[in_time(slice(piece.advance), batch_first)]
             _, after = self.working(begun, state, shorter)

@@ -116,15 +116,15 @@ def fit(
         )
     if steps is epochs is minutes is None:
         raise ValueError("give at least one of steps, epochs and minutes")
-    size, number = _given(arguments.size), _given(arguments.number)
-    steps, epochs = size("steps", steps), size("epochs", epochs)
-    minutes, clip = number("minutes", minutes, above=True), number("clip", clip, above=True)
+    whole, real = _given(arguments.size), _given(arguments.number)
+    steps, epochs = whole("steps", steps), whole("epochs", epochs)
+    minutes, clip = real("minutes", minutes, above=True), real("clip", clip, above=True)
     accumulate = arguments.size("accumulate", accumulate)
-    validate_every = size("validate_every", validate_every)
+    validate_every = whole("validate_every", validate_every)
     save_every = arguments.size("save_every", save_every)
     log_every = arguments.size("log_every", log_every)
-    patience, seed = size("patience", patience, 0), arguments.size("seed", seed, 0)
-    average, tbptt = number("average", average, below=1), pair(tbptt)
+    patience, seed = whole("patience", patience, 0), arguments.size("seed", seed, 0)
+    average, tbptt = real("average", average, below=1), pair(tbptt)
     bar = bar if callable(bar) else arguments.flag("bar", bar)
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
                 clip=clip, validate_every=validate_every, patience=patience, average=average,
@@ -213,11 +213,10 @@ def evaluate(
         As in `fit`; or no target counts.
     """
     _check_chain(model)
-    if chunk is not None:
-        chunk = arguments.size("chunk", chunk)
+    tbptt = None if chunk is None else (arguments.size("chunk", chunk),) * 2
     total, count, state = 0.0, 0.0, None
     for batch in batches:
-        for piece in cut(_arranged(model, batch), chunk and (chunk, chunk)):
+        for piece in cut(_arranged(model, batch), tbptt):
             x, target, mask, lengths, _ = _put(model, piece).batch
             y, state = model(x, None if piece.first else state, lengths)
             if piece.counted:

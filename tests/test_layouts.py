@@ -138,7 +138,7 @@ def test_masked_regression_is_that_of_torch(batch_first, tbptt, masked):
             steps += 1
     fit(model, squared_error, lambda epoch: [Batch(x, target, mask, batch_first=True)],
         SGD(model.params, lr=0.1), steps=steps, tbptt=tbptt, bar=False)  # fmt: skip
-    expected = [*gru.state_dict().items()] + [*linear.state_dict().items()]
+    expected = [*gru.state_dict().items(), *linear.state_dict().items()]
     for (name, w), found in zip(expected, model.params.values(), strict=True):
         assert np.allclose(found, w.numpy(), rtol=0, atol=1e-10), name
 
@@ -154,11 +154,10 @@ def test_the_case_of_a_model_with_batch_first():
 
 
 def test_data_in_both_layouts():
-    for made in (lambda b: streams(np.arange(41), 4, batch_first=b),):
-        first, last = made(True), made(False)
-        assert (first.batch_first, last.batch_first) == (True, False)
-        assert first.x[1].tolist() == last.x[:, 1].tolist() == list(range(10, 20))
-        assert np.array_equal(first.target, last.target.T)
+    first, last = (streams(np.arange(41), 4, batch_first=b) for b in (True, False))
+    assert (first.batch_first, last.batch_first) == (True, False)
+    assert first.x[1].tolist() == last.x[:, 1].tolist() == list(range(10, 20))
+    assert np.array_equal(first.target, last.target.T)
     rows = [np.ones((2, 3)), np.ones((4, 3))]
     x, mask = side_by_side(rows, batch_first=True)
     assert x.shape == (2, 4, 3)
@@ -318,7 +317,7 @@ def test_a_mask_or_weight_that_could_be_of_other_axes(loss):
         with pytest.raises(ValueError, match=r"mask is .*, expected \(3, 3\)"):
             loss(y, y, mask=mask)
     for mask in (np.ones((3, 3)), np.ones((3, 3), int), np.full((3, 3), np.nan)):
-        with pytest.raises(TypeError, match="mask has dtype .*, expected bool"):
+        with pytest.raises(TypeError, match=r"mask has dtype .*, expected bool"):
             loss(y, y, mask=mask)
     with pytest.raises(ValueError, match=r"weight is \(3, 3\), expected"):
         loss(y, y, weight=np.ones((3, 3)))
