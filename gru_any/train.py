@@ -97,7 +97,7 @@ def fit(
     Raises
     ------
     TypeError
-        The model is no Chain, `batches` no function, or an argument or batch of a wrong type.
+        The model is no Chain, or an argument or a batch is of a wrong type.
     FloatingPointError
         Loss or gradient is not finite; on the host before it changed the weights, on a device with
         the next record.
@@ -110,10 +110,10 @@ def fit(
         A checkpoint cannot be written; the last good one is kept.
     """
     _check_chain(model)
-    if not callable(batches):
-        raise TypeError(
-            f"batches is {type(batches).__name__}, expected a function: lambda epoch: batches"
-        )
+    functions = {"loss": loss, "batches": batches, "schedule": schedule, "valid": valid}
+    for name, function in functions.items():
+        if not (callable(function) or (function is None and name in ("schedule", "valid"))):
+            raise TypeError(f"{name} is {type(function).__name__}, expected a function: see fit")
     if steps is epochs is minutes is None:
         raise ValueError("give at least one of steps, epochs and minutes")
     whole, real = _given(arguments.size), _given(arguments.number)

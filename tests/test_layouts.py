@@ -259,6 +259,9 @@ def test_what_is_no_batch():
         arranged(data(), False, 2)
     with pytest.raises(TypeError, match="batches is list, expected a function"):
         fit(regression(), squared_error, [data()], SGD({}), steps=1)
+    for name, function in (("schedule", 0.1), ("valid", 1.0)):
+        with pytest.raises(TypeError, match=f"{name} is float, expected a function"):
+            train(regression(), data(), **{name: function})
     with pytest.raises(ValueError, match="no target counts"):
         evaluate(regression(), squared_error, [data()._replace(mask=np.zeros((8, 4), bool))])
     with pytest.raises(TypeError, match="model is GRU, expected a Chain"):

@@ -95,7 +95,7 @@ def test_the_long_tasks():
     import train_long
 
     rng = np.random.default_rng(0)
-    x, target, mask, _ = train_long.adding(30, rng, 2000)
+    x, target, mask, *_ = train_long.adding(30, rng, 2000)
     assert (x[..., 1].sum(axis=0) == 2).all()
     np.testing.assert_allclose((x[..., 0] * x[..., 1]).sum(axis=0), target[-1, :, 0], rtol=1e-6)
     assert (mask.sum(axis=0) == 1).all()
