@@ -102,7 +102,7 @@ def test_the_long_tasks():
     args = train_long.parse(["--task", "adding", "--length", "30"])
     assert ((target[-1] - 1) ** 2).mean() == pytest.approx(train_long.trivial_loss(args), rel=0.1)
 
-    x, target, _, _ = train_long.copy(30, rng, 50)
+    x, target, *_ = train_long.copy(30, rng, 50)
     signs = x.argmax(axis=-1)
     assert x.shape == (50, 50, 10)
     assert (signs[:10] == target[40:]).all()
