@@ -8,7 +8,7 @@ from ...backend import select
 from ...chain import Chain
 from ...gru import GRU
 from ...layers import Embedding, Linear
-from .axes import Array, Layer, fits
+from .axes import Array, Layer, fits, size
 
 
 def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
@@ -21,7 +21,8 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
     if walk.pair:
         raise ValueError("two GRUs read the same, and nothing joins what they put out")
     if len(walk.lengths) > 1:
-        raise ValueError(f"the GRUs take lengths from {walk.lengths}, expected the same for all")
+        names = ", ".join(sorted(repr(n) if n else "nowhere" for n in walk.lengths))
+        raise ValueError(f"the GRUs take lengths from {names}, expected the same input for all")
     _check_first_states(grus)
     used = {walk.entry, *walk.lengths, *(g.first[0] for g in grus if g.first)}
     if set(walk.types) - used:
@@ -61,7 +62,7 @@ def _check_first_states(grus: list[Layer]) -> None:
         if [start for _, (start, _), _ in parts] != ends[:-1] or not fits(axis, ends[-1]):
             raise ValueError(
                 f"the GRUs start from rows {[rows for _, rows, _ in parts]} of {name!r}, expected "
-                f"all of {axis} in order"
+                f"all {size(axis)} in order"
             )
 
 

@@ -38,12 +38,20 @@ class Size:
 
     __rmul__ = __mul__
 
+    def __str__(self) -> str:
+        return "*".join(([] if self.factor == 1 else [str(self.factor)]) + list(self.names))
+
 
 def size(axis: Axis) -> Any:
     """How long an axis is: an int, or a Size."""
     factor = math.prod(atom.size for atom in axis if isinstance(atom.size, int))
     names = tuple(sorted(atom.size for atom in axis if isinstance(atom.size, str)))
     return Size(factor, names) if names else factor
+
+
+def words(axes: Sequence[Axis]) -> str:
+    """A shape as messages show it: sizes, or the names that the graph gives them."""
+    return "(" + ", ".join(str(size(axis)) for axis in axes) + ")"
 
 
 def fits(axis: Axis, wanted: Any) -> bool:
@@ -100,6 +108,17 @@ class Full:
 @dataclass(frozen=True)
 class Zeros:
     """Zeros, of a shape that depends on the batch."""
+
+
+def kind_of(value: Any) -> str:
+    """What a node was given, as messages say it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, np.ndarray):
+        return f"a constant {value.shape}" if value.dtype != object else "a shape"
+    if isinstance(value, Array) and value.axes:
+        return f"an array {words(value.axes)} that is known when the model runs"
+    return "zeros" if isinstance(value, Zeros) else "a value that is known when the model runs"
 
 
 class AxisError(Exception):

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, Layer, Zeros, fits, size
+from .axes import ROWS, Array, Atom, Axis, Layer, Zeros, fits, size, words
 from .check import Node
 
 DIRECTIONS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}
@@ -114,12 +114,18 @@ def _time_and_batch(walk: Any, node: Node, x: Array, layout: int) -> tuple[Axis,
         node.refuse(f"reads an array of {len(x.axes)} axes, expected 3")
     time, batch = x.axes[layout], x.axes[1 - layout]
     if {time, batch} != {*walk.lead, *([()] if len(walk.lead) == 1 else [])}:
-        node.refuse(f"reads axes {time} and {batch}, expected {walk.lead} of the input")
+        node.refuse(
+            f"reads axes {words((time, batch))} as time and batch, expected those of the input: "
+            f"{words(walk.lead)}"
+        )
     if x.flipped not in ((), time):
-        node.refuse(f"reads what is turned round along {x.flipped}, not along time")
+        node.refuse("reads what is turned round along another axis than time")
     walk.time = time if walk.time is None else walk.time
     if time != walk.time or not time:
-        node.refuse(f"takes {time} for the axis of time, expected {walk.time} as another GRU does")
+        node.refuse(
+            f"takes the axis {words([time])} for the axis of time, expected "
+            f"{words([walk.time])} as another GRU does"
+        )
     return time, batch
 
 
@@ -136,7 +142,8 @@ def first_state(
     name, rows = h0.key
     axes = h0.axes
     if len(axes) != 3 or size(axes[2]) != H or not fits(axes[layout], D):
-        node.refuse(f"starts from a state with axes {h0.axes}, expected (D, B, H) = ({D}, B, {H})")
+        expected = f"({D}, B, {H})" if not layout else f"(B, {D}, {H})"
+        node.refuse(f"starts from a state {words(axes)}, expected {expected}")
     return name, rows or (0, D), walk.values[name].axes[0] if rows else axes[layout]
 
 
@@ -188,7 +195,10 @@ def keep(walk: Any, node: Node, rows: Any, h0: Any, h_n: Any) -> Array:
         or rows.axes[1]
         or size(h_n.axes[0]) != size(h0.axes[0])
     ):
-        node.refuse(f"chooses by {rows.axes}, expected an axis of the batch and one of length 1")
+        node.refuse(
+            f"chooses by an array {words(rows.axes)}, expected an axis of the batch and one of "
+            "length 1"
+        )
     if h_n.axes[0][0].name != ROWS:
-        node.refuse(f"chooses between states with the axes {h_n.axes}, expected (L*D, B, H)")
+        node.refuse(f"chooses between states {words(h_n.axes)}, expected (L*D, B, H)")
     return h_n

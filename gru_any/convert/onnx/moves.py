@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, AxisError, Full, Positive, Zeros, regroup, size
+from .axes import ROWS, Array, Atom, Axis, AxisError, Full, Positive, Zeros, regroup, size, words
 from .check import Node, dtype_name
 from .sort import numbers
 
@@ -82,7 +82,10 @@ def reshape(node: Node, known: Known, v: Any, target: Any) -> Any:
     try:
         return v.arranged(regroup(v.axes, target, known))
     except AxisError:
-        node.refuse(f"joins or cuts axes so that they mean nothing here: {v.axes} to {target}")
+        node.refuse(
+            f"joins or cuts axes so that they mean nothing here: "
+            f"{words(v.axes)} to ({', '.join(map(str, target))})"
+        )
 
 
 def squeeze(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
@@ -96,7 +99,7 @@ def squeeze(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
         node.refuse("squeezes whatever is 1 when the model is run")
     axes = {a % len(v.axes) for a in axes}
     if any(size(v.axes[a]) != 1 for a in axes):
-        node.refuse(f"squeezes an axis that is not 1: {v.axes}")
+        node.refuse(f"squeezes an axis that is not 1: {words(v.axes)}")
     return v.arranged([axis for i, axis in enumerate(v.axes) if i not in axes])
 
 
@@ -139,12 +142,12 @@ def _rows(node: Node, v: Array, axis: int, rows: slice) -> Array:
     if rows.step in (None, 1) and rows.start == 0 and rows.stop >= 2**31 - 1:
         return v
     if not isinstance(length, int) or rows.step not in (None, 1):
-        node.refuse(f"cuts an array along an axis that must stay whole: {v.axes}")
+        node.refuse(f"cuts an array along an axis that must stay whole: {words(v.axes)}")
     start, stop, _ = rows.indices(length)
     if (start, stop) == (0, length):
         return v
     if v.kind != "input" or axis or v.key[1]:
-        node.refuse(f"cuts an array along an axis that must stay whole: {v.axes}")
+        node.refuse(f"cuts an array along an axis that must stay whole: {words(v.axes)}")
     atom = v.axes[0][0]._replace(size=stop - start)
     return replace(v, key=(v.key[0], (start, stop)), axes=((atom,), *v.axes[1:]))
 
@@ -183,7 +186,7 @@ def concat(node: Node, known: Known, *values: Any) -> Any:
         node.refuse("joins states whose rows are in different orders")
     joined = [v.axes[axis] for v in values]
     if any(atom.name != ROWS for atoms in joined for atom in atoms):
-        node.refuse(f"joins states along another axis than layers and directions: {joined}")
+        node.refuse(f"joins states along another axis than layers and directions: {words(joined)}")
     rows = Atom(ROWS, sum(size(atoms) for atoms in joined))
     axes = (*values[0].axes[:axis], (rows,), *values[0].axes[axis + 1 :])
     return replace(values[0], key=sum((v.key for v in values), ()), axes=axes)

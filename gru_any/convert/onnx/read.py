@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .assemble import assemble
-from .axes import Array, Atom, Axis, Layer, fits
+from .axes import Array, Atom, Axis, Layer, fits, kind_of, size
 from .check import Node, NodeError, array, dtype_name, nodes, parse
 from .layers import LAYERS
 from .moves import MOVES
@@ -95,7 +95,8 @@ class Walk:
         except NodeError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
-            return node.refuse(f"has arguments that do not fit: {e}")
+            given = ", ".join(kind_of(v) for v in arguments) or "nothing"
+            raise NodeError(f"{node.words} has arguments that do not fit: {given}") from e
 
     def spend(self, node: Node, arguments: list[Any]) -> None:
         """Refuse constants that grow without end."""
@@ -156,7 +157,8 @@ class Walk:
         """Refuse what is not all that the layer before puts out, in its order."""
         if axis != self.features or not fits(axis, width):
             node.refuse(
-                f"reads features {axis}, expected all of {self.features}, {width} in number"
+                f"reads {size(axis)} features, expected all {size(self.features)} that the layer "
+                f"before puts out, in their order, and weights for as many, not for {width}"
             )
 
     def check_weight(self, node: Node, name: str, v: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -166,7 +168,8 @@ class Walk:
         if v.ndim != len(shape) or any(
             s not in (-1, n) for s, n in zip(shape, v.shape, strict=True)
         ):
-            node.refuse(f"has {name} of shape {v.shape}, expected {shape}")
+            expected = ", ".join("any" if s < 0 else str(s) for s in shape)
+            node.refuse(f"has {name} of shape {v.shape}, expected ({expected})")
         return v
 
 
