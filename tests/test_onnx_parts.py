@@ -3,10 +3,13 @@
 import random
 import re
 
+import numpy as np
 import pytest
 from conftest import require
+from test_onnx import close, session
 from test_onnx_changed import MODELS, change
 
+from gru_any import GRU, Chain, Last, Linear
 from gru_any.convert import onnx as convert
 
 onnx = require("onnx")
@@ -35,3 +38,262 @@ def test_messages_speak_of_the_graph(tmp_path, name):
             messages.add(str(e))
     assert len(messages) > 30
     assert not [m for m in messages if INTERNAL.search(m)]
+
+
+# graphs to be read -------------------------------------------------------------------------------
+
+T, B, I, H = 6, 3, 4, 5
+
+
+class Graph:
+    """Nodes, weights and inputs, collected one by one."""
+
+    def __init__(self, opset=14):
+        self.opset, self.rng = opset, np.random.default_rng(0)
+        self.nodes, self.weights, self.inputs = [], {}, {}
+
+    def input(self, name, array, shape=None):
+        self.inputs[name] = (np.asarray(array), shape or list(np.shape(array)))
+        return name
+
+    def x(self, shape=("T", "B", I)):
+        sizes = {"T": T, "B": B}
+        v = self.rng.standard_normal([sizes.get(s, s) for s in shape]).astype("f4")
+        return self.input("x", v, shape)
+
+    def weight(self, *shape, name=None, dtype="f4"):
+        return self.array(self.rng.uniform(-1, 1, shape).astype(dtype), name)
+
+    def array(self, v, name=None):
+        name = name or f"w{len(self.weights)}"
+        self.weights[name] = np.asarray(v)
+        return name
+
+    def ints(self, *values):
+        return self.array(np.array(values, "i8"))
+
+    def op(self, kind, *inputs, outputs=1, name="", **attributes):
+        names = [f"v{len(self.nodes)}_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, name, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def gru(self, x, width=I, lengths="", h0="", direction="forward", name="", units=H, **more):
+        """-> Y and Y_h."""
+        D = 1 + (direction == "bidirectional")
+        arrays = (D, 3 * units, width), (D, 3 * units, units), (D, 6 * units)
+        weights = [more.pop(k, None) or self.weight(*a) for k, a in zip("WRB", arrays, strict=True)]
+        more = {"linear_before_reset": 1} | more
+        return self.op(
+            "GRU", x, *weights, lengths, h0, outputs=2, name=name, hidden_size=units,
+            direction=direction, **more,
+        )  # fmt: skip
+
+    def flat(self, Y, D=1):
+        """Y (T, D, B, H) -> (T, B, D*H)."""
+        if D == 1:
+            return self.op("Squeeze", Y, self.ints(1))
+        turned = self.op("Transpose", Y, perm=[0, 2, 1, 3])
+        return self.op("Reshape", turned, self.ints(0, 0, -1))
+
+    def proto(self, *outputs):
+        kind = helper.np_dtype_to_tensor_dtype
+        graph = helper.make_graph(
+            self.nodes,
+            "g",
+            [
+                helper.make_tensor_value_info(k, kind(v.dtype), s)
+                for k, (v, s) in self.inputs.items()
+            ],
+            [onnx.ValueInfoProto(name=name) for name in outputs],
+            [numpy_helper.from_array(v, k) for k, v in self.weights.items()],
+        )
+        made = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8
+        )
+        return onnx.shape_inference.infer_shapes(made)
+
+    def run(self, *outputs):
+        feed = {k: v for k, (v, _) in self.inputs.items()}
+        return session(self.proto(*outputs)).run(list(outputs), feed)
+
+    def load(self, folder, *outputs, **options):
+        onnx.save(self.proto(*outputs), folder / "g.onnx")
+        return convert.load(folder / "g.onnx", **options)
+
+
+OPSETS = pytest.mark.parametrize("opset", [14, 17])
+
+
+def units(Y):
+    """Y (T, D, B, H) -> (T, B, D*H)."""
+    return Y.transpose(0, 2, 1, 3).reshape(len(Y), Y.shape[2], -1)
+
+
+# one GRU out of a graph --------------------------------------------------------------------------
+
+
+def large(opset, direction="bidirectional"):
+    """Two convolutions, two GRUs stacked, an attention of sorts, a GRU alone."""
+    g, D = Graph(opset), 1 + (direction == "bidirectional")
+    x = g.input("image", g.rng.standard_normal((B, 3, T)).astype("f4"), ["B", 3, "T"])
+    x = g.op("Relu", g.op("Conv", x, g.weight(I, 3, 3), kernel_shape=[3], pads=[1, 1]))
+    x = g.op("Transpose", x, perm=[2, 0, 1])
+    lengths = g.input("count", np.array([6, 2, 4], "i8"), ["B"])
+    counts = g.op("Cast", lengths, to=6)
+    Y1, h1 = g.gru(x, I, counts, name="/encoder/rnn/GRU", direction=direction)
+    again = g.op("Cast", lengths, to=6)
+    start = g.op("Tanh", h1)
+    Y2, h2 = g.gru(g.flat(Y1, D), D * H, again, start, direction, name="/encoder/rnn/GRU_1")
+    soft = g.op("Softmax", g.flat(Y2, D), axis=-1)
+    Y3, h3 = g.gru(soft, D * H, name="/encoder/rnn2/GRU")
+    g.names = x, start, soft, Y1, h1, Y2, h2, Y3, h3
+    return g
+
+
+@OPSETS
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_one_gru_by_the_name_of_its_node(tmp_path, opset, direction):
+    g = large(opset, direction)
+    x, start, soft, Y1, h1, Y2, h2, Y3, h3 = g.names
+    both = g.op("Identity", g.names[7])
+    values = dict(zip(g.names, g.run(*g.names), strict=True))
+    for node, entry, first, lengths, Y, h in (
+        ("/encoder/rnn/GRU", x, None, [6, 2, 4], Y1, h1),
+        ("/encoder/rnn/GRU_1", None, start, [6, 2, 4], Y2, h2),
+        ("encoder/rnn2", soft, None, None, Y3, h3),
+    ):
+        ours = g.load(tmp_path, both, node=node)
+        assert isinstance(ours, GRU)
+        assert not ours.batch_first
+        read = values[entry] if entry else units(values[Y1])
+        y, h_n = ours(read, values[first] if first else None, lengths)
+        close(y, units(values[Y]))
+        close(h_n, values[h])
+    with pytest.raises(ValueError, match="is no part of"):
+        g.load(tmp_path, both)
+
+
+@OPSETS
+def test_stacked_grus_by_a_prefix(tmp_path, opset, caplog):
+    g = large(opset)
+    x, start, _, _, h1, Y2, h2, *_ = g.names
+    both = g.op("Identity", g.names[7])
+    read, first, Y, h_1, h_2 = g.run(x, start, Y2, h1, h2)
+    h0 = np.concatenate((np.zeros_like(first), first))
+    with pytest.raises(ValueError, match=r"\(Tanh\) is no part .*rnn2/GRU"):
+        g.load(tmp_path, both, node="encoder/rnn")
+    g.nodes[next(i for i, n in enumerate(g.nodes) if n.op_type == "Tanh")].input[0] = g.input(
+        "state", g.rng.standard_normal((2, B, H)).astype("f4")
+    )
+    read, first, Y, h_1, h_2 = g.run(x, start, Y2, h1, h2)
+    with caplog.at_level("INFO", "gru_any.convert"):
+        ours = g.load(tmp_path, both, node="encoder/rnn")
+    assert f"x is '{x}', the lengths are 'count', the first states '{start}'" in caplog.text
+    assert (ours.num_layers, len(ours.suffixes)) == (2, 2)
+    h0 = np.concatenate((np.zeros_like(first), first))
+    y, h_n = ours(read, h0, [6, 2, 4])
+    close(y, units(Y))
+    close(h_n, np.concatenate((h_1, h_2)))
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ("encoder", r"\((Tanh|Softmax)\) is no part of"),
+        ("/encoder/rn", "no GRU node is named '/encoder/rn'"),
+        ("Conv", "no GRU node is named"),
+        ("", "node is ''"),
+    ],
+)
+def test_names_that_select_no_gru(tmp_path, node, words):
+    g = large(14)
+    with pytest.raises(ValueError, match=words) as e:
+        g.load(tmp_path, g.op("Identity", g.names[7]), node=node)
+    assert not node or "'/encoder/rnn/GRU', '/encoder/rnn/GRU_1', '/encoder/rnn2/GRU'" in str(
+        e.value
+    )
+
+
+@pytest.mark.parametrize("node", ["gru", "gru_", "/gru"])
+def test_a_prefix_up_to_an_underscore(tmp_path, node):
+    g = Graph()
+    x = g.op("Relu", g.x())
+    Y1, _ = g.gru(x, name="gru_1")
+    Y2, _ = g.gru(g.flat(Y1), H, name="gru_2")
+    g.gru(x, name="gru3")
+    read, Y = g.run(x, Y2)
+    close(g.load(tmp_path, Y2, node=node)(read)[0], units(Y))
+
+
+def test_two_grus_that_read_the_same_do_not_stack(tmp_path):
+    g = Graph()
+    x = g.x()
+    g.gru(x, name="a/one"), g.gru(x, name="a/two")
+    with pytest.raises(ValueError, match=r"do not stack: none reads .* are 'a/one', 'a/two'"):
+        g.load(tmp_path, g.nodes[0].output[0], node="a")
+
+
+def test_weights_that_are_folded_constants(tmp_path):
+    """Through Transpose, Identity, Concat, Slice and Cast; other operators stay unread."""
+    g = Graph(17)
+    x = g.op("Sigmoid", g.x())
+    W = g.op("Transpose", g.op("Identity", g.weight(1, I, 3 * H)), perm=[0, 2, 1])
+    R = g.op("Concat", g.weight(1, H, H), g.weight(1, 2 * H, H), axis=1)
+    long = g.op("Cast", g.weight(1, 9 * H, dtype="f8"), to=1)
+    b = g.op("Slice", long, g.ints(H), g.ints(7 * H), g.ints(1))
+    Y, h = g.gru(x, W=W, R=R, B=b, name="gru")
+    read, Y_, h_ = g.run(x, Y, h)
+    y, h_n = g.load(tmp_path, Y, h, node="gru")(read)
+    close(y, units(Y_))
+    close(h_n, h_)
+
+
+def test_layout_one_is_batch_first(tmp_path):
+    """onnxruntime has no layout 1; the same weights with layout 0 are the oracle."""
+    g = Graph()
+    x = g.op("Relu", g.x(("B", "T", I)))
+    g.gru(g.op("Transpose", x, perm=[1, 0, 2]), W=g.weight(1, 3 * H, I, name="W"),
+          R=g.weight(1, 3 * H, H, name="R"), B=g.weight(1, 6 * H, name="B"))  # fmt: skip
+    Y, h = g.nodes[-1].output
+    read, Y_, h_ = g.run(x, Y, h)
+    g.gru(x, W="W", R="R", B="B", layout=1, name="first")
+    ours = g.load(tmp_path, g.nodes[-1].output[0], node="first")
+    assert ours.batch_first
+    y, h_n = ours(read)
+    close(y, units(Y_).swapaxes(0, 1))
+    close(h_n, h_)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_convolution_gru_and_linear_from_pytorch(tmp_path):
+    torch = require("torch")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv1d(3, I, 3, padding=1)
+            self.rnn = torch.nn.GRU(I, H, 2, bidirectional=True, batch_first=True)
+            self.head = torch.nn.Linear(2 * H, 7)
+
+        def forward(self, x):
+            return self.head(self.rnn(self.conv(x).transpose(1, 2))[0])
+
+    torch.manual_seed(0)
+    net, image = Net().eval(), torch.randn(B, 3, T)
+    path = tmp_path / "net.onnx"
+    axes = {"image": {0: "B", 2: "T"}}
+    torch.onnx.export(net, (image,), path, dynamo=False, input_names=["image"], dynamic_axes=axes)
+    ours = convert.load(path, node="rnn")
+    assert (ours.num_layers, len(ours.suffixes), ours.batch_first) == (2, 2, False)
+    with torch.no_grad():
+        read = net.conv(image).transpose(1, 2)
+        expected, h_n = net.rnn(read)
+    y, h = ours(read.numpy().swapaxes(0, 1).copy())
+    close(y.swapaxes(0, 1), expected.numpy())
+    close(h, h_n.numpy())
+    proto = onnx.load(path)
+    nodes = {n.name: n for n in proto.graph.node}
+    exposed = [nodes["/rnn/GRU"].input[0], nodes["/rnn/GRU_1"].output[0]]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed)
+    _, x, Y = session(proto).run(None, {"image": image.numpy()})
+    close(ours(x)[0], units(Y))

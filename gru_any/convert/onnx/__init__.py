@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["load", "save"]
 
 
-def load(path: Any, backend: Any = None, device: Any = None) -> Any:
+def load(path: Any, backend: Any = None, device: Any = None, *, node: str | None = None) -> Any:
     """Read the GRU or the chain of layers that an ONNX file describes.
 
     The graph is walked node by node, and each value is followed by what its axes mean, so that it
@@ -24,6 +24,14 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
         Weights may stand in a second file beside it, as PyTorch's exporter writes them.
     backend, device
         As in `GRU`.
+    node : str, optional
+        The name of a GRU node, or what the names of several begin with, up to a slash, dot, colon
+        or, where there are none, underscore: "encoder/rnn" for "/encoder/rnn/GRU" and "/encoder/rnn/GRU_1". They alone are read,
+        as one GRU where they are alike; each must read what another puts out, or they are the two
+        directions of a layer. What the first reads is x, (T, B, I) or, with the attribute
+        `layout` of 1, (B, T, I), whatever axes the rest of the graph has. Lengths and first
+        states that the graph computes, or takes from an input, are arguments here; the logger
+        `gru_any.convert` names them.
 
     Returns
     -------
@@ -50,7 +58,7 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
     """
     from .read import read
 
-    return read(path, backend, device)
+    return read(path, backend, device, node)
 
 
 def save(path: Any, model: Any) -> None:

@@ -141,7 +141,7 @@ def first_state(
         node.refuse("starts from a state that the graph computes, expected an input of the graph")
     name, rows = h0.key
     axes = h0.axes
-    if len(axes) != 3 or size(axes[2]) != H or not fits(axes[layout], D):
+    if len(axes) != 3 or not (fits(axes[2], H) and fits(axes[layout], D)):
         expected = f"({D}, B, {H})" if not layout else f"(B, {D}, {H})"
         node.refuse(f"starts from a state {words(axes)}, expected {expected}")
     return name, rows or (0, D), walk.values[name].axes[0] if rows else axes[layout]

@@ -1,5 +1,6 @@
 """From the nodes of an ONNX graph to layers."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,59 @@ from .axes import Array, Atom, Axis, Layer, fits, kind_of, size
 from .check import Node, NodeError, array, dtype_name, nodes, parse
 from .layers import LAYERS
 from .moves import MOVES
+from .part import listed, part
 
 MEGABYTE = 2**20
 
 
-def read(path: Any, backend: Any = None, device: Any = None) -> Any:
+def read(path: Any, backend: Any = None, device: Any = None, node: str | None = None) -> Any:
     """See `gru_any.convert.onnx.load`."""
-    model, folder = parse(path), Path(path).parent
-    if not {"GRU", "Loop"} & {node.op_type for node in model.graph.node}:
+    folder = Path(path).parent
+    if node is not None:
+        return assemble(_read_part(path, folder, node), [], backend, device)
+    graph = parse(path)
+    if not {"GRU", "Loop"} & {n.op_type for n in graph.node}:
         raise ValueError(
             f"{path} holds no GRU; where an exporter writes its steps one by one, take the weights "
             "from the library's own file"
         )
-    walk = Walk(model.graph, folder)
-    for node in nodes(model.graph, folder):
+    walk = _walked(graph, folder)
+    return assemble(walk, [o.name for o in graph.output], backend, device)
+
+
+def _walked(graph: Any, folder: Path) -> "Walk":
+    walk = Walk(graph, folder)
+    for node in nodes(graph, folder):
         walk.visit(node)
-    return assemble(walk, [o.name for o in model.graph.output], backend, device)
+    return walk
+
+
+def _read_part(path: Any, folder: Path, node: str) -> "Walk":
+    """The layers of some nodes; their first states are one argument, wherever they come from."""
+    words = ""
+
+    def choose(whole: Any) -> Any:
+        nonlocal words
+        words = listed(whole.node)
+        return part(whole, node)
+
+    graph = parse(path, choose)
+    try:
+        walk = _walked(graph, folder)
+    except ValueError as e:
+        raise ValueError(f"{e}; node={node!r} was read, where {words}") from e
+    states = [layer.first[0] for layer in walk.layers if layer.first]
+    for layer in walk.layers:
+        layer.first = None
+    for name in states:
+        walk.types.pop(name, None)
+    logging.getLogger("gru_any.convert").info(
+        "of the graph, x is %r, the lengths are %s, the first states %s",
+        walk.entry,
+        ", ".join(repr(n) for n in walk.lengths if n) or "not given",
+        ", ".join(map(repr, states)) or "0",
+    )
+    return walk
 
 
 class Walk:
