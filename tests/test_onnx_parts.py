@@ -264,7 +264,7 @@ def test_layout_one_is_batch_first(tmp_path):
     close(h_n, h_)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's exporter
 def test_convolution_gru_and_linear_from_pytorch(tmp_path):
     torch = require("torch")
 
@@ -297,3 +297,161 @@ def test_convolution_gru_and_linear_from_pytorch(tmp_path):
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed)
     _, x, Y = session(proto).run(None, {"image": image.numpy()})
     close(ours(x)[0], units(Y))
+
+
+# directions --------------------------------------------------------------------------------------
+
+
+def both(g, x, width, lengths="", turned="", join=-1, h0=("", "")):
+    """Two nodes that are one bidirectional layer -> y (T, B, 2*H) and Y_h of each."""
+    Yf, hf = g.gru(x, width, lengths, h0[0])
+    back = turn(g, x, turned, lengths) if turned else x
+    Yb, hb = g.gru(back, width, lengths, h0[1], "forward" if turned else "reverse")
+    if turned:
+        Yb = turn(g, Yb, turned, lengths)
+    if join == 1:
+        return g.flat(g.op("Concat", Yf, Yb, axis=1), 2), hf, hb
+    return g.op("Concat", g.flat(Yf), g.flat(Yb), axis=join), hf, hb
+
+
+def turn(g, x, how, lengths):
+    if how == "Slice":
+        return g.op("Slice", x, g.ints(-1), g.ints(-(2**63)), g.ints(0), g.ints(-1))
+    steps = g.op("Cast", lengths, to=7)
+    options = {"time_axis": 0, "batch_axis": 1}
+    if any(x == n.output[0] for n in g.nodes if n.op_type == "GRU"):  # (T, D, B, H)
+        back = g.op("ReverseSequence", g.op("Squeeze", x, g.ints(1)), steps, **options)
+        return g.op("Unsqueeze", back, g.ints(1))
+    return g.op("ReverseSequence", x, steps, **options)
+
+
+@OPSETS
+@pytest.mark.parametrize("join", [-1, 1])
+@pytest.mark.parametrize(("turned", "padded"), [
+    ("", False), ("", True), ("Slice", False), ("ReverseSequence", True),
+])  # fmt: skip
+def test_two_nodes_are_one_bidirectional_layer(tmp_path, opset, turned, padded, join):
+    g = Graph(opset)
+    x = g.x()
+    lengths = g.input("lengths", np.array([6, 2, 4], "i4"), ["B"]) if padded else ""
+    y, *h1 = both(g, x, I, lengths, turned, join)
+    y, *h2 = both(g, y, 2 * H, lengths, turned, join)
+    h = g.op("Concat", *h1, *h2, axis=0)
+    y_, h_ = g.run(y, h)
+    for outputs in ((y, h), (y,), (h,)):
+        ours = g.load(tmp_path, *outputs)
+        assert isinstance(ours, GRU)
+        assert (ours.num_layers, len(ours.suffixes)) == (2, 2)
+        y, h_n = ours(g.inputs["x"][0], None, [6, 2, 4] if padded else None)
+        close(y, y_)
+        close(h_n, h_)
+        y = outputs[0]
+
+
+@pytest.mark.parametrize("turned", ["", "Slice"])
+def test_two_nodes_by_a_prefix(tmp_path, turned):
+    g = Graph()
+    x = g.op("Sigmoid", g.x())
+    state = g.op("Tanh", g.input("state", g.rng.standard_normal((1, B, H)).astype("f4")))
+    y, *h = both(g, x, I, turned=turned, h0=(state, ""))
+    for i, node in enumerate(n for n in g.nodes if n.op_type == "GRU"):
+        node.name = f"rnn/{i}"
+    end = g.op("Softmax", y, axis=-1)
+    read, first, y_, hf, hb = g.run(x, state, y, *h)
+    ours = g.load(tmp_path, end, node="rnn")
+    assert len(ours.suffixes) == 2
+    y, h_n = ours(read, np.concatenate((first, np.zeros_like(first))))
+    close(y, y_)
+    close(h_n, np.concatenate((hf, hb)))
+    alone, _ = g.load(tmp_path, end, node="rnn/1")(read[::-1].copy() if turned else read)
+    close(alone[::-1] if turned else alone, y_[..., H:])
+
+
+def test_first_states_of_two_nodes(tmp_path):
+    """They are rows, in order, of one input; else there is no h0 to give."""
+    g = Graph()
+    x, h0 = g.x(), g.input("h0", g.rng.standard_normal((2, B, H)).astype("f4"), [2, "B", H])
+    halves = [g.op("Slice", h0, g.ints(i), g.ints(i + 1), g.ints(0)) for i in (0, 1)]
+    y, *_ = both(g, x, I, h0=halves)
+    (y_,) = g.run(y)
+    close(g.load(tmp_path, y)(g.inputs["x"][0], g.inputs["h0"][0])[0], y_)
+    for h0 in (halves[::-1], (halves[0], "")):
+        y, *_ = both(g, x, I, h0=h0)
+        del g.nodes[2 : len(g.nodes) - 5]
+        with pytest.raises(ValueError, match="whose first states are not rows, in order, of one"):
+            g.load(tmp_path, y)
+
+
+def reverse_first(g, x, lengths):
+    Yf, Yb = g.gru(x)[0], g.gru(x, direction="reverse")[0]
+    return g.op("Concat", g.flat(Yb), g.flat(Yf), axis=-1)
+
+
+def two_forward(g, x, lengths):
+    return g.op("Concat", g.flat(g.gru(x)[0]), g.flat(g.gru(x)[0]), axis=-1)
+
+
+def joined_along_time(g, x, lengths):
+    Yf, Yb = g.gru(x)[0], g.gru(x, direction="reverse")[0]
+    return g.op("Concat", g.flat(Yf), g.flat(Yb), axis=0)
+
+
+def never_turned_back(g, x, lengths):
+    return g.flat(g.gru(turn(g, x, "Slice", ""))[0])
+
+
+def turned_as_a_whole_though_padded(g, x, lengths):
+    Y, _ = g.gru(turn(g, x, "Slice", ""), lengths=lengths)
+    return g.flat(turn(g, Y, "Slice", ""))
+
+
+def turned_by_lengths_that_the_gru_has_not(g, x, lengths):
+    Y, _ = g.gru(turn(g, x, "ReverseSequence", lengths))
+    return g.flat(turn(g, Y, "ReverseSequence", lengths))
+
+
+def turned_from_the_second_step(g, x, lengths):
+    back = g.op("Slice", x, g.ints(-2), g.ints(-(2**63)), g.ints(0), g.ints(-1))
+    return g.flat(g.gru(back)[0])
+
+
+def turned_up_to_some_step(g, x, lengths):
+    back = g.op("Slice", x, g.ints(-1), g.ints(-6), g.ints(0), g.ints(-1))
+    return g.flat(g.gru(back)[0])
+
+
+def turned_features(g, x, lengths):
+    back = g.op("Slice", x, g.ints(-1), g.ints(-(2**63)), g.ints(2), g.ints(-1))
+    return g.flat(g.gru(back)[0])
+
+
+def other_attributes(g, x, lengths):
+    Yf, Yb = g.gru(x)[0], g.gru(x, direction="reverse", linear_before_reset=0)[0]
+    return g.op("Concat", g.flat(Yf), g.flat(Yb), axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        (
+            reverse_first,
+            r"\(Concat\) joins two GRUs that are not forward and reverse, in this order",
+        ),
+        (two_forward, r"\(GRU\) reads another array than the layer before .* branches"),
+        (joined_along_time, r"\(Concat\) joins two GRUs that are not .* side by side"),
+        (never_turned_back, "is neither what the last layer puts out nor"),
+        (turned_as_a_whole_though_padded, "turned round as a whole, and ends them by lengths"),
+        (turned_by_lengths_that_the_gru_has_not, "turned round by lengths, and ends them nowhere"),
+        (turned_from_the_second_step, r"\(Slice\) turns round something else"),
+        (turned_up_to_some_step, r"\(Slice\) turns round something else"),
+        (turned_features, r"\(GRU\) reads what is turned round along another axis"),
+        (other_attributes, "else of the same attributes and biases"),
+    ],
+)
+def test_two_nodes_that_are_no_layer(tmp_path, graph, words):
+    g = Graph()
+    lengths = g.input("lengths", np.array([6, 2, 4], "i4"), ["B"])
+    end = graph(g, g.x(), lengths)
+    with pytest.raises(ValueError, match=words) as e:
+        g.load(tmp_path, end)
+    assert not INTERNAL.search(str(e.value))

@@ -26,12 +26,12 @@ def load(path: Any, backend: Any = None, device: Any = None, *, node: str | None
         As in `GRU`.
     node : str, optional
         The name of a GRU node, or what the names of several begin with, up to a slash, dot, colon
-        or, where there are none, underscore: "encoder/rnn" for "/encoder/rnn/GRU" and "/encoder/rnn/GRU_1". They alone are read,
-        as one GRU where they are alike; each must read what another puts out, or they are the two
-        directions of a layer. What the first reads is x, (T, B, I) or, with the attribute
-        `layout` of 1, (B, T, I), whatever axes the rest of the graph has. Lengths and first
-        states that the graph computes, or takes from an input, are arguments here; the logger
-        `gru_any.convert` names them.
+        or, where there are none, underscore: "encoder/rnn" for "/encoder/rnn/GRU" and
+        "/encoder/rnn/GRU_1". They alone are read, as one GRU where they are alike; each must read
+        what another puts out, or they are the two directions of a layer. What the first reads is
+        x: (T, B, I), or (B, T, I) if its attribute `layout` is 1, whatever axes the rest of the
+        graph has. Lengths and first states that the graph computes, or takes from an input, are
+        arguments here; the logger `gru_any.convert` names them.
 
     Returns
     -------

@@ -64,8 +64,9 @@ class Array:
     """An array that is known only when the model runs.
 
     kind : "input" of the graph, output of a "layer", or "state" of GRUs
-    key : the name and the rows of the input; the stage of the walk; the GRUs
+    key : the name and the rows of the input; the stage of the walk; GRU and direction of each row
     flipped : the axis along which it runs backwards, if there is one
+    by : the input by whose lengths it was turned round; None if as a whole
     order : the lengths by which rows are sorted and the axis of these rows, where they are
     """
 
@@ -74,6 +75,7 @@ class Array:
     axes: tuple[Axis, ...]
     flipped: Axis = ()
     order: Any = ()
+    by: str | None = None
 
     def arranged(self, axes: Sequence[Axis]) -> "Array":
         """The same numbers with other axes."""

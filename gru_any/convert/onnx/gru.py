@@ -31,8 +31,9 @@ def gru(
     h0: Any = None,
 ) -> tuple[Array, Array]:
     """The operator GRU -> Y and Y_h."""
-    x, options = walk.sequence(node, x, getattr(x, "order", ())), _options(node)
-    suffixes = DIRECTIONS[options["direction"]]
+    options = _options(node)
+    direction, name = _direction(node, x, lengths, options["direction"])
+    suffixes = DIRECTIONS[direction]
     D, layout = len(suffixes), options["layout"]
     R = walk.check_weight(node, "R", R, (D, -1, -1))
     H = int(node.attributes.get("hidden_size", R.shape[2]))
@@ -44,11 +45,28 @@ def gru(
     for d, suffix in enumerate(suffixes):
         arrays = {"weight_ih": W[d], "weight_hh": R[d], **_biases(walk, biases[d], after)}
         params |= {f"{name}_l0{suffix}": swap_gates(v) for name, v in arrays.items()}
+    walk.open_for_twin(node, x, direction)
     layer = Layer("GRU", {"reset_after": after}, params)
-    layer.first = first_state(walk, node, h0, D, H, layout)
-    walk.lengths.add(_lengths(node, lengths))
+    layer.first = walk.starts(first_state(walk, node, h0, D, H, layout))
+    walk.lengths.add(name)
     _check_order(node, x, lengths, h0, layout)
-    return add_gru(walk, node, x, layer, options["direction"], layout)
+    return add_gru(walk, node, x, layer, direction, layout)
+
+
+def _direction(node: Node, x: Any, lengths: Any, direction: str) -> tuple[str, str | None]:
+    """The direction in which the sequence is read, and the name of the lengths."""
+    name = _lengths(node, lengths)
+    if not getattr(x, "flipped", ()):
+        return direction, name
+    if direction != "forward":
+        node.refuse(f"reads a sequence that was turned round, in the direction {direction!r}")
+    if x.by != name:
+        node.refuse(
+            f"reads rows that were turned round {'as a whole' if x.by is None else 'by ' + x.by}, "
+            f"and ends them {'nowhere' if name is None else 'by ' + name}; expected the same "
+            "lengths for both"
+        )
+    return "reverse", name
 
 
 def add_gru(
@@ -76,7 +94,8 @@ def add_gru(
     if layout:
         y, h = (batch, time, directions, units), (batch, of_state, units)
     backwards = time if x.flipped else ()
-    return Array("layer", stage, y, backwards, x.order), Array("state", (layer,), h, (), x.order)
+    state = Array("state", tuple((layer, d) for d in range(D)), h, (), x.order)
+    return Array("layer", stage, y, backwards, x.order, x.by), state
 
 
 def _options(node: Node) -> dict[str, Any]:
@@ -182,7 +201,7 @@ def keep(walk: Any, node: Node, rows: Any, h0: Any, h_n: Any) -> Array:
     kinds = [getattr(v, "kind", "constant") for v in (rows, h0, h_n)]
     if kinds != ["empty", "input", "state"] or h0.order or h_n.order:
         node.refuse("chooses between what is not the first and the last state of a GRU")
-    firsts = [layer.first for layer in h_n.key]
+    firsts = [layer.first for layer, _ in walk.rows_of(h_n)]
     if (
         {rows.key} != walk.lengths
         or h0.key[1]

@@ -146,6 +146,9 @@ def _rows(node: Node, v: Array, axis: int, rows: slice) -> Array:
     start, stop, _ = rows.indices(length)
     if (start, stop) == (0, length):
         return v
+    if v.kind == "state" and [atom.name for atom in v.axes[axis]] == [ROWS]:
+        kept = (Atom(ROWS, stop - start),)
+        return replace(v, key=v.key[start:stop], axes=(*v.axes[:axis], kept, *v.axes[axis + 1 :]))
     if v.kind != "input" or axis or v.key[1]:
         node.refuse(f"cuts an array along an axis that must stay whole: {words(v.axes)}")
     atom = v.axes[0][0]._replace(size=stop - start)
@@ -184,12 +187,33 @@ def concat(node: Node, known: Known, *values: Any) -> Any:
     axis %= len(values[0].axes)
     if len({v.order for v in values}) > 1:
         node.refuse("joins states whose rows are in different orders")
-    joined = [v.axes[axis] for v in values]
-    if any(atom.name != ROWS for atoms in joined for atom in atoms):
-        node.refuse(f"joins states along another axis than layers and directions: {words(joined)}")
-    rows = Atom(ROWS, sum(size(atoms) for atoms in joined))
-    axes = (*values[0].axes[:axis], (rows,), *values[0].axes[axis + 1 :])
-    return replace(values[0], key=sum((v.key for v in values), ()), axes=axes)
+    joined, key = [v.axes[axis] for v in values], sum((v.key for v in values), ())
+    others = [[*map(_nameless, (*v.axes[:axis], *v.axes[axis + 1 :]))] for v in values]
+    single, units = all(len(v.key) == 1 for v in values), joined[0][-1:]
+    if any(other != others[0] for other in others):
+        node.refuse("joins states whose other axes differ")
+    new: Axis = (Atom(ROWS, len(key)),)
+    if single and all(map(_units, joined)):
+        new = (*new, *units)
+    elif not all([a.name for a in axis] == [ROWS] or (not axis and single) for axis in joined):
+        node.refuse(
+            "joins states neither along layers and directions nor along features: along axes of "
+            f"the sizes {words(joined)}"
+        )
+    axes = [() if axis == (Atom(ROWS, 1),) else axis for axis in values[0].axes]
+    axes[axis] = new
+    return replace(values[0], key=key, axes=tuple(axes))
+
+
+def _units(axis: Axis) -> bool:
+    """Whether an axis is the features of one row of states."""
+    names = [atom.name for atom in axis if atom != Atom(ROWS, 1)]
+    return len(names) == 1 and names[0].startswith("units")
+
+
+def _nameless(axis: Axis) -> Axis:
+    """An axis, of which it does not matter of which layer the units are."""
+    return tuple(a._replace(name="units") if a.name.startswith("units") else a for a in axis)
 
 
 def arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import last
 from .assemble import assemble
 from .axes import Array, Atom, Axis, Layer, fits, kind_of, size
 from .check import Node, NodeError, array, dtype_name, nodes, parse
@@ -28,12 +29,11 @@ def read(path: Any, backend: Any = None, device: Any = None, node: str | None = 
             f"{path} holds no GRU; where an exporter writes its steps one by one, take the weights "
             "from the library's own file"
         )
-    walk = _walked(graph, folder)
+    walk = _walked(Walk(graph, folder), graph, folder)
     return assemble(walk, [o.name for o in graph.output], backend, device)
 
 
-def _walked(graph: Any, folder: Path) -> "Walk":
-    walk = Walk(graph, folder)
+def _walked(walk: "Walk", graph: Any, folder: Path) -> "Walk":
     for node in nodes(graph, folder):
         walk.visit(node)
     return walk
@@ -50,19 +50,14 @@ def _read_part(path: Any, folder: Path, node: str) -> "Walk":
 
     graph = parse(path, choose)
     try:
-        walk = _walked(graph, folder)
+        walk = _walked(Walk(graph, folder, part=True), graph, folder)
     except ValueError as e:
         raise ValueError(f"{e}; node={node!r} was read, where {words}") from e
-    states = [layer.first[0] for layer in walk.layers if layer.first]
-    for layer in walk.layers:
-        layer.first = None
-    for name in states:
-        walk.types.pop(name, None)
     logging.getLogger("gru_any.convert").info(
         "of the graph, x is %r, the lengths are %s, the first states %s",
         walk.entry,
         ", ".join(repr(n) for n in walk.lengths if n) or "not given",
-        ", ".join(map(repr, states)) or "0",
+        ", ".join(map(repr, walk.states)) or "0",
     )
     return walk
 
@@ -79,14 +74,20 @@ class Walk:
     features : the axis of what the last layer put out
     stage : counts the arrays that went from layer to layer
     summed : whether two biases were added to one
-    source : what the last Loop read, of which features, and whether backwards
+    source : what the last GRU read, its stage, its direction, and the features it read
     pair : the stages of two GRUs that read the same in both directions
+    merged : the stage and the features of a layer for the stages of its two directions
+    halves : the layer and the direction that a GRU became
+    part : whether the graph is a part of another
+    states : the names of the first states, of a part
     rows : so many are added to negative indices
     time : the axis of time, once a GRU said which it is
     lengths : the names of the inputs that GRUs take as lengths
     """
 
-    def __init__(self, graph: Any, folder: Path) -> None:
+    def __init__(self, graph: Any, folder: Path, part: bool = False) -> None:
+        self.part = part
+        self.states: dict[str, None] = {}
         self.values: dict[str, Any] = {"": None}
         self.types: dict[str, str] = {}
         self.known: dict[str, int] = {}
@@ -95,8 +96,10 @@ class Walk:
         self.lead: tuple[Axis, ...] = ()
         self.features: Axis = ()
         self.stage, self.summed = 0, False
-        self.source: tuple[Any, Axis, bool] | None = None
+        self.source: tuple[Any, int, str, Axis] | None = None
         self.pair: tuple[int, int] | None = None
+        self.merged: dict[tuple[int, ...], tuple[int, Axis]] = {}
+        self.halves: dict[Layer, tuple[Layer, int]] = {}
         self.rows: int | None = None
         self.time: Axis | None = None
         self.lengths: set[str | None] = set()
@@ -125,7 +128,10 @@ class Walk:
         running = node.op == "Loop" or any(isinstance(v, Array) for v in arguments)
         layer = LAYERS.get(node.op) if running else None
         if not layer and node.op not in MOVES:
-            node.refuse("is no part of an Embedding, a GRU or a Linear layer")
+            node.refuse(
+                "is no part of an Embedding, a GRU or a Linear layer"
+                + ("" if self.part else "; a GRU can be read alone: load(path, node=...)")
+            )
         self.spend(node, arguments)
         try:
             found = layer(self, node, *arguments) if layer else None
@@ -146,6 +152,9 @@ class Walk:
 
     def sequence(self, node: Node, v: Any, order: Any = ()) -> Array:
         """Refuse what is not the output of the last layer, or the input of the first."""
+        if isinstance(v, Array) and v.kind == "state":
+            why = last.reason(self, v)
+            return node.refuse(why) if why else last.put(self, node, v)
         rows = isinstance(v, Array) and v.kind == "input" and v.key[1]
         if not isinstance(v, Array) or v.kind not in ("input", "layer") or rows:
             node.refuse("reads something else than the outputs of the layer before")
@@ -163,14 +172,27 @@ class Walk:
         """The key of what the last layer put out."""
         return self.stage or (self.entry, None)
 
-    def open_for_twin(self, node: Node, x: Array) -> None:
+    def open_for_twin(self, node: Node, x: Any, direction: str) -> None:
         """Let a GRU read x, which is new, or was just read by a GRU in the other direction."""
-        twin = self.source and x.key == self.source[0] and bool(x.flipped) != self.source[2]
-        if self.source and twin and not self.pair:
-            self.features, self.pair = self.source[1], (self.stage, self.stage + 1)
+        read = replace(x, flipped=(), by=None) if isinstance(x, Array) else x
+        twins = [(read, self.stage, d) for d in ("forward", "reverse") if d != direction]
+        if len(twins) == 1 and self.source and self.source[:3] == twins[0] and not self.pair:
+            self.features, self.pair = self.source[3], (self.stage, self.stage + 1)
         else:
-            self.sequence(node, replace(x, flipped=()))
-        self.source = (x.key, self.features, bool(x.flipped))
+            self.sequence(node, read, getattr(read, "order", ()))
+        self.source = (read, self.stage + 1, direction, self.features)
+
+    def starts(self, first: Any) -> Any:
+        """The first state of a layer; of a part of a graph all are one argument."""
+        if first and self.part:
+            self.states[first[0]] = None
+            self.types.pop(first[0], None)
+            return None
+        return first
+
+    def rows_of(self, state: Array) -> list[tuple[Layer, int]]:
+        """The GRU and the direction of each row of a state."""
+        return [self.halves.get(layer, (layer, d)) for layer, d in state.key]
 
     def _enter(self, node: Node, v: Array) -> None:
         axes = self.values[v.key[0]].axes
