@@ -9,7 +9,7 @@ from conftest import require
 from test_onnx import close, session
 from test_onnx_changed import MODELS, change
 
-from gru_any import GRU, Chain, Last, Linear
+from gru_any import GRU, Last, Linear
 from gru_any.convert import onnx as convert
 
 onnx = require("onnx")
@@ -455,3 +455,211 @@ def test_two_nodes_that_are_no_layer(tmp_path, graph, words):
     with pytest.raises(ValueError, match=words) as e:
         g.load(tmp_path, end)
     assert not INTERNAL.search(str(e.value))
+
+
+# one result a sequence ---------------------------------------------------------------------------
+
+
+def squeezed(g, Y, h, D):
+    return g.op("Squeeze", h, g.ints(0))
+
+
+def picked(g, Y, h, D):
+    return g.op("Gather", h, g.array(np.array(-1)), axis=0)
+
+
+def last_step(g, Y, h, D):
+    return g.op("Gather", g.flat(Y), g.array(np.array(-1)), axis=0)
+
+
+def last_step_of_rows(g, Y, h, D):
+    turned = g.op("Transpose", g.flat(Y), perm=[1, 0, 2])
+    return g.op("Gather", turned, g.array(np.array(-1)), axis=1)
+
+
+def cut_out(g, Y, h, D):
+    end = g.op("Slice", Y, g.ints(-1), g.ints(2**63 - 1), g.ints(0), g.ints(1))
+    return g.op("Squeeze", end, g.ints(0, 1))
+
+
+def with_one_step(g, Y, h, D):
+    return g.op("Gather", g.flat(Y), g.ints(-1), axis=0)
+
+
+def first_step(g, Y, h, D):
+    return g.op("Gather", g.flat(Y), g.array(np.array(0)), axis=0)
+
+
+def kept_as_one_layer(g, Y, h, D):
+    return g.op("Gather", h, g.ints(0), axis=0)
+
+
+def both_picked(g, Y, h, D):
+    rows = [g.op("Gather", h, g.array(np.array(i)), axis=0) for i in (-2, -1)]
+    return g.op("Concat", *rows, axis=-1)
+
+
+def both_cut(g, Y, h, D):
+    rows = [g.op("Slice", h, g.ints(i), g.ints(i + 1), g.ints(0)) for i in (0, 1)]
+    return g.op("Squeeze", g.op("Concat", *rows, axis=2), g.ints(0))
+
+
+def both_turned(g, Y, h, D):
+    return g.op("Reshape", g.op("Transpose", h, perm=[1, 0, 2]), g.ints(-1, 2 * H))
+
+
+LASTS = [
+    (squeezed, "forward"), (squeezed, "reverse"), (picked, "forward"), (last_step, "forward"),
+    (last_step_of_rows, "forward"), (cut_out, "forward"), (with_one_step, "forward"),
+    (first_step, "reverse"), (kept_as_one_layer, "forward"), (both_picked, "bidirectional"),
+    (both_cut, "bidirectional"), (both_turned, "bidirectional"),
+]  # fmt: skip
+
+
+@OPSETS
+@pytest.mark.parametrize(("end", "direction"), LASTS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("head", ["", "MatMul", "Gemm"])
+def test_the_last_state_as_the_result(tmp_path, opset, end, direction, padded, head):
+    g, D = Graph(opset), 1 + (direction == "bidirectional")
+    x = g.x()
+    lengths = g.input("lengths", np.array([6, 2, 4], "i4"), ["B"]) if padded else ""
+    by_place = end in (last_step, last_step_of_rows, cut_out, with_one_step, first_step)
+    Y, h1 = g.gru(x, I, lengths, direction=direction)
+    Y, h = g.gru(g.flat(Y, D), D * H, lengths, direction=direction)
+    y = end(g, Y, h, D)
+    if head == "Gemm" and end not in (kept_as_one_layer, with_one_step):  # else of three axes
+        y = g.op("Gemm", y, g.weight(7, D * H), g.weight(7), transB=1)
+    elif head:
+        y = g.op("Add", g.op("MatMul", y, g.weight(D * H, 7)), g.weight(7))
+    if padded and by_place:
+        with pytest.raises(ValueError, match="picks a last step by its place"):
+            g.load(tmp_path, y)
+        return
+    expected, first, second = g.run(y, h1, h)
+    states = g.op("Concat", h1, h, axis=0)
+    for outputs in ((y,), (y, states)):
+        ours = g.load(tmp_path, *outputs)
+        if end is kept_as_one_layer and not head:  # (1, B, H), as states are
+            _, last = ours(g.inputs["x"][0], None, [6, 2, 4] if padded else None)
+            close((last[-1] if isinstance(last, list) else last)[-1:], expected)
+            continue
+        kinds = [type(layer) for layer in ours.layers]
+        assert kinds == [GRU, Last, Linear][: 2 + bool(head)]
+        y_, (h_n,) = ours(g.inputs["x"][0], None, [6, 2, 4] if padded else None)
+        close(y_, expected.reshape(y_.shape))
+        close(h_n, np.concatenate((first, second)))
+
+
+def test_the_last_states_of_two_nodes(tmp_path):
+    g = Graph()
+    x = g.x()
+    hf, hb = g.gru(x)[1], g.gru(x, direction="reverse")[1]
+    rows = [g.op("Squeeze", h, g.ints(0)) for h in (hf, hb)]
+    y = g.op("MatMul", g.op("Concat", *rows, axis=1), g.weight(2 * H, 7))
+    (expected,) = g.run(y)
+    ours = g.load(tmp_path, y)
+    assert [type(layer) for layer in ours.layers] == [GRU, Last, Linear]
+    close(ours(g.inputs["x"][0])[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's exporter
+@pytest.mark.parametrize("result", ["h_n[-1]", "y[:, -1]", "both"])
+def test_the_last_state_from_pytorch(tmp_path, result):
+    torch = require("torch")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            two = result == "both"
+            self.rnn = torch.nn.GRU(I, H, 2, bidirectional=two, batch_first=True)
+            self.head = torch.nn.Linear(H * (1 + two), 7)
+
+        def forward(self, x):
+            y, h = self.rnn(x)
+            if result == "both":
+                return self.head(torch.cat((h[-2], h[-1]), -1))
+            return self.head(y[:, -1] if "y" in result else h[-1])
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(B, T, I)
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(
+        net, (x,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "B", 1: "T"}}
+    )
+    ours = convert.load(path)
+    assert [type(layer) for layer in ours.layers] == [GRU, Last, Linear]
+    assert ours.batch_first
+    close(ours(x.numpy())[0], net(x).detach().numpy())
+    (theirs,) = session(str(path)).run(None, {"x": x.numpy()})
+    close(ours(x.numpy())[0], theirs)
+
+
+def sum_of_directions(g, Y, h):
+    halves = [g.op("Gather", Y, g.array(np.array(i)), axis=1) for i in (0, 1)]
+    return g.op("Add", *halves)
+
+
+def reduced_sum(g, Y, h):
+    return g.op("ReduceSum", Y, g.ints(1), keepdims=0)
+
+
+def mean_of_split_halves(g, Y, h):
+    parts = g.op("Split", g.flat(Y, 2), outputs=2, axis=-1)
+    return g.op("Mul", g.op("Add", *parts), g.array(np.float32(0.5)))
+
+
+def half_of_the_features(g, Y, h):
+    return g.op("Slice", g.flat(Y, 2), g.ints(0), g.ints(H), g.ints(2))
+
+
+def sum_of_states(g, Y, h):
+    return g.op("Add", *(g.op("Gather", h, g.array(np.array(i)), axis=0) for i in (0, 1)))
+
+
+def last_step_of_both(g, Y, h):
+    return g.op("Gather", g.flat(Y, 2), g.array(np.array(-1)), axis=0)
+
+
+def mean_over_time(g, Y, h):
+    return g.op("ReduceMean", g.flat(Y, 2), axes=[0])
+
+
+def one_of_two_states(g, Y, h):
+    return g.op("MatMul", g.op("Gather", h, g.array(np.array(-1)), axis=0), g.weight(H, 7))
+
+
+def states_in_another_order(g, Y, h):
+    rows = [g.op("Gather", h, g.array(np.array(i)), axis=0) for i in (1, 0)]
+    return g.op("MatMul", g.op("Concat", *rows, axis=-1), g.weight(2 * H, 7))
+
+
+def states_mixed_with_the_batch(g, Y, h):
+    return g.op("MatMul", g.op("Reshape", h, g.ints(-1, 2 * H)), g.weight(2 * H, 7))
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        (sum_of_directions, "COMBINED"), (reduced_sum, "COMBINED"),
+        (mean_of_split_halves, "COMBINED"),
+        (half_of_the_features, "COMBINED"), (sum_of_states, "COMBINED"),
+        (mean_over_time, "COMBINED"),
+        (last_step_of_both, "picks a step of a sequence that was read in both directions"),
+        (one_of_two_states, "reads states that are not those of the last GRU, of both"),
+        (states_in_another_order, "of both directions if it has two, forward first"),
+        (states_mixed_with_the_batch, "joins or cuts axes so that they mean nothing here"),
+    ],
+)  # fmt: skip
+def test_results_that_no_layer_has(tmp_path, graph, words):
+    g = Graph()
+    Y, h = g.gru(g.op("Identity", g.x()), direction="bidirectional", name="rnn")
+    end = graph(g, Y, h)
+    combined = r"adds, averages, joins or takes apart .* load\(path, node=\.\.\.\)"
+    with pytest.raises(ValueError, match=words.replace("COMBINED", combined)) as e:
+        g.load(tmp_path, end)
+    assert not INTERNAL.search(str(e.value))
+    read, Y, h = g.run(g.nodes[0].output[0], Y, h)
+    y, h_n = g.load(tmp_path, end, node="rnn")(read)  # the way out
+    close(y, units(Y))
+    close(h_n, h)

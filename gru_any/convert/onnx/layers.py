@@ -109,6 +109,7 @@ def cast(walk: Any, node: Node, v: Any) -> Array:
 
 
 PASSING = (*index.KINDS, *sort.KINDS)  # integers of any kind
+COMBINING = ("Sum", "Mean", "Max", "Split", "ReduceSum", "ReduceMean", "ReduceMax")
 LAYERS: dict[str, Callable[..., Any]] = {
     "GRU": gru,
     "Loop": loop,
@@ -119,7 +120,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "Cast": cast,
     "ReverseSequence": turn,
     "Slice": cut,
-    **dict.fromkeys(("Sum", "Mean", "Max", "ReduceSum", "ReduceMean", "ReduceMax"), combined),
+    **dict.fromkeys(COMBINING, combined),
     "Concat": join,
     "Equal": empty,
     "Less": index.negative,

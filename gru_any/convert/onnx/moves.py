@@ -172,6 +172,8 @@ def gather(node: Node, known: Known, v: Any, at: Any) -> Any:
     if row < 0 and isinstance(length, int):
         row += length
     v = _rows(node, v, axis, slice(row, row + 1)) if row >= 0 else node.refuse("picks a last step")
+    if v.kind == "state" and at.ndim == 1:
+        return v
     return v.arranged((*v.axes[:axis], *((),) * at.ndim, *v.axes[axis + 1 :]))
 
 
