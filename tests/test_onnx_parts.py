@@ -663,3 +663,123 @@ def test_results_that_no_layer_has(tmp_path, graph, words):
     y, h_n = g.load(tmp_path, end, node="rnn")(read)  # the way out
     close(y, units(Y))
     close(h_n, h)
+
+
+# weights -----------------------------------------------------------------------------------------
+
+
+def integer_bias(g, x):
+    return g.gru(x, B=g.array(np.ones((1, 6 * H), "i4"), "bias"))[0]
+
+
+def half_bias(g, x):
+    return g.gru(x, B=g.weight(1, 6 * H, name="bias", dtype="f2"))[0]
+
+
+def double_recurrence(g, x):
+    return g.gru(x, R=g.weight(1, 3 * H, H, name="rec", dtype="f8"))[0]
+
+
+def all_double(g, x):
+    arrays = [(1, 3 * H, I), (1, 3 * H, H), (1, 6 * H)]
+    return g.gru(x, **{k: g.weight(*a, dtype="f8") for k, a in zip("WRB", arrays, strict=True)})[0]
+
+
+def head_in_double(g, x):
+    return g.op("MatMul", g.flat(g.gru(x)[0]), g.weight(H, 2, name="head", dtype="f8"))
+
+
+def weights_as_inputs(g, x):
+    W = g.input("W", g.rng.standard_normal((1, 3 * H, I)).astype("f4"))
+    return g.gru(x, W=W)[0]
+
+
+def weights_of_an_input(g, x):
+    W = g.op("Transpose", g.input("W", np.zeros((1, I, 3 * H), "f4")), perm=[0, 2, 1])
+    return g.gru(x, W=W)[0]
+
+
+def quantised(g, x):
+    q = g.array(g.rng.integers(-9, 9, (1, 3 * H, I)).astype("i1"), "W_quantized")
+    W = g.op("DequantizeLinear", q, g.array(np.float32(0.1)), g.array(np.int8(0), "zero"))
+    return g.gru(x, W=W)[0]
+
+
+def quantised_bias(g, x):
+    q = g.array(g.rng.integers(-9, 9, (1, 6 * H)).astype("i4"), "B_quantized")
+    return g.gru(x, B=g.op("DequantizeLinear", q, g.array(np.float32(0.1))))[0]
+
+
+def bfloat16(g, x):
+    g.weights["W"] = onnx.helper.make_tensor("W", 16, (1, 3 * H, I), np.zeros(3 * H * I))
+    return g.gru(x, W="W")[0]
+
+
+def an_array_that_nothing_reads(g, x):
+    g.weight(1, 3 * H, H, name="left_over")
+    return g.gru(x)[0]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        (integer_bias, r"\(GRU\) has B 'bias' of int32"),
+        (half_bias, r"\(GRU\) has weights of float16, B 'bias', beside float32"),
+        (double_recurrence, r"\(GRU\) has weights of float64, R 'rec', beside float32"),
+        (all_double, r"\(GRU\) has weights of float64, R 'w\d', beside float32"),
+        (head_in_double, r"\(MatMul\) has weights of float64, weight 'head', beside float32"),
+        (weights_as_inputs, r"\(GRU\) computes its W .*: 'W' would have to be an initializer"),
+        (weights_of_an_input, r"\(GRU\) computes its W .*: '.*' would have to be an initializer"),
+        (quantised, "the array 'W_quantized' is int8, .* quantised"),
+        (quantised_bias, r"\(DequantizeLinear\) is no part of"),
+        (bfloat16, "the array 'W' is bfloat16"),
+        (an_array_that_nothing_reads, "no node reads the initializers 'left_over'"),
+    ],
+)
+def test_no_weight_is_dropped(tmp_path, graph, words, alone):
+    """`alone`: the same of one node, where other dtypes in the rest of the graph do not matter."""
+    g = Graph()
+    x = g.op("Identity", g.x())
+    end = graph(g, x)
+    g.nodes[[n.op_type for n in g.nodes].index("GRU")].name = "rnn"
+    onnx.save(unchecked(g, end), tmp_path / "g.onnx")
+    if alone and graph in (an_array_that_nothing_reads, head_in_double):
+        assert isinstance(convert.load(tmp_path / "g.onnx", node="rnn"), GRU)
+        return
+    if alone and graph is all_double:
+        assert convert.load(tmp_path / "g.onnx", node="rnn").dtype == "float64"
+        return
+    with pytest.raises(ValueError, match=words) as e:
+        convert.load(tmp_path / "g.onnx", **({"node": "rnn"} if alone else {}))
+    assert not INTERNAL.search(str(e.value))
+
+
+def unchecked(g, end):
+    """A model whose dtypes do not fit, so that no shapes can be inferred."""
+    ready = {k: v for k, v in g.weights.items() if isinstance(v, onnx.TensorProto)}
+    g.weights = {k: v for k, v in g.weights.items() if k not in ready}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx.shape_inference, "infer_shapes", lambda model: model)
+        proto = g.proto(end)
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info(end, 1, ["a", "b", "c"]))
+    proto.graph.initializer.extend(ready.values())
+    return proto
+
+
+def test_rest_of_the_graph_is_not_read(tmp_path):
+    """Operators of other domains, quantised weights and sparse ones, elsewhere."""
+    g = Graph()
+    x = g.op("Relu", g.x())
+    Y, _ = g.gru(x, name="rnn")
+    read, Y_ = g.run(x, Y)
+    quantised(g, x)
+    proto = unchecked(g, Y)
+    proto.graph.node.add(op_type="Tuned", domain="com.vendor", input=[Y], output=["end"])
+    proto.opset_import.add(domain="com.vendor", version=1)
+    onnx.save(proto, tmp_path / "g.onnx")
+    close(convert.load(tmp_path / "g.onnx", node="rnn")(read)[0], units(Y_))
+    proto.functions.add(name="GRU", domain="")
+    onnx.save(proto, tmp_path / "g.onnx")
+    with pytest.raises(ValueError, match="another meaning by functions"):
+        convert.load(tmp_path / "g.onnx", node="rnn")

@@ -26,6 +26,12 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
         names = ", ".join(sorted(repr(n) if n else "nowhere" for n in walk.lengths))
         raise ValueError(f"the GRUs take lengths from {names}, expected the same input for all")
     _check_first_states(grus)
+    weights = sorted(n for n in walk.unread if walk.values[n].dtype.kind == "f")
+    if weights:
+        raise ValueError(
+            f"no node reads the initializers {', '.join(map(repr, weights))}: if they are weights, "
+            "the graph does not hold all of the model; if not, take them out of the file"
+        )
     used = {walk.entry, *walk.lengths, *(g.first[0] for g in grus if g.first)}
     if set(walk.types) - used:
         raise ValueError(f"the inputs {sorted(set(walk.types) - used)} are used by no layer")

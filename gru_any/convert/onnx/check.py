@@ -187,7 +187,10 @@ def dtype_name(kind: int) -> str:
 def _dtype(tensor: Any) -> np.dtype:
     name = dtype_name(tensor.data_type)
     if name not in KINDS:
-        raise ValueError(f"the array {tensor.name!r} is {name}, expected one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"the array {tensor.name!r} is {name}, expected one of {', '.join(KINDS)}; quantised "
+            "weights and other floats are not read: write the file from the model in float32"
+        )
     return np.dtype(name)
 
 

@@ -61,7 +61,7 @@ def cut(walk: Any, node: Node, v: Any, *bounds: Any) -> Array | None:
         picked = step(walk, node, v, place, start)
         if picked:
             return picked.arranged([() if a == walk.time else a for a in v.axes])
-    return combined(walk, node)
+    return node.refuse(COMBINED)
 
 
 def _turned(node: Node, x: Array, axis: Any, by: str | None) -> Array:
@@ -72,6 +72,8 @@ def _turned(node: Node, x: Array, axis: Any, by: str | None) -> Array:
 
 def combined(walk: Any, node: Node, *values: Any) -> NoReturn:
     """The operators that combine numbers as no layer does."""
+    if not any(isinstance(v, Array) and v.kind in ("layer", "state") for v in values):
+        node.refuse("is no part of an Embedding, a GRU or a Linear layer")
     node.refuse(COMBINED)
 
 

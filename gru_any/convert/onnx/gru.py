@@ -33,6 +33,7 @@ def gru(
     """The operator GRU -> Y and Y_h."""
     options = _options(node)
     direction, name = _direction(node, x, lengths, options["direction"])
+    walk.open_for_twin(node, x, direction)
     suffixes = DIRECTIONS[direction]
     D, layout = len(suffixes), options["layout"]
     R = walk.check_weight(node, "R", R, (D, -1, -1))
@@ -45,7 +46,6 @@ def gru(
     for d, suffix in enumerate(suffixes):
         arrays = {"weight_ih": W[d], "weight_hh": R[d], **_biases(walk, biases[d], after)}
         params |= {f"{name}_l0{suffix}": swap_gates(v) for name, v in arrays.items()}
-    walk.open_for_twin(node, x, direction)
     layer = Layer("GRU", {"reset_after": after}, params)
     layer.first = walk.starts(first_state(walk, node, h0, D, H, layout))
     walk.lengths.add(name)

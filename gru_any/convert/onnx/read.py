@@ -78,6 +78,7 @@ class Walk:
     pair : the stages of two GRUs that read the same in both directions
     merged : the stage and the features of a layer for the stages of its two directions
     halves : the layer and the direction that a GRU became
+    unread : the names of arrays that no node reads
     part : whether the graph is a part of another
     states : the names of the first states, of a part
     rows : so many are added to negative indices
@@ -108,6 +109,7 @@ class Walk:
         for value in graph.input:
             if value.name not in self.values:
                 self.values[value.name], self.types[value.name] = _input(value)
+        self.unread = {t.name for t in graph.initializer} - _read_names(graph)
         whole = sum(v.nbytes for v in self.values.values() if isinstance(v, np.ndarray))
         self.budget = 16 * whole + MEGABYTE
 
@@ -215,22 +217,45 @@ class Walk:
 
     def check_features(self, node: Node, axis: Axis, width: int) -> None:
         """Refuse what is not all that the layer before puts out, in its order."""
-        if axis != self.features or not fits(axis, width):
+        if axis != self.features:
             node.refuse(
-                f"reads {size(axis)} features, expected all {size(self.features)} that the layer "
-                f"before puts out, in their order, and weights for as many, not for {width}"
+                f"reads {size(axis)} features, which are not the {size(self.features)} that the "
+                "layer before puts out, in their order"
             )
+        if not fits(axis, width):
+            node.refuse(f"reads {size(axis)} features, and has weights for {width}")
 
     def check_weight(self, node: Node, name: str, v: Any, shape: tuple[int, ...]) -> np.ndarray:
         """Refuse what is not a constant of this shape; a size of -1 may be any."""
-        if not isinstance(v, np.ndarray) or v.dtype.kind != "f":
-            node.refuse(f"computes its {name} when the model is run, expected a constant")
+        if not isinstance(v, np.ndarray):
+            given = isinstance(v, Array) and v.kind == "input"
+            node.refuse(
+                f"computes its {name} when the model is run, expected a constant"
+                + (f": {v.key[0]!r} would have to be an initializer" if given else "")
+            )
+        found = [n for n in node.inputs if self.values[n] is v]
+        which = f"{name} {found[0]!r}" if found else name
+        if v.dtype.kind != "f":
+            node.refuse(f"has {which} of {v.dtype}, expected numbers of the dtype of its input")
+        self.dtype = self.dtype or v.dtype.name
+        if v.dtype.name != self.dtype:
+            node.refuse(
+                f"has weights of {v.dtype}, {which}, beside {self.dtype}; a model here has one "
+                "dtype: cast all weights and inputs to it and write the file again"
+            )
         if v.ndim != len(shape) or any(
             s not in (-1, n) for s, n in zip(shape, v.shape, strict=True)
         ):
             expected = ", ".join("any" if s < 0 else str(s) for s in shape)
             node.refuse(f"has {name} of shape {v.shape}, expected ({expected})")
         return v
+
+
+def _read_names(graph: Any) -> set[str]:
+    """The names that a graph reads or puts out, the graphs in its nodes among them."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    names = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
+    return names.union(*map(_read_names, inner))
 
 
 def _input(value: Any) -> tuple[Array, str]:
