@@ -1,4 +1,4 @@
-"""Models in ONNX files: GRUs, and chains of Embedding, GRU and Linear.
+"""Models in ONNX files: GRUs, and chains of Embedding, GRU, Last and Linear.
 
 ONNX' operator GRU has the gates in the order z, r, h, both biases side by side, and the reset gate
 before the matrix product unless `linear_before_reset` is 1. Its definition:
@@ -38,14 +38,17 @@ def load(path: Any, backend: Any = None, device: Any = None, *, node: str | None
     GRU or Chain
         A GRU where the graph holds nothing else. `batch_first` is set where the graph's input is
         (B, T, .). Adjacent GRU nodes of the same kind are the layers of one GRU, unless the graph
-        has inputs or outputs for the state of each. Outputs have this library's layout whatever
-        the graph does to them last.
+        has inputs or outputs for the state of each; a forward and a reverse node that read the
+        same and whose outputs are joined are one bidirectional layer. Where the result is the last
+        state, a `Last` follows the GRU. Outputs have this library's layout whatever the graph does
+        to them last.
 
     Raises
     ------
     ValueError
         The file is damaged or unsafe, or holds what has no counterpart here; the text names the
-        node.
+        node. `node` selects no GRU, or several that are not layers of one another; the text lists
+        the GRU nodes of the graph.
     ImportError
         The package onnx is missing.
     OSError
