@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arguments
-from .backend import to_numpy
+from .backend import refuse_masked, to_numpy
 from .errors import ShapeError
 
 
@@ -120,6 +120,7 @@ def _batch(item: Any) -> Batch:
 
 
 def _host(name: str, array: Any) -> np.ndarray:
+    refuse_masked(name, array)
     if isinstance(array, np.ndarray):
         return array
     if not hasattr(array, "shape"):
@@ -197,15 +198,15 @@ def reach(tbptt: Any) -> tuple[int, int]:
 
 
 def streams(data: np.ndarray, rows: int, batch_first: bool = False) -> Batch:
-    """One long sequence (N, ...) as so many streams read side by side, each predicting its next.
+    """One long array (N, ...) as so many streams read side by side, each predicting its next.
 
     The batch names its layout, (T, B, ...) or with `batch_first` (B, T, ...), so that a model of
     the other one takes it too.
 
     Raises
     ------
-    ValueError
-        The sequence is too short.
+    ValueError, TypeError
+        The sequence is too short, or no array.
 
     Examples
     --------
@@ -215,6 +216,7 @@ def streams(data: np.ndarray, rows: int, batch_first: bool = False) -> Batch:
     >>> batch.x.T.tolist(), batch.target.T.tolist()
     ([[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]])
     """
+    data = _host("data", data)
     length = (len(data) - 1) // arguments.size("rows", rows)
     if length < 1:
         raise ValueError(f"{rows} rows are too many for a sequence of {len(data)}")
@@ -231,6 +233,7 @@ def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
 
     Sequences without a step are left out.
     """
+    rows = arguments.size("rows", rows)
     order = [int(i) for i in np.argsort(np.asarray(lengths), kind="stable") if lengths[int(i)] > 0]
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
@@ -249,13 +252,33 @@ def side_by_side(
 ) -> tuple[Any, Any]:
     """Pad sequences (T, ...) of several lengths with zeros at the end.
 
-    Returns x (T, B, ...) and a mask (T, B), or with `batch_first` (B, T, ...) and (B, T).
+    Returns x (T, B, ...) and a mask (T, B), or with `batch_first` (B, T, ...) and (B, T). dtype is
+    by default one that holds the numbers of all sequences.
+
+    Raises
+    ------
+    ValueError, TypeError
+        There is no sequence, they differ in more than T, or dtype cannot hold their kind of
+        numbers, as integers cannot hold fractions.
     """
-    T, B = max(len(s) for s in sequences), len(sequences)
+    arrays = [_host(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
+    if not arrays:
+        raise ValueError("sequences is empty, expected at least one")
+    dtype = np.result_type(*arrays) if dtype is None else np.dtype(dtype)
+    for i, s in enumerate(arrays):
+        if not s.ndim or s.shape[1:] != arrays[0].shape[1:]:
+            wanted = ", ".join(["T", *map(str, arrays[0].shape[1:])])
+            raise ShapeError(f"sequences[{i}] is {s.shape}, expected ({wanted}) as the first")
+        if not np.can_cast(s.dtype, dtype, "same_kind"):
+            raise TypeError(
+                f"sequences[{i}] has dtype {s.dtype}, which {dtype} cannot hold: give dtype="
+                f"{np.promote_types(s.dtype, dtype).name!r}"
+            )
+    T, B = max(len(s) for s in arrays), len(arrays)
     leading = (B, T) if arguments.flag("batch_first", batch_first) else (T, B)
-    x = np.zeros((*leading, *sequences[0].shape[1:]), dtype or sequences[0].dtype)
+    x = np.zeros((*leading, *arrays[0].shape[1:]), dtype)
     mask = np.zeros(leading, bool)
-    for row, s in enumerate(sequences):
+    for row, s in enumerate(arrays):
         at = (row, slice(len(s))) if batch_first else (slice(len(s)), row)
         x[at], mask[at] = s, True
     return x, mask

@@ -66,7 +66,8 @@ def fit(
     tbptt : (k1, k2) or None
         A gradient every k1 steps of time over the last k2, the state carried over; see `data.cut`.
     accumulate : int
-        So many gradients are averaged for one update.
+        So many gradients are averaged for one update, by how many targets count in each: the
+        gradient of one batch that holds them all.
     clip : float or None
         Largest norm of the gradient.
     schedule : callable or None
@@ -109,8 +110,9 @@ def fit(
     IndexError
         x holds indices that the model's first layer, an Embedding, does not have.
     TypeError, ValueError
-        A number is not above 0, a batch does not fit, `settings` has the name of an argument,
-        settings differ from the checkpoint's, or no checkpoint can be used.
+        A number is not above 0, a function is none, patience or validate_every came without
+        valid, a batch does not fit, `settings` has the name of an argument, settings differ from
+        the checkpoint's, or no checkpoint can be used.
     OSError
         A checkpoint cannot be written; the last good one is kept.
     """
@@ -119,6 +121,10 @@ def fit(
     if not isinstance(optimiser, Optimizer):
         name = type(optimiser).__name__
         raise TypeError(f"optimiser is {name}, expected one such as Adam(model.params)")
+    needed, optional = {"loss": loss, "batches": batches}, {"schedule": schedule, "valid": valid}
+    for name, given in {**needed, **optional}.items():
+        if not callable(given) and (given is not None or name in needed):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a function")
     if steps is epochs is minutes is None:
         raise ValueError("give at least one of steps, epochs and minutes")
     steps, epochs, accumulate, validate_every, save_every, log_every = (
@@ -134,6 +140,9 @@ def fit(
     )
     minutes, clip = _above_0("minutes", minutes), _above_0("clip", clip)
     patience = None if patience is None else arguments.size("patience", patience, 0)
+    for name, n in (("patience", patience), ("validate_every", validate_every)):
+        if n is not None and valid is None:
+            raise ValueError(f"{name} is {n}, but valid, which gives the loss to judge, is None")
     if average is not None:
         average = arguments.number("average", average, below=1, above=True)
     tbptt, seed = tbptt and reach(tbptt), arguments.size("seed", seed, 0)
@@ -198,6 +207,11 @@ def evaluate(
 
     Batches are as in `fit`. Chunks are weighted by how many of their targets count; so `loss` must
     be a mean over these, which one with weights of classes is not.
+
+    Raises
+    ------
+    ValueError
+        There is no mean, since no target counts.
     """
     size = None if chunk is None else arguments.size("chunk", chunk)
     total, count, state = 0.0, 0, None
@@ -207,7 +221,12 @@ def evaluate(
             y, state = model(x, None if piece.first else state, lengths)
             total += float(loss(y, target, mask=mask)[0]) * piece.counted
             count += piece.counted
-    return total / max(count, 1)
+    if not count:
+        raise ValueError(
+            "batches hold no target that counts, so there is no mean loss. An iterator gives its "
+            "batches once: give a list, or make it anew"
+        )
+    return total / count
 
 
 def _cut(model: Any, item: Any, tbptt: tuple[int, int] | None) -> Iterable[Piece]:
