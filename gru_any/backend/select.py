@@ -149,7 +149,7 @@ class Backend:
     def _check_home(self, name: str, array: Any) -> None:
         wanted = f"expected an array of {self.name} on {self.device}"
         way = f"convert it with gru_any.asarray({name}, like=model)"
-        refuse_masked(name, array)
+        refuse_masked(name, array, wanted)
         if isinstance(array, np.matrix):
             raise TypeError(f"{name} is a {type(array).__name__}, {wanted}; np.asarray makes one")
         try:
@@ -219,12 +219,12 @@ def _refuse_cut(host: np.ndarray, info: Any) -> None:
         )
 
 
-def refuse_masked(name: str, array: Any) -> None:
+def refuse_masked(name: str, array: Any, wanted: str = "expected an array without a mask") -> None:
     """Raise TypeError where NumPy would let go of a mask without a word."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is a MaskedArray, whose mask would be lost: give its filled(0), and to a loss "
-            "mask=~numpy.ma.getmaskarray(...)"
+            f"{name} is a MaskedArray, {wanted}, since the mask would be lost: give its filled(0), "
+            "and to a loss mask=~numpy.ma.getmaskarray(...)"
         )
 
 
