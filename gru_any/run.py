@@ -13,7 +13,7 @@ import numpy as np
 from . import resume
 from .backend import environment, to_numpy
 from .checkpoint import describe
-from .data import Piece
+from .data import Piece, in_time
 from .history import History, Log
 from .mixed import Mixed
 from .optim import Optimizer, clip_by_global_norm
@@ -52,7 +52,7 @@ class Run:
         self.lowest: dict[str, Any] = {}  # the weights with the lowest loss
         self.closing: dict[str, Any] | None = None  # the record of the validation at the end
         self.grads: dict[str, Any] = {}
-        self.pending = self.counted = 0  # grads is the mean of so many, over so many targets
+        self.pending, self.counted = 0, 0.0  # grads is the mean of so many, over so many targets
         self.sums: list[Any] = [0.0, 0.0]  # of loss and norm since the last record, and how many
         self.counts: list[Any] = [0, 0]
         self.rated: list[Any] | None = None  # what the schedule was asked last, and its answer
@@ -82,15 +82,14 @@ class Run:
         else:
             value, dy = loss(y, target, mask=mask)
             grads, _, _ = pullback(dy)
-        time = 1 if batch_first else 0
-        if piece.advance < x.shape[time]:
+        if piece.advance < x.shape[1 if batch_first else 0]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
-            part = (*[slice(None)] * time, slice(piece.advance), ...)
-            _, after = self.working(x[part], state, shorter)
+            begun = x[in_time(slice(piece.advance), batch_first)]
+            _, after = self.working(begun, state, shorter)
         self.state = after
         self.counted += piece.counted
         if self.pending:  # the mean over all targets, as if they had been one batch
-            share = piece.counted / max(self.counted, 1)
+            share = piece.counted / (self.counted or 1.0)
             grads = {k: self.grads[k] + share * (g - self.grads[k]) for k, g in grads.items()}
         self.grads = grads
         self.pending += 1
@@ -107,7 +106,7 @@ class Run:
             self._watch(grads, norm)
             self.optimiser.step(self.model.params, grads)
             done = 1
-        self.grads, self.pending, self.counted, self.news = {}, 0, 0, {}
+        self.grads, self.pending, self.counted, self.news = {}, 0, 0.0, {}
         self.step += 1
         self._add(1, norm, done)
         if self.decay:
@@ -151,7 +150,7 @@ class Run:
         """Write a line of the log: the means since the last. Waits for the device."""
         self._check()
         loss, norm = (
-            float(s) / max(float(n), 1.0) for s, n in zip(self.sums, self.counts, strict=True)
+            float(s) / (float(n) or 1.0) for s, n in zip(self.sums, self.counts, strict=True)
         )
         self.sums, self.counts = [0.0, 0.0], [0, 0]
         more = {"scale": float(self.mixed.scale)} if self.mixed else {}
@@ -264,7 +263,7 @@ class Run:
             kept, now = header["settings"], {name: self.settings[name] for name in ENDS}
             resume.refuse_changes({**kept, **now}, self.settings)
             resume.tell_differences(header["environment"], environment(self.model.backend))
-            self._take_up({"closing": None, "pending": 0, "counted": 0, **header}, arrays)
+            self._take_up({"closing": None, "pending": 0, "counted": 0.0, **header}, arrays)
             changes = [f"{k} was {kept.get(k)} and is now {v}" for k, v in now.items()
                        if kept.get(k) != v]  # fmt: skip
             self._tell(changes)

@@ -55,6 +55,8 @@ class Stream:
     def __call__(self, x: Any, lengths: Any = None) -> Any:
         """Read a chunk x, shaped as the model takes it -> y; T may be anything, 0 too.
 
+        With `batch_first` in the model x and y are (B, T, .); a step and its y_t have no time.
+
         lengths : B integers in 0..T
             How many steps of each row there are. A row with none keeps its state.
         """
@@ -128,5 +130,15 @@ class Stream:
         xp, there = self.model.backend.xp, self.model.backend.put(rows[None, :, None], "bool")
         return xp.where(there, xp.zeros_like(h), h)
 
+    def __reduce__(self) -> Any:
+        """A copy has the state of this moment, and the model's parameters as they are."""
+        return _again, (self.model, self.state)
+
     def _copy(self, h: Any) -> Any:
         return self.model.backend.xp.astype(h, h.dtype, copy=True)
+
+
+def _again(model: Any, state: Any) -> Stream:
+    stream = Stream(model)
+    stream.state = state
+    return stream

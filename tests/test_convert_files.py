@@ -231,6 +231,152 @@ def test_names_with_path_separators_touch_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.npz", "m.safetensors"]
 
 
+# dtypes ------------------------------------------------------------------------------------------
+
+
+def raw_safetensors(**entries):
+    """Of name=(dtype, shape, bytes), dtypes included that NumPy lacks."""
+    header, content = {}, b""
+    for name, (dtype, shape, data) in entries.items():
+        offsets = [len(content), len(content) + len(data)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        content += data
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content
+
+
+def of_torch():
+    return dict(GRU(3, 4, reset_after=True, seed=0).params)
+
+
+def of_mlx():
+    return mlx.to_arrays(GRU(3, 4, reset_after=True, seed=0))[0]
+
+
+def of_chainer():
+    return chainer.to_arrays(GRU(3, 4, seed=0))
+
+
+WITH_DTYPES = {
+    "m.safetensors": (torch, of_torch, "bias_ih_l0", "."),
+    "mlx.safetensors": (mlx, of_mlx, "b", "."),
+    "mlx.npz": (mlx, of_mlx, "bhn", "."),
+    "chainer.npz": (chainer, of_chainer, "W_r/b", "/"),
+}
+
+
+@pytest.mark.parametrize("file", WITH_DTYPES)
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
+def test_no_weight_is_left_out_for_its_dtype(tmp_path, file, dtype):
+    library, make, name, dot = WITH_DTYPES[file]
+    arrays, path = make(), tmp_path / file
+
+    def write(arrays):
+        if path.suffix == ".npz":
+            np.savez(path, **arrays)
+        else:
+            path.write_bytes(safetensors(arrays))
+
+    write(arrays | {name: arrays[name].astype(dtype)})
+    with pytest.raises(TypeError, match=f"{name} has dtype {dtype}, expected a real floating"):
+        library.load(path)
+    # beside the prefix that is read it does no harm
+    inside = {f"rnn{dot}{key}": array for key, array in arrays.items()}
+    write(inside | {f"norm{dot}num_batches_tracked": np.zeros((), dtype)})
+    assert library.load(path, f"rnn{dot}").bias
+    write(inside | {f"rnn{dot}count": np.zeros((), dtype)})
+    with pytest.raises((TypeError, KeyError), match="count"):
+        library.load(path, f"rnn{dot}")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I16", "U64"])
+def test_dtypes_of_safetensors_that_are_not_read_are_named(tmp_path, dtype):
+    size = {"F8": 1, "I1": 2, "U6": 8}[dtype[:2]]
+    entries = {k: ("F32", list(a.shape), a.tobytes()) for k, a in of_torch().items()}
+    path, other = tmp_path / "m.safetensors", {"weight_hh_l0": (dtype, [12, 4], bytes(48 * size))}
+    path.write_bytes(raw_safetensors(**(entries | other)))
+    known = {"I16": "int16", "U64": "uint64"}
+    with pytest.raises(TypeError, match=f"weight_hh_l0 has dtype {known.get(dtype, dtype)}"):
+        torch.load(path)
+    named = {f"rnn.{k}": entry for k, entry in entries.items()}
+    path.write_bytes(raw_safetensors(**named, aside=other["weight_hh_l0"]))
+    assert np.array_equal(torch.load(path, "rnn.").params["bias_hh_l0"], of_torch()["bias_hh_l0"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("int", "weight_hh_l0 has dtype int32"),
+        ("bool", "weight_hh_l0 has dtype bool"),
+        ("float8", "weight_hh_l0 has dtype float8_e4m3fn and cannot be read"),
+        ("complex", "weight_hh_l0 has dtype complex64"),
+        ("sparse", "weight_hh_l0 is sparse"),
+        ("csr", "weight_hh_l0 is sparse"),
+        ("quantised", "weight_hh_l0 is quantised"),
+        ("meta", "weight_hh_l0 is on meta"),
+        ("nested", "weight_hh_l0 is nested"),
+    ],
+)
+def test_tensors_of_other_kinds_are_named(tmp_path, kind, message):
+    theirs = require("torch")
+    make = {
+        "int": lambda w: w.int(),
+        "bool": lambda w: w > 0,
+        "float8": lambda w: w.to(theirs.float8_e4m3fn),
+        "complex": lambda w: w.to(theirs.complex64),
+        "sparse": lambda w: w.to_sparse(),
+        "csr": lambda w: w.to_sparse_csr(),
+        "quantised": lambda w: theirs.quantize_per_tensor(w, 0.1, 0, theirs.qint8),
+        "meta": lambda w: w.to("meta"),
+        "nested": lambda w: theirs.nested.nested_tensor([w, w]),
+    }[kind]
+    weights = {k: theirs.from_numpy(a) for k, a in of_torch().items()}
+    strange = weights | {"weight_hh_l0": make(weights["weight_hh_l0"])}
+    with pytest.raises(TypeError, match=message):
+        torch.from_arrays(strange)
+    theirs.save(strange, tmp_path / "m.pt")
+    with pytest.raises(TypeError, match=message):
+        torch.load(tmp_path / "m.pt")
+    inside = {f"rnn.{k}": t for k, t in weights.items()}
+    theirs.save(inside | {"norm.count": strange["weight_hh_l0"]}, tmp_path / "m.pt")
+    again = torch.load(tmp_path / "m.pt", "rnn.")
+    assert all(np.array_equal(again.params[k], a) for k, a in of_torch().items())
+
+
+def test_halves_are_read_as_before(tmp_path):
+    theirs = require("torch")
+    weights = {k: theirs.from_numpy(a) for k, a in of_torch().items()}
+    for dtype, expected in ((theirs.float16, "float16"), (theirs.bfloat16, "float32")):
+        halves = {k: t.to(dtype) for k, t in weights.items()}
+        theirs.save(halves, tmp_path / "m.pt")
+        gru = torch.load(tmp_path / "m.pt")
+        assert gru.dtype == expected
+        assert np.array_equal(gru.params["bias_hh_l0"], halves["bias_hh_l0"].float().numpy())
+
+
+def test_names_that_are_no_strings(tmp_path):
+    theirs = require("torch")
+    theirs.save({0: theirs.ones(3), "weight_hh_l0": theirs.ones(3)}, tmp_path / "m.pt")
+    with pytest.raises(TypeError, match="a name is 0, expected a string"):
+        torch.load(tmp_path / "m.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize("names", [("Wx.npy", "Wx.npy"), ("Wx.npy", "Wx")])
+def test_two_arrays_of_one_name(tmp_path, names):
+    arrays = of_mlx()
+    np.savez(tmp_path / "m.npz", Wh=arrays["Wh"], b=arrays["b"], bhn=arrays["bhn"])
+    for scale, name in enumerate(names):
+        buffer = io.BytesIO()
+        np.save(buffer, scale * arrays["Wx"])
+        with zipfile.ZipFile(tmp_path / "m.npz", "a") as archive:
+            archive.writestr(name, buffer.getvalue())
+    with pytest.raises(ValueError, match="two arrays of one name"):
+        mlx.load(tmp_path / "m.npz")
+
+
 # HDF5 and Keras' archives ------------------------------------------------------------------------
 
 
@@ -290,6 +436,19 @@ def test_hdf5_of_other_shapes(tmp_path):
         keras.load(tmp_path / "m.weights.h5", reset_after=True)
     with pytest.raises(KeyError, match=r"no weights of \['lstm'\]"):
         keras.load(tmp_path / "m.weights.h5", "lstm")
+
+
+def test_a_damaged_heap_of_strings(tmp_path):
+    """HDF5's library walks some of these without end."""
+    require("h5py")
+    whole = bytearray((DATA / "keras_trained.h5").read_bytes())
+    heap = whole.index(b"GCOL")
+    for place, value in ((heap + 8, 8), (heap + 10, 255), (heap + 24, 255), (heap + 31, 255)):
+        changed = whole.copy()
+        changed[place] ^= value
+        (tmp_path / "m.h5").write_bytes(changed)
+        with pytest.raises(ValueError, match=f"heap of strings at byte {heap} is damaged"):
+            keras.load(tmp_path / "m.h5")
 
 
 def entry(kind, **config):

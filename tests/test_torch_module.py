@@ -1,4 +1,4 @@
-"""A GRU of ours inside of a PyTorch model."""
+"""Models of ours inside of a PyTorch model."""
 
 import copy
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import require
 
-from gru_any import GRU, convert
+from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear, convert
 
 torch = require("torch")
+require("torch.nn.utils.prune")
 T, B, I, H = 4, 3, 2, 3
 SETTINGS = [
     {},
@@ -55,10 +56,6 @@ def test_it_computes_what_torch_does():
         (y.pow(2).sum() + h_n.pow(3).sum()).backward()
     for (name, p), q in zip(module.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-10, atol=1e-12), name
-    y = module(x)[0]
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 def test_an_optimiser_changes_the_gru_it_was_made_of():
@@ -122,3 +119,408 @@ def test_dropout_follows_the_mode_and_torch_s_seed():
     assert not torch.equal(module(x)[0], runs[0])
     module.eval()
     assert np.array_equal(module(x)[0].detach().numpy(), gru(x.detach().numpy())[0])
+
+
+# parameters by their names -----------------------------------------------------------------------
+
+NN = torch.nn.utils
+W, U = "weight_ih_l0", "weight_hh_l0"
+
+
+class Double(torch.nn.Module):
+    """A parametrization of one's own."""
+
+    def forward(self, v):
+        return 2 * v
+
+
+def tie(model):
+    del model.bias_hh_l0
+    model.bias_hh_l0 = model.bias_ih_l0
+
+
+def set_again(model):
+    parameter = model.weight_ih_l0
+    del model.weight_ih_l0
+    model.weight_ih_l0 = parameter
+
+
+def replace(model):
+    model.weight_hh_l0 = torch.nn.Parameter(model.weight_hh_l0.detach().flip(1).contiguous())
+
+
+def add_parts(model):
+    model.aside = torch.nn.Linear(2, 2).double()
+    model.register_parameter("apart", torch.nn.Parameter(torch.ones(2)))
+    model.register_buffer("count", torch.zeros(3))
+
+
+def reverse_order(model):
+    model._parameters = dict(reversed(model._parameters.items()))
+
+
+def freeze(model):
+    model.weight_hh_l0.requires_grad_(False)
+    model.bias_ih_l0.requires_grad_(False)
+
+
+def prune_all(model):
+    for name in (W, U, "bias_ih_l0", "bias_hh_l0"):
+        NN.prune.l1_unstructured(model, name, 0.5)
+
+
+def prune_and_remove(model):
+    prune_all(model)
+    NN.prune.remove(model, U)
+
+
+def old_norm(model, name):
+    NN.weight_norm(model, name)
+    with torch.no_grad():
+        getattr(model, name + "_g").mul_(1.5)
+
+
+def norm(model, *names):
+    for name in names:
+        NN.parametrizations.weight_norm(model, name)
+        with torch.no_grad():
+            model.parametrizations[name].original0.mul_(1.5)
+
+
+def spectral(model):
+    NN.parametrizations.spectral_norm(model, W)
+    model.eval()  # in training each look at the weight changes it
+
+
+TREATMENTS = {
+    "nothing": lambda m: None,
+    "random pruning": lambda m: NN.prune.random_unstructured(m, U, 0.5),
+    "l1 pruning": lambda m: NN.prune.l1_unstructured(m, W, 0.5),
+    "structured pruning": lambda m: NN.prune.ln_structured(m, U, 0.5, n=2, dim=0),
+    "random structured pruning": lambda m: NN.prune.random_structured(m, U, 0.5, dim=1),
+    "pruning of all": prune_all,
+    "pruning made permanent": prune_and_remove,
+    "old weight_norm": lambda m: old_norm(m, U),
+    "old weight_norm of a bias": lambda m: old_norm(m, "bias_ih_l0"),
+    "weight_norm": lambda m: norm(m, U),
+    "weight_norm of two": lambda m: norm(m, W, U),
+    "old spectral_norm": lambda m: NN.spectral_norm(m, U),
+    "spectral_norm": spectral,
+    "orthogonal": lambda m: NN.parametrizations.orthogonal(m, U),
+    "a parametrized bias": lambda m: NN.parametrize.register_parametrization(
+        m, "bias_hh_l0", Double()
+    ),
+    "tied biases": tie,
+    "deleted and set again": set_again,
+    "replaced": replace,
+    "more parts": add_parts,
+    "another order": reverse_order,
+    "frozen": freeze,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_parameters_are_read_by_name_as_torch_does(name):
+    gru, module = made(reset_after=True)
+    theirs = torch.nn.GRU(I, H).double()
+    theirs.load_state_dict(module.state_dict())
+    plain, runs = gru(inputs(gru, grad=False)[0].numpy())[0], []
+    for model in (module, theirs):
+        torch.manual_seed(3)
+        TREATMENTS[name](model)
+        x, h0 = inputs(gru)
+        y, h_n = model(x, h0)
+        (y.pow(2).sum() + h_n.pow(3).sum()).backward()
+        found = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        runs.append({"y": y, "h_n": h_n, "dx": x.grad, "dh0": h0.grad, **found})
+    assert runs[0].keys() == runs[1].keys()
+    for key, expected in runs[1].items():
+        assert torch.allclose(runs[0][key], expected, rtol=1e-10, atol=1e-12), key
+    module.eval(), theirs.eval()
+    x = inputs(gru, grad=False)[0]
+    y, expected = module(x)[0], theirs(x)[0]
+    assert torch.allclose(y, expected, rtol=1e-10, atol=1e-12)
+    assert np.array_equal(module.gru()(x.numpy())[0], y.detach().numpy())
+    untouched = ("nothing", "deleted and set again", "more parts", "another order", "frozen")
+    assert np.allclose(y.detach().numpy(), plain, atol=1e-6) == (name in untouched)
+
+
+def test_functional_call_by_name():
+    gru, module = made(reset_after=True)
+    x, _ = inputs(gru)
+    theirs = torch.nn.GRU(I, H).double()
+    theirs.load_state_dict(module.state_dict())
+    named = {U: torch.randn(3 * H, H, dtype=torch.float64, requires_grad=True)}
+    grads = []
+    for model in (module, theirs):
+        y = torch.func.functional_call(model, named, (x,))[0]
+        grads.append(torch.autograd.grad(y.sum(), [x, named[U], model.weight_ih_l0]))
+    for found, expected in zip(*grads, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, TypeError, "weight_hh_l0 is a NoneType, expected a torch.Tensor"),
+        (torch.zeros(H, H), ValueError, r"weight_hh_l0 is \(3, 3\), expected \(9, 3\)"),
+        (torch.zeros(3 * H, H), TypeError, "weight_hh_l0 has dtype float32, expected float64 as"),
+        (torch.zeros(3 * H, H).long(), TypeError, "weight_hh_l0 has dtype int64, expected one of"),
+        (torch.zeros(3 * H, H).double().to_sparse(), TypeError, r"expected weight_hh_l0.to_dense"),
+        (torch.zeros(3 * H, H).double().to("meta"), TypeError, "weight_hh_l0 is on meta"),
+        ("deleted", AttributeError, r"weight_hh_l0 \(9, 3\) is missing in the module"),
+    ],
+)
+def test_parameters_that_do_not_fit(value, error, message):
+    _, module = made()
+    del module.weight_hh_l0
+    if not isinstance(value, str):
+        module.weight_hh_l0 = value
+    for call in (lambda: module(torch.zeros(T, B, I).double()), module.gru):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((T, B, I)), r"x is a ndarray, expected a torch\.Tensor"),
+        (torch.zeros(T, B, I), r"expected float64 as weight_ih_l0 has: x\.to\(torch\.float64\)"),
+        (torch.zeros(T, B, I).long(), "x has dtype int64"),
+        (torch.zeros(T, B, I).double().to("meta"), "x is on meta"),
+        (NN.rnn.pack_sequence([torch.zeros(T, I).double()]), "which gives x and lengths"),
+    ],
+)
+def test_inputs_that_do_not_fit(x, message):
+    with pytest.raises(TypeError, match=message):
+        made()[1](x)
+
+
+# autocast ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_w", [torch.float32, torch.bfloat16])
+def test_autocast_as_in_torch(low, cell, of_x, of_w):
+    torch.manual_seed(0)
+    theirs = (torch.nn.GRUCell if cell else torch.nn.GRU)(I, H).to(of_w)
+    ours = (GRUCell if cell else GRU)(I, H, reset_after=True)
+    module = convert.torch.as_module(ours).to(of_w)
+    module.load_state_dict(theirs.state_dict())
+    x, found = torch.randn((B, I) if cell else (T, B, I)).to(of_x), []
+    for model in (module, theirs):
+        with torch.autocast("cpu", low):
+            out = model(x)
+            y = out if cell else out[0]
+        y.float().square().sum().backward()
+        found.append([y, *(p.grad for p in model.parameters())])
+    for got, expected in zip(*found, strict=True):
+        assert got.dtype == expected.dtype
+        difference = torch.linalg.vector_norm(got.float() - expected.float())
+        assert difference <= 0.02 * torch.linalg.vector_norm(expected.float())
+    assert found[0][1].dtype == of_w
+    exact = ours if cell else lambda v: ours(v)[0]
+    rounded = {k: v.detach().to(low).float().numpy() for k, v in theirs.named_parameters()}
+    ours.load_params(rounded)
+    y = exact(x.to(low).float().numpy())
+    assert torch.equal(found[0][0], torch.from_numpy(y).to(found[0][0].dtype))
+
+
+def test_autocast_leaves_float64_alone():
+    gru, module = made()
+    x, _ = inputs(gru, grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(module(x)[0].detach().numpy(), gru(x.numpy())[0])
+        with pytest.raises(TypeError, match="x has dtype float32, expected float64"):
+            module(x.float())
+
+
+# derivatives -------------------------------------------------------------------------------------
+
+MODULES = [
+    pytest.param(lambda: (GRU(I, H, dtype="float64", seed=0), (T, B, I), (1, B, H)), id="GRU"),
+    pytest.param(lambda: (GRUCell(I, H, dtype="float64", seed=0), (B, I), (B, H)), id="GRUCell"),
+]
+SECOND = "for second derivatives use torch.nn.GRU"
+FORWARD = "for forward-mode derivatives use torch.nn.GRU"
+
+
+def differentiable(make):
+    """f(x, h0, *parameters) -> y, and its arguments."""
+    model, of_x, of_h = make()
+    module = convert.torch.as_module(model)
+    names = list(model.params)
+    torch.manual_seed(0)
+    given = [torch.randn(shape, dtype=torch.float64) for shape in (of_x, of_h)]
+    given += [p.detach().clone() for p in module.parameters()]
+
+    def run(x, h0, *params):
+        named = dict(zip(names, params, strict=True))
+        found = torch.func.functional_call(module, named, (x, h0))
+        return found[0] if isinstance(found, tuple) else found
+
+    return run, [v.requires_grad_() for v in given]
+
+
+WAYS, FUNC = torch.autograd.functional, torch.func
+# f is of one argument and gives one number
+TWICE = {
+    "jvp": lambda f, at: WAYS.jvp(f, at, torch.ones_like(at)),
+    "hvp": lambda f, at: WAYS.hvp(f, at, torch.ones_like(at)),
+    "hessian": WAYS.hessian,
+    "vectorized hessian": lambda f, at: WAYS.hessian(f, at, vectorize=True),
+    "grad of grad": lambda f, at: FUNC.grad(lambda u: FUNC.grad(f)(u).square().sum())(at),
+}
+FORWARDS = {
+    "jvp": lambda f, at: FUNC.jvp(f, (at,), (torch.ones_like(at),)),
+    "jacfwd": lambda f, at: FUNC.jacfwd(f)(at),
+    "hessian": lambda f, at: FUNC.hessian(f)(at),
+}
+
+
+def one_by_one(run, given):
+    """For each argument a function of it alone, the others without grad, and its value."""
+    for i, v in enumerate(given):
+        before, after = ([u.detach() for u in part] for part in (given[:i], given[i + 1 :]))
+        yield (lambda u, b=before, a=after: run(*b, u, *a).square().sum()), v.detach()
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_second_derivatives_are_refused_for_every_input(make):
+    run, given = differentiable(make)
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.autograd.gradgradcheck(run, given)
+    for of_one, at in one_by_one(run, given):
+        v = at.clone().requires_grad_()
+        value = of_one(v)
+        (first,) = torch.autograd.grad(value, v, create_graph=True)
+        with pytest.raises(RuntimeError, match=SECOND):
+            (value + first.square().sum()).backward()
+        for twice in TWICE.values():
+            with pytest.raises(RuntimeError, match=SECOND):
+                twice(of_one, at)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("make", MODULES)
+def test_forward_mode_is_refused_and_func_grad_is_right(make):
+    run, given = differentiable(make)
+    for of_one, at in one_by_one(run, given):
+        for forward in FORWARDS.values():
+            with pytest.raises(RuntimeError, match=FORWARD):
+                forward(of_one, at)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=FORWARD):
+            of_one(torch.autograd.forward_ad.make_dual(at, torch.ones_like(at)))
+        with pytest.raises(RuntimeError, match="this module has no vmap"):
+            FUNC.vmap(of_one)(torch.stack([at, at]))
+        v = at.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(of_one(v), v)
+        assert expected.any()
+        assert torch.equal(FUNC.grad(of_one)(at), expected)
+
+
+def test_first_derivatives_stay_as_they_are():
+    gru, module = made(reset_after=True)
+    theirs = torch.nn.GRU(I, H).double()
+    theirs.load_state_dict(module.state_dict())
+    x, h0 = inputs(gru)
+    found = []
+    for model in (module, theirs):
+        y, h_n = model(x, h0)
+        of_y = torch.autograd.grad(y.square().sum(), [x, *model.parameters()], retain_graph=True)
+        again = torch.autograd.grad(y.square().sum(), [x, *model.parameters()], retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(of_y, again, strict=True))
+        of_h = torch.autograd.grad(h_n.square().sum(), [h0, *model.parameters()], create_graph=True)
+        y = model(x)[0]
+        y.mul_(3)  # y is the caller's
+        found.append([*of_y, *of_h, *torch.autograd.grad(y.sum(), [x, *model.parameters()])])
+    for got, expected in zip(*found, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
+    y = module(x)[0]
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.sum().backward()
+    with torch.inference_mode():
+        assert torch.equal(module(x)[0], y)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_inputs_written_in_between_are_noticed(which):
+    gru, module = made()
+    given = list(inputs(gru, grad=False))
+    y, _ = module(*given)
+    given[which].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# cells and chains --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_cell_computes_what_torch_does(bias, batch):
+    cell = GRUCell(I, H, bias=bias, reset_after=True, dtype="float64", seed=0)
+    module = convert.torch.as_module(cell)
+    theirs = torch.nn.GRUCell(I, H, bias=bias).double()
+    theirs.load_state_dict(module.state_dict())
+    torch.manual_seed(0)
+    x = torch.randn(*(T, B, I) if batch else (T, I), dtype=torch.float64, requires_grad=True)
+    grads = []
+    for model in (module, theirs):
+        h = None
+        for x_t in x:
+            h = model(x_t, h)
+        grads.append([h, *torch.autograd.grad(h.pow(3).sum(), [x, *model.parameters()])])
+    for found, expected in zip(*grads, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+    torch.optim.SGD(module.parameters(), lr=0.1)
+    assert np.shares_memory(cell.params["weight_hh"], module.weight_hh.detach().numpy())
+    assert np.array_equal(module.cell()(x[0].detach().numpy()), cell(x[0].detach().numpy()))
+    with pytest.raises(TypeError, match=r"h0\.to\(torch\.float64\)"):
+        module(x[0], h.float())
+
+
+def chain():
+    return Chain(
+        Embedding(7, I, dtype="float64", seed=0),
+        GRU(I, H, reset_after=True, dtype="float64", seed=1),
+        Dropout(0.5, dtype="float64"),
+        GRU(H, 4, batch_first=False, dtype="float64", seed=2),
+        Linear(4, 2, dtype="float64", seed=3),
+    )
+
+
+def test_a_chain_runs_as_a_module():
+    model = chain()
+    module = convert.torch.as_module(model).eval()
+    assert list(module.state_dict()) == list(model.params)
+    x = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 1], [2, 2, 2]])
+    state = [torch.randn(1, B, n, dtype=torch.float64, requires_grad=True) for n in (H, 4)]
+    y, new = module(x, state, lengths=[4, 1, 2])
+    host = [h.detach().numpy() for h in state]
+    (expected, of_state), pullback = model.vjp(x.numpy(), host, [4, 1, 2])
+    assert np.allclose(y.detach().numpy(), expected, rtol=1e-12, atol=1e-14)
+    for h, other in zip(new, of_state, strict=True):
+        assert np.allclose(h.detach().numpy(), other, rtol=1e-12, atol=1e-14)
+    (y.square().sum() + new[0].sum()).backward()
+    grads, _, dstate = pullback(2 * expected, [np.ones_like(of_state[0]), 0 * of_state[1]])
+    for name, parameter in module.named_parameters():
+        assert np.allclose(parameter.grad.numpy(), grads[name], rtol=1e-10, atol=1e-12), name
+        assert np.shares_memory(model.params[name], parameter.detach().numpy())
+    for h, other in zip(state, dstate, strict=True):
+        assert np.allclose(h.grad.numpy(), other, rtol=1e-10, atol=1e-12)
+    module.train()
+    assert not torch.equal(module(x)[0], module(x)[0])
+    with pytest.raises(ValueError, match="state holds 1, expected 2"):
+        module(x, state[:1])
+
+
+@pytest.mark.parametrize("model", [None, GRU, torch.nn.GRU(I, H), Linear(2, 3), {"a": 1}])
+def test_what_is_no_model_is_refused_at_the_door(model):
+    with pytest.raises(TypeError, match="expected a GRU, a GRUCell or a Chain of gru_any"):
+        convert.torch.as_module(model)

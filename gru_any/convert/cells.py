@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from .. import arguments
 from ..backend import to_numpy
+from ..cell import GRUCell
 from ..errors import ShapeError
 from ..gru import GRU
 from ..weights import parameter_shapes
@@ -24,14 +26,14 @@ def gru_of(table: Table, cells: Any, bidirectional: bool = False, batch_first: b
 
 def assemble(cells: list[Any], reset_after: bool, bidirectional: bool, batch_first: bool) -> GRU:
     """A GRU from our arrays for each layer and direction, forward before reverse."""
-    dtypes = {str(a.dtype) for cell in cells for a in cell.values()}
-    if len(dtypes) != 1:
-        raise TypeError(f"the arrays are {' and '.join(sorted(dtypes)) or 'none'}: make them one")
+    bidirectional = arguments.flag("bidirectional", bidirectional)
+    batch_first = arguments.flag("batch_first", batch_first)
+    dtype = one_dtype(cells)
     suffixes = ("", "_reverse") if bidirectional else ("",)
     layers, rest = divmod(len(cells), len(suffixes))
     if rest:
         raise ValueError(f"{len(cells)} cells, expected a forward and a reverse one for each layer")
-    H, I = cells[0]["weight_hh"].shape[1], cells[0]["weight_ih"].shape[1]
+    I, H = _sizes(cells[0])
     bias, named = "bias_ih" in cells[0], {}
     for i, cell in enumerate(cells):
         at = f"_l{i // len(suffixes)}{suffixes[i % len(suffixes)]}"
@@ -47,22 +49,50 @@ def assemble(cells: list[Any], reset_after: bool, bidirectional: bool, batch_fir
         bidirectional=bidirectional,
         reset_after=reset_after,
         backend="numpy",
-        dtype=dtypes.pop(),
+        dtype=dtype,
         seed=0,
     )
     gru.load_params(named)
     return gru
 
 
+def assemble_cell(arrays: Arrays) -> GRUCell:
+    """A GRUCell with the reset gate after the product, from our arrays."""
+    I, H = _sizes(arrays)
+    bias = "bias_ih" in arrays
+    _check("", arrays, parameter_shapes(I, H, bias, True))
+    dtype = one_dtype([arrays])
+    cell = GRUCell(I, H, bias=bias, reset_after=True, backend="numpy", dtype=dtype, seed=0)
+    cell.load_params(arrays)
+    return cell
+
+
+def one_dtype(cells: list[Any]) -> str:
+    """The dtype that all arrays have; TypeError where it is not one."""
+    dtypes = {str(a.dtype) for cell in cells for a in cell.values()}
+    if len(dtypes) != 1:
+        raise TypeError(f"the arrays are {' and '.join(sorted(dtypes)) or 'none'}: make them one")
+    return dtypes.pop()
+
+
+def _sizes(cell: Arrays) -> tuple[int, int]:
+    """I and H, from the matrices of the first cell."""
+    for name in ("weight_ih", "weight_hh"):
+        if cell[name].ndim != 2:
+            raise ShapeError(f"{name} is {cell[name].shape}, expected a matrix, (3H, I) or (3H, H)")
+    return cell["weight_ih"].shape[1], cell["weight_hh"].shape[1]
+
+
 def _check(at: str, cell: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise where the arrays of a layer do not fit the first one, before anything is made."""
     if set(cell) != set(shapes):
-        raise KeyError(f"layer {at} has {sorted(cell)}, expected {sorted(shapes)} as the first has")
+        where = f"layer {at} has" if at else "the cell has"
+        wanted = f"{sorted(shapes)}{' as the first has' if at else ''}"
+        raise KeyError(f"{where} {sorted(cell)}, expected {wanted}")
     for name, shape in shapes.items():
         if cell[name].shape != shape:
-            raise ShapeError(
-                f"{name}{at} is {cell[name].shape}, expected {shape} after the layers before"
-            )
+            after = " after the layers before" if at else ": H is from weight_hh"
+            raise ShapeError(f"{name}{at} is {cell[name].shape}, expected {shape}{after}")
 
 
 def cells_of(table: Table, gru: Any) -> list[dict[str, np.ndarray]]:
@@ -94,6 +124,8 @@ def check_gru(model: Any) -> None:
 
 def under(arrays: Arrays, prefix: str) -> dict[str, Any]:
     """The arrays whose names begin with `prefix`, without it; KeyError where there are none."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix is {prefix!r}, expected a string such as 'encoder.rnn.'")
     found = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
     if not found:
         raise KeyError(f"no name begins with {prefix!r}; there are {shown(arrays)}")

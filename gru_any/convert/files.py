@@ -6,19 +6,26 @@ import zipfile
 import zlib
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 
 # how many times a compressed file may grow; numbers that were trained hardly do at all
 GROWTH = 100
-DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
+DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "C64": "<c8", "BOOL": "?"}
+DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
 
 
-def read_safetensors(path: Any) -> dict[str, np.ndarray]:
-    """Name -> array; bfloat16 becomes float32, arrays that are not floating stay out.
+class Unread(NamedTuple):
+    """In place of an array whose dtype NumPy does not have, so that who asks for it is told."""
+
+    dtype: str
+
+
+def read_safetensors(path: Any) -> dict[str, Any]:
+    """Name -> array, of whatever dtype; bfloat16 becomes float32.
 
     Raises
     ------
@@ -31,10 +38,12 @@ def read_safetensors(path: Any) -> dict[str, np.ndarray]:
         entries = deserialize(Path(path).read_bytes())
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or no safetensors file: {e}") from e
-    return {name: _array(entry) for name, entry in entries if entry["dtype"] in DTYPES}
+    return {name: _array(entry) for name, entry in entries}
 
 
-def _array(entry: Any) -> np.ndarray:
+def _array(entry: Any) -> Any:
+    if entry["dtype"] not in DTYPES:
+        return Unread(entry["dtype"])
     flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
     if entry["dtype"] == "BF16":
         flat = (flat.astype("<u4") << 16).view("<f4")
@@ -50,7 +59,7 @@ def write_safetensors(path: Any, arrays: Any, metadata: dict[str, str] | None = 
 
 
 def read_npz(path: Any) -> dict[str, np.ndarray]:
-    """Name -> array of an npz file; arrays that are not floating stay out.
+    """Name -> array of an npz file, of whatever dtype.
 
     Raises
     ------
@@ -62,17 +71,19 @@ def read_npz(path: Any) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
             entries = archive.infolist()
             refuse_bomb(path, entries)
-            return dict(_members(archive, entries))
+            arrays = dict(_members(archive, entries))
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
         raise ValueError(f"{path} is damaged or no npz file: {e}") from e
+    if len(arrays) < len(entries):
+        raise ValueError(f"{path} holds two arrays of one name")
+    return arrays
 
 
 def _members(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> Any:
     for entry in entries:
         with archive.open(entry) as file:
             array = read_npy(file, entry.filename, entry.file_size, whole=True)
-        if array.dtype.kind == "f":
-            yield entry.filename.removesuffix(".npy"), array
+        yield entry.filename.removesuffix(".npy"), array
 
 
 def refuse_bomb(path: Any, entries: list[zipfile.ZipInfo]) -> None:

@@ -49,6 +49,8 @@ class Table(NamedTuple):
 
 def read(table: Table, arrays: Arrays) -> dict[str, np.ndarray]:
     """Another library's arrays -> ours: weight_ih, weight_hh, bias_ih, bias_hh (or fewer)."""
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"a layer is a {type(arrays).__name__}, expected a mapping name -> array")
     arrays = {name: floating(name, a) for name, a in arrays.items() if a is not None}
     rows = _rows(table, bias=any(_is_bias(table.rows[k]) for k in arrays if k in table.rows))
     check_names(table.library, arrays, rows)
@@ -175,12 +177,20 @@ def _log_sum(table: Table) -> None:
 
 def floating(name: str, array: Any) -> np.ndarray:
     """An array of any library on the host, in this machine's byte order; bfloat16 as float32."""
+    dtype = str(getattr(array, "dtype", type(array).__name__)).rpartition(".")[2]
     try:
-        host = to_numpy(array)
-    except (TypeError, AttributeError):  # of a library that is no backend here
-        host = np.asarray(array)
+        host = _on_host(array)
+    except Exception as e:  # whatever its library says
+        raise TypeError(f"{name} has dtype {dtype} and cannot be read as numbers: {e}") from e
     if host.dtype.name == "bfloat16":
         return host.astype(np.float32)
     if host.dtype.kind != "f":
-        raise TypeError(f"{name} has dtype {host.dtype}, expected a real floating dtype")
+        raise TypeError(f"{name} has dtype {dtype}, expected a real floating dtype")
     return host.astype(host.dtype.newbyteorder("="), copy=False)
+
+
+def _on_host(array: Any) -> np.ndarray:
+    try:
+        return to_numpy(array)
+    except (TypeError, AttributeError):  # of a library that is no backend here
+        return np.asarray(array)

@@ -1,7 +1,7 @@
 """PyTorch: `torch.nn.GRU`. Reset after, z keeps, gates r, z, n: the names and shapes are ours.
 
-Files are safetensors, or what `torch.save` writes, read with `weights_only` (this alone needs
-PyTorch). `as_module` puts a GRU of ours into a PyTorch model.
+`torch.nn.GRUCell` likewise. Files are safetensors, or what `torch.save` writes, read with
+`weights_only` (this alone needs PyTorch). `as_module` puts a model of ours into a PyTorch model.
 """
 
 import io
@@ -13,30 +13,38 @@ from typing import Any
 
 import numpy as np
 
+from .. import arguments
 from ..backend import overlap
+from ..cell import GRUCell
 from ..chain import Chain
-from ..checkpoint import write_atomically
+from ..errors import ShapeError
+from ..files import write_atomically
 from ..gru import GRU
 from ..layers import Embedding, Linear
-from .cells import assemble, check_gru, shown, under
+from ..params import Layer
+from .cells import assemble, assemble_cell, check_gru, one_dtype, shown
 from .files import read_safetensors, write_safetensors
 from .table import check_variant, floating
+from .torch_state import part, refuse_others, weight
 
-NAME = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)_l(\d{1,4})(_reverse)?")
+NAME = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(0|[1-9][0-9]{0,3})(_reverse)?)?")
 
 
 def from_arrays(arrays: Any, prefix: Any = "", *, batch_first: bool = False) -> Any:
-    """A GRU from a state_dict, or a Chain from the parts of one.
+    """A GRU or GRUCell from a state_dict, or a Chain from the parts of one.
+
+    Weights under `weight_norm`, `spectral_norm` (as in eval mode) or pruning are computed from what
+    the state_dict holds in their place.
 
     Parameters
     ----------
     arrays : mapping name -> array
         A `state_dict`, of tensors or of arrays.
     prefix : str, or a list of them
-        What stands before the GRU's names in a larger model, such as "encoder.rnn.". A list makes
-        a Chain of these layers in this order: each is a GRU, a Linear, or, where there is a lone
-        matrix `weight` in front, an Embedding. Tensors that are one in memory become tied
-        parameters of the Chain.
+        What stands before the GRU's names in a larger model, such as "encoder.rnn."; the dot may
+        be left out. A list makes a Chain of these layers in this order: each is a GRU, a Linear,
+        or, where there is a lone matrix `weight` in front, an Embedding. Tensors that are one in
+        memory become tied parameters of the Chain.
     batch_first : bool
         As the torch.nn.GRU was made.
 
@@ -45,11 +53,14 @@ def from_arrays(arrays: Any, prefix: Any = "", *, batch_first: bool = False) -> 
     KeyError, ValueError, TypeError
         A name is missing or unused; a shape or dtype does not fit.
     """
+    batch_first = arguments.flag("batch_first", batch_first)
     if isinstance(prefix, str):
-        return _gru(under(arrays, prefix), batch_first)
-    parts = [under(arrays, p) for p in prefix]
-    layers = [_layer(part, i, batch_first) for i, part in enumerate(parts)]
-    named = {f"{i}.{name}": array for i, part in enumerate(parts) for name, array in part.items()}
+        return _gru(part(arrays, prefix), batch_first)
+    if not isinstance(prefix, list | tuple):
+        raise TypeError(f"prefix is {prefix!r}, expected a string such as 'rnn.', or a list")
+    parts = [part(arrays, p) for p in prefix]
+    layers = [_layer(found, i, batch_first) for i, found in enumerate(parts)]
+    named = {f"{i}.{name}": array for i, found in enumerate(parts) for name, array in found.items()}
     return Chain(*layers, tied=_one_in_memory(named))
 
 
@@ -63,12 +74,14 @@ def _one_in_memory(arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def to_arrays(model: Any) -> dict[str, np.ndarray]:
-    """The arrays of a state_dict: of torch.nn.GRU, or of a Sequential like the Chain.
+    """The arrays of a state_dict: of torch.nn.GRU or GRUCell, or of a Sequential like the Chain.
 
     Raises
     ------
     ValueError
-        A GRU has the reset gate before the product, which PyTorch has not.
+        The reset gate acts before the product, which PyTorch does not have.
+    TypeError
+        The model is something else.
     """
     if not isinstance(model, Chain):
         return _state_dict(model)
@@ -109,34 +122,46 @@ def save(path: Any, model: Any) -> None:
     write_atomically(path, content.getvalue())
 
 
-def as_module(gru: GRU) -> Any:
-    """A `torch.nn.Module` that runs this GRU, forward and backward, inside a PyTorch model.
+def as_module(model: Any) -> Any:
+    """A `torch.nn.Module` that runs this model, forward and backward, inside a PyTorch model.
 
-    See `gru_any.convert.torch_module.Module`.
+    Parameters
+    ----------
+    model : GRU, GRUCell or Chain
+        See `gru_any.convert.torch_module`: `Module`, `CellModule` and `ChainModule`.
+
+    Raises
+    ------
+    TypeError
+        The model is something else.
     """
     _import("as_module")
-    from .torch_module import Module
+    from .torch_module import as_module
 
-    return Module(gru)
+    return as_module(model)
 
 
-def _gru(arrays: Any, batch_first: bool) -> GRU:
-    cells: dict[tuple[int, bool], dict[str, Any]] = {}
+def _gru(arrays: Any, batch_first: bool) -> GRU | GRUCell:
+    refuse_others(arrays, [name for name in arrays if not NAME.fullmatch(name)])
+    cells: dict[tuple[int, bool] | None, dict[str, Any]] = {}
     for name, array in arrays.items():
-        if not (match := NAME.fullmatch(name)):
-            raise KeyError(
-                f"{name!r} is no name of torch.nn.GRU; there are {shown(arrays)}. Of a larger "
-                'model take one layer with prefix="..."'
-            )
-        at = (int(match[2]), bool(match[3]))
-        cells.setdefault(at, {})[match[1]] = floating(name, array)
-    order = sorted(cells)
+        ((kind, layer, reverse),) = NAME.findall(name)
+        at = (int(layer), bool(reverse)) if layer else None
+        cells.setdefault(at, {})[kind] = weight(name, array)
+    if None in cells and len(cells) > 1:
+        raise KeyError(f"names of a GRU and of a GRUCell in one; there are {shown(arrays)}")
+    for at, cell in cells.items():
+        if missing := {"weight_ih", "weight_hh"} - set(cell):
+            where = "the cell" if at is None else f"layer {at[0]}{' reverse' * at[1]}"
+            raise KeyError(f"{where} lacks {sorted(missing)}")
+    if None in cells:
+        if batch_first:
+            raise ValueError("batch_first is True, but a GRUCell has no axis of time")
+        return assemble_cell(cells[None])
+    order = sorted(at for at in cells if at is not None)
     two, layers = order[-1][1], order[-1][0] + 1
     if order != [(i, d) for i in range(layers) for d in ((False, True) if two else (False,))]:
         raise KeyError(f"layers or directions are missing; there are {shown(arrays)}")
-    for (i, reverse), cell in cells.items():
-        if missing := {"weight_ih", "weight_hh"} - set(cell):
-            raise KeyError(f"layer {i}{' reverse' * reverse} lacks {sorted(missing)}")
     return assemble([cells[at] for at in order], True, two, batch_first)
 
 
@@ -144,9 +169,12 @@ def _layer(arrays: Any, number: int, batch_first: bool) -> Any:
     """The layer these arrays belong to."""
     if not set(arrays) <= {"weight", "bias"}:
         return _gru(arrays, batch_first)
-    host = {name: floating(name, a) for name, a in arrays.items()}
-    rows, columns = host["weight"].shape if "weight" in host else (0, 0)
-    settings: Any = {"dtype": str(host["weight"].dtype), "backend": "numpy"}
+    host = {name: weight(name, a) for name, a in arrays.items()}
+    if "weight" not in host or host["weight"].ndim != 2:
+        shapes = {name: a.shape for name, a in host.items()}
+        raise ShapeError(f"layer {number} is {shapes}, expected a matrix, 'weight'")
+    rows, columns = host["weight"].shape
+    settings: Any = {"dtype": one_dtype([host]), "backend": "numpy"}
     layer: Any
     if number == 0 and set(host) == {"weight"}:
         layer = Embedding(rows, columns, **settings)
@@ -157,8 +185,11 @@ def _layer(arrays: Any, number: int, batch_first: bool) -> Any:
 
 
 def _state_dict(layer: Any) -> dict[str, np.ndarray]:
+    if not isinstance(layer, Layer):
+        raise TypeError(f"the model is a {type(layer).__name__}, expected a GRU, GRUCell or Chain")
     if isinstance(layer, GRU):
         check_gru(layer)
+    if isinstance(layer, GRU | GRUCell):
         check_variant("PyTorch", True, layer.reset_after)
     return {name: floating(name, a) for name, a in layer.params.items()}
 
@@ -177,9 +208,10 @@ def _read_pt(path: Any) -> dict[str, Any]:
             "the checkpoint and give it to from_arrays"
         )
     for name, tensor in found.items():
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+        if plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{name} promises {tuple(tensor.shape)}, more than the file holds")
-    return {k: t for k, t in found.items() if t.is_floating_point()}
+    return dict(found)
 
 
 def _import(path: Any) -> Any:
