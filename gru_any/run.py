@@ -210,10 +210,21 @@ class Run:
             if valid and self.reason != "interrupted" and self.validated < self.step:
                 self.closing = self._write(valid=self._validation(valid))
             self.save()
+            self._tell_pending()
         if self.closing:
             self._judge(self.closing["valid"])
         self._put_in(self.lowest or self.averaged)
         return History(self.log.records, self.reason, self.best)
+
+    def _tell_pending(self) -> None:
+        """Say where gradients were computed and the run ended before their update."""
+        if self.pending:
+            kept = "" if self.folder is None else "; a run that goes on in this folder has them"
+            print(
+                f"gru_any: the last {self.pending} gradients came to no update, which takes "
+                f"{self.settings['accumulate']}{kept}",
+                file=sys.stderr,
+            )
 
     def elapsed(self) -> float:
         """Seconds of training, those before an interruption included."""

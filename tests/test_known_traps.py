@@ -159,6 +159,20 @@ def test_accumulated_gradients_weigh_as_many_targets_as_they_have(mixed):
             assert np.allclose(params[name], w, atol=tolerance), name
 
 
+def test_gradients_that_came_to_no_update_are_told(capfd, tmp_path):
+    """With more of them for an update than the run has, nothing would be learned without a word."""
+    for out in (None, tmp_path):
+        m = model()
+        fit(m, squared_error, lambda epoch: [batch()] * 5, SGD(m.params), epochs=1, accumulate=8,
+            bar=False, out=out)  # fmt: skip
+        told = capfd.readouterr().err
+        assert "the last 5 gradients came to no update, which takes 8" in told
+        assert ("a run that goes on in this folder has them" in told) == (out is not None)
+    fit(m, squared_error, lambda epoch: [batch()] * 5, SGD(m.params), epochs=1, accumulate=5,
+        bar=False)  # fmt: skip
+    assert "came to no update" not in capfd.readouterr().err
+
+
 def test_a_piece_of_which_less_than_one_target_counts():
     """A mask over single numbers of a target (T, B, C) counts in parts."""
     rng = np.random.default_rng(0)
