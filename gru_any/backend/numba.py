@@ -59,10 +59,7 @@ class Numba(NumPy):
             if len(x) > FEW:
                 return many(x, h)
             y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
-            try:
-                few(x, h, y, new, weights)
-            except TypeError:  # as in `_tolerant`, without the cost of its call
-                few(own(x), own(h), y, new, weights)
+            few(own(x), own(h), y, new, weights)
             return y, new
 
         return one
@@ -90,7 +87,7 @@ class Numba(NumPy):
         b = np.zeros(3 * H, h.dtype) if b is None else b
         steps, ended = _forwards(K, reverse), _ended(alive, B)
         if not isinstance(U, Packed):
-            path, *saved = walk.few(*steps, ended, h, U, a, *vectors, x, W, b)
+            path, *saved = walk.few(*steps, ended, *map(own, (h, U, a, *vectors, x, W, b)))
             return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
@@ -124,7 +121,7 @@ class Numba(NumPy):
             pair[0] = dh
             walk(steps, ended, list(map(own, [pair, *given, *parts])), pair, U)
         else:
-            pair, *parts = walk.few(*steps, ended, dh, U, *given)
+            pair, *parts = walk.few(*steps, ended, *map(own, (dh, U, *given)))
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
@@ -231,7 +228,7 @@ class Walk:
     @cached_property
     def few(self) -> Any:
         """That for so few rows and steps that the matrices are not worth packing."""
-        return _tolerant(compiled(self.layout.few(self.arrays, self.made, self.dtype)).few)
+        return compiled(self.layout.few(self.arrays, self.made, self.dtype)).few
 
     @cached_property
     def step(self) -> Any:
@@ -269,18 +266,6 @@ class Walk:
             together(units, members)
         else:
             split(rows, B, work)
-
-
-def _tolerant(call: Any) -> Any:
-    """The same for arrays that are not of the types that it was compiled for."""
-
-    def tolerant(*arrays: Any) -> Any:
-        try:
-            return call(*arrays)
-        except TypeError:
-            return call(*map(own, arrays))
-
-    return tolerant
 
 
 def _ended(alive: Any, B: int) -> Any:
