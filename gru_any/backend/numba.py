@@ -14,7 +14,7 @@ from .compiled import compiled
 from .fused import Layout, Place
 from .memory import empty
 from .numpy import NumPy, Rows, backward_program, forward_program
-from .packed import Packed, addresses, own, product
+from .packed import COPY, Packed, addresses, own, product
 from .single import outer, times
 from .threads import ALONE, GRAIN, count, split, together
 
@@ -23,6 +23,7 @@ SHORT, LONG = 12, 100  # rows, steps counted, up to which no copy pays, and from
 WORTH = 4_000_000  # multiply-adds of those between that are worth copies
 SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
 SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
+BRIEF = 4  # steps up to which threads that share the copying of weights share the units as well
 NOTHING = np.zeros((0, 0), bool)
 
 
@@ -92,9 +93,9 @@ class Numba(NumPy):
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
         saved = [empty((K, B, H), h.dtype) for _ in walk.widths]
-        W = W.panels(slice(0, 3 * H), True, 3)
-        arrays = [a, path, *vectors, *saved, x, W, b]
-        walk(steps, ended, list(map(own, arrays)), path, U)
+        W = W if isinstance(W, Packed) else Packed(W)
+        arrays = [a, path, *vectors, *saved, x, b]
+        walk(steps, ended, list(map(own, arrays)), path, U, W)
         return path, saved
 
     def backward(
@@ -246,26 +247,58 @@ class Walk:
         pairs = self.products(U.shape[1])
         return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
-    def __call__(self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Any) -> None:
-        """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
-        B, H = state.shape[1:]
-        matrices = [U.panels(rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
-        buffers = [np.empty((B, n * H), state.dtype) for n in self.layout.buffers.values()]
-        arrays = [*matrices, *arrays, *buffers]
-        zeros, walk, functions = np.zeros(3 * H, state.dtype), self.walk, addresses(state.dtype)
-        of_step, members = 3 * B * H * H, min(count(), H // 64)
-        work = of_step * len(steps[0])
+    def __call__(
+        self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Packed, W: Any = None
+    ) -> None:
+        """Fill the arrays that results go to.
+
+        U (3H, H); W (3H, I) or None; state (., B, H) is one of the arrays, W none of them.
+        """
+        (B, H), K, dtype = state.shape[1:], len(steps[0]), state.dtype
+        wanted = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
+        wanted += [] if W is None else [(W, slice(0, 3 * H), True, 3)]
+        found = [matrix.room(*which) for matrix, *which in wanted]
+        size = sum(source.size for source, _, _ in found)
+        fresh = all(new for _, _, new in found)
+        members = sharers(B, K, H, size, fresh)
+        fresh = fresh and (members > 1 or K * B * size < 2 * GRAIN)
+        if fresh:
+            panels = [P for _, P, _ in found]
+        else:
+            panels = [matrix.panels(*which) for matrix, *which in wanted]
+        sources = [source for source, _, _ in found]
+        buffers = [np.empty((B, n * H), dtype) for n in self.layout.buffers.values()]
+        if W is not None:
+            arrays.insert(self.arrays.index("W"), panels.pop())
+        arrays = [*panels, *arrays, *buffers, *sources]
+        zeros, walk, functions = np.zeros(3 * H, dtype), self.walk, addresses(dtype)
 
         def rows(first: int, last: int) -> None:
-            walk(*steps, ended, zeros, first, last, 0, ALONE, functions, *arrays)
+            walk(*steps, ended, zeros, first, last, 0, ALONE, fresh, functions, *arrays)
 
         def units(me: int, sync: np.ndarray) -> None:
-            walk(*steps, ended, zeros, 0, B, me, sync, functions, *arrays)
+            walk(*steps, ended, zeros, 0, B, me, sync, fresh, functions, *arrays)
 
-        if B < FEW and members > 1 and of_step >= SHARED and work >= GRAIN:
+        if members > 1:
             together(units, members)
+        elif fresh:
+            rows(0, B)
         else:
-            split(rows, B, work)
+            split(rows, B, K * B * size)
+        for (matrix, *which), (_, P, _) in zip(wanted, found, strict=True):
+            if fresh:
+                matrix.keep(*which, P)
+
+
+def sharers(B: int, K: int, H: int, size: int, fresh: bool) -> int:
+    """How many threads share the units of a walk; 1 where none do, and the rows may be split.
+
+    size: of all matrices; fresh: they are copied first, of which each thread then does its part.
+    """
+    members, of_step = min(count(), H // 64), B * size
+    few = B < FEW and of_step >= SHARED and K * of_step >= GRAIN
+    brief = fresh and K <= BRIEF and K * of_step + COPY * size >= 2 * GRAIN
+    return members if few or brief else 1
 
 
 def _ended(alive: Any, B: int) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from .compiled import compiled
 from .threads import split
 
-COPY = 50  # multiply-adds in the time that it takes to copy one number
+COPY = 8  # multiply-adds in the time that it takes to copy one number
 SOURCE = """\
 import numpy as np
 from numba import cfunc, float{bits}, intp, njit, void
@@ -61,30 +61,33 @@ class Packed:
     """
 
     def __init__(self, matrix: Any) -> None:
-        self.matrix, self.shape, self.made = matrix, matrix.shape, {}  # type: ignore[var-annotated]
+        self.matrix, self.shape, self.made = own(matrix), matrix.shape, {}  # type: ignore[var-annotated]
 
     def __len__(self) -> int:
         return len(self.matrix)
 
     def panels(self, rows: slice, transposed: bool, gates: int) -> Any:
         """Those of matrix[rows].T or matrix[rows], the columns of so many gates side by side."""
-        key = rows.start, rows.stop, transposed, gates
-        if key not in self.made:
-            part = self.matrix[rows] if transposed else self.matrix[rows].T
-            self.made[key] = _panels(part, gates)
-        return self.made[key]
+        source, P, fresh = self.room(rows, transposed, gates)
+        if fresh:
+            pack = _compiled(P.dtype).pack
+            split(lambda low, high: pack(source, P, gates, low, high), len(P), COPY * P.size)
+            self.keep(rows, transposed, gates, P)
+        return P
 
+    def keep(self, rows: slice, transposed: bool, gates: int, P: Any) -> None:
+        """These panels are filled."""
+        self.made[rows.start, rows.stop, transposed, gates] = P
 
-def _panels(M: Any, gates: int) -> Any:
-    """M^T as panels."""
-    from .tile import panels
+    def room(self, rows: slice, transposed: bool, gates: int) -> tuple[Any, Any, bool]:
+        """What the panels are copied from, the panels, and whether they are yet to be filled."""
+        part = self.matrix[rows] if transposed else self.matrix[rows].T
+        made = self.made.get((rows.start, rows.stop, transposed, gates))
+        if made is not None:
+            return part, made, False
+        from .tile import panels
 
-    M = M.view(np.ndarray)
-    M = M if M.flags.writeable and M.flags.forc else M.copy()
-    P = panels(M.shape[0], M.shape[1], gates, M.dtype)
-    pack = _compiled(M.dtype).pack
-    split(lambda low, high: pack(M, P, gates, low, high), len(P), COPY * P.size)
-    return P
+        return part, panels(*part.shape, gates, part.dtype), True
 
 
 def product(x: Any, P: Any, base: Any, y: Any) -> None:
