@@ -65,6 +65,17 @@ class Numba(NumPy):
 
         return one
 
+    def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+        """As `Plain.packed`."""
+        if W.dtype.kind == "c":
+            return W, b, recurrent
+        (U, *vectors), H = recurrent, len(W) // 3
+        W, U = Packed(W), Packed(U)
+        for rows, op in forward_walk(step, len(vectors), False, U.matrix.dtype).products(H):
+            U.panels(rows, op.transposed, len(op.outputs))
+        W.panels(slice(0, 3 * H), True, 3)
+        return W, b, (U, *vectors)
+
     def forward(
         self,
         step: Any,
@@ -257,20 +268,16 @@ class Walk:
         (B, H), K, dtype = state.shape[1:], len(steps[0]), state.dtype
         wanted = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
         wanted += [] if W is None else [(W, slice(0, 3 * H), True, 3)]
-        found = [matrix.room(*which) for matrix, *which in wanted]
-        size = sum(source.size for source, _, _ in found)
-        fresh = all(new for _, _, new in found)
+        size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in wanted)
+        fresh = not any(M.made for M, *_ in wanted)
         members = sharers(B, K, H, size, fresh)
-        fresh = fresh and (members > 1 or K * B * size < 2 * GRAIN)
-        if fresh:
-            panels = [P for _, P, _ in found]
-        else:
-            panels = [matrix.panels(*which) for matrix, *which in wanted]
-        sources = [source for source, _, _ in found]
+        fresh = fresh and (members > 1 or count() == 1 or K * B * size < 2 * GRAIN)
+        panels = [(M.room if fresh else M.panels)(*which) for M, *which in wanted]
+        sources = [M.source(*which[:2]) for M, *which in wanted]
         buffers = [np.empty((B, n * H), dtype) for n in self.layout.buffers.values()]
         if W is not None:
-            arrays.insert(self.arrays.index("W"), panels.pop())
-        arrays = [*panels, *arrays, *buffers, *sources]
+            arrays.insert(self.arrays.index("W"), panels[-1])
+        arrays = [*panels[: len(self.layout.products)], *arrays, *buffers, *sources]
         zeros, walk, functions = np.zeros(3 * H, dtype), self.walk, addresses(dtype)
 
         def rows(first: int, last: int) -> None:
@@ -285,9 +292,8 @@ class Walk:
             rows(0, B)
         else:
             split(rows, B, K * B * size)
-        for (matrix, *which), (_, P, _) in zip(wanted, found, strict=True):
-            if fresh:
-                matrix.keep(*which, P)
+        for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
+            M.made[part.start, part.stop, transposed, gates] = P  # now that it is filled
 
 
 def sharers(B: int, K: int, H: int, size: int, fresh: bool) -> int:

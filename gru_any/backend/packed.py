@@ -66,28 +66,31 @@ class Packed:
     def __len__(self) -> int:
         return len(self.matrix)
 
+    @property
+    def arrays(self) -> list[Any]:
+        """The matrix and the copies of it."""
+        return [self.matrix, *self.made.values()]
+
     def panels(self, rows: slice, transposed: bool, gates: int) -> Any:
         """Those of matrix[rows].T or matrix[rows], the columns of so many gates side by side."""
-        source, P, fresh = self.room(rows, transposed, gates)
-        if fresh:
+        key = rows.start, rows.stop, transposed, gates
+        if key not in self.made:
+            source, P = self.source(rows, transposed), self.room(rows, transposed, gates)
             pack = _compiled(P.dtype).pack
             split(lambda low, high: pack(source, P, gates, low, high), len(P), COPY * P.size)
-            self.keep(rows, transposed, gates, P)
-        return P
+            self.made[key] = P
+        return self.made[key]
 
-    def keep(self, rows: slice, transposed: bool, gates: int, P: Any) -> None:
-        """These panels are filled."""
-        self.made[rows.start, rows.stop, transposed, gates] = P
+    def source(self, rows: slice, transposed: bool) -> Any:
+        """What panels are copied from, which are its transpose."""
+        return self.matrix[rows] if transposed else self.matrix[rows].T
 
-    def room(self, rows: slice, transposed: bool, gates: int) -> tuple[Any, Any, bool]:
-        """What the panels are copied from, the panels, and whether they are yet to be filled."""
-        part = self.matrix[rows] if transposed else self.matrix[rows].T
-        made = self.made.get((rows.start, rows.stop, transposed, gates))
-        if made is not None:
-            return part, made, False
+    def room(self, rows: slice, transposed: bool, gates: int) -> Any:
+        """Panels that are yet to be filled."""
         from .tile import panels
 
-        return part, panels(*part.shape, gates, part.dtype), True
+        N, K = rows.stop - rows.start, self.shape[1]
+        return panels(*((N, K) if transposed else (K, N)), gates, self.matrix.dtype)
 
 
 def product(x: Any, P: Any, base: Any, y: Any) -> None:

@@ -73,6 +73,10 @@ class Plain:
         """As `single`, for a stream of steps: it may work on copies of the weights."""
         return self.single(step, W, b, recurrent)
 
+    def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+        """W, b, recurrent for calls without end, which may hold copies of them."""
+        return W, b, recurrent
+
     def backward(
         self,
         step: Any,
