@@ -16,14 +16,14 @@ from .memory import empty
 from .numpy import NumPy, Rows, backward_program, forward_program
 from .packed import COPY, Packed, addresses, own, product
 from .single import outer, times
-from .threads import ALONE, GRAIN, count, split, together
+from .threads import ALONE, GRAIN, count, split, submit, together
 
 FEW = 8  # rows at once of which each may meet a matrix alone
 SHORT, LONG = 12, 100  # rows, steps counted, up to which no copy pays, and from which one does
 WORTH = 4_000_000  # multiply-adds of those between that are worth copies
 SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
 SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
-BRIEF = 4  # steps up to which threads that share the copying of weights share the units as well
+BRIEF, LOW = 4, 64  # steps, and rows, up to which threads share the units and not the rows
 NOTHING = np.zeros((0, 0), bool)
 
 
@@ -75,6 +75,15 @@ class Numba(NumPy):
             U.panels(rows, op.transposed, len(op.outputs))
         W.panels(slice(0, 3 * H), True, 3)
         return W, b, (U, *vectors)
+
+    def products(self, *calls: Any) -> list[Any]:
+        """As `Plain.products`; another thread makes the third call where none will be split."""
+        *calls, work = calls
+        if count() < 2 or not GRAIN // 2 <= work < 2 * GRAIN:
+            return [call() for call in calls]
+        other = submit(calls[2])
+        found = [call() for call in calls[:2]]
+        return [*found, calls[2]() if other.cancel() else other.result()]
 
     def forward(
         self,
@@ -303,7 +312,7 @@ def sharers(B: int, K: int, H: int, size: int, fresh: bool) -> int:
     """
     members, of_step = min(count(), H // 64), B * size
     few = B < FEW and of_step >= SHARED and K * of_step >= GRAIN
-    brief = fresh and K <= BRIEF and K * of_step + COPY * size >= 2 * GRAIN
+    brief = K <= BRIEF and B <= LOW and K * of_step + COPY * size * fresh >= GRAIN
     return members if few or brief else 1
 
 

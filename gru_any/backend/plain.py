@@ -144,6 +144,15 @@ class Plain:
         """What the equations' `weights` returns, of these arrays of a block as matrices."""
         return weights(self.xp, self.rows(h), OnDemand(self.rows, saved), *parts)
 
+    def products(self, *calls: Any) -> list[Any]:
+        """Call three functions of products, and return their results.
+
+        The last argument is the number of multiply-adds of the third, which is like those of the
+        others together where I = H.
+        """
+        *calls, _ = calls
+        return [call() for call in calls]
+
     def own(self, v: Any) -> Any:
         """v, so that it does not hold on to the array that it is a part of."""
         return v
