@@ -19,6 +19,7 @@ from .single import outer, times
 from .threads import ALONE, GRAIN, count, split, submit, together
 
 FEW = 8  # rows at once of which each may meet a matrix alone
+FEWEST = 2  # rows, steps counted, up to which not even copies that are there pay
 SHORT, LONG = 12, 100  # rows, steps counted, up to which no copy pays, and from which one does
 WORTH = 4_000_000  # multiply-adds of those between that are worth copies
 SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
@@ -32,7 +33,9 @@ class Numba(NumPy):
 
     def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         """As `Plain.laid_out`."""
-        if isinstance(U, Packed) or U.dtype.kind == "c":
+        if isinstance(U, Packed):  # of a frozen model
+            return (W.matrix, U.matrix) if rows <= FEWEST else (W, U)
+        if U.dtype.kind == "c":
             return W, U
         few = rows <= LONG and rows * (W.size + U.size) <= WORTH
         return (W, U) if few or rows <= SHORT else (Packed(W), Packed(U))
