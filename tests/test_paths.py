@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -623,3 +624,21 @@ def test_the_path_in_words(monkeypatch):
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     assert run.path(NUMPY, 8)[0] == "traced"
     assert "gru-any[fast]" in run.path(NUMPY, 8)[1]
+
+
+def test_a_job_is_done_once_and_its_error_is_raised():
+    pool, begin, done = threads._Pool(), threading.Event(), []
+
+    def fail():
+        raise OSError("a job's own error")
+
+    blocked = [pool.submit(begin.wait, 10) for _ in range(threads.count())]  # all are busy
+    late = pool.submit(done.append, 1)
+    assert late.cancel()
+    assert not late.cancel()
+    begin.set()
+    assert all(job.result() for job in blocked)
+    with pytest.raises(OSError, match="own error"):
+        pool.submit(fail).result()
+    assert pool.submit(sum, (1, 2)).result() == 3
+    assert done == []

@@ -79,9 +79,8 @@ class Numba(NumPy):
         W.panels(slice(0, 3 * H), True, 3)
         return W, b, (U, *vectors)
 
-    def products(self, *calls: Any) -> list[Any]:
+    def products(self, calls: Any, work: int) -> list[Any]:
         """As `Plain.products`; another thread makes the third call where none will be split."""
-        *calls, work = calls
         if count() < 2 or not GRAIN // 2 <= work < 2 * GRAIN:
             return [call() for call in calls]
         other = submit(calls[2])

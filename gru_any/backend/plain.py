@@ -144,13 +144,11 @@ class Plain:
         """What the equations' `weights` returns, of these arrays of a block as matrices."""
         return weights(self.xp, self.rows(h), OnDemand(self.rows, saved), *parts)
 
-    def products(self, *calls: Any) -> list[Any]:
-        """Call three functions of products, and return their results.
+    def products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
+        """Call three functions of products that do not need each other -> what they return.
 
-        The last argument is the number of multiply-adds of the third, which is like those of the
-        others together where I = H.
+        work: multiply-adds of the third, which is about as much as the others together.
         """
-        *calls, _ = calls
         return [call() for call in calls]
 
     def own(self, v: Any) -> Any:

@@ -37,12 +37,16 @@ class _Job:
         self._found: Any = None
         self._error: BaseException | None = None
 
-    def run(self) -> None:
-        if self.cancel():
+    def run(self, idle: list[None]) -> None:
+        """Make the call; the thread says first that it is idle, then that the call has ended."""
+        claimed = self.cancel()
+        if claimed:
             try:
                 self._found = self._call(*self._arguments)
             except BaseException as e:
                 self._error = e
+        idle.append(None)
+        if claimed:
             self._ended.release()
 
     def cancel(self) -> bool:
@@ -67,6 +71,7 @@ class _Pool:
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._started = 0
+        self._idle: list[None] = []  # an entry for each thread that waits for a job
         self._threads: list[int] = []
         self._away_from = -1
         linux = sys.platform == "linux"
@@ -76,7 +81,7 @@ class _Pool:
         self._threads.append(threading.get_native_id())
         self._away_from = -1
         while True:
-            self._jobs.get().run()
+            self._jobs.get().run(self._idle)
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> _Job:
         """Have a thread make this call."""
@@ -86,9 +91,12 @@ class _Pool:
             for thread in self._threads if others else ():
                 with suppress(OSError):
                     os.sched_setaffinity(thread, others)
-        if self._started < count():
-            threading.Thread(target=self._work, name="gru_any", daemon=True).start()
-            self._started += 1
+        try:
+            self._idle.pop()
+        except IndexError:
+            if self._started < count():
+                self._started += 1
+                threading.Thread(target=self._work, name="gru_any", daemon=True).start()
         job = _Job(call, arguments)
         self._jobs.put(job)
         return job
