@@ -9,7 +9,7 @@ from .cell import GRUCell
 from .errors import ShapeError
 from .gru import GRU
 from .layers import Last
-from .params import Layer, load, refuse_shared
+from .params import Layer, check_mapping, load, refuse_shared
 
 
 class Chain:
@@ -165,6 +165,7 @@ class Chain:
 
         A tied parameter may come under each of its names, but only with the same bits.
         """
+        check_mapping(mapping)
         named: dict[str, Any] = {}
         for given, array in mapping.items():
             name = self.tied.get(given, given)

@@ -147,6 +147,7 @@ class Layer:
 
 def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
     """Put copies of the arrays of `mapping` into `layer.params`; strict, all or nothing."""
+    check_mapping(mapping)
     ours: MutableMapping[str, Any] = layer.params
     missing, unused = set(ours) - set(mapping), set(mapping) - set(ours)
     if missing or unused:
@@ -157,6 +158,15 @@ def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
     new = {name: _converted(layer, name, mapping[name]) for name in ours}
     for name, array in new.items():
         ours[name] = array
+
+
+def check_mapping(mapping: Any) -> None:
+    """Raise TypeError where parameters do not come as a mapping."""
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"parameters are a {type(mapping).__name__}, expected a mapping name -> array, such as "
+            "a state_dict()"
+        )
 
 
 def _converted(layer: Any, name: str, array: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from .select import Backend, of, plain_name
+from .select import Backend, of, plain_name, refuse_masked
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -15,6 +15,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
     bfloat16 becomes float32; lists and numbers become arrays.
     """
+    refuse_masked("x", x)
     if isinstance(x, np.ndarray | np.generic | list | tuple | int | float):
         return _numbers(np.asarray(x))
     return of(x).to_numpy(x)
@@ -32,7 +33,8 @@ def asarray(x: Any, like: Any) -> Any:
     Raises
     ------
     TypeError
-        x holds what is no number, or complex numbers where `like` is real.
+        x holds what is no number, or complex numbers where `like` is real; or it is a NumPy array
+        with a mask, which would be lost.
 
     Examples
     --------
@@ -41,6 +43,7 @@ def asarray(x: Any, like: Any) -> Any:
     >>> asarray([[0, 1.5, 2]], like=GRU(3, 4)).dtype
     dtype('float32')
     """
+    refuse_masked("x", x)
     backend = like.backend if hasattr(like, "backend") else of(like)
     dtype = like.dtype if hasattr(like, "backend") else plain_name(like.dtype)
     if isinstance(x, np.ndarray) or not hasattr(x, "dtype"):
@@ -99,6 +102,7 @@ def _shared(x: Any, backend: Backend) -> Any:
         if of(x) == backend:
             return x
         there = backend.xp.from_dlpack(x)
-        return there if of(there) == backend else None
+        whole = plain_name(there.dtype) == plain_name(x.dtype)  # JAX cuts int64 to int32
+        return there if whole and of(there) == backend else None
     except (TypeError, ValueError, RuntimeError, BufferError, AttributeError, NotImplementedError):
         return None
