@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,30 @@ def test_stacked_grus_by_a_prefix(tmp_path, opset, caplog):
     y, h_n = ours(read, h0, [6, 2, 4])
     close(y, units(Y))
     close(h_n, np.concatenate((h_1, h_2)))
+
+
+def test_one_gru_of_a_file_with_its_weights_beside(tmp_path):
+    """As PyTorch's newer exporter names nodes and keeps weights."""
+    data = Path(__file__).parent / "data" / "onnx" / "torch_dynamo_chain.onnx"
+    whole = convert.load(data)
+    (gru,) = (layer for layer in whole.layers if isinstance(layer, GRU))
+    alone = convert.load(data, node="node_GRU")
+    assert {*alone.params} == {*gru.params}
+    assert all(np.array_equal(alone.params[k], v) for k, v in gru.params.items())
+
+
+def test_names_that_go_round_in_circles(tmp_path):
+    g = Graph()
+    x, lengths = g.x(), g.input("lengths", np.array([6, 2, 4], "i4"), ["B"])
+    once = g.op("Identity", lengths)
+    Y, _ = g.gru(x, lengths=once, name="rnn")
+    for circle in ({"input": ["v0_0"]}, {"output": ["lengths"]}):
+        proto = g.proto(Y)
+        for key, names in circle.items():
+            getattr(proto.graph.node[0], key)[:] = names
+        onnx.save(proto, tmp_path / "g.onnx")
+        with pytest.raises(ValueError, match=r"which nothing before it makes|standard"):
+            convert.load(tmp_path / "g.onnx", node="rnn")
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def parse(path: Any, choose: Any = None) -> Any:
     if any(f.domain in ("", "ai.onnx") for f in model.functions):
         raise ValueError("the model gives ONNX' own operators another meaning by functions")
     _check_version(model)
+    _check_order(model.graph)
     graph = model.graph if choose is None else choose(model.graph)
     attributes = [a for node in graph.node for a in node.attribute if a.HasField("t")]
     for tensor in (*graph.initializer, *(a.t for a in attributes)):
@@ -101,11 +102,11 @@ def _check_version(model: Any) -> None:
         raise ValueError(f"the model has opset {versions}, this reader knows {known}")
 
 
-def _check_form(onnx: Any, model: Any, path: Path) -> None:
-    """Ask the package onnx whether operators and graph follow the standard."""
-    made = {""} | {v.name for v in (*model.graph.input, *model.graph.initializer)}
-    made |= {v.values.name for v in model.graph.sparse_initializer}
-    for node in model.graph.node:
+def _check_order(graph: Any) -> None:
+    """Each node reads what is there before it."""
+    made = {""} | {v.name for v in (*graph.input, *graph.initializer)}
+    made |= {v.values.name for v in graph.sparse_initializer}
+    for node in graph.node:
         for name in node.input:
             if name not in made:
                 raise ValueError(
@@ -113,6 +114,10 @@ def _check_form(onnx: Any, model: Any, path: Path) -> None:
                     "a cycle, or its nodes are not in order"
                 )
         made |= set(node.output)
+
+
+def _check_form(onnx: Any, model: Any, path: Path) -> None:
+    """Ask the package onnx whether operators and graph follow the standard."""
     try:
         onnx.checker.check_model(str(path))
     except Exception as e:

@@ -44,9 +44,10 @@ def part(graph: Any, wanted: str) -> Any:
     for i in sorted(kept):  # the casts of lengths, so that all find the same input
         places = [4] if i in chosen else [1] if nodes[i].op_type == "ReverseSequence" else []
         for name in (nodes[i].input[p] for p in places if p < len(nodes[i].input)):
-            while name in made_by and nodes[made_by[name]].op_type in PASSING:
-                kept.add(made_by[name])
-                name = nodes[made_by[name]].input[0]
+            i = made_by.get(name, -1)
+            while i >= 0 and i not in kept and nodes[i].op_type in PASSING:
+                kept.add(i)
+                i = made_by.get(nodes[i].input[0], -1)
     made = {o for i in kept for o in nodes[i].output}
     inputs: dict[str, str] = {}
     for i in sorted(kept):
