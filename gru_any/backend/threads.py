@@ -1,6 +1,5 @@
 """Work over a few threads, for compiled code that lets go of the interpreter's lock."""
 
-import ctypes
 import os
 import sys
 import threading
@@ -24,7 +23,10 @@ def count() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked):
         return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on this system, or not allowed
+        return os.cpu_count() or 1
 
 
 class _Pool:
@@ -37,22 +39,46 @@ class _Pool:
         self._pool = ThreadPoolExecutor(count(), "gru_any", self._begin)
         self._threads: list[int] = []
         self._away_from = -1
-        linux = sys.platform == "linux"
-        self._here = getattr(ctypes.CDLL(None), "sched_getcpu", None) if linux else None
+        self._here: Callable[[], int] | None = None
+        if sys.platform == "linux":
+            with suppress(ImportError, OSError):
+                import ctypes
+
+                self._here = getattr(ctypes.CDLL(None), "sched_getcpu", None)
 
     def _begin(self) -> None:
         self._threads.append(threading.get_native_id())
         self._away_from = -1
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """As that of an executor."""
+        """As that of an executor; where no thread can be had, the future waits to be cancelled."""
         if self._here and (here := self._here()) != self._away_from:
             self._away_from = here
-            others = os.sched_getaffinity(0) - {here}
-            for thread in self._threads if others else ():
-                with suppress(OSError):
-                    os.sched_setaffinity(thread, others)
-        return self._pool.submit(call, *arguments)
+            with suppress(AttributeError, OSError):
+                others = os.sched_getaffinity(0) - {here}
+                for thread in self._threads if others else ():
+                    with suppress(OSError):
+                        os.sched_setaffinity(thread, others)
+        future: Future[Any] = Future()
+        try:
+            self._pool.submit(_fulfil, future, call, arguments)
+        except RuntimeError as e:  # the executor keeps the call, and another thread may take it
+            if "new thread" in str(e):
+                _tell(f"{e}: calls run on fewer threads, which is slower")
+        return future
+
+
+def _fulfil(future: "Future[Any]", call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as e:
+            future.set_exception(e)
+
+
+@cache
+def _tell(words: str) -> None:
+    print(f"gru_any: {words}", file=sys.stderr)
 
 
 @cache
