@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from .backend import select, to_numpy
 from .cell import GRUCell
 from .chain import Chain
+from .files import write_atomically
 from .gru import GRU
 from .layers import Dropout, Embedding, Last, Linear
 from .params import Layer, refuse_shared
@@ -186,31 +186,3 @@ def _read(path: Any) -> tuple[dict[str, str], dict[str, Any]]:
             "call its load_params"
         )
     return metadata, arrays
-
-
-def write_atomically(path: Any, content: bytes) -> None:
-    """Write a file so that at any moment the old or the new one stands there, whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise OSError(e.errno, f"{path} was not written ({e.strerror})") from e
-        raise
-    settle(path.parent)
-
-
-def settle(folder: Path) -> None:
-    """Have the names in a folder written to the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

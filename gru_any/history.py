@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import write_atomically
+from .files import write_atomically
 
 PICTURED = {"loss": "loss", "rate": "learning rate", "norm": "norm of the gradient"}
 

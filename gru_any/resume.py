@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import NAMES, digest, settle, write_atomically
+from .checkpoint import NAMES, digest
 from .checkpoint import RUN_FORMAT as FORMAT
+from .files import clear_temporaries, settle, write_atomically
 
 ASIDE = "checkpoint.damaged.safetensors"
 
@@ -40,7 +41,8 @@ def store(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -
     try:
         write_atomically(made, content)
     except OSError as e:
-        raise OSError(e.errno, f"{e.strerror}; the last good checkpoint is {newest}") from e
+        kept = f"; the last good checkpoint is {newest}" if newest.exists() else ""
+        raise OSError(e.errno, f"{e.strerror}{kept}") from e
     if newest.exists():
         os.replace(newest, before)
     os.replace(made, newest)
@@ -56,8 +58,7 @@ def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None
         There are some, and none can be used; or the newest is of a newer version.
     """
     problems = []
-    for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
-        left.unlink()
+    clear_temporaries(folder)
     for name in NAMES:
         if (folder / name).exists():
             try:

@@ -128,5 +128,15 @@ class Stream:
         xp, there = self.model.backend.xp, self.model.backend.put(rows[None, :, None], "bool")
         return xp.where(there, xp.zeros_like(h), h)
 
+    def __reduce__(self) -> Any:
+        """A copy has the state of this moment, and the model's parameters as they are."""
+        return _again, (self.model, self.state)
+
     def _copy(self, h: Any) -> Any:
         return self.model.backend.xp.astype(h, h.dtype, copy=True)
+
+
+def _again(model: Any, state: Any) -> Stream:
+    stream = Stream(model)
+    stream.state = state
+    return stream

@@ -63,6 +63,7 @@ LAYERS = [
     {"params", "sweep"},
     {"equations", "init"},
     {"arguments", "backend", "errors"},
+    {"files"},
     {"trace", "formulas"},
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -2,6 +2,9 @@
 
 import json
 import os
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -237,3 +240,29 @@ def test_ties_in_the_header_that_lie_are_refused(tmp_path):
     save_file(arrays, tmp_path / "m", {"gru_any": json.dumps(header)})
     with pytest.raises(ValueError, match="does not describe a model of this version: tied is"):
         load(tmp_path / "m")
+
+
+KILLED = """
+import os, sys
+from gru_any import GRU, save, files
+files.os.fsync = lambda handle: os.kill(os.getpid(), 9)  # in the middle of the write
+save(sys.argv[1], GRU(2, 3, seed=0))
+"""
+
+
+def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    (left,) = tmp_path.iterdir()  # the second has cleared that of the first
+    assert left.name.endswith(".part")
+    ours = tmp_path / f".model.safetensors.{platform.node()}.{os.getppid()}.part"
+    others = tmp_path / ".model.safetensors.elsewhere.1.part"  # of another machine
+    another = tmp_path / left.name.replace("model", "other")
+    for file in (ours, others, another):
+        file.write_bytes(b"")
+    save(path, GRU(2, 3, seed=0))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        path.name, ours.name, others.name, another.name
+    }  # fmt: skip
+    assert load(path).params.keys() == GRU(2, 3).params.keys()

@@ -438,6 +438,19 @@ def test_hdf5_of_other_shapes(tmp_path):
         keras.load(tmp_path / "m.weights.h5", "lstm")
 
 
+def test_a_damaged_heap_of_strings(tmp_path):
+    """HDF5's library walks some of these without end."""
+    require("h5py")
+    whole = bytearray((DATA / "keras_trained.h5").read_bytes())
+    heap = whole.index(b"GCOL")
+    for place, value in ((heap + 8, 8), (heap + 10, 255), (heap + 24, 255), (heap + 31, 255)):
+        changed = whole.copy()
+        changed[place] ^= value
+        (tmp_path / "m.h5").write_bytes(changed)
+        with pytest.raises(ValueError, match=f"heap of strings at byte {heap} is damaged"):
+            keras.load(tmp_path / "m.h5")
+
+
 def entry(kind, **config):
     return {"class_name": kind, "config": {"name": kind, **config}}
 

@@ -119,6 +119,28 @@ def test_flax_nnx():
     held(arrays, ours, run, convert.flax.from_arrays, lengths=LENGTHS)
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_what_flax_keeps_beside_the_weights_is_passed_over(two):
+    nnx, nn, jax = require("flax.nnx"), require("flax.linen"), require("jax")
+    ways = [nnx.RNN(nnx.GRUCell(I, H, rngs=nnx.Rngs(i)), rngs=nnx.Rngs(0)) for i in range(1 + two)]
+    rnn = nnx.Bidirectional(*ways, rngs=nnx.Rngs(0)) if two else ways[0]
+    state = nnx.state(rnn)
+    x = X.astype("float32")
+    expected = np.asarray(rnn(x))
+    whole = nnx.to_pure_dict(state)
+    for given in (whole, state, dict(nnx.to_flat_state(state))):
+        y, _ = convert.flax.from_arrays(given)(x)
+        assert np.abs(y - expected).max() < 1e-6
+    assert "rngs" in whole
+    name = "forward_rnn" if two else "cell"
+    with pytest.raises(KeyError, match="unused"):  # what is not known is named
+        convert.flax.from_arrays({**whole, name: {**whole[name], "odd": np.ones(3)}})
+    variables = nn.RNN(nn.GRUCell(H)).init(jax.random.key(0), x)
+    beside = {**variables, "batch_stats": {"mean": np.ones(3)}}
+    y, _ = convert.flax.from_arrays(beside)(x)
+    assert np.abs(y - np.asarray(nn.RNN(nn.GRUCell(H)).apply(variables, x))).max() < 1e-6
+
+
 def test_flax_states_are_read_as_they_are():
     nnx, nn, jax = require("flax.nnx"), require("flax.linen"), require("jax")
     rnn = nnx.RNN(nnx.GRUCell(I, H, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))

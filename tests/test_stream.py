@@ -1,5 +1,8 @@
 """A stream cut anywhere is the whole."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -187,3 +190,25 @@ def test_mistakes_are_named():
         Stream(chain()).state = [np.zeros((2, 3, 6), "float32")]
     with pytest.raises(ValueError, match=r"h0 is \(2, 3, 6\)"):
         stream(np.ones((2, 5, I), "float32"))
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_stream_is_pickled_in_the_middle(chained, protocol):
+    gru = GRU(3, 5, num_layers=2, seed=0)
+    model = Chain(Linear(3, 3, seed=1), gru, Linear(5, 2, seed=2)) if chained else gru
+    x = np.random.default_rng(0).standard_normal((9, 2, 3)).astype("float32")
+    stream, fresh = Stream(model), pickle.loads(pickle.dumps(Stream(model), protocol))
+    assert fresh.state is None
+    for x_t in x[:4]:
+        assert np.array_equal(fresh.step(x_t), stream.step(x_t))
+    copies = [
+        pickle.loads(pickle.dumps(stream, protocol)),
+        copy.copy(stream),
+        copy.deepcopy(stream),
+    ]
+    rest = [stream.step(x_t) for x_t in x[4:]]
+    for other in copies:  # each with a state of its own
+        assert all(np.array_equal(other.step(x_t), y) for x_t, y in zip(x[4:], rest, strict=True))
+    assert copies[1].model is model
+    assert copies[2].model is not model

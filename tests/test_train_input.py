@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import platform
 import random
 import re
 import signal
@@ -267,7 +268,9 @@ def pulled(step):
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
-    left = tmp_path / ".checkpoint.new.safetensors.1234.part"
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / f".checkpoint.new.safetensors.{platform.node()}.{killed.pid}.part"
     left.write_bytes(b"half")
     train(out=tmp_path)
     assert not left.exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from ..gru import GRU
 from .cells import cells_of, gru_of
 from .files import read_npy

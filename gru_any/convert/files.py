@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 
 # how many times a compressed file may grow; numbers that were trained hardly do at all
 GROWTH = 100

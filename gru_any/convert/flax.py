@@ -8,8 +8,6 @@ and one for the state, and no bias beside the second: c_n has no home there
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from ..gru import GRU
 from .cells import cells_of, gru_of
 from .table import Table
@@ -51,16 +49,17 @@ def from_arrays(layers: Any, *, batch_first: bool = True) -> GRU:
     Parameters
     ----------
     layers : nested mappings of one layer, or a list of them
-        As linen's `init` or nnx's `to_pure_dict(state(...))` gives them of a GRUCell, an RNN over
-        one, or a Bidirectional over two such RNNs.
+        As linen's `init` or nnx's `state` and `to_pure_dict(state(...))` give them of a GRUCell, an
+        RNN over one, or a Bidirectional over two such RNNs; also flat, by path. The state of random
+        numbers (`rngs`) is no weight and is passed over, as are collections beside `params`.
 
     Raises
     ------
     KeyError, ValueError, TypeError
         A name is missing or unused; a shape or dtype does not fit.
     """
-    layers = [layers] if isinstance(layers, Mapping) else layers
-    cells = [[dict(_flat(cell)) for cell in _directions(layer)] for layer in layers]
+    layers = [layers] if hasattr(layers, "items") else layers
+    cells = [[dict(_flat(cell)) for cell in _directions(_weights(layer))] for layer in layers]
     if len({len(layer) for layer in cells}) != 1:
         raise ValueError("some layers have two directions and some one: make one GRU of each kind")
     flat = [cell for layer in cells for cell in layer]
@@ -102,17 +101,30 @@ def _directions(layer: Any) -> list[Any]:
     return [layer]
 
 
+def _weights(tree: Any) -> dict[str, Any]:
+    """The parameters as nested dicts, without what else Flax keeps in a module or its variables."""
+    named = dict(_flat(tree))
+    if any(name.startswith("params/") for name in named):
+        named = {name: v for name, v in named.items() if name.startswith("params/")}
+    return _nested({name: v for name, v in named.items() if "rngs" not in name.split("/")})
+
+
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
+    """Each array by its path, which may be a tuple in a flat state of nnx."""
+    for key, value in tree.items():
+        name = prefix + ("/".join(map(str, key)) if isinstance(key, tuple) else str(key))
+        if hasattr(value, "items"):
+            yield from _flat(value, f"{name}/")
         else:
-            yield prefix + name, value
+            yield name, value
 
 
-def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, array in flat.items():
-        layer, _, leaf = name.partition("/")
-        tree.setdefault(layer, {})[leaf] = array
+        *folders, leaf = name.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[leaf] = array
     return tree

@@ -9,6 +9,7 @@ import numpy as np
 
 # how the names of the attributes begin that are read; no other is touched
 KNOWN = ("layer_names", "weight_names", "model_config")
+HEAP = b"GCOL\x01\x00\x00\x00"
 
 
 class Contents(NamedTuple):
@@ -43,6 +44,7 @@ def read_hdf5(content: bytes, name: Any) -> Contents:
     """
     h5py, arrays, attributes = library(), {}, {}
     try:
+        _check_heaps(content)
         with h5py.File(io.BytesIO(content), "r") as file:
             found = list(_items(h5py, file, "", set()))
             total = sum(item.nbytes for _, item in found if _is_array(h5py, item))
@@ -56,6 +58,30 @@ def read_hdf5(content: bytes, name: Any) -> Contents:
     except (OSError, RuntimeError, LookupError, ArithmeticError, TypeError, ValueError) as e:
         raise ValueError(f"{name} is damaged or no HDF5 file of weights: {e}") from e
     return Contents(arrays, attributes)
+
+
+def _check_heaps(content: bytes) -> None:
+    """Raise where a heap of strings is damaged, which HDF5's library may walk without end.
+
+    A heap is its signature, its size (8 bytes) and objects: number (2), counts (6), size (8), data
+    filled up to 8 bytes. Number 0 is the free space, which reaches to the end.
+    """
+    at = content.find(HEAP)
+    while at >= 0:
+        size = int.from_bytes(content[at + 8 : at + 16], "little")
+        place, end = at + 16, at + size
+        while place + 16 <= end:
+            number = int.from_bytes(content[place : place + 2], "little")
+            length = int.from_bytes(content[place + 8 : place + 16], "little")
+            if number == 0:
+                place += length
+                break
+            place += 16 + -(-length // 8) * 8
+        else:
+            place = max(place, end)  # what is left is too short for an object
+        if place != end or end > len(content):
+            raise ValueError(f"the heap of strings at byte {at} is damaged")
+        at = content.find(HEAP, at + len(HEAP))
 
 
 def _items(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arguments import flag
 from ..chain import Chain
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from ..gru import GRU
 from ..layers import Linear
 from .cells import assemble, ours

@@ -12,7 +12,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,12 +44,13 @@ class Source(NamedTuple):
     """A file.
 
     description: of the model, or None. groups: in the format of Keras 2 the arrays of each layer,
-    name -> path in `arrays`.
+    name -> path in `arrays`. idle: places of layers that have no arrays, Dropout and inputs apart.
     """
 
     description: Any
     arrays: dict[str, np.ndarray]
     groups: dict[str, dict[str, str]] | None
+    idle: list[str]
 
 
 def open_file(path: Any) -> Source:
@@ -63,12 +64,20 @@ def open_file(path: Any) -> Source:
     content = Path(path).read_bytes()
     if Path(path).suffix == ".keras" and not content.startswith(b"\x89HDF"):
         description, content = _open_archive(path, content)
-        return Source(description, _weights(read_hdf5(content, path)), None)
+        return Source(description, _weights(read_hdf5(content, path)), None, [])
     contents = read_hdf5(content, path)
     base = "model_weights" if "model_weights" in contents.attributes else ""
     if names := _listed(contents.attributes[base], "layer_names"):
         return _older(path, contents, base + "/" if base else "", names)
-    return Source(None, _weights(contents), None)
+    arrays = _weights(contents)
+    layers = (g for g in contents.attributes if re.fullmatch(r"layers/[^/]+(/layers/[^/]+)*", g))
+    idle = [g for g in layers if not any(path.startswith(g + "/") for path in arrays)]
+    return Source(None, arrays, None, _working(g.replace("layers/", "") for g in idle))
+
+
+def _working(layers: Iterable[str]) -> list[str]:
+    """Those of these layers without arrays that do something in a call."""
+    return [name for name in layers if not re.match(r"(.*/)?(dropout|input)", name)]
 
 
 def _open_archive(path: Any, content: bytes) -> tuple[Any, bytes]:
@@ -110,7 +119,7 @@ def _older(path: Any, contents: Contents, base: str, names: list[str]) -> Source
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its model_config is damaged: {e}") from e
     arrays = {k: a for k, a in contents.arrays.items() if not k.startswith(TRAINING)}
-    return Source(description, arrays, groups)
+    return Source(description, arrays, groups, _working(g for g, w in groups.items() if not w))
 
 
 def _listed(attributes: dict[str, Any], name: str) -> list[str]:

@@ -54,6 +54,13 @@ def _of_weights(path: Any, source: Source, names: list[str] | None, settings: Se
     parts = [known[name] for name in names] if names else parts
     if len({part.kind for part in parts}) != 1 or parts[0].kind not in RECURRENT:
         raise ValueError(f'{path} holds {sorted(known)}: name a GRU with layer="..."')
+    if names is None:
+        if len(parts) > 1 and source.idle:
+            raise ValueError(
+                f"{path} holds {sorted(known)}, and {source.idle} which may stand between them: "
+                'name the GRU with layer="...", or several that follow each other'
+            )
+        _check_all_taken(source, parts)
     return _named(source, parts, settings)
 
 
@@ -149,10 +156,16 @@ def _row(source: Source, parts: list[Part], settings: Settings, whole: bool) -> 
             layers += [*_grus(row), Last(dtype=dtype, backend="numpy")]
             row = []
     layers += _grus(row)
-    taken = {path for part in parts for path in locate(source, part).values()}
-    if whole and (unused := set(source.arrays) - taken):
-        raise ValueError(f"no layer takes the arrays {sorted(unused)}")
+    if whole:
+        _check_all_taken(source, parts)
     return layers[0] if len(layers) == 1 else Chain(*layers)
+
+
+def _check_all_taken(source: Source, parts: list[Part]) -> None:
+    """Raise where there are arrays that none of these layers has."""
+    taken = {path for part in parts for path in locate(source, part).values()}
+    if unused := set(source.arrays) - taken:
+        raise ValueError(f"no layer takes the arrays {sorted(unused)}")
 
 
 def _layer(part: Part, arrays: dict[str, np.ndarray], dtype: str, whole: bool) -> Any:
@@ -300,7 +313,7 @@ def _cells(kind: str, config: Settings, settings: Settings, backwards: bool) -> 
         raise ValueError(f"a Bidirectional {kind} has no counterpart, only a GRU")
     for cell in cells:
         _agree(cell, settings)
-        _check_gates(cell)
+        _check_gates(settings | cell)
     return [settings | cell for cell in cells]
 
 

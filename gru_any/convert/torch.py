@@ -17,8 +17,8 @@ from .. import arguments
 from ..backend import overlap
 from ..cell import GRUCell
 from ..chain import Chain
-from ..checkpoint import write_atomically
 from ..errors import ShapeError
+from ..files import write_atomically
 from ..gru import GRU
 from ..layers import Embedding, Linear
 from ..params import Layer

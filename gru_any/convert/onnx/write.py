@@ -7,7 +7,7 @@ import numpy as np
 from ... import __version__
 from ...backend import to_numpy
 from ...chain import Chain
-from ...checkpoint import write_atomically
+from ...files import write_atomically
 from ...gru import GRU
 from ...layers import Dropout, Embedding, Linear
 from .check import LARGEST, library

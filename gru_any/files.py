@@ -1,0 +1,67 @@
+"""Files that are there whole or not at all, whenever the power goes."""
+
+import glob
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Any, content: bytes) -> None:
+    """Write a file so that at any moment the old or the new one stands there, whole.
+
+    What a process that was killed while it wrote the same file has left behind is removed.
+
+    Raises
+    ------
+    OSError
+        It cannot be written; the old one is still there.
+    """
+    path = Path(path)
+    clear_temporaries(path.parent, path.name)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise OSError(e.errno, f"{path} was not written ({e.strerror})") from e
+        raise
+    settle(path.parent)
+
+
+def clear_temporaries(folder: Path, name: str = "*") -> None:
+    """Remove the temporaries of a file, or of all in a folder, that dead processes here left."""
+    name = name if name == "*" else glob.escape(name)
+    for left in folder.glob(f".{name}.*.part"):
+        found = re.fullmatch(rf".*\.{re.escape(platform.node())}\.(\d+)\.part", left.name)
+        if found and not _alive(int(found[1])):
+            left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    """Whether a process runs on this machine; True where the system does not tell."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
+def settle(folder: Path) -> None:
+    """Have the names in a folder written to the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
