@@ -30,8 +30,10 @@ def problem() -> str:
 def give_up(error: Exception) -> None:
     """Use Numba no more in this process, and say so once."""
     if not _failures:
-        _failures.append(f"Numba cannot compile here ({_shown(error)})")
-        warnings.warn(f"{_failures[0]}: calls run traced, which is slower", stacklevel=2)
+        _failures.append(f"Numba cannot compile here ({_shown(error.__cause__ or error)})")
+        warnings.warn(
+            f"{_failures[0]}: calls run traced, which is slower", RuntimeWarning, stacklevel=2
+        )
 
 
 def may_be_numbas(error: Exception) -> bool:
@@ -60,12 +62,16 @@ def _import_problem() -> str:
         from . import barrier, tile  # noqa: F401
     except Exception as e:  # such as a NumPy too new for it
         why = f"Numba cannot be imported ({_shown(e)})"
-        warnings.warn(f"{why}: calls run traced, which is slower", stacklevel=2)
+        _tell(why)
         return why
     return ""
 
 
-def _shown(error: Exception) -> str:
+def _tell(why: str) -> None:
+    warnings.warn(f"{why}: calls run traced, which is slower", RuntimeWarning, stacklevel=3)
+
+
+def _shown(error: BaseException) -> str:
     """The kind of an error and its first line, cut to a readable length."""
     line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {line[:200]}"

@@ -26,7 +26,7 @@ class Numba(numba.Numba):
 
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
         def on_numpy() -> tuple[Any, Any]:
-            affine = NumPy.affine(self, a.x, a.W, a.b) if isinstance(a, numba.Input) else a
+            affine = NumPy.affine(self, a.x, _matrix(a.W), a.b) if isinstance(a, numba.Input) else a
             plain = (_matrix(recurrent[0]), *recurrent[1:])
             return NumPy.forward(self, step, affine, h, plain, *others)
 
