@@ -70,6 +70,26 @@ def number(
     return real
 
 
+def lengths(n: np.ndarray, T: int, B: int) -> np.ndarray:
+    """Return the lengths of B sequences as int64.
+
+    Raises
+    ------
+    ValueError
+        They are not B, or not in 0..T.
+    TypeError
+        They are no integers.
+    """
+    if n.shape != (B,):
+        raise ValueError(f"lengths is {n.shape}, expected (B,) = ({B},), one for each row of x")
+    if n.dtype.kind not in "iu" and n.size:
+        raise TypeError(f"lengths has dtype {n.dtype}, expected integers")
+    if n.size and (n.min() < 0 or n.max() > T):
+        wrong = n[(n < 0) | (n > T)][0]
+        raise ValueError(f"lengths holds {wrong}, expected 0 to T = {T}, the steps of x")
+    return n.astype(np.int64)
+
+
 def generator(name: str, value: Any) -> Any:
     """Return a NumPy generator or None: a seed in its place would repeat the same mask.
 

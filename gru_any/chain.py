@@ -18,7 +18,8 @@ class Chain:
     Parameters
     ----------
     *layers
-        GRU, Linear, Embedding, Dropout or Last layers on one backend. A Last follows a GRU.
+        GRU, Linear, Embedding, Dropout or Last layers on one backend, the GRUs with one
+        `batch_first`. A Last follows a GRU.
     tied : mapping of str to str, or None
         `{"2.weight": "0.weight"}` makes the parameter on the left another name of the one on the
         right, whose array it takes: one parameter, with the sum of the gradients.
@@ -30,16 +31,17 @@ class Chain:
         there once, under the name on the right.
     tied : mapping
         As given; it cannot be changed.
-    batch_first : bool or None
-        As the GRUs have it, which must agree; None where there is none.
+    batch_first : bool
+        Whether x and y are (B, T, .) in place of (T, B, .), as all GRUs of the chain have it.
 
     Raises
     ------
     TypeError
         A layer is of another kind.
     ValueError
-        There is no layer, or they are not on one backend and of one dtype; `tied` names what is
-        not there, is itself tied, or has another shape; or two parameters share memory untied.
+        There is no layer, or they are not on one backend, of one dtype and of one layout; `tied`
+        names what is not there, is itself tied, or has another shape; or two parameters share
+        memory untied.
 
     Notes
     -----
@@ -72,12 +74,17 @@ class Chain:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
         if tied is not None and not isinstance(tied, Mapping):
             raise TypeError(f'tied is {tied!r}, expected a dict such as {{"2.weight": "0.weight"}}')
+        layouts = {layer.batch_first for layer in layers if isinstance(layer, GRU)}
+        if len(layouts) == 2:
+            raise ValueError(
+                "the GRUs of a Chain must share batch_first: one reads (T, B, .), another (B, T, .)"
+            )
+        self.batch_first = True in layouts
         self.layers = layers
         self.tied: Mapping[str, str] = MappingProxyType(dict(tied or {}))
         self.params = _AllParams(layers, self.tied)
         refuse_shared(self.params)
         self.backend, self.dtype = layers[0].backend, layers[0].dtype
-        self.batch_first = _layout(layers)
 
     def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[Any, list[Any]]:
         """Run all layers, keeping nothing for a way back -> y, the new state."""
@@ -191,17 +198,6 @@ def _chain(layers: Any, tied: dict[str, str]) -> Chain:
 def _same_bits(a: Any, b: Any) -> bool:
     a, b = to_numpy(a), to_numpy(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def _layout(layers: tuple[Any, ...]) -> bool | None:
-    """Whether x is (B, T, ...), as all GRUs must agree; None where there is no GRU."""
-    layouts = {layer.batch_first for layer in layers if isinstance(layer, GRU)}
-    if len(layouts) == 2:
-        raise ValueError(
-            "some GRUs of the Chain have batch_first=True and others False: one would take the "
-            "other's time for its batch. Make them alike"
-        )
-    return next(iter(layouts), None)
 
 
 def _check_last(layers: tuple[Any, ...]) -> None:

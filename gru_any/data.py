@@ -4,6 +4,7 @@ Everything here is NumPy on the host; `ahead` prepares and transfers the next pi
 present one computes.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,19 +17,17 @@ from .errors import ShapeError
 
 
 class Batch(NamedTuple):
-    """Sequences side by side.
+    """Sequences side by side, in NumPy arrays, lists or arrays of any library on the host.
 
-    Parameters
-    ----------
-    x : array (T, B, ...) or (B, T, ...)
-    target : array (T, B, ...) or (B, T, ...); (B, ...) for a model with a `Last`
-    mask : array of bool over the leading axes of target, or None
-        True where a target counts. None: all count, up to each row's length.
-    lengths : B integers in 0..T, or None
-        None where padding at the end does no harm.
+    x, target : arrays (T, B, ...), or (B, T, ...) where batch_first is True
+        For a model with a `Last` target is (B, ...), one for each row.
+    mask : array of bool or None
+        Shaped as the first two axes of x, or as the whole target: True where a target counts. None
+        where all do, up to each row's length.
+    lengths : B integers in 0..T or None
+        Of the sequences; None where padding at the end does no harm.
     batch_first : bool or None
-        True where x, target and mask are (B, T, ...), False where they are (T, B, ...). None: as
-        the model takes x; without a model (T, B, ...).
+        None: laid out as the model takes it, (T, B, ...) where there is no model.
     """
 
     x: Any
@@ -42,106 +41,110 @@ class Piece(NamedTuple):
     """A part of a batch, for one gradient.
 
     first: the state begins anew; advance: after so many steps the next piece begins; counted:
-    how many targets count.
+    how many steps of rows count, in part where a mask leaves out a part of a target.
     """
 
     batch: Batch
     first: bool
     advance: int
-    counted: int
+    counted: float
 
 
-def arranged(item: Any, batch_first: bool | None, rank: int | None, each_step: bool) -> Batch:
-    """Return a batch on the host, checked and laid out as a model takes it.
+def arranged(
+    batch: Any, batch_first: bool | None = None, rank: int | None = None, each_step: bool = True
+) -> Batch:
+    """Return a batch as NumPy arrays that fit each other, laid out with or without batch_first.
 
     Parameters
     ----------
-    item : Batch, or a tuple or list (x, target[, mask[, lengths]])
-        Such as a data loader of PyTorch gives.
+    batch : Batch, or a tuple or list (x, target[, mask[, lengths]])
     batch_first : bool or None
-        The model's layout; None where it has no GRU.
+        The layout wanted; a batch that names the other one is transposed. None keeps it.
     rank : int or None
-        How many axes its x has, where that is known.
+        Of x: 2 for integers (T, B), 3 for (T, B, I).
     each_step : bool
-        Whether it has a result, and so a target, for each step; else one for each row.
+        Whether there is a target for each step; else target and mask are (B, ...).
 
     Raises
     ------
-    TypeError, ValueError
-        It is no batch; axes do not fit, mask is not of bool, or lengths are not 0..T.
+    ValueError, TypeError
+        It is no batch, or x, target, mask and lengths do not belong together.
     """
-    batch = _batch(item)
-    x, target = _host("x", batch.x), _host("target", batch.target)
-    mask = None if batch.mask is None else _host("mask", batch.mask)
-    named = batch.batch_first
-    theirs = bool(batch_first) if named is None else arguments.flag("batch_first", named)
-    letters = "(B, T" if theirs else "(T, B"
+    if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= len(Batch._fields):
+        raise TypeError(
+            f"a batch is {type(batch).__name__}, expected a Batch or (x, target[, mask[, lengths]])"
+        )
+    x, target, mask, lengths, named = Batch(*batch)
+    x, target = _array("x", x), _array("target", target)
+    named = None if named is None else arguments.flag("batch_first", named)
+    wanted = bool(named) if batch_first is None else batch_first
+    turned = named is not None and named != wanted
+    axes = "(B, T" if wanted != turned else "(T, B"
     if x.ndim < 2 or rank not in (None, x.ndim):
-        more = {2: ")", 3: ", I)"}.get(rank or 0, ", ...)")
-        raise ShapeError(f"x is {x.shape}, expected {letters}{more}: a batch has both axes")
-    T, B = x.shape[1::-1] if theirs else x.shape[:2]
-    leading, letters = (x.shape[:2], letters) if each_step else ((B,), "(B")
-    _check_leading("target", target, leading, letters)
-    if mask is not None:
-        _check_leading("mask", mask, leading, letters)
-        if mask.dtype != bool:
-            raise TypeError(f"mask has dtype {mask.dtype}, expected bool: mask != 0, say")
-    lengths = None if batch.lengths is None else _lengths(batch.lengths, T, B)
-    if lengths is not None and mask is None and each_step:
-        mask = np.arange(T)[:, None] < lengths
-        mask = mask.T if theirs else mask
-    ours = theirs if batch_first is None else batch_first
-    if ours != theirs:
+        letters = {2: f"{axes}), indices of the Embedding", 3: f"{axes}, I)"}
+        raise ShapeError(f"x is {x.shape}, expected {letters.get(rank or 0, axes + ', ...)')}")
+    if turned:
         x = np.swapaxes(x, 0, 1)
-    if ours != theirs and each_step:
+    B, T = x.shape[:2] if wanted else x.shape[1::-1]
+    given = x.shape[1::-1] if turned else x.shape[:2]
+    _check_target(target, given if each_step else (B,), axes)
+    if mask is not None:
+        mask = _mask(mask, target.shape, given if each_step else (B,))
+    if turned and each_step:
         target = np.swapaxes(target, 0, 1)
         mask = None if mask is None else np.swapaxes(mask, 0, 1)
-    return Batch(x, target, mask, lengths, ours)
+    if lengths is not None:
+        lengths = arguments.lengths(_array("lengths", lengths), T, B)
+    if lengths is not None and mask is None and each_step:
+        mask = np.arange(T)[:, None] < lengths
+        mask = mask.T if wanted else mask
+    return Batch(x, target, mask, lengths, wanted)
 
 
-def _check_leading(name: str, v: np.ndarray, leading: tuple[int, ...], letters: str) -> None:
-    if v.shape[: len(leading)] != leading:
-        per_row = len(leading) == 2 and v.ndim < 3 and v.shape[:1] in (leading[:1], leading[1:])
-        advice = ". For one target a row, put a Last after the GRU" if per_row else ""
-        raise ShapeError(
-            f"{name} is {v.shape}, expected {letters}, ...) beginning with {leading}, as x{advice}"
-        )
-
-
-def _batch(item: Any) -> Batch:
-    if isinstance(item, Batch):
-        return item
-    if isinstance(item, (tuple, list)) and 2 <= len(item) <= 4:
-        return Batch(*item)
-    raise TypeError(
-        f"a batch is a {type(item).__name__}, expected a Batch, or a tuple of 2 to 4 arrays: x, "
-        "target, mask and lengths"
+def _check_target(target: np.ndarray, leading: tuple[int, ...], axes: str) -> None:
+    if target.shape[: len(leading)] == leading:
+        return
+    if len(leading) == 1:
+        raise ShapeError(f"target is {target.shape}, expected (B, ...) with {leading}, one a row")
+    raise ShapeError(
+        f"target is {target.shape}, expected {axes}, ...) with {leading}, the first axes of x; for "
+        "one target a sequence, put a Last after the GRU"
     )
 
 
-def _host(name: str, array: Any) -> np.ndarray:
-    if isinstance(array, np.ndarray):
-        return array
-    if not hasattr(array, "shape"):
-        raise TypeError(f"{name} is a {type(array).__name__}, expected an array: numpy.asarray")
-    return to_numpy(array)
-
-
-def _lengths(lengths: Any, T: int, B: int) -> np.ndarray:
-    n = np.asarray(lengths) if isinstance(lengths, (list, tuple)) else _host("lengths", lengths)
-    if n.shape != (B,):
-        raise ShapeError(f"lengths is {n.shape}, expected (B,) = ({B},), one for each row of x")
-    if n.dtype.kind not in "iu" and n.size:
-        raise TypeError(f"lengths has dtype {n.dtype}, expected integers")
-    if n.size and (n.min() < 0 or n.max() > T):
-        raise ValueError(f"lengths holds {n.min()} to {n.max()}, expected 0 to T = {T}")
-    return n.astype(np.int64)
+def _mask(mask: Any, target: tuple[int, ...], leading: tuple[int, ...]) -> np.ndarray:
+    array = _array("mask", mask)
+    if array.dtype != bool:
+        raise TypeError(f"mask has dtype {array.dtype}, expected bool: mask != 0")
+    if array.shape not in (leading, target):
+        raise ShapeError(
+            f"mask is {array.shape}, expected {leading}, the first axes of target, or {target}, "
+            "its whole shape"
+        )
+    return array
 
 
 def whole(batch: Batch) -> Piece:
-    """Return the batch in one piece, for a model that gives one result for each row."""
-    rows = len(batch.target) if batch.mask is None else int(batch.mask.sum())
-    return Piece(batch, True, batch.x.shape[1 if batch.batch_first else 0], rows)
+    """Return the batch in one piece, for a model with one result a row."""
+    rows, mask = len(batch.target), batch.mask
+    count = rows if mask is None else mask.sum() / max(math.prod(mask.shape[1:]), 1)
+    return Piece(batch, True, batch.x.shape[1 if batch.batch_first else 0], float(count))
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    """The value as a NumPy array of numbers."""
+    try:
+        array = to_numpy(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"{name} of a batch is no array of numbers: {e}") from e
+    if array.dtype.kind in "OUSMmc":
+        raise TypeError(f"{name} of a batch has dtype {array.dtype}, expected real numbers")
+    return array
+
+
+def in_time(part: slice, batch_first: bool | None) -> tuple[Any, ...]:
+    """The index of a part of the steps."""
+    return (slice(None), part, ...) if batch_first else (part, ...)
 
 
 def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
@@ -149,58 +152,56 @@ def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
 
     In the terms of Williams and Peng (1990), BPTT(k2; k1). The loss counts the last k1 steps of a
     piece; those before let the gradient flow further back. tbptt None is one piece, uncut. Time is
-    axis 1 where `batch.batch_first` is True, else axis 0.
-
-    Raises
-    ------
-    ValueError, TypeError
-        tbptt is no pair (k1, k2) with 1 <= k1 <= k2.
+    the first axis, or the second where the batch says batch_first.
     """
-    axis = 1 if batch.batch_first else 0
-    T = batch.x.shape[axis]
-    k1, k2 = (max(T, 1), max(T, 1)) if tbptt is None else reach(tbptt)
+    x, target, mask, lengths, batch_first = arranged(batch)
+    T = x.shape[1 if batch_first else 0]
+    k1, k2 = pair(tbptt) or (max(T, 1), max(T, 1))
     for at in range(0, T, k1):
         start, stop = max(0, at + k1 - k2), min(at + k1, T)
-        part: Any = (*[slice(None)] * axis, slice(start, stop))
-        x, target = batch.x[part], batch.target[part]
-        mask = None if batch.mask is None else batch.mask[part]
+        part = in_time(slice(start, stop), batch_first)
+        counts = None if mask is None else mask[part]
         if at > start:  # these steps have had their gradient
-            mask = np.ones(target.shape[:2], bool) if mask is None else mask.copy()
-            mask[(*part[:axis], slice(0, at - start))] = False
-        lengths = batch.lengths
-        if lengths is not None:
-            lengths = np.clip(np.asarray(lengths) - start, 0, stop - start)
-        count = int(np.prod(target.shape[:2])) if mask is None else int(mask.sum())
+            shape = target[part].shape[:2]
+            counts = np.ones(shape, bool) if counts is None else counts.copy()
+            counts[in_time(slice(at - start), batch_first)] = False
+        within = None if lengths is None else np.clip(lengths - start, 0, stop - start)
+        size = math.prod(target[part].shape[:2])
+        count = size if counts is None else counts.sum() / max(math.prod(counts.shape[2:]), 1)
         advance = max(0, at + 2 * k1 - k2) - start
-        cut_out = Batch(x, target, mask, lengths, batch.batch_first)
-        yield Piece(cut_out, start == 0 and at == 0, advance, count)
+        piece = Batch(x[part], target[part], counts, within, batch_first)
+        yield Piece(piece, start == 0 and at == 0, advance, float(count))
 
 
-def reach(tbptt: Any) -> tuple[int, int]:
-    """Return (k1, k2) as Python's integers.
+def pair(tbptt: Any) -> tuple[int, int] | None:
+    """Return (k1, k2) as integers with 1 <= k1 <= k2, or None.
 
     Raises
     ------
     ValueError
-        They are not two integers with 1 <= k1 <= k2.
+        It is something else.
     """
-    wrong = ValueError(f"tbptt is {tbptt!r}, expected (k1, k2) with 1 <= k1 <= k2")
-    if not isinstance(tbptt, (tuple, list)) or len(tbptt) != 2:
-        raise wrong
+    if tbptt is None:
+        return None
     try:
-        k1, k2 = (arguments.size("tbptt", k) for k in tbptt)
-    except ValueError:
-        raise wrong from None
-    if k1 > k2:
-        raise wrong
-    return k1, k2
+        k1, k2 = (arguments.size("k", k) for k in tbptt)
+        if k1 <= k2:
+            return k1, k2
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"tbptt is {tbptt!r}, expected (k1, k2) with 1 <= k1 <= k2, or None")
 
 
-def streams(data: np.ndarray, rows: int, batch_first: bool = False) -> Batch:
+def streams(data: Any, rows: int, batch_first: bool = False) -> Batch:
     """One long sequence (N, ...) as so many streams read side by side, each predicting its next.
 
-    The batch names its layout, (T, B, ...) or with `batch_first` (B, T, ...), so that a model of
-    the other one takes it too.
+    Parameters
+    ----------
+    data : array (N, ...)
+    rows : int
+        B, so many streams.
+    batch_first : bool
+        x and target are (B, T, ...) in place of (T, B, ...).
 
     Raises
     ------
@@ -215,15 +216,17 @@ def streams(data: np.ndarray, rows: int, batch_first: bool = False) -> Batch:
     >>> batch.x.T.tolist(), batch.target.T.tolist()
     ([[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]])
     """
-    length = (len(data) - 1) // arguments.size("rows", rows)
+    data, rows = _array("data", data), arguments.size("rows", rows)
+    batch_first = arguments.flag("batch_first", batch_first)
+    length = (len(data) - 1) // rows
     if length < 1:
         raise ValueError(f"{rows} rows are too many for a sequence of {len(data)}")
 
-    def parts(v: np.ndarray) -> np.ndarray:
-        rows_first = v[: length * rows].reshape(rows, length, *v.shape[1:])
-        return rows_first if batch_first else np.swapaxes(rows_first, 0, 1)
+    def laid_out(v: np.ndarray) -> np.ndarray:
+        v = v[: length * rows].reshape(rows, length, *v.shape[1:])
+        return v if batch_first else np.swapaxes(v, 0, 1)
 
-    return Batch(parts(data[:-1]), parts(data[1:]), batch_first=batch_first)
+    return Batch(laid_out(data[:-1]), laid_out(data[1:]), batch_first=batch_first)
 
 
 def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -245,33 +248,46 @@ def waste(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> float:
 
 
 def side_by_side(
-    sequences: Sequence[np.ndarray], dtype: Any = None, batch_first: bool = False
-) -> tuple[Any, Any]:
-    """Pad sequences (T, ...) of several lengths with zeros at the end.
+    sequences: Sequence[Any], dtype: Any = None, batch_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences (T, ...) of several lengths -> (T, B, ...) with zeros at the end, mask (T, B).
 
-    Returns x (T, B, ...) and a mask (T, B), or with `batch_first` (B, T, ...) and (B, T).
+    With batch_first (B, T, ...) and (B, T). dtype None is one that holds all sequences.
+
+    Raises
+    ------
+    ValueError
+        There are no sequences, or their steps differ in shape.
     """
-    T, B = max(len(s) for s in sequences), len(sequences)
-    leading = (B, T) if arguments.flag("batch_first", batch_first) else (T, B)
-    x = np.zeros((*leading, *sequences[0].shape[1:]), dtype or sequences[0].dtype)
-    mask = np.zeros(leading, bool)
-    for row, s in enumerate(sequences):
-        at = (row, slice(len(s))) if batch_first else (slice(len(s)), row)
-        x[at], mask[at] = s, True
-    return x, mask
+    arrays = [_array("sequence", s) for s in sequences]
+    shapes = {s.shape[1:] if s.ndim else None for s in arrays}
+    if len(shapes) != 1 or None in shapes:
+        raise ShapeError(
+            f"the sequences are {[s.shape for s in arrays[:9]]}, expected one or more (T, ...) "
+            "that differ in T alone"
+        )
+    rows = len(arrays), max(len(s) for s in arrays)
+    x = np.zeros((*rows, *arrays[0].shape[1:]), dtype or np.result_type(*arrays))
+    mask = np.zeros(rows, bool)
+    for row, s in enumerate(arrays):
+        x[row, : len(s)], mask[row, : len(s)] = s, True
+    if arguments.flag("batch_first", batch_first):
+        return x, mask
+    return np.swapaxes(x, 0, 1), np.swapaxes(mask, 0, 1)
 
 
 def ahead(items: Iterator[Any]) -> Iterator[Any]:
     """The same items, each made by another thread while the one before is in use.
 
-    Where no thread can start, they are made in this one.
+    Where no thread can start they are made as they are asked for.
     """
     with ThreadPoolExecutor(1) as pool:
         try:
             future = pool.submit(next, items, None)
-        except RuntimeError:  # no thread is to be had
-            yield from items
-            return
-        while (item := future.result()) is not None:
+        except RuntimeError:  # nothing of items has been used
+            future = None
+        while future and (item := future.result()) is not None:
             future = pool.submit(next, items, None)
             yield item
+    if future is None:
+        yield from items

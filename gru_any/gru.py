@@ -318,16 +318,10 @@ class GRU(Layer):
         if lengths is None:
             return None
         n = np.asarray(lengths) if isinstance(lengths, (list, tuple)) else to_numpy(lengths)
-        if n.shape != (B,):
-            raise ValueError(f"lengths is {n.shape}, expected (B,) = ({B},), one for each row of x")
-        if n.dtype.kind not in "iu" and n.size:
-            raise TypeError(f"lengths has dtype {n.dtype}, expected integers")
-        if n.size and (n.min() < 0 or n.max() > T):
-            wrong = n[(n < 0) | (n > T)][0]
-            raise ValueError(f"lengths holds {wrong}, expected 0 to T = {T}, the steps of x")
+        n = arguments.lengths(n, T, B)
         if (n == T).all():
             return None
-        alive = np.arange(T)[:, None, None] < n.astype(np.int64)[None, :, None]
+        alive = np.arange(T)[:, None, None] < n[None, :, None]
         return Padding(self.backend.put(alive, "bool"), int(n.min()))
 
     @property

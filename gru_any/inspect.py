@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .backend import to_numpy
+from .errors import check_shape
 from .gru import GRU
 from .layers import Last
 
@@ -27,7 +28,8 @@ def activity(model: Any, x: Any, lengths: Any = None) -> list[dict[str, np.ndarr
     Returns
     -------
     list of dict
-        For each GRU "r", "z", "n" and "h", each (L*D, T, B, H), as `GRU.taps` returns them.
+        For each GRU "r", "z", "n" and "h", each (L*D, T, B, H) whatever `batch_first` says, as
+        `GRU.taps` returns them.
 
     Examples
     --------
@@ -123,7 +125,7 @@ def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
     ----------
     gru : GRU
         In one direction; of dtype float32 or float64.
-    x : array (T, B, I), laid out like the model's
+    x : array (T, B, I), or (B, T, I) with `batch_first`
     seed : int
         Of the direction, which is another one in each row.
 
@@ -136,7 +138,7 @@ def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
     Raises
     ------
     ValueError
-        The GRU is bidirectional: its loss would be at both ends.
+        The GRU is bidirectional: its loss would be at both ends. x has no batch.
 
     Examples
     --------
@@ -149,6 +151,7 @@ def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
     """
     if len(gru.suffixes) == 2:
         raise ValueError("fading takes a GRU in one direction, this one is bidirectional")
+    check_shape("x", x, "(B, T, I)" if gru.batch_first else "(T, B, I)", {"I": gru.input_size})
     (_, h_n), pullback = gru.vjp(x)
     L, B, H = h_n.shape[0], h_n.shape[-2], gru.hidden_size
     direction = np.zeros((L, B, H))

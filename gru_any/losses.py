@@ -3,9 +3,6 @@
 value is a mean, a number without axes on the device of y (reading it waits for the device); grad
 has the shape and dtype of y. Half precision is summed in float32. What `mask` leaves out counts for
 nothing, whatever stands there; where it leaves out everything, value and gradient are 0.
-
-A mask belongs to the leading axes of y: (T, B) of a y (T, B, C) leaves out whole rows of C numbers,
-as `loss[mask].mean()` does in PyTorch.
 """
 
 import math
@@ -25,9 +22,9 @@ def softmax_cross_entropy(
     Parameters
     ----------
     y : array (..., C), scores before the softmax
-    target : array (...) of integers in 0..C-1, or (..., C) of probabilities
+    target : array (...) of integers in 0..C-1, or (..., C) of probabilities, of floating dtype
     weight : array (C,) or None, of the classes; with integer targets the mean is weighted too
-    mask : array of bool over the leading axes of (...), or None; True where a row counts
+    mask : array (...) of bool or None, of y's leading axes: True where a row counts
 
     Raises
     ------
@@ -53,6 +50,11 @@ def softmax_cross_entropy(
         t = _one_hot(backend, target, y.shape[-1], z.dtype, mask)
     else:
         _same("target", target, y.shape)
+        if not xp.isdtype(target.dtype, "real floating"):
+            raise TypeError(
+                f"target has dtype {target.dtype} and the shape of y, expected probabilities of "
+                f"floating dtype, or integers {tuple(y.shape[:-1])}"
+            )
         t = xp.astype(target, z.dtype, copy=False)
     if weight is not None:
         _same("weight", weight, y.shape[-1:])
@@ -81,8 +83,11 @@ def sigmoid_cross_entropy(
     Parameters
     ----------
     y, target : arrays of one shape; the target is taken as y's dtype
-    weight : array (C,) for the last axis, or of as many axes as y, which broadcasts to it; or None
-    mask : array of bool over the leading axes of y, or None; with as many axes as y it broadcasts
+    weight : array or None
+        Of the last axis of y, (C,), or of y's rank, with axes of 1 or as long as y's.
+    mask : array of bool or None
+        True where a number counts: of y's leading axes, all but the last, or of y's rank, with axes
+        of 1 or as long as y's. The mean is over the numbers that count, channels included.
 
     Raises
     ------
@@ -120,7 +125,12 @@ def squared_error(y: Any, target: Any, weight: Any = None, mask: Any = None) -> 
 
 def _mean(xp: Any, loss: Any, slope: Any, weight: Any, keep: Any, y: Any) -> tuple[Any, Any]:
     if weight is not None:
-        w = _weight_over(xp, xp.astype(weight, loss.dtype, copy=False), loss.shape)
+        if weight.ndim not in (1, loss.ndim):
+            raise ShapeError(
+                f"weight is {tuple(weight.shape)}, expected {tuple(loss.shape)}, where axes may be "
+                f"1, or {tuple(loss.shape[-1:])}, of the last axis"
+            )
+        w = _spread(xp, "weight", xp.astype(weight, loss.dtype, copy=False), loss.shape)
         loss, slope = loss * w, slope * w
     if keep is not None:  # once more, since the weight may be NaN there, and the loss not 0
         loss, slope = _cleaned(xp, keep, loss, slope)
@@ -138,29 +148,23 @@ def _enter(
         raise TypeError(f"y has dtype {y.dtype}, expected a real floating dtype")
     z = xp.astype(y, xp.float32) if xp.finfo(y.dtype).bits == 16 else y
     if mask is not None:
-        mask = _mask_over(xp, mask, tuple(y.shape[:axes]))
+        if not xp.isdtype(mask.dtype, "bool"):
+            raise TypeError(f"mask has dtype {mask.dtype}, expected bool: mask != 0")
+        if axes is None and y.ndim and tuple(mask.shape) == tuple(y.shape[:-1]):
+            mask = xp.expand_dims(mask, axis=-1)
+        if mask.ndim != len(y.shape[:axes]):
+            whole = "" if axes else f" or {tuple(y.shape)}"
+            raise ShapeError(f"mask is {tuple(mask.shape)}, expected {tuple(y.shape[:-1])}{whole}")
+        mask = _spread(xp, "mask", mask, y.shape[:axes])
     return backend, xp, z, mask
 
 
-def _mask_over(xp: Any, mask: Any, shape: tuple[int, ...]) -> Any:
-    """Broadcast a mask over the leading axes of the shape."""
-    if mask.dtype != xp.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}, expected bool: mask != 0, say")
-    n = mask.ndim
-    fits = tuple(mask.shape) == shape[:n] if n < len(shape) else n == len(shape)
-    if not fits or any(m not in (1, size) for m, size in zip(mask.shape, shape, strict=False)):
-        raise ShapeError(f"mask is {tuple(mask.shape)}, expected the leading axes of {shape}")
-    return xp.broadcast_to(xp.reshape(mask, (*mask.shape, *[1] * (len(shape) - n))), shape)
-
-
-def _weight_over(xp: Any, weight: Any, shape: Any) -> Any:
-    """Broadcast a weight to the shape; between (C,) and all axes it could belong to any of them."""
-    last = shape[len(shape) - weight.ndim :] if weight.ndim in (0, 1, len(shape)) else None
-    if last is None or any(n not in (1, m) for n, m in zip(weight.shape, last, strict=True)):
-        raise ShapeError(
-            f"weight is {tuple(weight.shape)}, expected {tuple(shape)}, or (C,) for its last axis"
-        )
-    return xp.broadcast_to(weight, tuple(shape))
+def _spread(xp: Any, name: str, v: Any, shape: Any) -> Any:
+    """V, broadcast to the shape."""
+    try:
+        return xp.broadcast_to(v, tuple(shape))
+    except (ValueError, RuntimeError):
+        raise ShapeError(f"{name} is {tuple(v.shape)}, expected {tuple(shape)}") from None
 
 
 def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from . import resume
 from .backend import environment, to_numpy
 from .checkpoint import describe
-from .data import Piece
+from .data import Piece, in_time
 from .history import History, Log
 from .mixed import Mixed
 from .optim import Optimizer, clip_by_global_norm
@@ -82,11 +82,10 @@ class Run:
         else:
             value, dy = loss(y, target, mask=mask)
             grads, _, _ = pullback(dy)
-        time = 1 if batch_first else 0
-        if piece.advance < x.shape[time]:
+        if piece.advance < x.shape[1 if batch_first else 0]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
-            part = (*[slice(None)] * time, slice(piece.advance), ...)
-            _, after = self.working(x[part], state, shorter)
+            begun = x[in_time(slice(piece.advance), batch_first)]
+            _, after = self.working(begun, state, shorter)
         self.state = after
         self.grads = {k: self.grads[k] + g for k, g in grads.items()} if self.pending else grads
         self.pending += 1

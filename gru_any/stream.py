@@ -55,6 +55,8 @@ class Stream:
     def __call__(self, x: Any, lengths: Any = None) -> Any:
         """Read a chunk x, shaped as the model takes it -> y; T may be anything, 0 too.
 
+        With `batch_first` in the model x and y are (B, T, .); a step and its y_t have no time.
+
         lengths : B integers in 0..T
             How many steps of each row there are. A row with none keeps its state.
         """

@@ -10,8 +10,7 @@ from typing import Any
 
 from . import arguments
 from .chain import Chain
-from .data import Batch, Piece, ahead, arranged, cut, reach, whole
-from .gru import GRU
+from .data import Batch, Piece, ahead, arranged, cut, pair, whole
 from .history import History
 from .layers import Embedding, Last
 from .optim import Optimizer
@@ -52,11 +51,11 @@ def fit(
     ----------
     model : Chain
     loss : callable
-        `value, dy = loss(y, target, mask=None)`; the mask stands over the leading axes of y.
+        `value, dy = loss(y, target, mask=None)`; arrays are laid out as the model has it, and the
+        mask is (T, B), (B, T) with `batch_first`, or what the batch gives.
     batches : callable
         `batches(epoch)` gives the batches of an epoch, on the host; the same for the same epoch.
-        Each is a `data.Batch`, or a tuple (x, target[, mask[, lengths]]) laid out as the model
-        takes x.
+        Each a `data.Batch`, or a tuple (x, target[, mask[, lengths]]) laid out as the model has it.
     optimiser : Optimizer
         Of `model.params`, or of a part of them: the others are frozen, which is said on stderr.
         Only its own are clipped, averaged and changed.
@@ -66,7 +65,8 @@ def fit(
     tbptt : (k1, k2) or None
         A gradient every k1 steps of time over the last k2, the state carried over; see `data.cut`.
     accumulate : int
-        So many gradients are averaged for one update.
+        So many gradients are averaged for one update: each is that of a mean over what counts in
+        its own piece, and all weigh the same, whatever their pieces' counts.
     clip : float or None
         Largest norm of the gradient.
     schedule : callable or None
@@ -87,7 +87,7 @@ def fit(
         Folder of the log (log.jsonl) and the checkpoints, one every `save_every` steps.
     settings : dict or None
         What else decides the numbers, such as a digest of the data; a run that goes on must have
-        the same, as it must have the same arguments but for its end.
+        the same, as it must have the same arguments but for its end. JSON must be able to write it.
     log_every : int
         Steps between two records; making one waits for the device.
     bar : bool or callable
@@ -100,7 +100,8 @@ def fit(
     Raises
     ------
     TypeError
-        The model is no Chain, or the optimiser none of this library.
+        The model is no Chain, the optimiser none of this library, or an argument or a batch is of
+        a wrong type.
     KeyError
         The optimiser holds a name that the model does not have.
     FloatingPointError
@@ -108,41 +109,39 @@ def fit(
         the next record.
     IndexError
         x holds indices that the model's first layer, an Embedding, does not have.
-    TypeError, ValueError
-        A number is not above 0, a batch does not fit, `settings` has the name of an argument,
-        settings differ from the checkpoint's, or no checkpoint can be used.
+    ValueError
+        A number is out of its range, the parts of a batch do not belong together or do not fit the
+        model, `settings` has the name of an argument, settings differ from the checkpoint's, or no
+        checkpoint can be used.
     OSError
         A checkpoint cannot be written; the last good one is kept.
     """
-    if not isinstance(model, Chain):
-        raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
+    _check_chain(model)
     if not isinstance(optimiser, Optimizer):
         name = type(optimiser).__name__
         raise TypeError(f"optimiser is {name}, expected one such as Adam(model.params)")
+    functions = {"loss": loss, "batches": batches, "schedule": schedule, "valid": valid}
+    for name, function in functions.items():
+        if not (callable(function) or (function is None and name in ("schedule", "valid"))):
+            raise TypeError(f"{name} is {type(function).__name__}, expected a function: see fit")
     if steps is epochs is minutes is None:
         raise ValueError("give at least one of steps, epochs and minutes")
-    steps, epochs, accumulate, validate_every, save_every, log_every = (
-        _count(name, n)
-        for name, n in (
-            ("steps", steps),
-            ("epochs", epochs),
-            ("accumulate", accumulate),
-            ("validate_every", validate_every),
-            ("save_every", save_every),
-            ("log_every", log_every),
-        )
-    )
-    minutes, clip = _above_0("minutes", minutes), _above_0("clip", clip)
-    patience = None if patience is None else arguments.size("patience", patience, 0)
-    if average is not None:
-        average = arguments.number("average", average, below=1, above=True)
-    tbptt, seed = tbptt and reach(tbptt), arguments.size("seed", seed, 0)
-    _refuse_unwritable(settings or {})
+    count, real = _given(arguments.size), _given(arguments.number)
+    steps, epochs = count("steps", steps), count("epochs", epochs)
+    minutes, clip = real("minutes", minutes, above=True), real("clip", clip, above=True)
+    accumulate = arguments.size("accumulate", accumulate)
+    validate_every = count("validate_every", validate_every)
+    save_every = arguments.size("save_every", save_every)
+    log_every = arguments.size("log_every", log_every)
+    patience, seed = count("patience", patience, 0), arguments.size("seed", seed, 0)
+    average, tbptt = real("average", average, below=1), pair(tbptt)
+    bar = bar if callable(bar) else arguments.flag("bar", bar)
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
                 clip=clip, validate_every=validate_every, patience=patience, average=average,
                 mixed=mixed, seed=seed, log_every=log_every)  # fmt: skip
+    settings = _writable(settings or {})
     run = Run(model, optimiser, seed, average, mixed)
-    run.open(out, kept, settings or {}, schedule)
+    run.open(out, kept, settings, schedule)
     ends = steps, epochs, minutes
     with _interrupts() as stop, _bar(bar, ends, run) as show, run.quiet():
         for epoch, number, piece in _pieces(run.working, batches, tbptt, run):
@@ -171,59 +170,69 @@ def fit(
     return run.close(valid)
 
 
-def _above_0(name: str, number: Any) -> Any:
-    return None if number is None else arguments.number(name, number, above=True)
+def _check_chain(model: Any) -> None:
+    if not isinstance(model, Chain):
+        raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
 
 
-def _count(name: str, number: Any) -> Any:
-    return None if _above_0(name, number) is None else arguments.size(name, number)
+def _given(check: Callable[..., Any]) -> Callable[..., Any]:
+    """The same check, which lets None pass."""
+    return lambda name, value, *more, **named: (
+        None if value is None else check(name, value, *more, **named)
+    )
 
 
-def _refuse_unwritable(settings: Any) -> None:
-    """Raise where a checkpoint could not hold the settings, before a step is made."""
-    for name, value in dict(settings).items():
+def _writable(settings: Any) -> dict[str, Any]:
+    """The settings, where JSON can write each."""
+    if not isinstance(settings, dict):
+        raise TypeError(f"settings is {type(settings).__name__}, expected a dict")
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise TypeError(f"settings has the name {name!r}, expected a string")
         try:
-            json.dumps({name: value})
-        except (TypeError, ValueError):
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as e:
             raise TypeError(
-                f"settings[{name!r}] is {value!r}, expected what JSON can write: numbers and text "
-                "of Python, lists and dicts of them"
-            ) from None
+                f"settings[{name!r}] is {value!r}, which JSON cannot write ({e}): give a plain "
+                "number, string, list or dict"
+            ) from e
+    return settings
 
 
 def evaluate(
     model: Any, loss: Callable[..., Any], batches: Iterable[Any], chunk: int | None = None
 ) -> float:
-    """The mean loss over all targets that count, read in chunks of so many steps.
+    """The mean loss over all targets that count, read in chunks of so many steps of time.
 
-    Batches are as in `fit`. Chunks are weighted by how many of their targets count; so `loss` must
-    be a mean over these, which one with weights of classes is not.
+    The mean over the pieces goes by how many targets count in each, so a loss that weighs its
+    classes has its weighted mean within each piece alone.
+
+    Parameters
+    ----------
+    model : Chain
+    loss, batches
+        As in `fit`; here `batches` are the batches themselves.
+    chunk : int or None
+        None reads each batch at once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `fit`; or no target counts.
     """
-    size = None if chunk is None else arguments.size("chunk", chunk)
-    total, count, state = 0.0, 0, None
+    _check_chain(model)
+    tbptt = None if chunk is None else (arguments.size("chunk", chunk),) * 2
+    total, count, state = 0.0, 0.0, None
     for batch in batches:
-        for piece in _cut(model, batch, None if size is None else (size, size)):
+        for piece in _cut(model, batch, tbptt):
             x, target, mask, lengths, _ = _put(model, piece).batch
             y, state = model(x, None if piece.first else state, lengths)
-            total += float(loss(y, target, mask=mask)[0]) * piece.counted
-            count += piece.counted
-    return total / max(count, 1)
-
-
-def _cut(model: Any, item: Any, tbptt: tuple[int, int] | None) -> Iterable[Piece]:
-    """The pieces of a batch, laid out as the model takes them."""
-    recurrent = any(isinstance(layer, GRU) for layer in model.layers)
-    each_step = not any(isinstance(layer, Last) for layer in model.layers)
-    rank = 2 if isinstance(model.layers[0], Embedding) else 3 if recurrent else None
-    batch = arranged(item, model.batch_first, rank, each_step)
-    if each_step:
-        return cut(batch, tbptt)
-    if tbptt is not None:
-        raise ValueError(
-            f"the sequences are to be cut by {tbptt}, but the model has a Last, whose one result a "
-            "row needs all steps: leave out tbptt, or chunk"
-        )
-    return [whole(batch)]
+            if piece.counted:
+                total += float(loss(y, target, mask=mask)[0]) * piece.counted
+                count += piece.counted
+    if not count:
+        raise ValueError("no target counts in the batches: a mean over nothing is no number")
+    return total / count
 
 
 def _pieces(
@@ -245,6 +254,21 @@ def _pieces(
             epoch, skip = epoch + 1, 0
 
     return ahead(made())
+
+
+def _cut(model: Any, item: Any, tbptt: tuple[int, int] | None) -> Iterable[Piece]:
+    """The pieces of a batch in the layout of the model; one where it has one result a row."""
+    each_step = not any(isinstance(layer, Last) for layer in model.layers)
+    rank = 2 if isinstance(model.layers[0], Embedding) else 3
+    batch = arranged(item, model.batch_first, rank, each_step)
+    if each_step:
+        return cut(batch, tbptt)
+    if tbptt is not None:
+        raise ValueError(
+            f"the batches are to be cut by {tbptt}, but the model has a Last, whose one result a "
+            "row needs all steps: leave out tbptt, or chunk"
+        )
+    return [whole(batch)]
 
 
 def _put(model: Any, piece: Piece) -> Piece:

@@ -127,6 +127,7 @@ def copy(T: int, rng: np.random.Generator, rows: int) -> Batch:
 
 
 TASKS = {"adding": adding, "copy": copy}
+LOSSES = {"adding": gru_any.squared_error, "copy": gru_any.softmax_cross_entropy}
 
 
 # the model ---------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     model = build(args)
     return {
         "model": model,
-        "loss": squared if args.task == "adding" else gru_any.softmax_cross_entropy,
+        "loss": LOSSES[args.task],
         "batches": lambda update: fresh(args, update),
         "optimiser": Adam(model.params, lr=args.rate),
         "clip": args.clip,
@@ -157,10 +158,6 @@ def build(args: argparse.Namespace) -> Chain:
         bias[args.hidden : 2 * args.hidden] = np.log(lasts)
         gru.params["bias_ih_l0"] = gru_any.asarray(bias, like=gru)
     return Chain(gru, Linear(args.hidden, outputs, seed=seeds[1], **home))
-
-
-def squared(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
-    return gru_any.squared_error(y, target, mask=mask[..., None])
 
 
 def cost(settings: dict[str, Any]) -> tuple[float, float]:

@@ -292,7 +292,7 @@ def build(args: argparse.Namespace, train: Pieces) -> Chain:
 
 def nats(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
     """The loss in nats per frame: the sum over the keys."""
-    value, dy = gru_any.sigmoid_cross_entropy(y, target, mask=mask[..., None])
+    value, dy = gru_any.sigmoid_cross_entropy(y, target, mask=mask)
     return value * KEYS, dy * KEYS
 
 

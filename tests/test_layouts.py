@@ -1,13 +1,9 @@
-"""Time and batch in training: both layouts give the same numbers; what is unclear is refused."""
-
-import itertools
-import json
-import threading
+"""Time and batch: every layout gives the same numbers, and what fits neither is refused."""
 
 import numpy as np
 import pytest
 from conftest import require
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gru_any import (
@@ -22,341 +18,454 @@ from gru_any import (
     softmax_cross_entropy,
     squared_error,
 )
-from gru_any.convert.torch import to_arrays
-from gru_any.data import Batch, ahead, cut, side_by_side, streams
-from gru_any.errors import ShapeError
+from gru_any.data import Batch, ahead, arranged, cut, side_by_side, streams
+from gru_any.inspect import activity, fading
 from gru_any.stream import Stream
 from gru_any.train import evaluate, fit
 
 
-def model(batch_first, dtype="float64", **options):
-    gru = GRU(3, 6, batch_first=batch_first, reset_after=True, seed=0, dtype=dtype, **options)
-    return Chain(gru, Linear(6, 2, seed=1, dtype=dtype))
+def regression(batch_first=False, layers=1, dtype="float64"):
+    options = {"dtype": dtype, "seed": 0}
+    gru = GRU(3, 6, layers, batch_first=batch_first, **options)
+    return Chain(gru, Linear(6, 2, **options))
 
 
-def arrays(T=12, B=5, seed=0):
+def data(B=4, T=8, seed=0, masked=False, lengths=False):
+    """Time first."""
     rng = np.random.default_rng(seed)
-    x, target = (rng.standard_normal((T, B, n)) for n in (3, 2))
-    return x, target, rng.random((T, B)) < 0.7
+    x, target = rng.standard_normal((T, B, 3)), rng.standard_normal((T, B, 2))
+    mask = rng.random((T, B)) < 0.6 if masked else None
+    if masked:
+        mask[0] = True
+    return Batch(x, target, mask, rng.integers(1, T + 1, B) if lengths else None, False)
 
 
-def turned(*v):
-    return [np.swapaxes(a, 0, 1) for a in v]
+def turned(batch):
+    """The same, batch first."""
+    x, target, mask = (None if v is None else np.swapaxes(v, 0, 1) for v in batch[:3])
+    return Batch(x, target, mask, batch.lengths, True)
 
 
-def trained(m, batch, loss=squared_error, steps=4, **options):
-    history = fit(m, loss, lambda epoch: [batch], Adam(m.params, lr=0.02), steps=steps, log_every=1,
-                  bar=False, **options)  # fmt: skip
-    return [r["loss"] for r in history.records], {k: v.copy() for k, v in m.params.items()}
+def train(model, batch, steps=4, optimiser=None, **options):
+    fit(model, squared_error, lambda epoch: [batch], optimiser or SGD(model.params, lr=0.1),
+        steps=steps, bar=False, **options)  # fmt: skip
+    return model.params
 
 
-# evaluate and fit --------------------------------------------------------------------------------
+# one number, whatever the layout ------------------------------------------------------------------
 
 
-def test_chunks_of_a_batch_first_model_are_the_whole():
-    rng = np.random.default_rng(0)
-    m = Chain(GRU(3, 6, batch_first=True, seed=0), Linear(6, 2, seed=1))
-    x, target = (rng.standard_normal((8, 32, n)).astype("float32") for n in (3, 2))
-    y, _ = m(x)
-    expected = np.mean((y - target) ** 2)
-    for chunk in (None, 1, 4, 5, 32, 100):
-        assert evaluate(m, squared_error, [Batch(x, target)], chunk) == pytest.approx(expected)
-
-
+@settings(max_examples=30, deadline=None)
 @given(
-    T=st.integers(1, 9),
-    B=st.integers(1, 9),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 2)),
     chunk=st.integers(1, 10),
-    batch_first=st.booleans(),
-    named=st.sampled_from([None, True, False]),
     masked=st.booleans(),
+    lengths=st.booleans(),
+    seed=st.integers(0, 99),
 )
-def test_the_layout_changes_no_number(T, B, chunk, batch_first, named, masked):
-    x, target, mask = arrays(T, B)
-    m = model(batch_first)
-    y, _ = model(False)(x)
-    counts = mask if masked else np.ones_like(mask)
-    expected = ((y - target) ** 2)[counts].mean() if counts.any() else 0
-    given = batch_first if named is None else named
-    laid = turned(x, target, mask) if given else (x, target, mask)
-    batch = Batch(*laid[: 3 if masked else 2], batch_first=named)
-    assert evaluate(m, squared_error, [batch], chunk) == pytest.approx(expected, abs=1e-12)
+def test_chunks_and_layouts_give_one_loss(sizes, chunk, masked, lengths, seed):
+    B, T, layers = sizes
+    batch = data(B, T, seed, masked, lengths)
+    model, twin, other = regression(False, layers), regression(True, layers), turned(batch)
+    y, _ = model(batch.x, lengths=batch.lengths)
+    square = (y - batch.target) ** 2
+    counts = np.arange(T)[:, None] < (T if batch.lengths is None else np.asarray(batch.lengths))
+    counts = np.broadcast_to(counts, (T, B)) if batch.mask is None else batch.mask
+    assume(counts.any())
+    whole = square[counts].mean()
+    for m, given_batch in (
+        (model, batch),
+        (model, batch._replace(batch_first=None)),
+        (model, other),
+        (twin, other),
+        (twin, other._replace(batch_first=None)),
+        (twin, batch),
+    ):
+        for size in (None, chunk):
+            found = evaluate(m, squared_error, [given_batch], chunk=size)
+            assert found == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("tbptt", [None, (4, 4), (2, 4), (3, 7)])
-@pytest.mark.parametrize("lengths", [None, [12, 3, 0, 7, 12]])
-def test_training_is_that_of_the_other_layout(tbptt, lengths):
-    x, target, mask = arrays()
-    first = trained(model(False), Batch(x, target, mask, lengths), tbptt=tbptt)
-    for named in (None, True, False):
-        v = (x, target, mask) if named is False else turned(x, target, mask)
-        losses, params = trained(model(True), Batch(*v, lengths, named), tbptt=tbptt)
-        assert np.allclose(losses, first[0], rtol=1e-12, atol=0)  # sums in another order
-        assert all(np.allclose(params[k], first[1][k], rtol=0, atol=1e-11) for k in params)
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("tbptt", [None, (1, 1), (4, 4), (2, 4), (3, 7)])
+def test_training_is_that_of_the_time_first_twin(tbptt, lengths):
+    batch = data(masked=True, lengths=lengths)
+    expected = train(regression(), batch, tbptt=tbptt)
+    for model, same in ((regression(True), turned(batch)), (regression(True), batch)):
+        found = train(model, same, tbptt=tbptt)
+        for name, w in expected.items():
+            assert np.allclose(found[name], w, rtol=0, atol=1e-14), name
+    found = train(regression(), turned(batch), tbptt=tbptt)  # transposed once: the same bits
+    assert all(np.array_equal(found[name], w) for name, w in expected.items())
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["squared", "sigmoid"])
-def test_masked_training_is_pytorchs(batch_first, masked, kind):
+@pytest.mark.parametrize("tbptt", [None, (4, 4), (2, 4)])
+@pytest.mark.parametrize("masked", [False, True, "all axes"])
+def test_masked_regression_is_that_of_torch(batch_first, tbptt, masked):
+    """T = B = C too, where a mask could be taken for one of other axes."""
     torch = require("torch")
-    ours = {"squared": squared_error, "sigmoid": sigmoid_cross_entropy}[kind]
-    functional = torch.nn.functional
-    theirs = {
-        "squared": functional.mse_loss,
-        "sigmoid": functional.binary_cross_entropy_with_logits,
-    }[kind]
-    x, target, mask = arrays()
-    target = 1 / (1 + np.exp(-target))
-    m = model(batch_first)
-    gru, linear = torch.nn.GRU(3, 6, batch_first=batch_first).double(), torch.nn.Linear(6, 2)
-    for layer, module in zip(m.layers, (gru, linear.double()), strict=True):
-        module.load_state_dict({k: torch.tensor(v) for k, v in to_arrays(Chain(layer)).items()
-                                for k in [k.partition(".")[2]]})  # fmt: skip
-    v = turned(x, target, mask) if batch_first else [x, target, mask]
-    X, Y, M = (torch.tensor(np.ascontiguousarray(a)) for a in v)
-    optimiser = torch.optim.SGD([*gru.parameters(), *linear.parameters()], lr=0.3)
-    losses = []
-    for _ in range(6):
-        optimiser.zero_grad()
-        each = theirs(linear(gru(X)[0]), Y, reduction="none")
-        value = each[M].mean() if masked else each.mean()
-        value.backward()
-        optimiser.step()
-        losses.append(value.item())
-    batch = Batch(*(v if masked else v[:2]))
-    history = fit(m, ours, lambda epoch: [batch], SGD(m.params, lr=0.3), steps=6, log_every=1,
-                  bar=False)  # fmt: skip
-    assert np.allclose([r["loss"] for r in history.records], losses, rtol=0, atol=1e-10)
-    for name, w in [*gru.named_parameters("0"), *linear.named_parameters("1")]:
-        assert np.allclose(m.params[name], w.detach().numpy(), rtol=0, atol=1e-10)
+    B = T = 8
+    rng = np.random.default_rng(5)
+    x, target = rng.standard_normal((2, B, T, 3))
+    target = np.repeat(target[..., :1], 8, axis=-1) * np.arange(8)
+    shape = {False: None, True: (B, T), "all axes": (B, T, 8)}[masked]
+    mask = None if shape is None else rng.random(shape) < 0.5
+    options = {"dtype": "float64", "seed": 0}
+    model = Chain(GRU(3, 6, batch_first=batch_first, reset_after=True, **options),
+                  Linear(6, 8, **options))  # fmt: skip
+    gru = torch.nn.GRU(3, 6, batch_first=True, dtype=torch.float64)
+    linear = torch.nn.Linear(6, 8, dtype=torch.float64)
+    for i, layer in enumerate((gru, linear)):
+        own = {k: torch.tensor(v) for k, v in model.layers[i].params.items()}
+        layer.load_state_dict(own)
+    theirs = [*gru.parameters(), *linear.parameters()]
+    optimiser = torch.optim.SGD(theirs, lr=0.1)
+    k1, k2 = tbptt or (T, T)
+    X, Y = torch.tensor(x), torch.tensor(target)
+    keep = torch.ones(B, T, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    steps, state = 0, None
+    for _ in range(2):
+        for at in range(0, T, k1):
+            start = max(0, at + k1 - k2)
+            state = None if start == 0 else state
+            y, _ = gru(X[:, start : at + k1], state)
+            error = (linear(y)[:, at - start :] - Y[:, at : at + k1]) ** 2
+            loss = error[keep[:, at : at + k1]].mean()
+            following = max(0, at + 2 * k1 - k2)
+            with torch.no_grad():  # the state is that of the weights before the update
+                if following > start:
+                    state = gru(X[:, start:following], state)[1]
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            steps += 1
+    fit(model, squared_error, lambda epoch: [Batch(x, target, mask, batch_first=True)],
+        SGD(model.params, lr=0.1), steps=steps, tbptt=tbptt, bar=False)  # fmt: skip
+    expected = [*gru.state_dict().items(), *linear.state_dict().items()]
+    for (name, w), found in zip(expected, model.params.values(), strict=True):
+        assert np.allclose(found, w.numpy(), rtol=0, atol=1e-10), name
 
 
-def test_lengths_without_a_mask_leave_the_padding_out():
-    x, target, _ = arrays()
-    lengths = [12, 3, 0, 7, 1]
+def test_the_case_of_a_model_with_batch_first():
+    model = Chain(GRU(3, 6, batch_first=True, seed=0), Linear(6, 2, seed=0))
+    rng = np.random.default_rng(0)
+    x, target = (rng.standard_normal((8, 32, n)).astype("float32") for n in (3, 2))
+    whole = evaluate(model, squared_error, [(x, target)])
+    y, _ = model(x)
+    assert whole == pytest.approx(((y - target) ** 2).mean(), rel=1e-6)
+    assert evaluate(model, squared_error, [(x, target)], chunk=4) == pytest.approx(whole, rel=1e-6)
+
+
+def test_data_in_both_layouts():
+    first, last = (streams(np.arange(41), 4, batch_first=b) for b in (True, False))
+    assert (first.batch_first, last.batch_first) == (True, False)
+    assert first.x[1].tolist() == last.x[:, 1].tolist() == list(range(10, 20))
+    assert np.array_equal(first.target, last.target.T)
+    rows = [np.ones((2, 3)), np.ones((4, 3))]
+    x, mask = side_by_side(rows, batch_first=True)
+    assert x.shape == (2, 4, 3)
+    assert mask.tolist() == [[True, True, False, False], [True] * 4]
+    text = np.random.default_rng(0).integers(0, 5, 41)
+    found = []
+    for model_first in (False, True):
+        home = {"dtype": "float64", "seed": 0}
+        model = Chain(
+            Embedding(5, 3, **home),
+            GRU(3, 4, batch_first=model_first, **home),
+            Linear(4, 5, **home),
+        )
+        for batch_first in (False, True):
+            batch = streams(text, 4, batch_first=batch_first)
+            found += [evaluate(model, softmax_cross_entropy, [batch], n) for n in (None, 3)]
+    assert found == pytest.approx([found[0]] * 8, rel=1e-12)
+
+
+def test_stream_and_inspect_in_both_layouts():
+    model, twin = regression(), regression(True)
+    x = data().x
+    stream, other = Stream(model), Stream(twin)
+    for part in (slice(0, 3), slice(3, 8)):
+        assert np.allclose(stream(x[part]), other(x[part].swapaxes(0, 1)).swapaxes(0, 1))
+    assert np.allclose(stream.state[0], other.state[0])
+    seen = [activity(m, v) for m, v in ((model, x), (twin, x.swapaxes(0, 1)))]
+    assert all(np.allclose(seen[0][0][k], seen[1][0][k]) for k in "rznh")
+    grus = model.layers[0], twin.layers[0]
+    assert np.allclose(fading(grus[0], x), fading(grus[1], x.swapaxes(0, 1)))
+    with pytest.raises(ValueError, match=r"x is \(8, 3\), expected \(T, B, I\)"):
+        fading(grus[0], x[:, 0])
+
+
+# what is taken for a batch ------------------------------------------------------------------------
+
+
+def test_lists_tuples_and_tensors_are_batches():
+    torch = require("torch")
+    x, target, mask, lengths, _ = data(masked=True, lengths=True)
+    expected = train(regression(), Batch(x, target, mask, lengths))
+    for batch in (
+        (x, target, mask, lengths),
+        [x.tolist(), target.tolist(), mask.tolist(), lengths.tolist()],
+        [torch.tensor(v) for v in (x, target, mask, lengths)],
+        Batch(x, target, mask, lengths.astype("uint8")),
+        Batch(x, target, mask, tuple(lengths)),
+    ):
+        found = train(regression(), batch)
+        assert all(np.array_equal(found[name], w) for name, w in expected.items())
+    pairs = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(target))
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4)
+    model = regression(True)
+    fit(model, squared_error, lambda epoch: loader, SGD(model.params), epochs=1, bar=False)
+    assert not np.array_equal(model.params["1.bias"], regression(True).params["1.bias"])
+
+
+def test_lengths_near_their_ends():
+    """Unsigned ones do not wrap around below 0."""
+    batch = data(lengths=True)._replace(lengths=np.array([1, 2, 3, 8], "uint8"))
+    assert [p.batch.lengths.tolist() for p in cut(batch, (4, 4))] == [[1, 2, 3, 4], [0, 0, 0, 4]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"x": np.ones((8, 3))}, r"x is \(8, 3\), expected \(T, B, I\)"),
+        ({"x": np.ones((8, 4, 3, 1))}, r"x is \(8, 4, 3, 1\), expected"),
+        ({"target": np.ones((4, 8, 2))}, r"target is \(4, 8, 2\), expected \(T, B, \.\.\.\)"),
+        ({"target": np.ones(4)}, r"target is \(4,\), expected .* put a Last after the GRU"),
+        ({"mask": np.ones((4, 8), bool)}, r"mask is \(4, 8\), expected \(8, 4\)"),
+        ({"mask": np.ones((8, 4))}, "mask has dtype float64, expected bool"),
+        ({"mask": np.ones((8, 4), int)}, "mask has dtype int64, expected bool"),
+        ({"lengths": [3, 2]}, r"lengths is \(2,\), expected \(B,\) = \(4,\)"),
+        ({"lengths": [1.0, 2.0, 3.0, 4.0]}, "lengths has dtype float64, expected integers"),
+        ({"lengths": [1, 2, 3, 9]}, "lengths holds 9, expected 0 to T = 8"),
+        ({"x": [[1, 2], [3]]}, "x of a batch is no array"),
+        ({"x": np.full((8, 4, 3), "a")}, "x of a batch is no array"),
+        ({"batch_first": "yes"}, "batch_first is 'yes', expected True or False"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(wrong, words):
+    batch, model = data()._replace(**wrong), regression()
+    with pytest.raises((TypeError, ValueError), match=words):
+        train(model, batch)
+    with pytest.raises((TypeError, ValueError), match=words):
+        evaluate(model, squared_error, [batch])
+
+
+def test_what_is_no_batch():
+    for batch, words in (
+        (np.ones((8, 4, 3)), "a batch is ndarray, expected a Batch or"),
+        ((np.ones((8, 4, 3)),), "a batch is tuple"),
+        ({"x": 1, "target": 2}, "a batch is dict"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            train(regression(), batch)
+    with pytest.raises(ValueError, match=r"x is \(8, 4, 3\), expected \(T, B\), indices"):
+        arranged(data(), False, 2)
+    with pytest.raises(TypeError, match="batches is list, expected a function"):
+        fit(regression(), squared_error, [data()], SGD(regression().params), steps=1)
+    for name, function in (("schedule", 0.1), ("valid", 1.0)):
+        with pytest.raises(TypeError, match=f"{name} is float, expected a function"):
+            train(regression(), data(), **{name: function})
+    with pytest.raises(ValueError, match="no target counts"):
+        evaluate(regression(), squared_error, [data()._replace(mask=np.zeros((8, 4), bool))])
+    with pytest.raises(TypeError, match="model is GRU, expected a Chain"):
+        evaluate(GRU(3, 4), squared_error, [data()])
+
+
+def test_a_chain_has_one_layout():
+    with pytest.raises(ValueError, match="must share batch_first"):
+        Chain(GRU(3, 4), GRU(4, 4, batch_first=True))
+    assert regression(True).batch_first is True
+    assert Chain(Linear(3, 2)).batch_first is regression().batch_first is False
+
+
+def test_sequences_that_differ_in_more_than_time():
+    for sequences in ([], [np.ones((2, 3)), np.ones((2, 1))], [np.float64(1)]):
+        with pytest.raises(ValueError, match="expected one or more"):
+            side_by_side(sequences)
+    x, _ = side_by_side([np.ones(2, int), np.full(2, 0.5)])
+    assert x[:, 1].tolist() == [0.5, 0.5]
+
+
+def test_a_mask_in_part_of_the_channels_weighs_pieces_by_what_counts():
+    batch = data()._replace(mask=np.random.default_rng(0).random((8, 4, 2)) < 0.4)
+    batches = [batch, data(seed=1)]
+    model = regression()
+    squares = [(model(b.x)[0] - b.target) ** 2 for b in batches]
+    total = squares[0][batch.mask].sum() + squares[1].sum()
+    expected = total / (batch.mask.sum() + squares[1].size)
+    for chunk in (None, 3):
+        found = evaluate(model, squared_error, batches, chunk)
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+# losses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [squared_error, sigmoid_cross_entropy])
+def test_a_mask_belongs_to_the_leading_axes(loss):
+    rng = np.random.default_rng(0)
+    y, target = rng.random((2, 3, 3, 3))
+    mask = np.array([[True, False, False], [True, True, False], [False, False, False]])
+    value, grad = loss(y, target, mask=mask)
+    alone, kept = loss(y[mask], target[mask])
+    assert value == pytest.approx(alone, rel=1e-14)
+    assert np.allclose(grad[mask], kept, rtol=1e-14)
+    assert not grad[~mask].any()
+    whole = np.broadcast_to(mask[..., None], y.shape)
+    for other in (whole, mask[..., None]):
+        assert loss(y, target, mask=other)[0] == value
+
+
+@pytest.mark.parametrize("loss", [squared_error, sigmoid_cross_entropy, softmax_cross_entropy])
+def test_a_mask_or_weight_that_could_be_of_other_axes(loss):
+    y = np.full((3, 3, 3), 1 / 3)
+    for mask in (np.ones(3, bool), np.ones((1, 3, 3, 3), bool), np.array(True)):
+        with pytest.raises(ValueError, match=r"mask is .*, expected \(3, 3\)"):
+            loss(y, y, mask=mask)
+    for mask in (np.ones((3, 3)), np.ones((3, 3), int), np.full((3, 3), np.nan)):
+        with pytest.raises(TypeError, match=r"mask has dtype .*, expected bool"):
+            loss(y, y, mask=mask)
+    with pytest.raises(ValueError, match=r"weight is \(3, 3\), expected"):
+        loss(y, y, weight=np.ones((3, 3)))
+
+
+def test_targets_that_pytorch_would_broadcast():
+    y = np.zeros((3, 4))
+    for target in (np.zeros((3, 4, 1)), np.zeros((3, 1)), np.zeros(4)):
+        with pytest.raises(ValueError, match="target is"):
+            squared_error(y, target)
+    with pytest.raises(
+        TypeError, match=r"target has dtype int64 and the shape of y, expected prob"
+    ):
+        softmax_cross_entropy(y, np.ones((3, 4), int))
+
+
+# fit's own arguments ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": True}, {"steps": "5"}, {"steps": 2.5}, {"epochs": True}, {"minutes": "1"},
+        {"minutes": np.inf}, {"clip": "1"}, {"clip": np.inf}, {"clip": True}, {"average": 1.5},
+        {"average": np.nan}, {"average": 1.0}, {"patience": -1}, {"patience": 1.5},
+        {"tbptt": (4,)}, {"tbptt": 4}, {"tbptt": (2.5, 4)}, {"tbptt": "44"}, {"tbptt": (True, 4)},
+        {"accumulate": 1.5}, {"seed": -1}, {"seed": None}, {"save_every": None},
+        {"log_every": "x"}, {"bar": "False"}, {"validate_every": 0},
+    ],
+)  # fmt: skip
+def test_arguments_that_mean_nothing_are_refused_by_name(wrong):
+    model = regression()
+    (name,) = wrong
+    with pytest.raises((TypeError, ValueError), match=f"{name} is "):
+        fit(model, squared_error, lambda epoch: [data()], SGD(model.params),
+            **{"steps": 1, "bar": False, **wrong})  # fmt: skip
+
+
+def test_numbers_of_numpy_reach_the_checkpoint(tmp_path):
+    numbers = {"steps": np.int64(3), "clip": np.float32(1), "tbptt": np.array([4, 4]),
+               "seed": np.int32(1), "save_every": np.int8(2), "average": np.float64(0.5),
+               "patience": np.int64(3), "minutes": np.float32(9)}  # fmt: skip
+    first = train(regression(), data(), out=tmp_path, **numbers)
+    plain = {"steps": 3, "clip": 1, "tbptt": (4, 4), "seed": 1, "save_every": 2, "average": 0.5,
+             "patience": 3, "minutes": 9}  # fmt: skip
+    again = train(regression(), data(), out=tmp_path, **plain)
+    assert all(np.array_equal(again[name], w) for name, w in first.items())
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"rows": np.int64(3)}, r"settings\['rows'\] is .*JSON cannot write"),
+        ({"rate": float("nan")}, r"settings\['rate'\] is nan"),
+        ({"steps": 3}, r"settings has \['steps'\], which are kept anyway"),
+        ({3: 1}, "settings has the name 3"),
+        ([1], "settings is list"),
+    ],
+)
+def test_settings_that_cannot_be_kept_are_refused_before_the_first_step(bad, words, tmp_path):
+    model = regression()
+    before = {k: v.copy() for k, v in model.params.items()}
+    with pytest.raises((TypeError, ValueError), match=words):
+        train(model, data(), out=tmp_path, settings=bad)
+    assert all(np.array_equal(model.params[k], v) for k, v in before.items())
+
+
+def test_where_no_thread_can_start(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    expected = train(regression(), data(), tbptt=(3, 5))
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    found = train(regression(), data(), tbptt=(3, 5))
+    assert all(np.array_equal(found[name], w) for name, w in expected.items())
+    assert list(ahead(iter([1, 2]))) == [1, 2]
+
+
+@pytest.mark.parametrize("error", [KeyError("mine"), RuntimeError("mine"), OSError("mine")])
+@pytest.mark.parametrize("threads", [True, False])
+def test_an_error_of_batches_is_raised_as_itself(error, threads, monkeypatch):
+    if not threads:
+
+        def refuse(self):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr("threading.Thread.start", refuse)
+
+    def batches(epoch):
+        yield data()
+        raise error
+
+    model = regression()
+    with pytest.raises(type(error)) as raised:
+        fit(model, squared_error, batches, Adam(model.params), steps=5, bar=False)
+    assert raised.value is error
+
+
+# lengths, and one target a row -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda n: np.array(n, np.uint8)])
+def test_lengths_without_a_mask_leave_the_padding_out(kind):
+    batch, lengths = data(B=5, T=12), [12, 3, 0, 7, 1]
     inside = np.arange(12)[:, None] < lengths
-    y, _ = model(False)(x, lengths=lengths)
-    expected = ((y - target) ** 2)[inside].mean()
-    for m, v in ((model(False), (x, target)), (model(True), turned(x, target))):
-        for n in (lengths, tuple(lengths), np.array(lengths, np.uint8)):
-            batch = Batch(*v, lengths=n)
-            assert evaluate(m, squared_error, [batch]) == pytest.approx(expected)
-            assert evaluate(m, squared_error, [batch], 5) == pytest.approx(expected)
-
-
-def test_data_of_a_loader():
-    torch = require("torch")
-    x, target, _ = arrays()
-    x, target = turned(x, target)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(target)), batch_size=2
-    )
-    m = model(True)
-    fit(m, squared_error, lambda epoch: loader, SGD(m.params, lr=0.1), epochs=2, bar=False)
-    other = model(True)
-    parts = [Batch(x[i : i + 2], target[i : i + 2]) for i in (0, 2, 4)]
-    fit(other, squared_error, lambda epoch: parts, SGD(other.params, lr=0.1), epochs=2, bar=False)
-    assert all(np.array_equal(m.params[k], w) for k, w in other.params.items())
+    y, _ = regression()(batch.x, lengths=lengths)
+    expected = ((y - batch.target) ** 2)[inside].mean()
+    given = batch._replace(lengths=kind(lengths))
+    for model, same in ((regression(), given), (regression(True), turned(given))):
+        for chunk in (None, 5):
+            assert evaluate(model, squared_error, [same], chunk) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_one_target_a_row(batch_first):
-    x, _, _ = arrays()
-    labels = np.array([0, 1, 1, 0, 1])
-    gru = GRU(3, 6, batch_first=batch_first, seed=0, dtype="float64")
-    m = Chain(gru, Last(dtype="float64"), Linear(6, 2, seed=1, dtype="float64"))
+    torch = require("torch")
+    x, labels = data(B=5, T=12).x, np.array([0, 1, 1, 0, 1])
+    I, home = x.shape[-1], {"dtype": "float64"}
+    gru = GRU(I, 6, batch_first=batch_first, seed=0, **home)
+    model = Chain(gru, Last(**home), Linear(6, 2, seed=1, **home))
     lengths = [12, 3, 4, 7, 12]
     batch = Batch(x, labels, None, lengths, batch_first=False)
-    y, _ = m(np.swapaxes(x, 0, 1) if batch_first else x, lengths=lengths)
-    value, _ = softmax_cross_entropy(y, labels)
-    assert evaluate(m, softmax_cross_entropy, [batch]) == pytest.approx(value)
-    before = float(value)
-    trained(m, batch, softmax_cross_entropy, steps=20)
-    assert evaluate(m, softmax_cross_entropy, [batch]) < before
-    with pytest.raises(ValueError, match="the model has a Last"):
-        evaluate(m, softmax_cross_entropy, [batch], chunk=4)
-    with pytest.raises(ValueError, match="the model has a Last"):
-        trained(m, batch, softmax_cross_entropy, tbptt=(4, 4))
-
-
-# data --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tbptt", [None, (4, 4), (2, 6), (20, 30)])
-def test_a_cut_along_the_named_axis(tbptt):
-    x, target, mask = arrays()
-    first = cut(Batch(x, target, mask, [12, 3, 0, 7, 12]), tbptt)
-    second = cut(Batch(*turned(x, target, mask), [12, 3, 0, 7, 12], True), tbptt)
-    for a, b in itertools.zip_longest(first, second):
-        assert a[1:] == b[1:]
-        for v, w in zip(a.batch[:3], turned(*b.batch[:3]), strict=True):
-            assert np.array_equal(v, w)
-        assert np.array_equal(a.batch.lengths, b.batch.lengths)
-
-
-def test_rows_first():
-    a, b = streams(np.arange(21), 4), streams(np.arange(21), 4, batch_first=True)
-    assert np.array_equal(a.x.T, b.x)
-    assert np.array_equal(a.target.T, b.target)
-    assert (a.batch_first, b.batch_first) == (False, True)
-    parts = [np.ones((2, 3)), np.ones((4, 3))]
-    for one, other in zip(side_by_side(parts), side_by_side(parts, None, True), strict=True):
-        assert np.array_equal(np.swapaxes(one, 0, 1), other)
-
-
-def test_streams_of_text_for_a_model_of_either_layout():
-    text, found = np.random.default_rng(0).integers(0, 9, 200), []
-    for first in (False, True):
-        gru = GRU(4, 5, batch_first=first, seed=1)
-        writer = Chain(Embedding(9, 4, seed=0), gru, Linear(5, 9, seed=2))
-        for batch in (streams(text, 4), streams(text, 4, batch_first=True)):
-            found.append(trained(writer.to(), batch, softmax_cross_entropy, tbptt=(10, 20)))
-    for losses, params in found[1:]:
-        assert np.allclose(losses, found[0][0], rtol=1e-5)
-        assert all(np.allclose(params[k], w, atol=1e-5) for k, w in found[0][1].items())
-
-
-def test_a_stream_of_a_batch_first_model():
-    x, _, _ = arrays()
-    whole, _ = model(False)(x)
-    stream = Stream(model(True))
-    rows = np.swapaxes(x, 0, 1)
-    parts = [stream(rows[:, :5]), stream.step(rows[:, 5])[:, None], stream(rows[:, 6:])]
-    assert np.allclose(np.concatenate(parts, axis=1), np.swapaxes(whole, 0, 1), atol=1e-14)
-
-
-def test_without_another_thread(monkeypatch):
-    def refused(self):
-        raise RuntimeError("can't start new thread")
-
-    x, target, mask = arrays()
-    before = trained(model(False), Batch(x, target, mask), tbptt=(4, 4))
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    assert list(ahead(iter(range(1, 5)))) == [1, 2, 3, 4]
-    assert trained(model(False), Batch(x, target, mask), tbptt=(4, 4))[0] == before[0]
-
-
-# losses ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", [squared_error, sigmoid_cross_entropy])
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_mask_belongs_to_the_leading_axes(loss, n):
-    """Also where all axes are alike, and the trailing ones would fit too."""
-    rng = np.random.default_rng(n)
-    y, target = rng.standard_normal((4, 4, 4)), rng.random((4, 4, 4))
-    mask = rng.random((4,) * n) < 0.5
-    full = np.broadcast_to(mask.reshape(*mask.shape, *[1] * (3 - n)), y.shape)
-    value, grad = loss(y, target, mask=mask)
-    by_hand = {
-        squared_error: (y - target) ** 2,
-        sigmoid_cross_entropy: np.log1p(np.exp(y)) - y * target,
-    }[loss]
-    assert value == pytest.approx(by_hand[full].mean(), rel=1e-12)
-    assert not grad[~full].any()
-    assert grad[full].all()
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (5,), (4, 3, 2), (4, 3, 1, 1), (3, 2)])
-def test_a_mask_of_other_axes(shape):
-    y = np.zeros((4, 3, 5))
-    with pytest.raises(ShapeError, match=r"mask is .*, expected the leading axes of \(4, 3, 5\)"):
-        squared_error(y, y, mask=np.ones(shape, bool))
-
-
-@pytest.mark.parametrize("loss", [squared_error, sigmoid_cross_entropy, softmax_cross_entropy])
-def test_a_mask_is_of_bool(loss):
-    y = np.zeros((4, 3))
-    for mask in (np.ones((4,)), np.ones((4,), int)):
-        with pytest.raises(TypeError, match="expected bool: mask != 0"):
-            loss(y, y, mask=mask)
-
-
-def test_a_weight_that_could_belong_to_several_axes():
-    y, target = np.random.default_rng(0).standard_normal((2, 3, 3, 3))
-    value, _ = squared_error(y, target, weight=np.array([1.0, 2.0, 3.0]))
-    assert value == pytest.approx(((y - target) ** 2 * [1, 2, 3]).mean())
-    with pytest.raises(ShapeError, match=r"weight is \(3, 3\), expected \(3, 3, 3\), or \(C,\)"):
-        squared_error(y, target, weight=np.ones((3, 3)))
-
-
-def test_a_target_is_not_broadcast():
-    with pytest.raises(ShapeError, match=r"target is \(4, 3, 1\), expected \(4, 3\)"):
-        squared_error(np.zeros((4, 3)), np.zeros((4, 3, 1)))
-
-
-# what is refused at the door ---------------------------------------------------------------------
-
-X, TARGET, MASK = arrays()
-
-
-@pytest.mark.parametrize(
-    ("batch", "error", "message"),
-    [
-        ((X[:, 0], TARGET[:, 0]), ValueError, r"x is \(12, 3\), expected \(T, B, I\)"),
-        ((X,), TypeError, "expected a Batch, or a tuple of 2 to 4"),
-        ({"x": X, "target": TARGET}, TypeError, "a batch is a dict"),
-        ((X.tolist(), TARGET), TypeError, "x is a list, expected an array"),
-        ((X, np.swapaxes(TARGET, 0, 1)), ValueError, r"target is \(5, 12, 2\), expected \(T, B"),
-        ((X, TARGET[0]), ValueError, "put a Last after the GRU"),
-        ((X, TARGET, MASK.T), ValueError, r"mask is \(5, 12\), expected \(T, B, ...\)"),
-        ((X, TARGET, MASK * 1.0), TypeError, "mask has dtype float64, expected bool"),
-        ((X, TARGET, None, [1, 2]), ValueError, r"lengths is \(2,\), expected \(B,\) = \(5,\)"),
-        ((X, TARGET, None, [1.0] * 5), TypeError, "lengths has dtype float64"),
-        ((X, TARGET, None, [13] * 5), ValueError, "lengths holds 13 to 13, expected 0 to T = 12"),
-        ((X, TARGET, None, None, "False"), TypeError, "batch_first is 'False'"),
-    ],
-)
-def test_a_batch_that_does_not_fit(batch, error, message):
-    item = Batch(*batch) if isinstance(batch, tuple) and len(batch) == 5 else batch
-    with pytest.raises(error, match=message):
-        evaluate(model(False), squared_error, [item])
-    m = model(False)
-    with pytest.raises(error, match=message):
-        trained(m, item)
-
-
-def test_a_chain_of_two_layouts():
-    with pytest.raises(ValueError, match="would take the other's time for its batch"):
-        Chain(GRU(3, 4, batch_first=True), GRU(4, 5))
-    assert Chain(Linear(3, 4)).batch_first is None
-    assert model(True).batch_first is True
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"steps": True}, TypeError, "steps is True, expected a number above 0"),
-        ({"steps": "5"}, TypeError, "steps is '5'"),
-        ({"steps": 2.5}, ValueError, "steps is 2.5, expected an integer"),
-        ({"clip": "1"}, TypeError, "clip is '1'"),
-        ({"clip": np.inf}, ValueError, "clip is inf"),
-        ({"patience": -1}, ValueError, "patience is -1"),
-        ({"average": 1.5}, ValueError, "average is 1.5, expected 0 < average < 1"),
-        ({"tbptt": (4,)}, ValueError, "tbptt is"),
-        ({"tbptt": 4}, ValueError, "tbptt is 4, expected"),
-        ({"tbptt": (2.0, 4)}, ValueError, "tbptt is"),
-        ({"seed": -1}, ValueError, "seed is -1"),
-        ({"settings": {"rate": np.float32(1)}}, TypeError, r"settings\['rate'\] is"),
-    ],
-)
-def test_settings_that_are_none(options, error, message):
-    with pytest.raises(error, match=message):
-        trained(model(False), Batch(X, TARGET), **options)
-
-
-def test_settings_as_numpy_scalars(tmp_path):
-    m = model(False)
-    options = {
-        "steps": np.int64(4),
-        "accumulate": np.int8(1),
-        "save_every": np.int64(2),
-        "seed": np.int64(3),
-        "tbptt": (np.int64(4), np.int32(8)),
-        "clip": np.float32(1),
-        "average": np.float64(0.5),
-    }
-    trained(m, Batch(X, TARGET), out=tmp_path, **options)
-    assert (tmp_path / "checkpoint.safetensors").exists()
-    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
+    rows = np.stack([gru(x[:n, i])[0][-1] for i, n in enumerate(lengths)])
+    scores = rows @ model.params["2.weight"].T + model.params["2.bias"]
+    expected = torch.nn.functional.cross_entropy(torch.tensor(scores), torch.tensor(labels)).item()
+    assert evaluate(model, softmax_cross_entropy, [batch]) == pytest.approx(expected, rel=1e-12)
+    some = np.array([True, True, False, False, True])
+    half = torch.nn.functional.cross_entropy(
+        torch.tensor(scores)[some], torch.tensor(labels)[some]
+    ).item()
+    found = evaluate(model, softmax_cross_entropy, [batch._replace(mask=some)])
+    assert found == pytest.approx(half, rel=1e-12)
+    fit(model, softmax_cross_entropy, lambda epoch: [batch], SGD(model.params, lr=0.5), steps=20,
+        bar=False)  # fmt: skip
+    assert evaluate(model, softmax_cross_entropy, [batch]) < expected
+    for cutting in (
+        lambda: evaluate(model, softmax_cross_entropy, [batch], chunk=4),
+        lambda: fit(model, softmax_cross_entropy, lambda epoch: [batch], SGD(model.params),
+                    steps=1, tbptt=(4, 4), bar=False),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="the model has a Last"):
+            cutting()
+    with pytest.raises(ValueError, match=r"target is \(12, 5\), expected \(B, ...\)"):
+        evaluate(model, softmax_cross_entropy, [batch._replace(target=np.zeros((12, 5), int))])

@@ -95,14 +95,14 @@ def test_the_long_tasks():
     import train_long
 
     rng = np.random.default_rng(0)
-    x, target, mask, _ = train_long.adding(30, rng, 2000)
+    x, target, mask, *_ = train_long.adding(30, rng, 2000)
     assert (x[..., 1].sum(axis=0) == 2).all()
     np.testing.assert_allclose((x[..., 0] * x[..., 1]).sum(axis=0), target[-1, :, 0], rtol=1e-6)
     assert (mask.sum(axis=0) == 1).all()
     args = train_long.parse(["--task", "adding", "--length", "30"])
     assert ((target[-1] - 1) ** 2).mean() == pytest.approx(train_long.trivial_loss(args), rel=0.1)
 
-    x, target, _, _ = train_long.copy(30, rng, 50)
+    x, target, *_ = train_long.copy(30, rng, 50)
     signs = x.argmax(axis=-1)
     assert x.shape == (50, 50, 10)
     assert (signs[:10] == target[40:]).all()

@@ -86,11 +86,12 @@ def test_impossible_cuts_are_refused(tbptt):
 
 
 def test_streams_predict_their_next():
-    x, target, mask, lengths, _ = streams(np.arange(21), 4)
+    x, target, mask, lengths, batch_first = streams(np.arange(21), 4)
     assert x.shape == (5, 4)
     assert np.array_equal(x + 1, target)
     assert np.array_equal(x[:, 1], np.arange(5, 10))
     assert mask is lengths is None
+    assert batch_first is False
     with pytest.raises(ValueError, match="4 rows are too many for a sequence of 4"):
         streams(np.arange(4), 4)
 

@@ -53,13 +53,18 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
     return read(path, backend, device)
 
 
-def save(path: Any, model: Any) -> None:
-    """Write a GRU or a Chain to an ONNX file that any runtime can run, for any T and B.
+def save(path: Any, model: Any, *, lengths: bool = True) -> None:
+    """Write a GRU or a Chain to an ONNX file, for any T and B.
 
     Inputs are `x`, `lengths` (B,) int32, and the first state; outputs `y` and the last state. They
     are `h0` and `h_n` (L*D, B, H) of a GRU, and `h0_0`, `h_n_0`, `h0_1`... of the GRUs of a Chain,
     in order. What comes out as a state goes in as the next call's, so a stream can be continued.
     Dropout is left out.
+
+    **Not every runtime heeds lengths.** onnxruntime does; OpenVINO and the reference evaluator of
+    the package onnx read each row to its end, whatever `sequence_lens` of the operator GRU says,
+    and give other numbers where a length is below T. With `lengths=False` the file has no such
+    input, and gives the same numbers in all of them.
 
     Before the file is written, the model is run: read back by `load` it must give the same numbers,
     and on onnxruntime, where that is installed and the dtype is float32, numbers close to them.
@@ -70,6 +75,8 @@ def save(path: Any, model: Any) -> None:
         An existing file is replaced at once or not at all.
     model : GRU or Chain
         float32, float64 or float16, on any backend.
+    lengths : bool
+        Whether the file has the input `lengths`.
 
     Raises
     ------
@@ -84,4 +91,4 @@ def save(path: Any, model: Any) -> None:
     """
     from .write import write
 
-    write(path, model)
+    write(path, model, lengths)

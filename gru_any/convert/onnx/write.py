@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import __version__
+from ... import __version__, arguments
 from ...backend import to_numpy
 from ...chain import Chain
 from ...files import write_atomically
@@ -18,17 +18,17 @@ OPSET, IR = 14, 7
 DTYPES = ("float16", "float32", "float64")
 
 
-def write(path: Any, model: Any) -> None:
+def write(path: Any, model: Any, lengths: bool = True) -> None:
     """See `gru_any.convert.onnx.save`."""
-    content = build(model)
-    prove(content, model)
+    content = build(model, arguments.flag("lengths", lengths))
+    prove(content, model, lengths)
     write_atomically(path, content)
 
 
-def build(model: Any) -> bytes:
+def build(model: Any, lengths: bool = True) -> bytes:
     """The bytes of the file."""
     layers = _layers(model)
-    onnx, graph = library(), Graph(model.dtype, layers)
+    onnx, graph = library(), Graph(model.dtype, layers, lengths)
     name = "x"
     for i, layer in enumerate(layers):
         prefix, mark = (f"{i}.", f"_{graph.count}") if isinstance(model, Chain) else ("", "")
@@ -88,7 +88,7 @@ def _width(layers: list[Any]) -> int:
 class Graph:
     """A graph in the making."""
 
-    def __init__(self, dtype: str, layers: list[Any]) -> None:
+    def __init__(self, dtype: str, layers: list[Any], lengths: bool = True) -> None:
         self.helper, self.dtype = library().helper, dtype
         self.nodes: list[Any] = []
         self.weights: dict[str, Any] = {}
@@ -102,7 +102,10 @@ class Graph:
         else:
             width = head.input_size if isinstance(head, GRU) else head.in_features
             x = self.declare("x", dtype, [*self.lead, width])
-        self.inputs = [x, self.declare("lengths", "int32", ["B"])]
+        self.inputs, self.lengths = [x], "lengths" if lengths else ""
+        if not lengths:
+            return
+        self.inputs.append(self.declare("lengths", "int32", ["B"]))
         # a row of length 0 keeps its state, of which the operator says nothing
         none = self.weight("none", np.zeros(1, np.int32))
         self.empty = self.node(
@@ -151,11 +154,13 @@ class Graph:
         for i in range(L):
             ends = [self.numbers(i * D), self.numbers(i * D + D), self.numbers(0)]
             h = self.node("Slice", [h0, *ends]) if L > 1 else h0
-            last = f"{h_n}.{i}"
+            last = f"{h_n}.{i}" if L > 1 or self.lengths else h_n
             y = self.layer(gru, i, [y, h], last, prefix)
             states.append(last)
-        last = self.node("Concat", states, axis=0) if L > 1 else states[0]
-        self.node("Where", [self.empty, h0, last], h_n)
+        if L > 1:
+            last = self.node("Concat", states, "" if self.lengths else h_n, axis=0)
+        if self.lengths:
+            self.node("Where", [self.empty, h0, last], h_n)
         return self.node("Transpose", [y], perm=[1, 0, 2]) if self.batch_first else y
 
     def layer(self, gru: GRU, i: int, inputs: list[str], last: str, prefix: str) -> str:
@@ -174,7 +179,7 @@ class Graph:
             B = self.weight(f"{prefix}B_l{i}", both)
         y = self.node(
             "GRU",
-            [inputs[0], W, R, B, "lengths", inputs[1]],
+            [inputs[0], W, R, B, self.lengths, inputs[1]],
             f"{prefix}Y_l{i} {last}",
             hidden_size=gru.hidden_size,
             direction=next(k for k, v in DIRECTIONS.items() if v == gru.suffixes),

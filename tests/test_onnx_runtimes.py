@@ -1,0 +1,90 @@
+"""Which runtimes give the numbers of a written file, and which of them heed lengths."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import require
+
+from gru_any import GRU, Chain, Embedding, Linear
+from gru_any.convert import onnx
+
+T, B = 6, 4
+FULL, RAGGED = [T] * B, [6, 3, 1, 5]
+PAGE = Path(__file__).parent.parent / "docs/onnx.md"
+MODELS = {
+    "one": lambda: GRU(3, 4, seed=0),
+    "after": lambda: GRU(3, 4, reset_after=True, seed=0),
+    "reverse": lambda: GRU(3, 4, reverse=True, seed=0),
+    "both": lambda: GRU(3, 4, 2, bidirectional=True, reset_after=True, seed=0, batch_first=True),
+    "chain": lambda: Chain(Embedding(9, 3, seed=0), GRU(3, 4, 2, seed=1), Linear(4, 2, seed=2)),
+}
+
+
+def onnxruntime(path, feed):
+    session = require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, feed)
+
+
+def openvino(path, feed):
+    core = require("openvino").Core()
+    model = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = model(feed)
+    return [found[output] for output in model.outputs]
+
+
+def reference(path, feed):
+    require("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(path).run(None, feed)
+
+
+RUNTIMES = {"onnxruntime": onnxruntime, "OpenVINO": openvino, "onnx.reference": reference}
+
+
+def difference(run, model, path, lengths, given):
+    """The largest difference of any output from the model's; lengths None: no such input."""
+    require("onnx")
+    onnx.save(path, model, lengths=lengths is not None)
+    rng, chain = np.random.default_rng(0), isinstance(model, Chain)
+    gru = model.layers[1] if chain else model
+    shape = (B, T) if gru.batch_first else (T, B)
+    x = rng.integers(0, 9, shape) if chain else rng.standard_normal((*shape, 3)).astype("float32")
+    rows = gru.num_layers * len(gru.suffixes)
+    h0 = rng.standard_normal((rows, B, 4)).astype("float32")
+    feed = {"x": x, "h0_0" if chain else "h0": h0}
+    feed |= {} if lengths is None else {"lengths": np.array(lengths, np.int32)}
+    y, h_n = model(x, [h0] if chain else h0, given)
+    expected = [y, h_n[0] if chain else h_n]
+    return max(np.abs(a - b).max() for a, b in zip(run(path, feed), expected, strict=True))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [None, FULL])
+def test_every_runtime_gives_the_numbers_of_whole_sequences(tmp_path, runtime, name, lengths):
+    path = str(tmp_path / "model.onnx")
+    assert difference(RUNTIMES[runtime], MODELS[name](), path, lengths, None) < 2e-6
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_page_says_who_heeds_lengths(tmp_path, runtime):
+    """Should one that does not begin to, this fails, and the page has good news to tell."""
+    path = str(tmp_path / "model.onnx")
+    worst = max(difference(RUNTIMES[runtime], make(), path, RAGGED, RAGGED)
+                for make in MODELS.values())  # fmt: skip
+    heeds = re.search(rf"^\| {runtime} \|.*\| (yes|no)", PAGE.read_text("utf-8"), re.M)[1]
+    assert heeds == ("yes" if worst < 2e-6 else "no"), f"off by {worst:.2f}"
+
+
+def test_a_file_without_lengths_is_read_back(tmp_path):
+    require("onnx")
+    for make in MODELS.values():
+        path = tmp_path / "model.onnx"
+        onnx.save(path, make(), lengths=False)
+        for name, w in onnx.load(path).params.items():
+            assert np.array_equal(w, make().params[name])
+    with pytest.raises(TypeError, match="lengths is 'no', expected True or False"):
+        onnx.save(path, MODELS["one"](), lengths="no")
