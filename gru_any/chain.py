@@ -9,7 +9,7 @@ from .cell import GRUCell
 from .errors import ShapeError
 from .gru import GRU
 from .layers import Last
-from .params import Layer, load, refuse_shared
+from .params import Layer, load, refuse_no_mapping, refuse_shared
 
 
 class Chain:
@@ -155,6 +155,8 @@ class Chain:
 
     def _states(self, state: Any) -> Iterator[Any]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)
+        if state is not None and not isinstance(state, (list, tuple)):
+            raise TypeError(f"state is a {type(state).__name__}, expected a list, one for each GRU")
         state = [None] * count if state is None else list(state)
         if len(state) != count:
             raise ValueError(f"state holds {len(state)}, expected {count}, one for each GRU")
@@ -165,6 +167,7 @@ class Chain:
 
         A tied parameter may come under each of its names, but only with the same bits.
         """
+        refuse_no_mapping(mapping)
         named: dict[str, Any] = {}
         for given, array in mapping.items():
             name = self.tied.get(given, given)

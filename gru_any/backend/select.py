@@ -16,6 +16,7 @@ import numpy as np
 from .cuda import device as cuda
 
 VARIABLE = "GRU_ANY_BACKEND"
+USUAL = '"numpy", "cupy", "auto", "torch" or "jax.numpy"'
 _NAMESPACES = {"cupy": "array_api_compat.cupy", "torch": "array_api_compat.torch"}
 _INSTALL = {
     "cupy": 'pip install "gru-any[cuda13]" (or [cuda12] for an older driver)',
@@ -127,8 +128,13 @@ class Backend:
     def _check_home(self, name: str, array: Any) -> None:
         wanted = f"expected an array of {self.name} on {self.device}"
         way = f"convert it with gru_any.asarray({name}, like=model)"
-        if isinstance(array, (np.matrix, np.ma.MaskedArray)):
-            raise TypeError(f"{name} is a {type(array).__name__}, {wanted}; np.asarray makes one")
+        if isinstance(array, np.matrix):
+            raise TypeError(f"{name} is a matrix, {wanted}; np.asarray makes one")
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} is a MaskedArray, {wanted}: its mask would be lost; {name}.filled(0) puts "
+                "zeros in place of what is masked"
+            )
         try:
             home = of(array)
         except TypeError:
@@ -229,6 +235,10 @@ def select(backend: Any = None, device: Any = None) -> Backend:
         return backend
     if backend is None:
         backend = os.environ.get(VARIABLE) or "numpy"
+    if not isinstance(backend, (str, ModuleType)):
+        raise BackendError(f"backend is {backend!r}, expected a name or a module: use {USUAL}")
+    if isinstance(device, bool):
+        raise BackendError(f'device is {device!r}, expected a name or a number, such as "cuda:1"')
     name = backend.__name__ if isinstance(backend, ModuleType) else str(backend)
     name = {"jax": "jax.numpy"}.get(name, name.removeprefix("array_api_compat."))
     if name == "auto":
@@ -250,10 +260,12 @@ def _namespace(name: str) -> Any:
     try:
         xp = importlib.import_module(_NAMESPACES.get(name, name))
     except (ImportError, ValueError, TypeError) as e:
-        way = _INSTALL.get(name, 'use "numpy", "cupy", "auto", "torch" or "jax.numpy"')
+        way = _INSTALL.get(name, f"use {USUAL}")
         raise BackendError(f"backend {name!r} cannot be imported ({e}): {way}") from e
     if not all(hasattr(xp, f) for f in ("asarray", "astype", "permute_dims", "concat", "tanh")):
-        raise BackendError(f"backend {name!r} has no Python Array API (2023.12 or newer)")
+        raise BackendError(
+            f"backend {name!r} has no Python Array API (2023.12 or newer): use {USUAL}"
+        )
     return xp
 
 
