@@ -9,7 +9,7 @@ from .cell import GRUCell
 from .errors import ShapeError
 from .gru import GRU
 from .layers import Last
-from .params import Layer, load, refuse_no_mapping, refuse_shared
+from .params import Layer, check_mapping, load, refuse_shared
 
 
 class Chain:
@@ -167,7 +167,7 @@ class Chain:
 
         A tied parameter may come under each of its names, but only with the same bits.
         """
-        refuse_no_mapping(mapping)
+        check_mapping(mapping)
         named: dict[str, Any] = {}
         for given, array in mapping.items():
             name = self.tied.get(given, given)

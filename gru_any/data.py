@@ -234,6 +234,7 @@ def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
 
     Sequences without a step are left out.
     """
+    rows = arguments.size("rows", rows)
     order = [int(i) for i in np.argsort(np.asarray(lengths), kind="stable") if lengths[int(i)] > 0]
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
@@ -256,8 +257,9 @@ def side_by_side(
 
     Raises
     ------
-    ValueError
-        There are no sequences, or their steps differ in shape.
+    ValueError, TypeError
+        There are no sequences, or their steps differ in shape; or dtype cannot hold their kind of
+        numbers, as integers cannot hold fractions.
     """
     arrays = [_array("sequence", s) for s in sequences]
     shapes = {s.shape[1:] if s.ndim else None for s in arrays}
@@ -266,8 +268,12 @@ def side_by_side(
             f"the sequences are {[s.shape for s in arrays[:9]]}, expected one or more (T, ...) "
             "that differ in T alone"
         )
+    whole = np.result_type(*arrays)
+    dtype = whole if dtype is None else np.dtype(dtype)
+    if not np.can_cast(whole, dtype, "same_kind"):
+        raise TypeError(f"dtype is {dtype}, which cannot hold sequences of {whole}")
     rows = len(arrays), max(len(s) for s in arrays)
-    x = np.zeros((*rows, *arrays[0].shape[1:]), dtype or np.result_type(*arrays))
+    x = np.zeros((*rows, *arrays[0].shape[1:]), dtype)
     mask = np.zeros(rows, bool)
     for row, s in enumerate(arrays):
         x[row, : len(s)], mask[row, : len(s)] = s, True

@@ -166,7 +166,7 @@ class Embedding(Layer):
             raise IndexError(f"x holds {x.min()} to {x.max()}, expected 0 to n - 1 = {self.n - 1}")
 
     def _indices(self, x: Any) -> Any:
-        self.backend.check_integers("x", x)
+        x = self.backend.integers("x", x)
         if self.backend.host:
             self.check_range(x)
         return self.backend.xp.reshape(x, (-1,))

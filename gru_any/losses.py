@@ -92,11 +92,13 @@ def sigmoid_cross_entropy(
     Raises
     ------
     ValueError, TypeError
-        Shapes, libraries, devices or dtypes do not fit.
+        Shapes, libraries, devices or dtypes do not fit; or, in a NumPy array, a target that counts
+        is outside of 0 to 1, such as a -1 for what is unknown. On a device the value becomes NaN.
     """
-    _, xp, z, keep = _enter(y, target, weight, mask)
+    backend, xp, z, keep = _enter(y, target, weight, mask)
     _same("target", target, y.shape)
     z, t = _cleaned(xp, keep, z, xp.astype(target, z.dtype, copy=False))
+    t = _probabilities(backend, t)
     e = xp.exp(-xp.abs(z))
     positive = xp.where(z > 0, z, xp.zeros_like(z))
     loss = positive - z * t + xp.log1p(e)
@@ -170,7 +172,7 @@ def _spread(xp: Any, name: str, v: Any, shape: Any) -> Any:
 def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> Any:
     """(...) -> (..., C) with 1 at the target; NaN in the whole row of a target out of range."""
     xp = backend.xp
-    backend.check_integers("target", target)
+    target = backend.integers("target", target)
     numbers = xp.arange(classes, dtype=target.dtype, device=backend.device)
     hot = xp.astype(xp.expand_dims(target, axis=-1) == numbers, dtype)
     wrong = (target < 0) | (target >= classes)
@@ -180,6 +182,18 @@ def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> 
     if backend.host:
         return hot
     return xp.where(xp.expand_dims(wrong, axis=-1), xp.full_like(hot, math.nan), hot)
+
+
+def _probabilities(backend: Any, t: Any) -> Any:
+    """The targets, of which none is outside of 0 to 1; NaN in place of these on a device."""
+    wrong = (t < 0) | (t > 1)
+    if not backend.host:
+        return backend.xp.where(wrong, backend.xp.full_like(t, math.nan), t)
+    if wrong.any():
+        raise ValueError(
+            f"target holds {t[wrong][0]}, expected 0 to 1; leave out by a mask what does not count"
+        )
+    return t
 
 
 def _times(xp: Any, t: Any, z: Any) -> Any:

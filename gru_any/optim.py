@@ -178,13 +178,15 @@ class Optimizer:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The number of steps under "count", the arrays under names such as "m.weight_ih_l0"."""
-        return {"count": int(self.count), **self._slots}
+        """A copy: the number of steps, "count", and arrays by names such as "m.weight_ih_l0"."""
+        copies = {name: of(v).xp.asarray(v, copy=True) for name, v in self._slots.items()}
+        return {"count": int(self.count), **copies}
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
-        if set(state) != set(self.state):
-            missing, unused = set(self.state) - set(state), set(state) - set(self.state)
+        ours = {"count", *self._slots}
+        if set(state) != ours:
+            missing, unused = ours - set(state), set(state) - ours
             raise KeyError(f"state: missing {sorted(missing)}, unused {sorted(unused)}")
         for name, array in self._slots.items():
             if tuple(array.shape) != tuple(state[name].shape):

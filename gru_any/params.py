@@ -175,8 +175,8 @@ def _refuse_dtype(dtype: Any) -> None:
 
 def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
     """Put copies of the arrays of `mapping` into `layer.params`; strict, all or nothing."""
+    check_mapping(mapping)
     ours: MutableMapping[str, Any] = layer.params
-    refuse_no_mapping(mapping)
     missing, unused = set(ours) - set(mapping), set(mapping) - set(ours)
     if missing or unused:
         raise KeyError(
@@ -188,12 +188,12 @@ def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
         ours[name] = array
 
 
-def refuse_no_mapping(mapping: Any) -> None:
-    """Raise TypeError where parameters do not come by name."""
+def check_mapping(mapping: Any) -> None:
+    """Raise TypeError where parameters do not come as a mapping."""
     if not isinstance(mapping, Mapping):
         raise TypeError(
-            f"parameters are a {type(mapping).__name__}, expected a mapping from name to array, "
-            "such as the params of another model"
+            f"parameters are a {type(mapping).__name__}, expected a mapping name -> array, such as "
+            "a state_dict()"
         )
 
 

@@ -22,7 +22,7 @@ from .params import refuse_shared
 GATES = ("r", "z", "n")
 NUMBERS = (
     "step", "epoch", "piece", "seconds", "best", "since", "validated", "reason", "losses", "rated",
-    "pending",
+    "pending", "counted",
 )  # fmt: skip
 ENDS = ("steps", "epochs", "minutes", "patience")  # a run may go on with other ones
 
@@ -52,7 +52,7 @@ class Run:
         self.lowest: dict[str, Any] = {}  # the weights with the lowest loss
         self.closing: dict[str, Any] | None = None  # the record of the validation at the end
         self.grads: dict[str, Any] = {}
-        self.pending = 0  # so many gradients are added up in grads
+        self.pending, self.counted = 0, 0.0  # grads is the mean of so many, over so many targets
         self.sums: list[Any] = [0.0, 0.0]  # of loss and norm since the last record, and how many
         self.counts: list[Any] = [0, 0]
         self.rated: list[Any] | None = None  # what the schedule was asked last, and its answer
@@ -87,15 +87,17 @@ class Run:
             begun = x[in_time(slice(piece.advance), batch_first)]
             _, after = self.working(begun, state, shorter)
         self.state = after
-        self.grads = {k: self.grads[k] + g for k, g in grads.items()} if self.pending else grads
+        self.counted += piece.counted
+        if self.pending:  # the mean over all targets, as if they had been one batch
+            share = piece.counted / (self.counted or 1.0)
+            grads = {k: self.grads[k] + share * (g - self.grads[k]) for k, g in grads.items()}
+        self.grads = grads
         self.pending += 1
-        self._add(0, value)
+        self._add(0, value * piece.counted, piece.counted)
 
     def update(self, clip: float | None) -> None:
         """Change the weights by the mean of the gradients, but those that are frozen."""
         grads = {name: self.grads[name] for name in self.optimiser.names}
-        if self.pending > 1:
-            grads = {name: g / self.pending for name, g in grads.items()}
         norm = clip_by_global_norm(grads, math.inf if clip is None else clip)
         if self.mixed:
             done = self.mixed.update(self.optimiser, grads, norm)
@@ -104,7 +106,7 @@ class Run:
             self._watch(grads, norm)
             self.optimiser.step(self.model.params, grads)
             done = 1
-        self.grads, self.pending, self.news = {}, 0, {}
+        self.grads, self.pending, self.counted, self.news = {}, 0, 0.0, {}
         self.step += 1
         self._add(1, norm, done)
         if self.decay:
@@ -148,7 +150,7 @@ class Run:
         """Write a line of the log: the means since the last. Waits for the device."""
         self._check()
         loss, norm = (
-            float(s) / max(float(n), 1.0) for s, n in zip(self.sums, self.counts, strict=True)
+            float(s) / (float(n) or 1.0) for s, n in zip(self.sums, self.counts, strict=True)
         )
         self.sums, self.counts = [0.0, 0.0], [0, 0]
         more = {"scale": float(self.mixed.scale)} if self.mixed else {}
@@ -208,10 +210,21 @@ class Run:
             if valid and self.reason != "interrupted" and self.validated < self.step:
                 self.closing = self._write(valid=self._validation(valid))
             self.save()
+            self._tell_pending()
         if self.closing:
             self._judge(self.closing["valid"])
         self._put_in(self.lowest or self.averaged)
         return History(self.log.records, self.reason, self.best)
+
+    def _tell_pending(self) -> None:
+        """Say where gradients were computed and the run ended before their update."""
+        if self.pending:
+            kept = "" if self.folder is None else "; a run that goes on in this folder has them"
+            print(
+                f"gru_any: the last {self.pending} gradients came to no update, which takes "
+                f"{self.settings['accumulate']}{kept}",
+                file=sys.stderr,
+            )
 
     def elapsed(self) -> float:
         """Seconds of training, those before an interruption included."""
@@ -261,7 +274,7 @@ class Run:
             kept, now = header["settings"], {name: self.settings[name] for name in ENDS}
             resume.refuse_changes({**kept, **now}, self.settings)
             resume.tell_differences(header["environment"], environment(self.model.backend))
-            self._take_up({"closing": None, "pending": 0, **header}, arrays)
+            self._take_up({"closing": None, "pending": 0, "counted": 0.0, **header}, arrays)
             changes = [f"{k} was {kept.get(k)} and is now {v}" for k, v in now.items()
                        if kept.get(k) != v]  # fmt: skip
             self._tell(changes)
@@ -313,13 +326,13 @@ class Run:
         if self.folder is None:
             return
         self.seconds, self.clock = self.elapsed(), time.monotonic()
-        header = {name: getattr(self, name) for name in NUMBERS}
+        header, slots = {name: getattr(self, name) for name in NUMBERS}, self.optimiser.state
         header |= {
             "settings": self.settings,
             "environment": environment(self.model.backend),
             "rng": self.rng.bit_generator.state,
             "lr": self.optimiser.lr,
-            "count": self.optimiser.state["count"],
+            "count": slots.pop("count"),
             "sums": [float(s) for s in self.sums],
             "counts": [float(n) for n in self.counts],
             "mixed": [float(v) for v in (self.mixed.scale, self.mixed.good)] if self.mixed else [],
@@ -327,7 +340,6 @@ class Run:
             "closing": self.closing,
             "description": describe(self.model),
         }
-        slots = {k: v for k, v in self.optimiser.state.items() if k != "count"}
         state = {str(i): h for i, h in enumerate(self.state)}
         groups = {"weights": self.model.params, "optimiser": slots, "state": state,
                   "averaged": self.averaged, "lowest": self.lowest,

@@ -191,10 +191,15 @@ class Sweep(NamedTuple):
         rows = self.run.rows
         cleaned = [rows(self._clean(part, block)) for part in parts]
         da = cleaned[0]
-        dx = xp.reshape(da @ W, (block.stop - block.start, *x.shape[1:]))
-        grads = [da.T @ rows(self._input(x, block)), xp.sum(da, axis=0)]
-        grads += self.run.gradients(self.variant.weights, previous, kept.saved, cleaned)
-        return dx, dh, g, grads
+        calls = (
+            lambda: da @ W,
+            lambda: [da.T @ rows(self._input(x, block)), xp.sum(da, axis=0)],
+            lambda: list(self.run.gradients(self.variant.weights, previous, kept.saved, cleaned)),
+        )
+        work = previous.shape[0] * previous.shape[1] * U.shape[0] * U.shape[1]
+        dx, of_input, of_recurrent = self.run.products(calls, work)
+        dx = xp.reshape(dx, (block.stop - block.start, *x.shape[1:]))
+        return dx, dh, g, of_input + of_recurrent
 
     def _before(self, path: Any) -> Any:
         """The state before each step of a block."""

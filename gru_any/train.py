@@ -65,8 +65,8 @@ def fit(
     tbptt : (k1, k2) or None
         A gradient every k1 steps of time over the last k2, the state carried over; see `data.cut`.
     accumulate : int
-        So many gradients are averaged for one update: each is that of a mean over what counts in
-        its own piece, and all weigh the same, whatever their pieces' counts.
+        So many gradients are averaged for one update, by how many targets count in each piece: the
+        gradient of one batch that holds them all, where the loss is a mean over these.
     clip : float or None
         Largest norm of the gradient.
     schedule : callable or None
@@ -110,7 +110,8 @@ def fit(
     IndexError
         x holds indices that the model's first layer, an Embedding, does not have.
     ValueError
-        A number is out of its range, the parts of a batch do not belong together or do not fit the
+        A number is out of its range, patience or validate_every came without valid, which gives
+        the loss they go by, the parts of a batch do not belong together or do not fit the
         model, `settings` has the name of an argument, settings differ from the checkpoint's, or no
         checkpoint can be used.
     OSError
@@ -134,6 +135,11 @@ def fit(
     save_every = arguments.size("save_every", save_every)
     log_every = arguments.size("log_every", log_every)
     patience, seed = count("patience", patience, 0), arguments.size("seed", seed, 0)
+    for name, given in (("patience", patience), ("validate_every", validate_every)):
+        if given is not None and valid is None:
+            raise ValueError(
+                f"{name} is {given}, but valid, which gives the loss to judge, is None"
+            )
     average, tbptt = real("average", average, below=1), pair(tbptt)
     bar = bar if callable(bar) else arguments.flag("bar", bar)
     kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
@@ -231,7 +237,10 @@ def evaluate(
                 total += float(loss(y, target, mask=mask)[0]) * piece.counted
                 count += piece.counted
     if not count:
-        raise ValueError("no target counts in the batches: a mean over nothing is no number")
+        raise ValueError(
+            "no target counts in the batches: a mean over nothing is no number. An iterator gives "
+            "its batches once: give a list, or make it anew"
+        )
     return total / count
 
 

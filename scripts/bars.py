@@ -26,6 +26,8 @@ def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
     torch, forward = ("torch",), mode == "forward"
     if threads < 2:
         return [Bar("numba", 1.0, torch)]
+    if T < 8 and B > 1:  # weights are laid out anew in each call, unless they are frozen
+        return [Bar("numba", 1.0, torch), *([Bar("frozen", 1.2, torch)] if forward else [])]
     best = (0.9 if H >= 512 and B > 1 else 1.0) if forward else 1.3
     found = [
         Bar("numba", (1.2 if forward else 1.4) if after else 1.0, torch),

@@ -33,8 +33,10 @@ CASES = [
     (1, 1, 64, 64), (1, 1, 256, 256), (1, 1, 512, 512), (100, 1, 64, 64), (100, 1, 256, 256),
     (30, 20, 88, 46), (100, 32, 64, 128), (100, 32, 128, 256), (784, 64, 1, 128),
     (100, 64, 256, 512), (50, 64, 512, 1024),
+    (1, 8, 128, 256), (1, 32, 128, 256), (1, 128, 64, 128), (1, 256, 128, 256), (4, 32, 128, 256),
 ]  # fmt: skip
 QUICK = [CASES[0], CASES[3], CASES[6]]
+NEEDS = {"frozen": "numba"}  # contenders that are named otherwise than what they need
 LIBRARIES = ["numpy", "numba", "torch", "onnxruntime", "openvino", "jax"]
 
 
@@ -93,7 +95,7 @@ class Contender:
         environment = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
                        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=" + str(threads > 1).lower(),
                        "JAX_PLATFORMS": "cpu"}  # fmt: skip
-        if name != "numba":
+        if name not in ("numba", "frozen"):
             environment["GRU_ANY_NO_NUMBA"] = "1"
         command = [sys.executable, __file__, "--worker", name, "--threads", count]
         self.process = subprocess.Popen(
@@ -172,7 +174,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
 
 def installed(names: list[str]) -> list[str]:
     """Those of the contenders that can run here."""
-    lacking = {n for n in names if n != "floor" and not _version(n)}
+    lacking = {n for n in names if n != "floor" and not _version(NEEDS.get(n, n))}
     lacking |= set() if _version("onnx") else {"onnxruntime", "openvino"}
     return [n for n in names if n not in lacking]
 
@@ -226,7 +228,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
     for axis, mode in zip(axes, ["forward", "training"], strict=True):
         cells = [v for v in results.values() if v["cell"][1] == mode and v["cell"][2]]
         cells = [v for v in cells if v["threads"] == max(c["threads"] for c in cells)]
-        for name, marker in zip(others, "os^Dvx", strict=True):
+        for name, marker in zip(others, "oPs^Dvx", strict=True):
             ratios = [
                 v["found"][name]["faster"][1] if name in v["found"] else np.nan for v in cells
             ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
 Call = Callable[[], np.ndarray]
@@ -25,6 +26,11 @@ def ours(x: Any, dy: Any, gru: Any, mode: str) -> Call:
         x_t, stream = x[0], Stream(gru)
         return lambda: stream.step(x_t)[None]
     return lambda: gru(x)[0]
+
+
+def frozen(x: Any, dy: Any, gru: Any, mode: str) -> Call | None:
+    """gru_any with Numba and weights that were packed before, forward alone."""
+    return None if mode == "training" else ours(x, dy, freeze(gru), mode)
 
 
 def floor(x: Any, dy: Any, gru: Any, mode: str) -> Call:
@@ -196,6 +202,7 @@ def jax(x: Any, dy: Any, gru: Any, mode: str) -> Call:
 
 MAKERS: dict[str, Callable[..., Call | None]] = {
     "numba": ours,
+    "frozen": frozen,
     "numpy": ours,
     "torch": torch,
     "onnxruntime": onnxruntime,
@@ -209,7 +216,7 @@ def threads_of(name: str) -> int:
     """How many threads a contender uses in this process, as its own library tells."""
     if name == "torch":
         return int(importlib.import_module("torch").get_num_threads())
-    if name == "numba":
+    if name in ("numba", "frozen"):
         return int(importlib.import_module("gru_any.backend.threads").count())
     if name == "onnxruntime":
         return int(_onnxruntime_options().intra_op_num_threads)

@@ -51,7 +51,7 @@ LAYERS = [
     {"__main__", "__init__"},
     {"train"},
     {"run"},
-    {"convert", "history", "mixed", "resume", "stream"},
+    {"convert", "deploy", "history", "mixed", "resume", "stream"},
     {"checkpoint", "checks", "explain", "inspect"},
     {"data", "schedules"},
     {"chain"},

@@ -13,8 +13,9 @@ import pytest
 from conftest import PATHS, running
 
 import gru_any
-from gru_any import GRU, Linear
+from gru_any import GRU, Chain, Linear
 from gru_any.backend import compiled
+from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
 ROOT = Path(gru_any.__file__).parent
@@ -200,11 +201,12 @@ def results():
     stream = Stream(GRU(3, 4, seed=0))
     single = [stream.step(x_t) for x_t in x[:2]]
     z, back = Linear(8, 5, seed=1).vjp(y)
-    return [y, h, dx, dh0, *grads.values(), *single, z, *back(z)[0].values()]
+    frozen = freeze(Chain(GRU(3, 4, seed=0), Linear(4, 5, seed=1)))(np.repeat(x, 9, axis=1))[0]
+    return [y, h, dx, dh0, frozen, *grads.values(), *single, z, *back(z)[0].values()]
 
 
 @NUMBA
-@pytest.mark.parametrize("method", ["Numba.forward", "Numba.backward", "Numba.prepared",
+@pytest.mark.parametrize("method", ["Numba.forward", "Numba.backward", "Numba.prepared", "Numba.packed",
                                     "Tiled.into"])  # fmt: skip
 def test_each_method_that_fails_to_compile(monkeypatch, unbroken, method):
     with running("traced"):

@@ -12,6 +12,8 @@ from gru_any.convert import onnx
 
 T, B = 6, 4
 FULL, RAGGED = [T] * B, [6, 3, 1, 5]
+# OpenVINO starts a process at its import, which JAX, where it is loaded, warns of
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <function _at_fork")
 PAGE = Path(__file__).parent.parent / "docs/onnx.md"
 MODELS = {
     "one": lambda: GRU(3, 4, seed=0),

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -464,6 +465,39 @@ def test_threads_that_have_come_are_let_go_where_another_cannot_be_had(monkeypat
     assert let_go == [True]
 
 
+LAYOUTS = {
+    "strides of 0": lambda v: np.broadcast_to(v[:1, :1, :1], v.shape),
+    "axes turned": lambda v: np.ascontiguousarray(v.swapaxes(0, 1)).swapaxes(0, 1),
+    "time reversed": lambda v: v[::-1],
+    "channels reversed": lambda v: v[..., ::-1],
+    "every other channel": lambda v: np.repeat(v, 2, axis=2)[..., ::2],
+    "some of the channels": lambda v: np.concat([v, v], axis=2)[..., : v.shape[2]],
+    "read-only": lambda v: np.frombuffer(v.tobytes(), v.dtype).reshape(v.shape),
+    "unaligned": lambda v: (
+        np.frombuffer(b" " + v.tobytes(), np.uint8)[1:].view(v.dtype).reshape(v.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("B", [1, 3, 40])
+@pytest.mark.parametrize("path", [*PATHS, *WAYS[2:]])
+def test_the_layout_of_what_comes_in_changes_nothing(path, B, layout):
+    """The same as of contiguous arrays, but for the rounding of BLAS."""
+    gru, rng = GRU(5, 6, reset_after=True, seed=0), np.random.default_rng(0)
+    shapes = [(4, B, 5), (1, B, 6), (4, B, 6), (1, B, 6)]
+    given = [LAYOUTS[layout](rng.standard_normal(shape).astype("float32")) for shape in shapes]
+    found = []
+    with running(path):
+        for x, h0, dy, dh_n in (given, [np.array(v, order="C") for v in given]):
+            (y, h_n), pullback = gru.vjp(x, h0)
+            grads, dx, dh0 = pullback(dy, dh_n)
+            streamed = Stream(gru).step(x[0])
+            found.append([y, h_n, dx, dh0, *grads.values(), gru(x, h0)[0], streamed])
+    for a, b in zip(*found, strict=True):
+        assert np.allclose(a, b, rtol=0, atol=2e-7 * max(1, np.abs(b).max()))
+
+
 @EVERY
 @VARIANTS
 def test_inference_needs_no_more_memory_for_a_longer_sequence(path, reset_after):
@@ -621,3 +655,21 @@ except ValueError as e:
     assert not words(code, GRU_ANY_CUDA="foo")  # which NumPy does not ask for
     told = words(code, GRU_ANY_PLAIN="maybe")
     assert told == "the environment variable GRU_ANY_PLAIN is 'maybe', expected 1 or 0"
+
+
+def test_a_job_is_done_once_and_its_error_is_raised():
+    pool, begin, done = threads._Pool(), threading.Event(), []
+
+    def fail():
+        raise OSError("a job's own error")
+
+    blocked = [pool.submit(begin.wait, 10) for _ in range(threads.count())]  # all are busy
+    late = pool.submit(done.append, 1)
+    assert late.cancel()
+    assert not late.cancel()
+    begin.set()
+    assert all(job.result() for job in blocked)
+    with pytest.raises(OSError, match="own error"):
+        pool.submit(fail).result()
+    assert pool.submit(sum, (1, 2)).result() == 3
+    assert done == []

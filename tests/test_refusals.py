@@ -265,7 +265,7 @@ def test_dropout_is_a_number(bad):
         ({5, 3}, "lengths is a set"),
         ("53", "lengths is a str"),
         (np.random.default_rng(0), "lengths is a Generator"),
-        (np.ma.array([5, 3], mask=[0, 1]), "lengths is a MaskedArray, whose mask would be lost"),
+        (np.ma.array([5, 3], mask=[0, 1]), "lengths is a MaskedArray.*mask would be lost"),
     ],
 )
 def test_lengths_that_are_no_integers(gru, lengths, message):
@@ -282,12 +282,13 @@ def test_lengths_of_rows_that_differ(gru):
 def test_no_mask_is_lost(gru):
     masked = np.ma.array(X, mask=X == 0)
     for call in (gru, gru.last, Linear(3, 2), lambda x: GRUCell(3, 4)(x[0])):
-        with pytest.raises(TypeError, match=r"x is a MaskedArray.*mask would be lost; x\.filled"):
+        with pytest.raises(
+            TypeError, match=r"x is a MaskedArray.*mask would be lost: give its filled\(0\)"
+        ):
             call(masked)
     for call in (lambda x: asarray(x, like=gru), to_numpy):
-        with pytest.raises(TypeError, match="x is a MaskedArray, whose mask would be lost"):
+        with pytest.raises(TypeError, match=r"x is a MaskedArray.*mask would be lost"):
             call(masked)
-        np.testing.assert_array_equal(call(np.ma.array(X)), X)  # nothing is masked
     weights = {k: np.ma.array(v, mask=v > 0) for k, v in gru.params.items()}
     with pytest.raises(TypeError, match="weight_ih_l0 is a MaskedArray"):
         gru.load_params(weights)

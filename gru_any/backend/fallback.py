@@ -24,6 +24,11 @@ class Numba(numba.Numba):
             lambda: NumPy.prepared(self, *arguments),
         )
 
+    def packed(self, *arguments: Any) -> tuple[Any, Any, Any]:
+        return attempt(
+            lambda: super(Numba, self).packed(*arguments), lambda: NumPy.packed(self, *arguments)
+        )
+
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
         def on_numpy() -> tuple[Any, Any]:
             affine = NumPy.affine(self, a.x, _matrix(a.W), a.b) if isinstance(a, numba.Input) else a

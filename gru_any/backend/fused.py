@@ -6,6 +6,8 @@ but inputs and results is touched. The function `walk` goes through all steps of
 
 from typing import Any
 
+import numpy as np
+
 from ..trace import Op, Product, Program
 
 SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
@@ -14,7 +16,7 @@ import math
 import numpy as np
 from numba import njit
 from gru_any.backend.barrier import meet, members, share
-from gru_any.backend.tile import UNIT_BYTES, multiply
+from gru_any.backend.tile import UNIT_BYTES, fill, multiply
 
 f = np.{dtype}
 UNIT = UNIT_BYTES // f(0).itemsize
@@ -22,22 +24,26 @@ flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits what
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
-def dots(x, U, y):
-    """y = x U^T for one row, where U is not worth packing."""
+def dots(x, left, U, y):
+    """y = x[:, left:] U^T for few rows, where U is not worth packing: all meet four of its rows."""
     four = len(U) - len(U) % 4
     for k in range(0, four, 4):
-        p = q = r = s = f(0)
-        for j in range(len(x)):
-            p += x[j] * U[k, j]
-            q += x[j] * U[k + 1, j]
-            r += x[j] * U[k + 2, j]
-            s += x[j] * U[k + 3, j]
-        y[k], y[k + 1], y[k + 2], y[k + 3] = p, q, r, s
+        for b in range(len(x)):
+            v = x[b, left : left + U.shape[1]]
+            p = q = r = s = f(0)
+            for j in range(len(v)):
+                p += v[j] * U[k, j]
+                q += v[j] * U[k + 1, j]
+                r += v[j] * U[k + 2, j]
+                s += v[j] * U[k + 3, j]
+            y[b, k], y[b, k + 1], y[b, k + 2], y[b, k + 3] = p, q, r, s
     for k in range(four, len(U)):
-        p = f(0)
-        for j in range(len(x)):
-            p += x[j] * U[k, j]
-        y[k] = p
+        for b in range(len(x)):
+            v = x[b, left : left + U.shape[1]]
+            p = f(0)
+            for j in range(len(v)):
+                p += v[j] * U[k, j]
+            y[b, k] = p
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
@@ -67,8 +73,8 @@ def part(v, start, shape):
 @njit(**flags)
 def affine(x, W, b, a):
     """a = x W^T + b, likewise."""
+    dots(x, 0, W, a)
     for r in range(len(x)):
-        dots(x[r], W, a[r])
         for j in range(len(b)):
             a[r, j] += b[j]
 
@@ -218,9 +224,10 @@ class Layout:
         x, y = left.argument(), out.argument()
         matrix, gates = f"M{self.products.index(op)}", len(op.outputs)
         if few:
-            way = "dots" if op.transposed and not turned else "sums"
+            if op.transposed and not turned:
+                return [f"dots({x}, {left[2]} * H, {matrix}, {y})"]
             row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
-            return ["for b in range(first, last):", f"    {way}({row}, {matrix}, {y}[b])"]
+            return ["for b in range(first, last):", f"    sums({row}, {matrix}, {y}[b])"]
         places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
         return [f"multiply(functions[{gates - 1}], np.intp({gates}), {places})"]
 
@@ -234,16 +241,27 @@ class Layout:
 
         Where there is `a`, it becomes x W^T + bias: if it has room for one step, before each; else
         for all in one go; and it stays as it is where x has no columns.
+
+        fresh: each member copies first what it reads of the matrices, which no other member does.
         """
-        names = ", ".join([*self.matrices(), *arrays, *self.buffers])
+        sources = [f"{name}_from" for name in self.matrices()]
+        names = ", ".join([*self.matrices(), *arrays, *self.buffers, *sources])
+        gates = [len(op.outputs) for op in self.products]
+        copied = list(zip(sources, self.matrices(), gates, strict=True))
+        if "a" in arrays:
+            names, copied = f"{names}, W_from", [*copied, ("W_from", "W", 3)]
+        bits = 8 * np.dtype(dtype).itemsize
         return "\n".join([
             *self._functions(dtype),
             "@njit(cache=CACHE, **flags)",
-            f"def walk(ts, ins, outs, ended, zeros, first, last, me, sync, functions, {names}):",
+            "def walk(ts, ins, outs, ended, zeros, first, last, me, sync, fresh, functions, "
+            f"{names}):",
             f"    H, count, times = {state}.shape[2], members(sync, me), np.intp(2)",
             "    if me >= count:",
             "        return",
             "    left, right = share(H, UNIT, me, count)",
+            "    if fresh:",
+            *(f"        fill({bits}, {M}, {P}, {g}, left, right)" for M, P, g in copied),
             *self._steps("a" in arrays, state, False),
             "",
         ])  # fmt: skip

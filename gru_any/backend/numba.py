@@ -14,15 +14,17 @@ from .compiled import compiled
 from .fused import Layout, Place
 from .memory import empty
 from .numpy import NumPy, Rows, backward_program, forward_program
-from .packed import Packed, addresses, own, product
+from .packed import COPY, Packed, addresses, own, product
 from .single import outer, times
-from .threads import ALONE, GRAIN, count, split, together
+from .threads import ALONE, GRAIN, count, split, submit, together
 
 FEW = 8  # rows at once of which each may meet a matrix alone
+FEWEST = 2  # rows, steps counted, up to which not even copies that are there pay
 SHORT, LONG = 12, 100  # rows, steps counted, up to which no copy pays, and from which one does
 WORTH = 4_000_000  # multiply-adds of those between that are worth copies
 SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
 SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
+BRIEF, LOW = 4, 64  # steps, and rows, up to which threads share the units and not the rows
 NOTHING = np.zeros((0, 0), bool)
 
 
@@ -31,7 +33,9 @@ class Numba(NumPy):
 
     def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         """As `Plain.laid_out`."""
-        if isinstance(U, Packed) or U.dtype.kind == "c":
+        if isinstance(U, Packed):  # of a frozen model
+            return (W.matrix, U.matrix) if rows <= FEWEST else (W, U)
+        if U.dtype.kind == "c":
             return W, U
         few = rows <= LONG and rows * (W.size + U.size) <= WORTH
         return (W, U) if few or rows <= SHORT else (Packed(W), Packed(U))
@@ -59,13 +63,29 @@ class Numba(NumPy):
             if len(x) > FEW:
                 return many(x, h)
             y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
-            try:
-                few(x, h, y, new, weights)
-            except TypeError:  # as in `_tolerant`, without the cost of its call
-                few(own(x), own(h), y, new, weights)
+            few(own(x), own(h), y, new, weights)
             return y, new
 
         return one
+
+    def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+        """As `Plain.packed`."""
+        if W.dtype.kind == "c":
+            return W, b, recurrent
+        (U, *vectors), H = recurrent, len(W) // 3
+        W, U = Packed(W), Packed(U)
+        for rows, op in forward_walk(step, len(vectors), False, U.matrix.dtype).products(H):
+            U.panels(rows, op.transposed, len(op.outputs))
+        W.panels(slice(0, 3 * H), True, 3)
+        return W, b, (U, *vectors)
+
+    def products(self, calls: Any, work: int) -> list[Any]:
+        """As `Plain.products`; another thread makes the third call where none will be split."""
+        if count() < 2 or not GRAIN // 2 <= work < 2 * GRAIN:
+            return [call() for call in calls]
+        other = submit(calls[2])
+        found = [call() for call in calls[:2]]
+        return [*found, calls[2]() if other.cancel() else other.result()]
 
     def forward(
         self,
@@ -90,14 +110,14 @@ class Numba(NumPy):
         b = np.zeros(3 * H, h.dtype) if b is None else b
         steps, ended = _forwards(K, reverse), _ended(alive, B)
         if not isinstance(U, Packed):
-            path, *saved = walk.few(*steps, ended, h, U, a, *vectors, x, W, b)
+            path, *saved = walk.few(*steps, ended, *map(own, (h, U, a, *vectors, x, W, b)))
             return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
         saved = [empty((K, B, H), h.dtype) for _ in walk.widths]
-        W = W.panels(slice(0, 3 * H), True, 3)
-        arrays = [a, path, *vectors, *saved, x, W, b]
-        walk(steps, ended, list(map(own, arrays)), path, U)
+        W = W if isinstance(W, Packed) else Packed(W)
+        arrays = [a, path, *vectors, *saved, x, b]
+        walk(steps, ended, list(map(own, arrays)), path, U, W)
         return path, saved
 
     def backward(
@@ -124,7 +144,7 @@ class Numba(NumPy):
             pair[0] = dh
             walk(steps, ended, list(map(own, [pair, *given, *parts])), pair, U)
         else:
-            pair, *parts = walk.few(*steps, ended, dh, U, *given)
+            pair, *parts = walk.few(*steps, ended, *map(own, (dh, U, *given)))
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
@@ -231,7 +251,7 @@ class Walk:
     @cached_property
     def few(self) -> Any:
         """That for so few rows and steps that the matrices are not worth packing."""
-        return _tolerant(compiled(self.layout.few(self.arrays, self.made, self.dtype)).few)
+        return compiled(self.layout.few(self.arrays, self.made, self.dtype)).few
 
     @cached_property
     def step(self) -> Any:
@@ -249,38 +269,53 @@ class Walk:
         pairs = self.products(U.shape[1])
         return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
-    def __call__(self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Any) -> None:
-        """Fill the arrays that results go to. U (3H, H); state (., B, H) is one of the arrays."""
-        B, H = state.shape[1:]
-        matrices = [U.panels(rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
-        buffers = [np.empty((B, n * H), state.dtype) for n in self.layout.buffers.values()]
-        arrays = [*matrices, *arrays, *buffers]
-        zeros, walk, functions = np.zeros(3 * H, state.dtype), self.walk, addresses(state.dtype)
-        of_step, members = 3 * B * H * H, min(count(), H // 64)
-        work = of_step * len(steps[0])
+    def __call__(
+        self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Packed, W: Any = None
+    ) -> None:
+        """Fill the arrays that results go to.
+
+        U (3H, H); W (3H, I) or None; state (., B, H) is one of the arrays, W none of them.
+        """
+        (B, H), K, dtype = state.shape[1:], len(steps[0]), state.dtype
+        wanted = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
+        wanted += [] if W is None else [(W, slice(0, 3 * H), True, 3)]
+        size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in wanted)
+        fresh = not any(M.made for M, *_ in wanted)
+        members = sharers(B, K, H, size, fresh)
+        fresh = fresh and (members > 1 or count() == 1 or K * B * size < 2 * GRAIN)
+        panels = [(M.room if fresh else M.panels)(*which) for M, *which in wanted]
+        sources = [M.source(*which[:2]) for M, *which in wanted]
+        buffers = [np.empty((B, n * H), dtype) for n in self.layout.buffers.values()]
+        if W is not None:
+            arrays.insert(self.arrays.index("W"), panels[-1])
+        arrays = [*panels[: len(self.layout.products)], *arrays, *buffers, *sources]
+        zeros, walk, functions = np.zeros(3 * H, dtype), self.walk, addresses(dtype)
 
         def rows(first: int, last: int) -> None:
-            walk(*steps, ended, zeros, first, last, 0, ALONE, functions, *arrays)
+            walk(*steps, ended, zeros, first, last, 0, ALONE, fresh, functions, *arrays)
 
         def units(me: int, sync: np.ndarray) -> None:
-            walk(*steps, ended, zeros, 0, B, me, sync, functions, *arrays)
+            walk(*steps, ended, zeros, 0, B, me, sync, fresh, functions, *arrays)
 
-        if B < FEW and members > 1 and of_step >= SHARED and work >= GRAIN:
+        if members > 1:
             together(units, members)
+        elif fresh:
+            rows(0, B)
         else:
-            split(rows, B, work)
+            split(rows, B, K * B * size)
+        for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
+            M.made[part.start, part.stop, transposed, gates] = P  # now that it is filled
 
 
-def _tolerant(call: Any) -> Any:
-    """The same for arrays that are not of the types that it was compiled for."""
+def sharers(B: int, K: int, H: int, size: int, fresh: bool) -> int:
+    """How many threads share the units of a walk; 1 where none do, and the rows may be split.
 
-    def tolerant(*arrays: Any) -> Any:
-        try:
-            return call(*arrays)
-        except TypeError:
-            return call(*map(own, arrays))
-
-    return tolerant
+    size: of all matrices; fresh: they are copied first, of which each thread then does its part.
+    """
+    members, of_step = min(count(), H // 64), B * size
+    few = B < FEW and of_step >= SHARED and K * of_step >= GRAIN
+    brief = K <= BRIEF and B <= LOW and K * of_step + COPY * size * fresh >= GRAIN
+    return members if few or brief else 1
 
 
 def _ended(alive: Any, B: int) -> Any:

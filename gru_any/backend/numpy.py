@@ -39,6 +39,7 @@ class NumPy(Plain):
         if x.dtype.kind == "c":
             return super().affine(x, W, b)
         (K, B, I), N = x.shape, len(W)
+        x = np.ascontiguousarray(x)  # NumPy calls no BLAS where strides are 0 or negative
         a = self._empty((K, B, N), x.dtype)
         if I == 1 or (b is not None and K * B > I):  # BLAS adds b at less cost, and is slow at 1
             x, W, b = _wider(x, 1), _wider(W, 0 if b is None else b), None

@@ -8,7 +8,7 @@ import numpy as np
 from .compiled import compiled
 from .threads import split
 
-COPY = 50  # multiply-adds in the time that it takes to copy one number
+COPY = 8  # multiply-adds in the time that it takes to copy one number
 SOURCE = """\
 import numpy as np
 from numba import cfunc, float{bits}, intp, njit, void
@@ -61,30 +61,36 @@ class Packed:
     """
 
     def __init__(self, matrix: Any) -> None:
-        self.matrix, self.shape, self.made = matrix, matrix.shape, {}  # type: ignore[var-annotated]
+        self.matrix, self.shape, self.made = own(matrix), matrix.shape, {}  # type: ignore[var-annotated]
 
     def __len__(self) -> int:
         return len(self.matrix)
+
+    @property
+    def arrays(self) -> list[Any]:
+        """The matrix and the copies of it."""
+        return [self.matrix, *self.made.values()]
 
     def panels(self, rows: slice, transposed: bool, gates: int) -> Any:
         """Those of matrix[rows].T or matrix[rows], the columns of so many gates side by side."""
         key = rows.start, rows.stop, transposed, gates
         if key not in self.made:
-            part = self.matrix[rows] if transposed else self.matrix[rows].T
-            self.made[key] = _panels(part, gates)
+            source, P = self.source(rows, transposed), self.room(rows, transposed, gates)
+            pack = _compiled(P.dtype).pack
+            split(lambda low, high: pack(source, P, gates, low, high), len(P), COPY * P.size)
+            self.made[key] = P
         return self.made[key]
 
+    def source(self, rows: slice, transposed: bool) -> Any:
+        """What panels are copied from, which are its transpose."""
+        return self.matrix[rows] if transposed else self.matrix[rows].T
 
-def _panels(M: Any, gates: int) -> Any:
-    """M^T as panels."""
-    from .tile import panels
+    def room(self, rows: slice, transposed: bool, gates: int) -> Any:
+        """Panels that are yet to be filled."""
+        from .tile import panels
 
-    M = M.view(np.ndarray)
-    M = M if M.flags.writeable and M.flags.forc else M.copy()
-    P = panels(M.shape[0], M.shape[1], gates, M.dtype)
-    pack = _compiled(M.dtype).pack
-    split(lambda low, high: pack(M, P, gates, low, high), len(P), COPY * P.size)
-    return P
+        N, K = rows.stop - rows.start, self.shape[1]
+        return panels(*((N, K) if transposed else (K, N)), gates, self.matrix.dtype)
 
 
 def product(x: Any, P: Any, base: Any, y: Any) -> None:
@@ -103,6 +109,9 @@ def product(x: Any, P: Any, base: Any, y: Any) -> None:
 
 
 def own(v: Any) -> Any:
-    """The array as the code was compiled for: contiguous, and not marked as read-only."""
-    v = v.view(np.ndarray)
-    return v if v.flags.carray else np.require(v, requirements=("C", "W"))
+    """Return an array of the layout that the compiled code takes, a copy where v has another.
+
+    That is contiguous, aligned and not read-only. To let Numba find out takes 0.2 ms.
+    """
+    v = v if type(v) is np.ndarray else v.view(np.ndarray)
+    return v if v.flags.carray else v.copy("C")

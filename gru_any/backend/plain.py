@@ -74,6 +74,10 @@ class Plain:
         """Return the function of `single` for many steps; it may keep copies of the weights."""
         return self.single(step, W, b, recurrent)
 
+    def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+        """W, b, recurrent for calls without end, which may hold copies of them."""
+        return W, b, recurrent
+
     def backward(
         self,
         step: Any,
@@ -141,6 +145,13 @@ class Plain:
     def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
         """Call the equations' `weights` on the arrays of a block as matrices."""
         return weights(self.xp, self.rows(h), OnDemand(self.rows, saved), *parts)
+
+    def products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
+        """Call three functions of products that do not need each other -> what they return.
+
+        work: multiply-adds of the third, which is about as much as the others together.
+        """
+        return [call() for call in calls]
 
     def own(self, v: Any) -> Any:
         """Return `v` without a reference to the larger array that it is a view of."""

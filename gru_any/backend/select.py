@@ -85,7 +85,13 @@ class Backend:
             )
 
     def put(self, host: np.ndarray, dtype: str | None = None) -> Any:
-        """Copy a NumPy array to the device, as the dtype of this name."""
+        """Copy a NumPy array to the device, as the dtype of this name.
+
+        Raises
+        ------
+        ValueError
+            It holds integers that the library's dtype does not, as JAX has no int64 by default.
+        """
         host = np.asarray(host)
         known = dtype if dtype != "bfloat16" else "float32"
         host = np.array(host, dtype=known or host.dtype.newbyteorder("="), order="C")
@@ -93,6 +99,8 @@ class Backend:
             return host
         with cuda.current(self):
             array = self.xp.asarray(host, device=self.device)
+            if host.dtype.kind in "iu" and plain_name(array.dtype) != host.dtype.name:
+                _refuse_cut(host, self.xp.iinfo(array.dtype))
             return array if dtype == known else self.xp.astype(array, self.dtype("bfloat16"))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -118,23 +126,33 @@ class Backend:
                 f"{name}.detach()"
             )
 
-    def check_integers(self, name: str, array: Any) -> None:
-        """Raise TypeError where `array` is not of this library, device and an integer dtype."""
+    def integers(self, name: str, array: Any) -> Any:
+        """Return an array of integers in a dtype that can count more than it holds: int32 or wider.
+
+        uint8 has no 256, so a class of that number would be taken for class 0.
+
+        Raises
+        ------
+        TypeError
+            It is not of this library, device and an integer dtype.
+        """
         self._check_home(name, array)
         kind = array.dtype.kind if self.host else None
         if kind not in ("i", "u") and (self.host or not self.xp.isdtype(array.dtype, "integral")):
             raise TypeError(f"{name} has dtype {plain_name(array.dtype)}, expected integers")
+        bits = self.xp.iinfo(array.dtype).bits
+        if bits < 32:
+            return self.xp.astype(array, self.dtype("int32"))
+        if self.name == "torch" and "uint" in plain_name(array.dtype):  # which it cannot compare
+            return self.xp.astype(array, self.dtype("int64"))
+        return array
 
     def _check_home(self, name: str, array: Any) -> None:
         wanted = f"expected an array of {self.name} on {self.device}"
         way = f"convert it with gru_any.asarray({name}, like=model)"
+        refuse_masked(name, array, wanted)
         if isinstance(array, np.matrix):
-            raise TypeError(f"{name} is a matrix, {wanted}; np.asarray makes one")
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(
-                f"{name} is a MaskedArray, {wanted}: its mask would be lost; {name}.filled(0) puts "
-                "zeros in place of what is masked"
-            )
+            raise TypeError(f"{name} is a {type(array).__name__}, {wanted}; np.asarray makes one")
         try:
             home = of(array)
         except TypeError:
@@ -191,6 +209,24 @@ def _scatter_add_host(indices: Any, rows: Any, n: int) -> Any:
         starts = np.flatnonzero(np.concatenate(([True], at[1:] != at[:-1])))
         out[at[starts]] = np.add.reduceat(rows[order], starts, axis=0)
     return out
+
+
+def _refuse_cut(host: np.ndarray, info: Any) -> None:
+    """Raise ValueError where a narrower dtype would keep the lower bits alone."""
+    if host.size and (host.min() < info.min or host.max() > info.max):
+        raise ValueError(
+            f"an array holds {host.min()} to {host.max()}, which {plain_name(info.dtype)} does not;"
+            ' in JAX, jax.config.update("jax_enable_x64", True) gives int64'
+        )
+
+
+def refuse_masked(name: str, array: Any, wanted: str = "expected an array without a mask") -> None:
+    """Raise TypeError where NumPy would let go of a mask without a word."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a MaskedArray, {wanted}, since the mask would be lost: give its filled(0), "
+            "and to a loss mask=~numpy.ma.getmaskarray(...)"
+        )
 
 
 def plain_name(dtype: Any) -> str:
@@ -314,6 +350,7 @@ def of(*arrays: Any) -> Backend:
 
 
 def _home(array: Any) -> Backend:
+    refuse_masked("an array", array)
     if isinstance(array, np.ndarray):
         return NUMPY
     root = type(array).__module__.partition(".")[0]

@@ -20,9 +20,9 @@ def plain(x, M, y):
     sums(x, M, y)
 
 
-@njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
+@njit("void({0}[:, ::1], {0}[:, ::1], {0}[:, ::1])", cache=CACHE, **flags)
 def transposed(x, M, y):
-    dots(x, M, y)
+    dots(x, 0, M, y)
 """
 
 
@@ -42,4 +42,4 @@ def times(x: Any, M: Any, out: Any) -> None:
     if M.flags.c_contiguous:
         code.plain(own(x), own(M), out)
     else:
-        code.transposed(own(x), own(M.T), out)
+        code.transposed(own(x)[None], own(M.T), out[None])

@@ -340,3 +340,10 @@ def pack(bits, M, P, gates, low, high):  # type: ignore[no-untyped-def]
             for k in range(done, K):
                 for i in range(count):
                     columns[k, i] = rows[i, k]
+
+
+@njit(nogil=True, error_model="numpy")
+def fill(bits, M, P, gates, left, right):  # type: ignore[no-untyped-def]
+    """Copy M^T into those panels that hold some of the units from left to right."""
+    units = P.shape[2] // gates
+    pack(bits, M, P, gates, left // units, -(-right // units))

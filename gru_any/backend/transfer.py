@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from .select import Backend, of, plain_name
+from .select import Backend, of, plain_name, refuse_masked
 
 
 def to_numpy(x: Any, name: str = "x") -> np.ndarray:
@@ -18,8 +18,9 @@ def to_numpy(x: Any, name: str = "x") -> np.ndarray:
     Raises
     ------
     TypeError
-        It is no array, holds what is no number, or hides numbers behind a mask.
+        It is no array, holds what is no number, or has a mask, which would be lost.
     """
+    refuse_masked(name, x)
     if isinstance(x, np.ndarray | np.generic | list | tuple | int | float):
         return _numbers(name, x)
     try:
@@ -40,8 +41,8 @@ def asarray(x: Any, like: Any) -> Any:
     Raises
     ------
     TypeError
-        x holds what is no number or hides numbers behind a mask; or it is complex where `like` is
-        real, or floating where `like` has integers.
+        x holds what is no number, or complex numbers where `like` is real; it is floating where
+        `like` has integers; or it is a NumPy array with a mask, which would be lost.
 
     Examples
     --------
@@ -50,6 +51,7 @@ def asarray(x: Any, like: Any) -> Any:
     >>> asarray([[0, 1.5, 2]], like=GRU(3, 4)).dtype
     dtype('float32')
     """
+    refuse_masked("x", x)
     backend = like.backend if hasattr(like, "backend") else of(like)
     dtype = like.dtype if hasattr(like, "backend") else plain_name(like.dtype)
     if isinstance(x, np.ndarray) or not hasattr(x, "dtype"):
@@ -99,11 +101,6 @@ def _start(x: Any) -> int:
 
 
 def _numbers(name: str, x: Any) -> np.ndarray:
-    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
-        raise TypeError(
-            f"{name} is a MaskedArray, whose mask would be lost: {name}.filled(0) puts zeros in "
-            "place of what is masked"
-        )
     try:
         x = np.asarray(x)
     except ValueError as e:  # rows of different lengths
@@ -119,6 +116,7 @@ def _shared(x: Any, backend: Backend) -> Any:
         if of(x) == backend:
             return x
         there = backend.xp.from_dlpack(x)
-        return there if of(there) == backend else None
+        whole = plain_name(there.dtype) == plain_name(x.dtype)  # JAX cuts int64 to int32
+        return there if whole and of(there) == backend else None
     except (TypeError, ValueError, RuntimeError, BufferError, AttributeError, NotImplementedError):
         return None

@@ -1,0 +1,158 @@
+"""Frozen models: the numbers of the model that they were made from, whatever becomes of it."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from conftest import PATHS, at_once, require, running
+
+from gru_any import GRU, SGD, Chain, Embedding, GRUCell, Linear, save
+from gru_any.deploy import freeze
+from gru_any.stream import Stream
+
+VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
+EVERY = pytest.mark.parametrize("path", [*PATHS, *(["packed"] if "compiled" in PATHS else [])])
+RNG = np.random.default_rng(0)
+
+
+def close(a, b, dtype="float32"):
+    limit = {"float16": 2e-3, "float32": 2e-6, "float64": 1e-13}[dtype]
+    return a.dtype == b.dtype == dtype and np.allclose(a, b, rtol=0, atol=limit)
+
+
+@EVERY
+@VARIANTS
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("B", [1, 3, 40])
+def test_it_computes_what_the_model_does(path, reset_after, dtype, B):
+    x = RNG.standard_normal((6, B, 5)).astype(dtype)
+    h0 = RNG.standard_normal((4, B, 7)).astype(dtype)
+    lengths = RNG.integers(0, 7, B)
+    gru = GRU(5, 7, 2, bidirectional=True, reset_after=reset_after, dtype=dtype, seed=0)
+    with running(path):
+        frozen = freeze(gru)
+        for _ in range(2):
+            for a, b in zip(frozen(x, h0, lengths), gru(x, h0, lengths), strict=True):
+                assert close(a, b, dtype)
+        assert close(frozen.last(x), gru.last(x), dtype)
+        for name, tap in gru.taps(x, h0, lengths).items():
+            assert close(frozen.taps(x, h0, lengths)[name], tap, dtype)
+
+
+@EVERY
+@VARIANTS
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 2}])
+@pytest.mark.parametrize("B", [1, 20])
+def test_steps_and_streams(path, reset_after, options, B):
+    x = RNG.standard_normal((6, B, 5)).astype("float32")
+    gru = GRU(5, 7, reset_after=reset_after, seed=0, **options)
+    with running(path):
+        y, _ = gru(x)
+        frozen, state = freeze(gru), None
+        stream = Stream(frozen)
+        for gru_params in gru.params.values():
+            gru_params[...] = 9
+        for t in range(3):
+            y_t, state = frozen.step(x[t], state)
+            assert close(y_t, y[t])
+            assert close(stream.step(x[t]), y[t])
+        assert close(stream(x[3:]), y[3:])
+
+
+def test_on_every_backend(backend):
+    x = RNG.standard_normal((4, 2, 3)).astype("float32")
+    gru = GRU(3, 4, seed=0, backend=backend.backend)
+    before = backend.host(gru(backend.put(x))[0])
+    frozen = freeze(gru)
+    gru.load_params({name: np.zeros(p.shape) for name, p in gru.params.items()})
+    assert close(backend.host(frozen(backend.put(x))[0]), before)
+    step, _ = frozen.step(backend.put(x[0]))
+    assert close(backend.host(step), before[0])
+
+
+@EVERY
+def test_a_chain(path):
+    x = np.array([[1, 2], [3, 4], [0, 1]])
+    chain = Chain(Embedding(5, 3, seed=0), GRU(3, 40, seed=0), Linear(40, 2, seed=0))
+    with running(path):
+        y, (h,) = chain(x)
+        frozen = freeze(chain)
+        twins = [frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), frozen.to()]
+        stream = Stream(frozen)
+        for name in chain.params:
+            chain.params[name] = np.zeros_like(chain.params[name])
+        for twin in twins:
+            assert type(twin) is type(frozen)
+            found, (h_n,) = twin(x)
+            assert close(found, y)
+            assert close(h_n, h)
+        assert close(stream.step(x[0]), y[0])
+        assert close(frozen.to(dtype="float64")(x)[0].astype("float32"), y)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), GRU.to])
+def test_copies_stay_frozen(how):
+    x = np.ones((3, 2, 3), "float32")
+    frozen = freeze(GRU(3, 4, seed=0))
+    twin = frozen.to() if how is GRU.to else how(frozen)
+    assert type(twin) is type(frozen)
+    assert np.array_equal(twin(x)[0], frozen(x)[0])
+
+
+@pytest.mark.parametrize("model", [GRU(3, 4), Chain(GRU(3, 4), Linear(4, 2))], ids=["gru", "chain"])
+def test_what_would_change_it_is_refused(model, tmp_path):
+    x = np.ones((3, 2, 3), "float32")
+    frozen = freeze(model)
+    before, grads = frozen(x)[0], model.vjp(x)[1](model(x)[0])[0]
+    name = next(iter(model.params))
+    refused = [
+        lambda: frozen.vjp(x),
+        lambda: frozen.load_params(model.params),
+        lambda: frozen.params.__setitem__(name, model.params[name]),
+        lambda: SGD(frozen.params, lr=1.0).step(frozen.params, grads),
+    ]
+    for call in refused:
+        with pytest.raises(TypeError, match="frozen model never change"):
+            call()
+    with pytest.raises(TypeError, match="cannot save FrozenGRU"):
+        save(tmp_path / "model.safetensors", frozen)
+    frozen.params[name][...] = 9  # a copy
+    assert np.array_equal(frozen(x)[0], before)
+
+
+def test_as_a_module_of_pytorch_it_is_refused():
+    torch = require("torch")
+    from gru_any.convert.torch import as_module
+
+    with pytest.raises(TypeError, match="frozen model never change"):
+        as_module(freeze(GRU(3, 4)))(torch.ones(2, 1, 3))
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="a GRUCell, expected a GRU or a Chain"):
+        freeze(GRUCell(3, 4))
+
+
+@EVERY
+@VARIANTS
+def test_many_threads(path, reset_after):
+    with running(path):
+        for _ in range(5):
+            frozen = freeze(GRU(30, 70, reset_after=reset_after, seed=0))
+            x = [RNG.standard_normal((2, 20 + i, 30)).astype("float32") for i in range(8)]
+            expected = [frozen.to()(v)[0] for v in x]
+
+            def work(i, frozen=frozen, x=x, expected=expected):
+                for _ in range(3):
+                    assert np.array_equal(frozen(x[i])[0], expected[i])
+
+            at_once(work, 8)
+
+
+def test_its_size_is_told():
+    text = repr(freeze(GRU(256, 256, reset_after=True)))
+    assert text.startswith("freeze(GRU(input_size=256, hidden_size=256, reset_after=True")
+    weights = 3 * 256 * (256 + 256 + 2) * 4
+    low, high = 1e-6 * weights, 2.2e-6 * weights
+    assert low - 0.1 < float(text.split(", ")[-1].removesuffix(" MB")) < high
