@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arguments
-from .backend import to_numpy
+from .backend import refuse_masked, to_numpy
 from .errors import ShapeError
 
 
@@ -133,6 +133,7 @@ def whole(batch: Batch) -> Piece:
 
 def _array(name: str, value: Any) -> np.ndarray:
     """The value as a NumPy array of numbers."""
+    refuse_masked(f"{name} of a batch", value)
     try:
         array = to_numpy(value)
     except (TypeError, ValueError, RuntimeError) as e:

@@ -300,7 +300,7 @@ class RMSprop(Optimizer):
         v = self._average("v", name, o.alpha, g * g)
         if o.centered:
             m = self._average("m", name, o.alpha, g)
-            v = v - m * m
+            v = xp.maximum(v - m * m, xp.zeros_like(v))  # rounding can bring it below 0
         u = g / (xp.sqrt(v) + o.eps)
         if o.momentum:
             b = self._slots[f"b.{name}"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import PATHS, at_once, require, running
 
-from gru_any import GRU, SGD, Chain, Embedding, GRUCell, Linear, save
+from gru_any import GRU, SGD, Chain, Embedding, GRUCell, Last, Linear, save
 from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
@@ -156,3 +156,17 @@ def test_its_size_is_told():
     weights = 3 * 256 * (256 + 256 + 2) * 4
     low, high = 1e-6 * weights, 2.2e-6 * weights
     assert low - 0.1 < float(text.split(", ")[-1].removesuffix(" MB")) < high
+
+
+def test_a_tied_chain_and_one_result_a_row():
+    layers = Embedding(9, 4, seed=0), GRU(4, 4, seed=1), Linear(4, 9, seed=2)
+    tied = Chain(*layers, tied={"2.weight": "0.weight"})
+    judge = Chain(Embedding(9, 4, seed=0), GRU(4, 4, seed=1), Last(), Linear(4, 2, seed=2))
+    x = np.array([[1, 2], [3, 4], [5, 6]])
+    for model in (tied, judge):
+        frozen = freeze(model)
+        expected = model(x, lengths=[3, 1])[0].copy()
+        for w in model.params.values():
+            w[...] = 0
+        for other in (frozen, pickle.loads(pickle.dumps(frozen))):
+            assert np.allclose(other(x, lengths=[3, 1])[0], expected, atol=1e-6)

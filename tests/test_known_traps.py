@@ -261,6 +261,20 @@ def test_a_state_that_was_kept_does_not_go_on(kind, library):
     assert np.array_equal(to_numpy(params["w"]), to_numpy(again["w"]))
 
 
+@pytest.mark.parametrize("g", [0.1, 1e-3])
+def test_a_variance_that_rounding_brings_below_0(g):
+    """Where the gradient stays the same, v - m^2 is 0 but for rounding; its root would be NaN."""
+    params = {"w": np.ones(2)}
+    optimiser = RMSprop(params, lr=1e-12, centered=True)
+    below = False
+    for _ in range(5000):
+        optimiser.step(params, {"w": np.full(2, g)})
+        kept = optimiser.state
+        below |= bool((kept["v.w"] < kept["m.w"] ** 2).any())
+    assert below
+    assert np.isfinite(params["w"]).all()
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [

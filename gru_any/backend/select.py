@@ -140,7 +140,7 @@ class Backend:
         kind = array.dtype.kind if self.host else None
         if kind not in ("i", "u") and (self.host or not self.xp.isdtype(array.dtype, "integral")):
             raise TypeError(f"{name} has dtype {plain_name(array.dtype)}, expected integers")
-        bits = self.xp.iinfo(array.dtype).bits
+        bits = 8 * array.dtype.itemsize if self.host else self.xp.iinfo(array.dtype).bits
         if bits < 32:
             return self.xp.astype(array, self.dtype("int32"))
         if self.name == "torch" and "uint" in plain_name(array.dtype):  # which it cannot compare

@@ -73,6 +73,9 @@ class Copies(Mapping[str, Any]):
     def __setitem__(self, name: str, array: Any) -> NoReturn:
         raise TypeError(REFUSAL)
 
+    def refuse_untied(self) -> None:
+        """Do nothing: no entry can have been replaced."""
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._params)
 
