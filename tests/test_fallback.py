@@ -206,8 +206,10 @@ def results():
 
 
 @NUMBA
-@pytest.mark.parametrize("method", ["Numba.forward", "Numba.backward", "Numba.prepared", "Numba.packed",
-                                    "Tiled.into"])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    ["Numba.forward", "Numba.backward", "Numba.prepared", "Numba.packed", "Tiled.into"],
+)
 def test_each_method_that_fails_to_compile(monkeypatch, unbroken, method):
     with running("traced"):
         wanted = results()

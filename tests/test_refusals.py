@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import require
 
-from gru_any import GRU, Chain, Embedding, GRUCell, Linear, asarray, to_numpy
+from gru_any import GRU, Chain, Embedding, GRUCell, Linear, asarray, squared_error, to_numpy
 from gru_any.backend import BackendError
 from gru_any.errors import ShapeError, check_shape
 
@@ -292,6 +292,16 @@ def test_no_mask_is_lost(gru):
     weights = {k: np.ma.array(v, mask=v > 0) for k, v in gru.params.items()}
     with pytest.raises(TypeError, match="weight_ih_l0 is a MaskedArray"):
         gru.load_params(weights)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_matrices_are_refused_where_their_product_is_another():
+    square = np.matrix(np.eye(3) + 1)
+    for call in (lambda x: squared_error(x, x), lambda x: squared_error(np.eye(3), x)):
+        with pytest.raises(TypeError, match=r"is a matrix, expected numpy\.asarray"):
+            call(square)
+    assert type(to_numpy(square)) is np.ndarray
+    assert type(asarray(square, like=GRU(3, 4))) is np.ndarray
 
 
 def test_asarray_does_not_truncate():

@@ -351,6 +351,8 @@ def of(*arrays: Any) -> Backend:
 
 def _home(array: Any) -> Backend:
     refuse_masked("an array", array)
+    if isinstance(array, np.matrix):  # whose * is another product
+        raise TypeError("an array is a matrix, expected numpy.asarray of it")
     if isinstance(array, np.ndarray):
         return NUMPY
     root = type(array).__module__.partition(".")[0]
