@@ -279,6 +279,28 @@ def test_lengths_of_rows_that_differ(gru):
         gru(X, None, [[5], [3, 4]])
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool"])
+def test_the_way_from_integers_to_x(library, dtype):
+    xp = require(library)
+    gru = GRU(3, 4, seed=0, backend=library)
+    x = xp.asarray(np.ones((5, 2, 3), dtype))
+    with pytest.raises(TypeError, match=r"x has dtype .*with x \* 1\.0, since .* keeps integers"):
+        gru(asarray(x, like=gru))
+    assert np.isfinite(to_numpy(gru(asarray(x * 1.0, like=gru))[0])).all()
+
+
+def test_states_from_a_file(tmp_path):
+    model = Chain(GRU(3, 4, seed=0), GRU(4, 6, seed=1))
+    state = model(X)[1]
+    np.savez(tmp_path / "state.npz", *state)
+    again = list(np.load(tmp_path / "state.npz").values())
+    np.testing.assert_array_equal(model(X, again)[0], model(X, state)[0])
+    one = Chain(GRU(3, 4, seed=0))
+    np.save(tmp_path / "one.npy", one(X)[1])
+    np.testing.assert_array_equal(one(X, np.load(tmp_path / "one.npy"))[0], one(X, one(X)[1])[0])
+
+
 def test_no_mask_is_lost(gru):
     masked = np.ma.array(X, mask=X == 0)
     for call in (gru, gru.last, Linear(3, 2), lambda x: GRUCell(3, 4)(x[0])):
@@ -382,7 +404,7 @@ def test_parameters_are_checked_however_they_are_replaced(gru):
         pullback(np.zeros((5, 2, 4), "float32"))
 
 
-@pytest.mark.parametrize("state", [np.zeros((1, 2, 4), "float32"), {"0": 1}, 0])
+@pytest.mark.parametrize("state", [{"0": 1}, 0, "h"])
 def test_states_of_a_chain_are_a_list(state):
     with pytest.raises(TypeError, match=r"state is a .*, expected a list, one for each GRU"):
         Chain(GRU(3, 4))(X, state)

@@ -116,10 +116,12 @@ class Backend:
             return
         self._check_home(name, array)
         if array.dtype != self.dtype(dtype):
-            raise TypeError(
-                f"{name} has dtype {plain_name(array.dtype)}, expected {dtype}: convert it, for "
-                f"example with gru_any.asarray({name}, like=model)"
-            )
+            given, way = plain_name(array.dtype), f"gru_any.asarray({name}, like=model)"
+            if given.lstrip("u").startswith(("int", "bool")):
+                told = f"make it floating first, with {name} * 1.0, since {way} keeps integers"
+            else:
+                told = f"convert it, for example with {way}"
+            raise TypeError(f"{name} has dtype {given}, expected {dtype}: {told}")
         if getattr(array, "requires_grad", False):
             raise TypeError(
                 f"{name} requires grad, and these functions are outside of autograd: pass "
