@@ -47,7 +47,9 @@ def test_quoted_lines_stand_in_the_source(page):
         path, _, name = head.removeprefix("# ").partition(": ")
         there = source(path, name) if name else text_of(path)
         for line in lines:
-            assert line in there, f"{page} quotes {line!r}, which {path} {name} no longer holds"
+            assert line.strip() in there, (
+                f"{page} quotes {line!r}, which {path} {name} no longer holds"
+            )
 
 
 @pytest.mark.parametrize("page", ENGLISH)
