@@ -6,7 +6,7 @@ import sys
 from importlib import metadata
 
 from . import __version__
-from .backend import BackendError, select
+from .backend import NUMPY, BackendError, path, select
 from .backend.cuda.device import WHEELS, problem
 from .backend.select import VARIABLE
 
@@ -21,6 +21,7 @@ def main() -> int:
             print(f"  {name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
+    print("numpy: calls run {}, because {}".format(*path(NUMPY, 1)))
     why = problem()
     print(f"cupy: {why or 'a kernel and a matrix product ran on device 0'}")
     print(f"auto: {'numpy' if why else 'cupy'}, because {why or 'a CUDA device answers'}")

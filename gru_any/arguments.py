@@ -90,6 +90,23 @@ def lengths(n: np.ndarray, T: int, B: int) -> np.ndarray:
     return n.astype(np.int64)
 
 
+def seed(value: Any) -> Any:
+    """Return NumPy's generator of a seed: an integer, None, or what else NumPy makes one of.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is a bool, a float, a string or negative.
+    """
+    wanted = f"seed is {value!r}, expected an integer of at least 0, or None"
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(wanted)
+    try:
+        return np.random.default_rng(value)
+    except (TypeError, ValueError) as e:
+        raise type(e)(wanted) from None
+
+
 def generator(name: str, value: Any) -> Any:
     """Return a NumPy generator or None: a seed in its place would repeat the same mask.
 

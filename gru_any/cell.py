@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
-
 from . import arguments, equations
 from .backend import runner
 from .errors import check_shape
@@ -60,7 +58,7 @@ class GRUCell(Layer):
         reset_after = arguments.flag("reset_after", reset_after)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.bias, self.reset_after = bias, reset_after
-        rng, bound = np.random.default_rng(seed), 1 / math.sqrt(hidden_size)
+        rng, bound = arguments.seed(seed), 1 / math.sqrt(hidden_size)
         shapes = parameter_shapes(input_size, hidden_size, bias, reset_after)
         self._create(
             {

@@ -155,6 +155,8 @@ class Chain:
 
     def _states(self, state: Any) -> Iterator[Any]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)
+        if isinstance(state, (str, Mapping)) or not (state is None or hasattr(state, "__iter__")):
+            raise TypeError(f"state is a {type(state).__name__}, expected a list, one for each GRU")
         state = [None] * count if state is None else list(state)
         if len(state) != count:
             raise ValueError(f"state holds {len(state)}, expected {count}, one for each GRU")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from . import arguments
 from .backend import to_numpy
 
 TOLERANCE = {"central": 1e-7, "complex": 1e-12}
@@ -68,7 +69,7 @@ def gradcheck(
     """
     if method not in TOLERANCE:
         raise ValueError(f"method is {method!r}, expected 'central' or 'complex'")
-    rng = np.random.default_rng(seed)
+    rng = arguments.seed(seed)
     twin = layer.to(dtype="float64")
     points = {f"{k}": to_numpy(v) for k, v in twin.params.items()} | _flat("input", inputs)
     points = {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in points.items()}

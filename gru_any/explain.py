@@ -166,7 +166,7 @@ def _recurrent(layer: Any, shape: Any) -> list[str]:
         _biases(layer.bias, layer.reset_after),
         f"A call runs {way}: {PATHS[way]}. Why not faster: {why}.",
         *(_recorded(layer, shape) if isinstance(layer, GRU) else []),
-        *(f"{name}(v): {text}" for name, text in called(step).items()),
+        *_called(step),
     ]
     if L > 1:
         notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
@@ -193,7 +193,21 @@ def _biases(bias: bool, after: bool) -> str:
     return "Biases: b is bias_ih plus the r and z thirds of bias_hh; c is the n third of bias_hh."
 
 
+def _called(step: Any) -> list[str]:
+    try:
+        return [f"{name}(v): {text}" for name, text in called(step).items()]
+    except OSError:  # installed as byte code alone
+        return ["The equations are not shown: the source of gru_any is not installed here."]
+
+
 def _lines(layer: Any) -> list[tuple[str, list[Any]]]:
+    try:
+        return _equations(layer)
+    except OSError:  # as `_called` says
+        return []
+
+
+def _equations(layer: Any) -> list[tuple[str, list[Any]]]:
     step, backward, _ = equations.variant(layer.reset_after)
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
     product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"

@@ -150,7 +150,7 @@ class GRU(Layer):
             backend,
             device,
             dtype,
-            self._initial(np.random.default_rng(seed)),
+            self._initial(arguments.seed(seed)),
         )
 
     def _initial(self, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
@@ -317,8 +317,9 @@ class GRU(Layer):
         """Read lengths on the host; None where there is nothing to pad."""
         if lengths is None:
             return None
-        n = np.asarray(lengths) if isinstance(lengths, (list, tuple)) else to_numpy(lengths)
-        n = arguments.lengths(n, T, B)
+        n = arguments.lengths(to_numpy(lengths, "lengths"), T, B)
+        if isinstance(lengths, (list, tuple)) and any(isinstance(v, bool) for v in lengths):
+            raise TypeError(f"lengths is {lengths!r}, expected integers")
         if (n == T).all():
             return None
         alive = np.arange(T)[:, None, None] < n[None, :, None]

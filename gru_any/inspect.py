@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from . import arguments
 from .backend import to_numpy
 from .errors import check_shape
 from .gru import GRU
@@ -155,7 +156,7 @@ def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
     (_, h_n), pullback = gru.vjp(x)
     L, B, H = h_n.shape[0], h_n.shape[-2], gru.hidden_size
     direction = np.zeros((L, B, H))
-    direction[-1] = np.random.default_rng(seed).standard_normal((B, H))
+    direction[-1] = arguments.seed(seed).standard_normal((B, H))
     taps = to_numpy(pullback.taps(None, gru.backend.put(direction, gru.dtype)))
     taps = taps if "_reverse" in gru.suffixes else taps[:, ::-1]  # the last step walked first
     squares = np.square(taps, dtype=np.float64).sum(axis=-1).mean(axis=-1)

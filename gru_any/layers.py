@@ -53,7 +53,7 @@ class Linear(Layer):
         out_features = arguments.size("out_features", out_features)
         bias = arguments.flag("bias", bias)
         self.in_features, self.out_features, self.bias = in_features, out_features, bias
-        rng, bound = np.random.default_rng(seed), 1 / math.sqrt(in_features)
+        rng, bound = arguments.seed(seed), 1 / math.sqrt(in_features)
         shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
         if bias:
             shapes["bias"] = (out_features,)
@@ -130,7 +130,7 @@ class Embedding(Layer):
     ) -> None:
         n, size = arguments.size("n", n), arguments.size("size", size)
         self.n, self.size = n, size
-        table = np.random.default_rng(seed).standard_normal((n, size))
+        table = arguments.seed(seed).standard_normal((n, size))
         self._create({"n": n, "size": size}, backend, device, dtype, [("weight", table)])
 
     def __call__(self, x: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Backend, disjoint, overlap, select, to_numpy
+from .backend import Backend, disjoint, overlap, plain_name, select, to_numpy
 from .errors import ShapeError
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
@@ -31,6 +31,26 @@ class Params(dict[str, Any]):
             _same_shape(name, array, self[name])
         super().__setitem__(name, array)
         self.version += 1
+
+    def update(self, *mappings: Any, **arrays: Any) -> None:
+        """Replace several entries, each checked as alone."""
+        for name, array in dict(*mappings, **arrays).items():
+            self[name] = array
+
+    def __ior__(self, mapping: Any) -> Any:  # type: ignore[misc]
+        self.update(mapping)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return the entry, which is there."""
+        if name not in self:
+            self[name] = default  # raises
+        return self[name]
+
+    def _refuse(self, *arguments: Any) -> Any:
+        raise TypeError("parameters cannot be taken out; the layer needs them")
+
+    pop = popitem = clear = _refuse
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{name!r} cannot be deleted; the layer needs it")
@@ -56,8 +76,7 @@ class Layer:
         arrays: Iterable[tuple[str, np.ndarray]],
     ) -> None:
         """Set what every layer has. `arrays`: the name and first value of each parameter."""
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        _refuse_dtype(dtype)
         self.settings = settings
         self.backend = select(backend, device)
         self.dtype = dtype
@@ -90,7 +109,7 @@ class Layer:
         """
         if backend is None:
             backend = self.backend if device is None else self.backend.name
-        dtype = dtype or self.dtype
+        dtype = self.dtype if dtype is None else dtype
         make: Any = type(self)
         new = make(**self.settings, backend=backend, device=device, dtype=dtype)
         new.load_params(self.params)
@@ -145,6 +164,15 @@ class Layer:
             raise TypeError("dtype complex128 serves the plain forward call alone, not vjp")
 
 
+def _refuse_dtype(dtype: Any) -> None:
+    """Raise ValueError where it is not the name of a dtype that a model can have."""
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", plain_name(dtype))
+    way = f': write dtype="{name}"' if name in DTYPES else ""
+    raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}{way}")
+
+
 def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
     """Put copies of the arrays of `mapping` into `layer.params`; strict, all or nothing."""
     check_mapping(mapping)
@@ -170,7 +198,7 @@ def check_mapping(mapping: Any) -> None:
 
 
 def _converted(layer: Any, name: str, array: Any) -> Any:
-    host = to_numpy(array)
+    host = to_numpy(array, name)
     if host.dtype.kind not in ("fc" if layer.dtype == "complex128" else "f"):
         raise TypeError(f"{name} has dtype {host.dtype}, expected a real floating dtype")
     _same_shape(name, host, layer.params[name])

@@ -90,7 +90,7 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """The state as the model returns it, a copy, which `numpy.save` keeps; None at the start.
+        """The state as the model returns it, a copy; None at the start.
 
         h (L, B, H) of a GRU, (L, H) without a batch; of a Chain a list, one h for each GRU. What it
         is set to is where the next call goes on.

@@ -613,7 +613,7 @@ def test_no_file_is_written_without_numba(tmp_path):
 
 
 def test_the_path_in_words(monkeypatch):
-    from gru_any.backend import run
+    from gru_any.backend import compiled, run
 
     assert run.path(NUMPY, 8, "complex128")[0] == "plain"
     for way, reason in (("plain", "GRU_ANY_PLAIN"), ("traced", "GRU_ANY_NO_NUMBA")):
@@ -621,7 +621,8 @@ def test_the_path_in_words(monkeypatch):
         assert run.path(NUMPY, 8) == (way, f"{reason} is set")
     monkeypatch.setattr(run, "chosen", "compiled")
     assert run.path(NUMPY, 8)[0] == PATHS[-1]
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr("gru_any.backend.compiled.find_spec", lambda name: None)
+    monkeypatch.setattr(run, "problem", compiled._import_problem.__wrapped__)
     assert run.path(NUMPY, 8)[0] == "traced"
     assert "gru-any[fast]" in run.path(NUMPY, 8)[1]
 

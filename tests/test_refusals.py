@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import require
 
-from gru_any import GRU, GRUCell, Linear, asarray
+from gru_any import GRU, Chain, Embedding, GRUCell, Linear, asarray, squared_error, to_numpy
+from gru_any.backend import BackendError
 from gru_any.errors import ShapeError, check_shape
 
 X = np.zeros((5, 2, 3), "float32")
@@ -251,3 +252,159 @@ def test_a_switch_is_true_or_false(name, bad):
 def test_dropout_is_a_number(bad):
     with pytest.raises(TypeError, match="expected 0 <= dropout < 1"):
         GRU(3, 4, 2, dropout=bad)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (np.array([5, 3], object), "lengths has dtype object, expected numbers"),
+        (["5", "3"], "lengths has dtype <U1"),
+        ([5, True], r"lengths is \[5, True\]"),
+        ([5, None], "lengths has dtype object"),
+        (range(3, 5), "lengths is a range, expected an array or a list"),
+        ({5, 3}, "lengths is a set"),
+        ("53", "lengths is a str"),
+        (np.random.default_rng(0), "lengths is a Generator"),
+        (np.ma.array([5, 3], mask=[0, 1]), "lengths is a MaskedArray.*mask would be lost"),
+    ],
+)
+def test_lengths_that_are_no_integers(gru, lengths, message):
+    for call in (gru, gru.vjp, gru.last):
+        with pytest.raises(TypeError, match=message):
+            call(X, None, lengths)
+
+
+def test_lengths_of_rows_that_differ(gru):
+    with pytest.raises(ValueError, match="lengths is no array of numbers"):
+        gru(X, None, [[5], [3, 4]])
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool"])
+def test_the_way_from_integers_to_x(library, dtype):
+    xp = require(library)
+    gru = GRU(3, 4, seed=0, backend=library)
+    x = xp.asarray(np.ones((5, 2, 3), dtype))
+    with pytest.raises(TypeError, match=r"x has dtype .*with x \* 1\.0, since .* keeps integers"):
+        gru(asarray(x, like=gru))
+    assert np.isfinite(to_numpy(gru(asarray(x * 1.0, like=gru))[0])).all()
+
+
+def test_states_from_a_file(tmp_path):
+    model = Chain(GRU(3, 4, seed=0), GRU(4, 6, seed=1))
+    state = model(X)[1]
+    np.savez(tmp_path / "state.npz", *state)
+    again = list(np.load(tmp_path / "state.npz").values())
+    np.testing.assert_array_equal(model(X, again)[0], model(X, state)[0])
+    one = Chain(GRU(3, 4, seed=0))
+    np.save(tmp_path / "one.npy", one(X)[1])
+    np.testing.assert_array_equal(one(X, np.load(tmp_path / "one.npy"))[0], one(X, one(X)[1])[0])
+
+
+def test_no_mask_is_lost(gru):
+    masked = np.ma.array(X, mask=X == 0)
+    for call in (gru, gru.last, Linear(3, 2), lambda x: GRUCell(3, 4)(x[0])):
+        with pytest.raises(
+            TypeError, match=r"x is a MaskedArray.*mask would be lost: give its filled\(0\)"
+        ):
+            call(masked)
+    for call in (lambda x: asarray(x, like=gru), to_numpy):
+        with pytest.raises(TypeError, match=r"x is a MaskedArray.*mask would be lost"):
+            call(masked)
+    weights = {k: np.ma.array(v, mask=v > 0) for k, v in gru.params.items()}
+    with pytest.raises(TypeError, match="weight_ih_l0 is a MaskedArray"):
+        gru.load_params(weights)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_matrices_are_refused_where_their_product_is_another():
+    square = np.matrix(np.eye(3) + 1)
+    for call in (lambda x: squared_error(x, x), lambda x: squared_error(np.eye(3), x)):
+        with pytest.raises(TypeError, match=r"is a matrix, expected numpy\.asarray"):
+            call(square)
+    assert type(to_numpy(square)) is np.ndarray
+    assert type(asarray(square, like=GRU(3, 4))) is np.ndarray
+
+
+def test_asarray_does_not_truncate():
+    with pytest.raises(TypeError, match="x has dtype float64, and like has dtype int64"):
+        asarray([1.5], like=np.zeros(2, "int64"))
+    assert asarray([1, 2], like=np.zeros(2, "int64")).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("seed", ["3", 3.0, True, -1, b"a", np.array(3), np.float32(3)])
+@pytest.mark.parametrize("layer", [GRU, GRUCell, Linear, Embedding])
+def test_a_seed_is_an_integer(layer, seed):
+    with pytest.raises((TypeError, ValueError), match=r"seed is .*expected an integer of at least"):
+        layer(3, 4, seed=seed)
+
+
+def test_seeds_of_numpy():
+    first = GRU(3, 4, seed=7).params["weight_ih_l0"]
+    for seed in (np.int64(7), np.random.SeedSequence(7), np.random.default_rng(7)):
+        np.testing.assert_array_equal(GRU(3, 4, seed=seed).params["weight_ih_l0"], first)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.dtype("float64"), float, "f8", ">f4", []])
+def test_dtypes_are_given_by_name(dtype):
+    for make in (lambda: GRU(3, 4, dtype=dtype), lambda: GRU(3, 4).to(dtype=dtype)):
+        with pytest.raises(ValueError, match=r"dtype is .*expected one of float16") as e:
+            make()
+        known = dtype is np.float64 or isinstance(dtype, np.dtype)
+        assert ('write dtype="float64"' in str(e.value)) == known
+
+
+def test_dtypes_of_another_library_are_given_by_name():
+    dtype = require("torch").bfloat16
+    with pytest.raises(ValueError, match=r'dtype is torch.*write dtype="bfloat16"'):
+        GRU(3, 4, backend="torch", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("nunpy", None, "'nunpy' cannot be imported.*use \"numpy\""),
+        ("json", None, "'json' has no Python Array API.*use \"numpy\""),
+        (True, None, 'backend is True, expected a name or a module: use "numpy"'),
+        ("numpy", True, "device is True"),
+        ("cupy", False, "device is False"),
+    ],
+)
+def test_backends_that_are_refused(backend, device, message):
+    with pytest.raises(BackendError, match=message):
+        GRU(3, 4, backend=backend, device=device)
+
+
+@pytest.mark.parametrize("bad", [None, [], "weights", GRU(3, 4)])
+def test_what_holds_no_parameters(gru, bad):
+    for model in (gru, Chain(GRU(3, 4))):
+        with pytest.raises(TypeError, match=f"parameters are a {type(bad).__name__}, expected"):
+            model.load_params(bad)
+
+
+def test_parameters_are_checked_however_they_are_replaced(gru):
+    params, version = gru.params, gru.params.version
+    for bad in ({"weight_ih_l0": [1.0]}, {"weight_ih_l0": np.zeros((1, 3), "float32")}):
+        with pytest.raises((TypeError, ShapeError), match="weight_ih_l0 is"):
+            params.update(bad)
+        with pytest.raises((TypeError, ShapeError), match="weight_ih_l0 is"):
+            params |= bad
+    with pytest.raises(KeyError, match="'another' is no parameter"):
+        params.setdefault("another", 1)
+    for take in (lambda: params.pop("bias_ih_l0"), params.popitem, params.clear):
+        with pytest.raises(TypeError, match="cannot be taken out"):
+            take()
+    assert len(params) == 6
+    params |= {"bias_ih_l0": np.ones(12, "float32")}
+    assert gru.params is params
+    assert params.version > version
+    _, pullback = gru.vjp(X)
+    params.update(GRU(3, 4, 2, seed=1).params)
+    with pytest.raises(RuntimeError, match="replaced between vjp"):
+        pullback(np.zeros((5, 2, 4), "float32"))
+
+
+@pytest.mark.parametrize("state", [{"0": 1}, 0, "h"])
+def test_states_of_a_chain_are_a_list(state):
+    with pytest.raises(TypeError, match=r"state is a .*, expected a list, one for each GRU"):
+        Chain(GRU(3, 4))(X, state)

@@ -2,10 +2,10 @@
 
 import os
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from . import memory
+from .compiled import problem, trial
 from .plain import Plain
 
 # from the simplest to the fastest, as we believe; "whole" has to be asked for
@@ -61,12 +61,15 @@ def _way(backend: Any) -> str:
 def runner(backend: Any, precision: str = "full") -> Plain:
     """How this backend runs a block of steps; precision: "tf32" where CUDA may multiply so.
 
-    NumPy's is compiled where Numba is installed. GRU_ANY_NO_NUMBA=1 does without it, and
+    NumPy's is compiled where Numba is installed and works. GRU_ANY_NO_NUMBA=1 does without it, and
     GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA=eager (or blocks, or graph,
     or plain) is the fastest way that CuPy may take. Each is read once, by the first call that needs
     it; 0, false and the empty string mean off.
     """
-    return _runner(backend, _way(backend), precision if backend.cuda else "full")
+    way = _way(backend)
+    if way == "compiled" and problem():
+        way = "traced"
+    return _runner(backend, way, precision if backend.cuda else "full")
 
 
 @cache
@@ -77,11 +80,11 @@ def _runner(backend: Any, way: str, precision: str) -> Plain:
         from .cuda.runner import runner_on
 
         return runner_on(backend, way, precision)
-    if way == "traced" or find_spec("numba") is None:
+    if way == "traced":
         from .numpy import NumPy
 
         return NumPy(backend.xp, backend.device)
-    from .numba import Numba
+    from .fallback import Numba
 
     return Numba(backend.xp, backend.device)
 
@@ -103,8 +106,8 @@ def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, s
         return "plain", "GRU_ANY_PLAIN is set"
     if _way(backend) == "traced":
         return "traced", "GRU_ANY_NO_NUMBA is set"
-    if find_spec("numba") is None:
-        return "traced", 'Numba is not installed: pip install "gru-any[fast]"'
+    if why := problem() or trial():
+        return "traced", why
     return "compiled", "this is the fastest way on NumPy"
 
 

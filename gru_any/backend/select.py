@@ -16,6 +16,7 @@ import numpy as np
 from .cuda import device as cuda
 
 VARIABLE = "GRU_ANY_BACKEND"
+USUAL = '"numpy", "cupy", "auto", "torch" or "jax.numpy"'
 _NAMESPACES = {"cupy": "array_api_compat.cupy", "torch": "array_api_compat.torch"}
 _INSTALL = {
     "cupy": 'pip install "gru-any[cuda13]" (or [cuda12] for an older driver)',
@@ -115,10 +116,12 @@ class Backend:
             return
         self._check_home(name, array)
         if array.dtype != self.dtype(dtype):
-            raise TypeError(
-                f"{name} has dtype {plain_name(array.dtype)}, expected {dtype}: convert it, for "
-                f"example with gru_any.asarray({name}, like=model)"
-            )
+            given, way = plain_name(array.dtype), f"gru_any.asarray({name}, like=model)"
+            if given.lstrip("u").startswith(("int", "bool")):
+                told = f"make it floating first, with {name} * 1.0, since {way} keeps integers"
+            else:
+                told = f"convert it, for example with {way}"
+            raise TypeError(f"{name} has dtype {given}, expected {dtype}: {told}")
         if getattr(array, "requires_grad", False):
             raise TypeError(
                 f"{name} requires grad, and these functions are outside of autograd: pass "
@@ -270,6 +273,10 @@ def select(backend: Any = None, device: Any = None) -> Backend:
         return backend
     if backend is None:
         backend = os.environ.get(VARIABLE) or "numpy"
+    if not isinstance(backend, (str, ModuleType)):
+        raise BackendError(f"backend is {backend!r}, expected a name or a module: use {USUAL}")
+    if isinstance(device, bool):
+        raise BackendError(f'device is {device!r}, expected a name or a number, such as "cuda:1"')
     name = backend.__name__ if isinstance(backend, ModuleType) else str(backend)
     name = {"jax": "jax.numpy"}.get(name, name.removeprefix("array_api_compat."))
     if name == "auto":
@@ -291,10 +298,12 @@ def _namespace(name: str) -> Any:
     try:
         xp = importlib.import_module(_NAMESPACES.get(name, name))
     except (ImportError, ValueError, TypeError) as e:
-        way = _INSTALL.get(name, 'use "numpy", "cupy", "auto", "torch" or "jax.numpy"')
+        way = _INSTALL.get(name, f"use {USUAL}")
         raise BackendError(f"backend {name!r} cannot be imported ({e}): {way}") from e
     if not all(hasattr(xp, f) for f in ("asarray", "astype", "permute_dims", "concat", "tanh")):
-        raise BackendError(f"backend {name!r} has no Python Array API (2023.12 or newer)")
+        raise BackendError(
+            f"backend {name!r} has no Python Array API (2023.12 or newer): use {USUAL}"
+        )
     return xp
 
 
@@ -344,6 +353,8 @@ def of(*arrays: Any) -> Backend:
 
 def _home(array: Any) -> Backend:
     refuse_masked("an array", array)
+    if isinstance(array, np.matrix):  # whose * is another product
+        raise TypeError("an array is a matrix, expected numpy.asarray of it")
     if isinstance(array, np.ndarray):
         return NUMPY
     root = type(array).__module__.partition(".")[0]

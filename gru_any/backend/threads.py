@@ -1,6 +1,5 @@
 """Work over a few threads, for compiled code that lets go of the interpreter's lock."""
 
-import ctypes
 import os
 import sys
 import threading
@@ -24,7 +23,10 @@ def count() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked):
         return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on this system, or not allowed
+        return os.cpu_count() or 1
 
 
 class _Job:
@@ -74,8 +76,12 @@ class _Pool:
         self._idle: list[None] = []  # an entry for each thread that waits for a job
         self._threads: list[int] = []
         self._away_from = -1
-        linux = sys.platform == "linux"
-        self._here = getattr(ctypes.CDLL(None), "sched_getcpu", None) if linux else None
+        self._here: Callable[[], int] | None = None
+        if sys.platform == "linux":
+            with suppress(ImportError, OSError):
+                import ctypes
+
+                self._here = getattr(ctypes.CDLL(None), "sched_getcpu", None)
 
     def _work(self) -> None:
         self._threads.append(threading.get_native_id())
@@ -84,22 +90,38 @@ class _Pool:
             self._jobs.get().run(self._idle)
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> _Job:
-        """Have a thread make this call."""
+        """Have a thread make this call; where none can be had, it waits to be cancelled."""
         if self._here and (here := self._here()) != self._away_from:
             self._away_from = here
-            others = os.sched_getaffinity(0) - {here}
-            for thread in self._threads if others else ():
-                with suppress(OSError):
-                    os.sched_setaffinity(thread, others)
+            with suppress(AttributeError, OSError):
+                others = os.sched_getaffinity(0) - {here}
+                for thread in self._threads if others else ():
+                    with suppress(OSError):
+                        os.sched_setaffinity(thread, others)
+        job = _Job(call, arguments)
         try:
             self._idle.pop()
         except IndexError:
-            if self._started < count():
-                self._started += 1
-                threading.Thread(target=self._work, name="gru_any", daemon=True).start()
-        job = _Job(call, arguments)
+            if self._started < count() and not self._start():
+                return job
         self._jobs.put(job)
         return job
+
+    def _start(self) -> bool:
+        self._started += 1
+        try:
+            threading.Thread(target=self._work, name="gru_any", daemon=True).start()
+        except RuntimeError as e:
+            self._started -= 1
+            _tell(f"{e}: calls run on fewer threads, which is slower")
+            return False
+        return True
+
+
+@cache
+def _tell(words: str) -> None:
+    if not sys.is_finalizing():
+        print(f"gru_any: {words}", file=sys.stderr)
 
 
 @cache

@@ -10,15 +10,23 @@ from numpy.lib.array_utils import byte_bounds
 from .select import Backend, of, plain_name, refuse_masked
 
 
-def to_numpy(x: Any) -> np.ndarray:
+def to_numpy(x: Any, name: str = "x") -> np.ndarray:
     """Return an array of any backend as a NumPy array, without a copy where that is possible.
 
-    bfloat16 becomes float32; lists and numbers become arrays.
+    bfloat16 becomes float32; lists and numbers become arrays. `name` is what errors call it.
+
+    Raises
+    ------
+    TypeError
+        It is no array, holds what is no number, or has a mask, which would be lost.
     """
-    refuse_masked("x", x)
+    refuse_masked(name, x)
     if isinstance(x, np.ndarray | np.generic | list | tuple | int | float):
-        return _numbers(np.asarray(x))
-    return of(x).to_numpy(x)
+        return _numbers(name, x)
+    try:
+        return of(x).to_numpy(x)
+    except TypeError as e:
+        raise TypeError(f"{name} is a {type(x).__name__}, expected an array or a list: {e}") from e
 
 
 def asarray(x: Any, like: Any) -> Any:
@@ -33,8 +41,8 @@ def asarray(x: Any, like: Any) -> Any:
     Raises
     ------
     TypeError
-        x holds what is no number, or complex numbers where `like` is real; or it is a NumPy array
-        with a mask, which would be lost.
+        x holds what is no number, or complex numbers where `like` is real; it is floating where
+        `like` has integers; or it is a NumPy array with a mask, which would be lost.
 
     Examples
     --------
@@ -47,11 +55,13 @@ def asarray(x: Any, like: Any) -> Any:
     backend = like.backend if hasattr(like, "backend") else of(like)
     dtype = like.dtype if hasattr(like, "backend") else plain_name(like.dtype)
     if isinstance(x, np.ndarray) or not hasattr(x, "dtype"):
-        x = _numbers(np.asarray(x))
+        x = _numbers("x", x)
     kind = plain_name(x.dtype).lstrip("<>=")  # such as float32, or f4 in foreign byte order
     floating = kind.startswith(("f", "c", "bf"))
     if kind.startswith("c") and not dtype.startswith("c"):
         raise TypeError(f"x has dtype {kind}, expected real numbers, since like has dtype {dtype}")
+    if floating and not dtype.startswith(("f", "c", "bf")):
+        raise TypeError(f"x has dtype {kind}, and like has dtype {dtype}, which would truncate it")
     there = _shared(x, backend)
     if there is None:
         return backend.put(to_numpy(x), dtype if floating else None)
@@ -90,9 +100,13 @@ def _start(x: Any) -> int:
     return int(getattr(getattr(x, "data", None), "ptr", 0))  # CuPy
 
 
-def _numbers(x: np.ndarray) -> np.ndarray:
+def _numbers(name: str, x: Any) -> np.ndarray:
+    try:
+        x = np.asarray(x)
+    except ValueError as e:  # rows of different lengths
+        raise ValueError(f"{name} is no array of numbers: {e}") from None
     if x.dtype.kind not in "biufc":
-        raise TypeError(f"x has dtype {x.dtype}, expected numbers")
+        raise TypeError(f"{name} has dtype {x.dtype}, expected numbers")
     return x
 
 
