@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import require
 
-from gru_any import GRU, Chain, Embedding, Linear
+from gru_any import GRU, Chain, Embedding, Last, Linear
 from gru_any.convert import onnx
 
 T, B = 6, 4
@@ -90,3 +90,24 @@ def test_a_file_without_lengths_is_read_back(tmp_path):
             assert np.array_equal(w, make().params[name])
     with pytest.raises(TypeError, match="lengths is 'no', expected True or False"):
         onnx.save(path, MODELS["one"](), lengths="no")
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "OpenVINO"])
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_one_result_a_row(tmp_path, runtime, with_lengths, settings):
+    require("onnx")
+    path = str(tmp_path / "model.onnx")
+    gru = GRU(3, 4, seed=0, batch_first=True, **settings)
+    model = Chain(gru, Last(), Linear(4 * len(gru.suffixes), 2, seed=1))
+    onnx.save(path, model, lengths=with_lengths)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((B, T, 3)).astype("float32")
+    h0 = np.zeros((gru.num_layers * len(gru.suffixes), B, 4), "float32")
+    lengths = RAGGED if runtime == "onnxruntime" and with_lengths else FULL
+    feed = {"x": x, "h0_0": h0}
+    feed |= {"lengths": np.array(lengths, np.int32)} if with_lengths else {}
+    y, _ = model(x, lengths=lengths)
+    assert np.abs(RUNTIMES[runtime](path, feed)[0] - y).max() < 2e-6
+    again = onnx.load(path)
+    assert [type(layer) for layer in again.layers] == [GRU, Last, Linear]

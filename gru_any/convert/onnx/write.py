@@ -9,7 +9,7 @@ from ...backend import to_numpy
 from ...chain import Chain
 from ...files import write_atomically
 from ...gru import GRU
-from ...layers import Dropout, Embedding, Linear
+from ...layers import Dropout, Embedding, Last, Linear
 from .check import LARGEST, library
 from .gru import DIRECTIONS, swap_gates
 from .prove import prove
@@ -37,10 +37,13 @@ def build(model: Any, lengths: bool = True) -> bytes:
         elif isinstance(layer, Embedding):
             table = graph.weight(f"{prefix}weight", layer.params["weight"])
             name = graph.node("Gather", [table, name], axis=0)
+        elif isinstance(layer, Last):
+            name = graph.last(layers[i - 1])
         elif isinstance(layer, Linear):
             name = graph.linear(layer, name, prefix)
     graph.node("Identity", [name], "y")
-    graph.outputs.insert(0, graph.declare("y", graph.dtype, [*graph.lead, _width(layers)]))
+    lead = ["B"] if any(isinstance(layer, Last) for layer in layers) else graph.lead
+    graph.outputs.insert(0, graph.declare("y", graph.dtype, [*lead, _width(layers)]))
     made = onnx.helper.make_graph(
         graph.nodes, "gru_any", graph.inputs, graph.outputs, list(graph.weights.values())
     )
@@ -58,10 +61,10 @@ def _layers(model: Any) -> list[Any]:
     """The layers to be written; refuse what cannot be."""
     layers = model.layers if isinstance(model, Chain) else (model,)
     for layer in layers:
-        if type(layer) not in (GRU, Embedding, Linear, Dropout):
+        if type(layer) not in (GRU, Embedding, Linear, Dropout, Last):
             raise TypeError(
                 f"cannot write {type(layer).__name__}, only GRU, or a Chain of Embedding, GRU, "
-                "Linear and Dropout"
+                "Linear, Dropout and Last"
             )
     if model.dtype not in DTYPES:
         raise TypeError(
@@ -79,7 +82,7 @@ def _layers(model: Any) -> list[Any]:
 
 def _width(layers: list[Any]) -> int:
     """How many numbers the last layer puts out."""
-    last = layers[-1]
+    last = [layer for layer in layers if not isinstance(layer, Last)][-1]
     if isinstance(last, GRU):
         return int(last.hidden_size * len(last.suffixes))
     return int(last.out_features if isinstance(last, Linear) else last.size)
@@ -162,6 +165,16 @@ class Graph:
         if self.lengths:
             self.node("Where", [self.empty, h0, last], h_n)
         return self.node("Transpose", [y], perm=[1, 0, 2]) if self.batch_first else y
+
+    def last(self, gru: GRU) -> str:
+        """Add the last states of the top layer of the GRU just added; -> (B, D*H)."""
+        D, H, end = len(gru.suffixes), gru.hidden_size, gru.num_layers * len(gru.suffixes)
+        h_n = self.outputs[-1].name
+        top = self.node("Slice", [h_n, *(self.numbers(n) for n in (end - D, end, 0))])
+        return self.node(
+            "Reshape",
+            [self.node("Transpose", [top], perm=[1, 0, 2]), self.numbers(0, D * H)],
+        )
 
     def layer(self, gru: GRU, i: int, inputs: list[str], last: str, prefix: str) -> str:
         """Add one layer of a GRU; -> its output (T, B, D*H)."""
