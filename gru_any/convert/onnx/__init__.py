@@ -1,4 +1,4 @@
-"""Models in ONNX files: GRUs, and chains of Embedding, GRU and Linear.
+"""Models in ONNX files: GRUs, and chains of Embedding, GRU, Last and Linear.
 
 ONNX' operator GRU has the gates in the order z, r, h, both biases side by side, and the reset gate
 before the matrix product unless `linear_before_reset` is 1. Its definition:
@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["load", "save"]
 
 
-def load(path: Any, backend: Any = None, device: Any = None) -> Any:
+def load(path: Any, backend: Any = None, device: Any = None, *, node: str | None = None) -> Any:
     """Read the GRU or the chain of layers that an ONNX file describes.
 
     The graph is walked node by node, and each value is followed by what its axes mean, so that it
@@ -24,20 +24,31 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
         Weights may stand in a second file beside it, as PyTorch's exporter writes them.
     backend, device
         As in `GRU`.
+    node : str, optional
+        The name of a GRU node, or what the names of several begin with, up to a slash, dot, colon
+        or, where there are none, underscore: "encoder/rnn" for "/encoder/rnn/GRU" and
+        "/encoder/rnn/GRU_1". They alone are read, as one GRU where they are alike; each must read
+        what another puts out, or they are the two directions of a layer. What the first reads is
+        x: (T, B, I), or (B, T, I) if its attribute `layout` is 1, whatever axes the rest of the
+        graph has. Lengths and first states that the graph computes, or takes from an input, are
+        arguments here; the logger `gru_any.convert` names them.
 
     Returns
     -------
     GRU or Chain
         A GRU where the graph holds nothing else. `batch_first` is set where the graph's input is
         (B, T, .). Adjacent GRU nodes of the same kind are the layers of one GRU, unless the graph
-        has inputs or outputs for the state of each. Outputs have this library's layout whatever
-        the graph does to them last.
+        has inputs or outputs for the state of each; a forward and a reverse node that read the
+        same and whose outputs are joined are one bidirectional layer. Where the result is the last
+        state, a `Last` follows the GRU. Outputs have this library's layout whatever the graph does
+        to them last.
 
     Raises
     ------
     ValueError
         The file is damaged or unsafe, or holds what has no counterpart here; the text names the
-        node.
+        node. `node` selects no GRU, or several that are not layers of one another; the text lists
+        the GRU nodes of the graph.
     ImportError
         The package onnx is missing.
     OSError
@@ -50,7 +61,7 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
     """
     from .read import read
 
-    return read(path, backend, device)
+    return read(path, backend, device, node)
 
 
 def save(path: Any, model: Any, *, lengths: bool = True) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 from ...backend import select
 from ...chain import Chain
 from ...gru import GRU
-from ...layers import Embedding, Linear
-from .axes import Array, Layer, fits
+from ...layers import Embedding, Last, Linear
+from . import last
+from .axes import Array, Layer, fits, size
 
 
 def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
     """Make the model that the layers of a walk describe."""
+    _find_last(walk, outputs)
     for name in outputs:
         _check_output(walk, name, walk.values[name])
     grus = [layer for layer in walk.layers if layer.kind == "GRU"]
@@ -21,8 +23,15 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
     if walk.pair:
         raise ValueError("two GRUs read the same, and nothing joins what they put out")
     if len(walk.lengths) > 1:
-        raise ValueError(f"the GRUs take lengths from {walk.lengths}, expected the same for all")
+        names = ", ".join(sorted(repr(n) if n else "nowhere" for n in walk.lengths))
+        raise ValueError(f"the GRUs take lengths from {names}, expected the same input for all")
     _check_first_states(grus)
+    weights = sorted(n for n in walk.unread if walk.values[n].dtype.kind == "f")
+    if weights:
+        raise ValueError(
+            f"no node reads the initializers {', '.join(map(repr, weights))}: if they are weights, "
+            "the graph does not hold all of the model; if not, take them out of the file"
+        )
     used = {walk.entry, *walk.lengths, *(g.first[0] for g in grus if g.first)}
     if set(walk.types) - used:
         raise ValueError(f"the inputs {sorted(set(walk.types) - used)} are used by no layer")
@@ -35,15 +44,26 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
     return layers[0] if len(layers) == 1 else Chain(*layers)
 
 
+def _find_last(walk: Any, outputs: list[str]) -> None:
+    """Where one output alone is a result and it is the last state, put it out by a layer Last."""
+    values = [walk.values[name] for name in outputs]
+    if walk.layers and not any(isinstance(v, Array) and v.kind == "layer" for v in values):
+        results = [name for name in outputs if last.is_result(walk.values[name])]
+        if len(results) == 1 and not last.reason(walk, walk.values[results[0]]):
+            walk.values[results[0]] = last.put(walk, None, walk.values[results[0]])
+
+
 def _check_output(walk: Any, name: str, v: Any) -> None:
     """An output must be what the last layer puts out, or states in their order."""
     if isinstance(v, Array) and v.order:
         raise ValueError(f"the rows of the output {name!r} are sorted by their lengths")
     if isinstance(v, Array) and v.kind == "layer" and v.key == walk.stage and not v.flipped:
         return
-    states = v.key if isinstance(v, Array) and v.kind == "state" else ()
+    rows = walk.rows_of(v) if isinstance(v, Array) and v.kind == "state" else []
+    states = list(dict.fromkeys(layer for layer, _ in rows))
     places = [walk.layers.index(g) if g in walk.layers else -1 for g in states]
-    if not states or places != sorted({*places} - {-1}):
+    whole = [(g, d) for g in states for d in range(1 + g.settings["bidirectional"])]
+    if not states or places != sorted({*places} - {-1}) or rows != whole:
         raise ValueError(
             f"the output {name!r} is neither what the last layer puts out nor the states of GRUs "
             "in their order"
@@ -61,7 +81,7 @@ def _check_first_states(grus: list[Layer]) -> None:
         if [start for _, (start, _), _ in parts] != ends[:-1] or not fits(axis, ends[-1]):
             raise ValueError(
                 f"the GRUs start from rows {[rows for _, rows, _ in parts]} of {name!r}, expected "
-                f"all of {axis} in order"
+                f"all {size(axis)} in order"
             )
 
 
@@ -85,7 +105,7 @@ class _Kind:
 
 def _make(group: list[Layer], home: dict[str, Any]) -> Any:
     """One layer of ours from one node, or one GRU from several."""
-    kinds: dict[str, Any] = {"GRU": GRU, "Embedding": Embedding, "Linear": Linear}
+    kinds: dict[str, Any] = {"GRU": GRU, "Embedding": Embedding, "Linear": Linear, "Last": Last}
     settings, params = dict(group[0].settings), group[0].params
     if group[0].kind == "GRU":
         settings["num_layers"] = len(group)

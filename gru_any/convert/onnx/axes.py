@@ -38,12 +38,20 @@ class Size:
 
     __rmul__ = __mul__
 
+    def __str__(self) -> str:
+        return "*".join(([] if self.factor == 1 else [str(self.factor)]) + list(self.names))
+
 
 def size(axis: Axis) -> Any:
     """How long an axis is: an int, or a Size."""
     factor = math.prod(atom.size for atom in axis if isinstance(atom.size, int))
     names = tuple(sorted(atom.size for atom in axis if isinstance(atom.size, str)))
     return Size(factor, names) if names else factor
+
+
+def words(axes: Sequence[Axis]) -> str:
+    """A shape as messages show it: sizes, or the names that the graph gives them."""
+    return "(" + ", ".join(str(size(axis)) for axis in axes) + ")"
 
 
 def fits(axis: Axis, wanted: Any) -> bool:
@@ -56,8 +64,9 @@ class Array:
     """An array that is known only when the model runs.
 
     kind : "input" of the graph, output of a "layer", or "state" of GRUs
-    key : the name and the rows of the input; the stage of the walk; the GRUs
+    key : the name and the rows of the input; the stage of the walk; GRU and direction of each row
     flipped : the axis along which it runs backwards, if there is one
+    by : the input by whose lengths it was turned round; None if as a whole
     order : the lengths by which rows are sorted and the axis of these rows, where they are
     """
 
@@ -66,6 +75,7 @@ class Array:
     axes: tuple[Axis, ...]
     flipped: Axis = ()
     order: Any = ()
+    by: str | None = None
 
     def arranged(self, axes: Sequence[Axis]) -> "Array":
         """The same numbers with other axes."""
@@ -100,6 +110,17 @@ class Full:
 @dataclass(frozen=True)
 class Zeros:
     """Zeros, of a shape that depends on the batch."""
+
+
+def kind_of(value: Any) -> str:
+    """What a node was given, as messages say it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, np.ndarray):
+        return f"a constant {value.shape}" if value.dtype != object else "a shape"
+    if isinstance(value, Array) and value.axes:
+        return f"an array {words(value.axes)} that is known when the model runs"
+    return "zeros" if isinstance(value, Zeros) else "a value that is known when the model runs"
 
 
 class AxisError(Exception):

@@ -51,8 +51,8 @@ class Body:
     nodes: tuple[Node, ...]
 
 
-def parse(path: Any) -> Any:
-    """Read an onnx.ModelProto whose claims about itself are true.
+def parse(path: Any, choose: Any = None) -> Any:
+    """Read an onnx.GraphProto whose claims about itself are true, or what `choose` takes of it.
 
     Raises
     ------
@@ -70,12 +70,17 @@ def parse(path: Any) -> Any:
         raise ValueError(f"{path} is damaged or no ONNX file: {e}") from e
     if not model.graph.node:
         raise ValueError(f"{path} is damaged or no ONNX file: it has no nodes")
-    _refuse_extensions(model)
-    attributes = [a for node in model.graph.node for a in node.attribute if a.HasField("t")]
-    for tensor in (*model.graph.initializer, *(a.t for a in attributes)):
+    if choose is None:
+        _refuse_extensions(model)
+    if any(f.domain in ("", "ai.onnx") for f in model.functions):
+        raise ValueError("the model gives ONNX' own operators another meaning by functions")
+    _check_version(model)
+    graph = model.graph if choose is None else choose(model.graph)
+    attributes = [a for node in graph.node for a in node.attribute if a.HasField("t")]
+    for tensor in (*graph.initializer, *(a.t for a in attributes)):
         _check_size(tensor, path.parent)
     _check_form(onnx, model, path)
-    return model
+    return graph
 
 
 def _refuse_extensions(model: Any) -> None:
@@ -87,6 +92,9 @@ def _refuse_extensions(model: Any) -> None:
     ):
         if part:
             raise ValueError(f"the model has {name}, which this reader does not know")
+
+
+def _check_version(model: Any) -> None:
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     if len(versions) != 1 or versions[0] not in OPSETS:
         known = f"{OPSETS[0]} to {OPSETS[-1]}"
@@ -96,6 +104,7 @@ def _refuse_extensions(model: Any) -> None:
 def _check_form(onnx: Any, model: Any, path: Path) -> None:
     """Ask the package onnx whether operators and graph follow the standard."""
     made = {""} | {v.name for v in (*model.graph.input, *model.graph.initializer)}
+    made |= {v.values.name for v in model.graph.sparse_initializer}
     for node in model.graph.node:
         for name in node.input:
             if name not in made:
@@ -178,7 +187,10 @@ def dtype_name(kind: int) -> str:
 def _dtype(tensor: Any) -> np.dtype:
     name = dtype_name(tensor.data_type)
     if name not in KINDS:
-        raise ValueError(f"the array {tensor.name!r} is {name}, expected one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"the array {tensor.name!r} is {name}, expected one of {', '.join(KINDS)}; quantised "
+            "weights and other floats are not read: write the file from the model in float32"
+        )
     return np.dtype(name)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, Layer, Zeros, fits, size
+from .axes import ROWS, Array, Atom, Axis, Layer, Zeros, fits, size, words
 from .check import Node
 
 DIRECTIONS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}
@@ -31,8 +31,10 @@ def gru(
     h0: Any = None,
 ) -> tuple[Array, Array]:
     """The operator GRU -> Y and Y_h."""
-    x, options = walk.sequence(node, x, getattr(x, "order", ())), _options(node)
-    suffixes = DIRECTIONS[options["direction"]]
+    options = _options(node)
+    direction, name = _direction(node, x, lengths, options["direction"])
+    walk.open_for_twin(node, x, direction)
+    suffixes = DIRECTIONS[direction]
     D, layout = len(suffixes), options["layout"]
     R = walk.check_weight(node, "R", R, (D, -1, -1))
     H = int(node.attributes.get("hidden_size", R.shape[2]))
@@ -45,10 +47,26 @@ def gru(
         arrays = {"weight_ih": W[d], "weight_hh": R[d], **_biases(walk, biases[d], after)}
         params |= {f"{name}_l0{suffix}": swap_gates(v) for name, v in arrays.items()}
     layer = Layer("GRU", {"reset_after": after}, params)
-    layer.first = first_state(walk, node, h0, D, H, layout)
-    walk.lengths.add(_lengths(node, lengths))
+    layer.first = walk.starts(first_state(walk, node, h0, D, H, layout))
+    walk.lengths.add(name)
     _check_order(node, x, lengths, h0, layout)
-    return add_gru(walk, node, x, layer, options["direction"], layout)
+    return add_gru(walk, node, x, layer, direction, layout)
+
+
+def _direction(node: Node, x: Any, lengths: Any, direction: str) -> tuple[str, str | None]:
+    """The direction in which the sequence is read, and the name of the lengths."""
+    name = _lengths(node, lengths)
+    if not getattr(x, "flipped", ()):
+        return direction, name
+    if direction != "forward":
+        node.refuse(f"reads a sequence that was turned round, in the direction {direction!r}")
+    if x.by != name:
+        node.refuse(
+            f"reads rows that were turned round {'as a whole' if x.by is None else 'by ' + x.by}, "
+            f"and ends them {'nowhere' if name is None else 'by ' + name}; expected the same "
+            "lengths for both"
+        )
+    return "reverse", name
 
 
 def add_gru(
@@ -76,7 +94,8 @@ def add_gru(
     if layout:
         y, h = (batch, time, directions, units), (batch, of_state, units)
     backwards = time if x.flipped else ()
-    return Array("layer", stage, y, backwards, x.order), Array("state", (layer,), h, (), x.order)
+    state = Array("state", tuple((layer, d) for d in range(D)), h, (), x.order)
+    return Array("layer", stage, y, backwards, x.order, x.by), state
 
 
 def _options(node: Node) -> dict[str, Any]:
@@ -114,12 +133,18 @@ def _time_and_batch(walk: Any, node: Node, x: Array, layout: int) -> tuple[Axis,
         node.refuse(f"reads an array of {len(x.axes)} axes, expected 3")
     time, batch = x.axes[layout], x.axes[1 - layout]
     if {time, batch} != {*walk.lead, *([()] if len(walk.lead) == 1 else [])}:
-        node.refuse(f"reads axes {time} and {batch}, expected {walk.lead} of the input")
+        node.refuse(
+            f"reads axes {words((time, batch))} as time and batch, expected those of the input: "
+            f"{words(walk.lead)}"
+        )
     if x.flipped not in ((), time):
-        node.refuse(f"reads what is turned round along {x.flipped}, not along time")
+        node.refuse("reads what is turned round along another axis than time")
     walk.time = time if walk.time is None else walk.time
     if time != walk.time or not time:
-        node.refuse(f"takes {time} for the axis of time, expected {walk.time} as another GRU does")
+        node.refuse(
+            f"takes the axis {words([time])} for the axis of time, expected "
+            f"{words([walk.time])} as another GRU does"
+        )
     return time, batch
 
 
@@ -135,8 +160,9 @@ def first_state(
         node.refuse("starts from a state that the graph computes, expected an input of the graph")
     name, rows = h0.key
     axes = h0.axes
-    if len(axes) != 3 or size(axes[2]) != H or not fits(axes[layout], D):
-        node.refuse(f"starts from a state with axes {h0.axes}, expected (D, B, H) = ({D}, B, {H})")
+    if len(axes) != 3 or not (fits(axes[2], H) and fits(axes[layout], D)):
+        expected = f"({D}, B, {H})" if not layout else f"(B, {D}, {H})"
+        node.refuse(f"starts from a state {words(axes)}, expected {expected}")
     return name, rows or (0, D), walk.values[name].axes[0] if rows else axes[layout]
 
 
@@ -175,7 +201,7 @@ def keep(walk: Any, node: Node, rows: Any, h0: Any, h_n: Any) -> Array:
     kinds = [getattr(v, "kind", "constant") for v in (rows, h0, h_n)]
     if kinds != ["empty", "input", "state"] or h0.order or h_n.order:
         node.refuse("chooses between what is not the first and the last state of a GRU")
-    firsts = [layer.first for layer in h_n.key]
+    firsts = [layer.first for layer, _ in walk.rows_of(h_n)]
     if (
         {rows.key} != walk.lengths
         or h0.key[1]
@@ -188,7 +214,10 @@ def keep(walk: Any, node: Node, rows: Any, h0: Any, h_n: Any) -> Array:
         or rows.axes[1]
         or size(h_n.axes[0]) != size(h0.axes[0])
     ):
-        node.refuse(f"chooses by {rows.axes}, expected an axis of the batch and one of length 1")
+        node.refuse(
+            f"chooses by an array {words(rows.axes)}, expected an axis of the batch and one of "
+            "length 1"
+        )
     if h_n.axes[0][0].name != ROWS:
-        node.refuse(f"chooses between states with the axes {h_n.axes}, expected (L*D, B, H)")
+        node.refuse(f"chooses between states {words(h_n.axes)}, expected (L*D, B, H)")
     return h_n

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from . import index, sort
+from . import index, last, sort
 from .axes import Array, Atom, Layer
 from .check import Node, dtype_name
-from .directions import join, turn
+from .directions import COMBINED, combined, cut, join, turn
 from .gru import empty, gru, keep
 from .loop import loop
 
@@ -19,6 +19,8 @@ def embedding(walk: Any, node: Node, table: Any, x: Any) -> Array | None:
     """The operator Gather, where it takes rows of a table of weights."""
     if isinstance(table, Array) and getattr(x, "kind", "") in ("order", "inverse"):
         return sort.arrange(node, table, x)
+    if isinstance(table, Array) and table.kind == "layer" and np.size(x) == 1:
+        return _picked(walk, node, table, x)
     if not isinstance(table, np.ndarray) or table.dtype.kind != "f":
         return None
     if node.attributes.get("axis", 0) or walk.stage:
@@ -34,6 +36,19 @@ def embedding(walk: Any, node: Node, table: Any, x: Any) -> Array | None:
     layer = Layer("Embedding", {"n": n, "size": width}, {"weight": table})
     features = (Atom("embedding", width),)
     return Array("layer", walk.put_out(node, layer, features), (*x.axes, features))
+
+
+def _picked(walk: Any, node: Node, v: Array, at: Any) -> Array | None:
+    """One step, or one of two directions."""
+    axis = node.attributes.get("axis", 0) % len(v.axes)
+    if not isinstance(at, np.ndarray) or at.dtype.kind != "i":
+        return None
+    if any(atom.name.startswith(("directions", "units")) for atom in v.axes[axis]):
+        node.refuse(COMBINED)
+    state = last.step(walk, node, v, axis, int(at.flat[0]))
+    if state is None or not at.ndim:
+        return state
+    return state.arranged((*state.axes[:axis], *((),) * at.ndim, *state.axes[axis:]))
 
 
 def linear(walk: Any, node: Node, x: Any, W: Any) -> Array:
@@ -60,6 +75,8 @@ def gemm(walk: Any, node: Node, x: Any, W: Any, b: Any = None) -> Array:
 def bias(walk: Any, node: Node, *terms: Any) -> Array:
     """The operator Add, where it adds the bias of the Linear layer just before."""
     x, b = sorted(terms, key=lambda v: isinstance(v, np.ndarray))
+    if all(getattr(v, "kind", "") in ("layer", "state") for v in terms):
+        node.refuse(COMBINED)
     if getattr(b, "kind", "") in index.KINDS:
         return index.whole(walk, node, x, b)
     if x.kind == "input" and isinstance(b, np.ndarray) and b.dtype.kind == "i" and b.size == 1:
@@ -92,6 +109,7 @@ def cast(walk: Any, node: Node, v: Any) -> Array:
 
 
 PASSING = (*index.KINDS, *sort.KINDS)  # integers of any kind
+COMBINING = ("Sum", "Mean", "Max", "Split", "ReduceSum", "ReduceMean", "ReduceMax")
 LAYERS: dict[str, Callable[..., Any]] = {
     "GRU": gru,
     "Loop": loop,
@@ -101,6 +119,8 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "Add": bias,
     "Cast": cast,
     "ReverseSequence": turn,
+    "Slice": cut,
+    **dict.fromkeys(COMBINING, combined),
     "Concat": join,
     "Equal": empty,
     "Less": index.negative,

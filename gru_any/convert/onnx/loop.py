@@ -171,11 +171,12 @@ def _layer(
         start = start.arranged(((), *start.axes))
     if x.flipped:
         params = {f"{name}_reverse": v for name, v in params.items()}
-    walk.open_for_twin(node, x)
+    direction = "reverse" if x.flipped else "forward"
+    walk.open_for_twin(node, x, direction)
     layer = Layer("GRU", {"reset_after": after}, params)
-    layer.first = first_state(walk, node, start, 1, units, 0)
+    layer.first = walk.starts(first_state(walk, node, start, 1, units, 0))
     walk.lengths.add(None)
-    y, h_n = add_gru(walk, node, x, layer, "reverse" if x.flipped else "forward")
+    y, h_n = add_gru(walk, node, x, layer, direction)
     return y.arranged((y.axes[0], *y.axes[2:])), h_n.arranged(h_n.axes[1:])
 
 

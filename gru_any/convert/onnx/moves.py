@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, AxisError, Full, Positive, Zeros, regroup, size
+from .axes import ROWS, Array, Atom, Axis, AxisError, Full, Positive, Zeros, regroup, size, words
 from .check import Node, dtype_name
 from .sort import numbers
 
@@ -82,7 +82,10 @@ def reshape(node: Node, known: Known, v: Any, target: Any) -> Any:
     try:
         return v.arranged(regroup(v.axes, target, known))
     except AxisError:
-        node.refuse(f"joins or cuts axes so that they mean nothing here: {v.axes} to {target}")
+        node.refuse(
+            f"joins or cuts axes so that they mean nothing here: "
+            f"{words(v.axes)} to ({', '.join(map(str, target))})"
+        )
 
 
 def squeeze(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
@@ -96,7 +99,7 @@ def squeeze(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
         node.refuse("squeezes whatever is 1 when the model is run")
     axes = {a % len(v.axes) for a in axes}
     if any(size(v.axes[a]) != 1 for a in axes):
-        node.refuse(f"squeezes an axis that is not 1: {v.axes}")
+        node.refuse(f"squeezes an axis that is not 1: {words(v.axes)}")
     return v.arranged([axis for i, axis in enumerate(v.axes) if i not in axes])
 
 
@@ -139,12 +142,15 @@ def _rows(node: Node, v: Array, axis: int, rows: slice) -> Array:
     if rows.step in (None, 1) and rows.start == 0 and rows.stop >= 2**31 - 1:
         return v
     if not isinstance(length, int) or rows.step not in (None, 1):
-        node.refuse(f"cuts an array along an axis that must stay whole: {v.axes}")
+        node.refuse(f"cuts an array along an axis that must stay whole: {words(v.axes)}")
     start, stop, _ = rows.indices(length)
     if (start, stop) == (0, length):
         return v
+    if v.kind == "state" and [atom.name for atom in v.axes[axis]] == [ROWS]:
+        kept = (Atom(ROWS, stop - start),)
+        return replace(v, key=v.key[start:stop], axes=(*v.axes[:axis], kept, *v.axes[axis + 1 :]))
     if v.kind != "input" or axis or v.key[1]:
-        node.refuse(f"cuts an array along an axis that must stay whole: {v.axes}")
+        node.refuse(f"cuts an array along an axis that must stay whole: {words(v.axes)}")
     atom = v.axes[0][0]._replace(size=stop - start)
     return replace(v, key=(v.key[0], (start, stop)), axes=((atom,), *v.axes[1:]))
 
@@ -166,6 +172,8 @@ def gather(node: Node, known: Known, v: Any, at: Any) -> Any:
     if row < 0 and isinstance(length, int):
         row += length
     v = _rows(node, v, axis, slice(row, row + 1)) if row >= 0 else node.refuse("picks a last step")
+    if v.kind == "state" and at.ndim == 1:
+        return v
     return v.arranged((*v.axes[:axis], *((),) * at.ndim, *v.axes[axis + 1 :]))
 
 
@@ -181,12 +189,33 @@ def concat(node: Node, known: Known, *values: Any) -> Any:
     axis %= len(values[0].axes)
     if len({v.order for v in values}) > 1:
         node.refuse("joins states whose rows are in different orders")
-    joined = [v.axes[axis] for v in values]
-    if any(atom.name != ROWS for atoms in joined for atom in atoms):
-        node.refuse(f"joins states along another axis than layers and directions: {joined}")
-    rows = Atom(ROWS, sum(size(atoms) for atoms in joined))
-    axes = (*values[0].axes[:axis], (rows,), *values[0].axes[axis + 1 :])
-    return replace(values[0], key=sum((v.key for v in values), ()), axes=axes)
+    joined, key = [v.axes[axis] for v in values], sum((v.key for v in values), ())
+    others = [[*map(_nameless, (*v.axes[:axis], *v.axes[axis + 1 :]))] for v in values]
+    single, units = all(len(v.key) == 1 for v in values), joined[0][-1:]
+    if any(other != others[0] for other in others):
+        node.refuse("joins states whose other axes differ")
+    new: Axis = (Atom(ROWS, len(key)),)
+    if single and all(map(_units, joined)):
+        new = (*new, *units)
+    elif not all([a.name for a in axis] == [ROWS] or (not axis and single) for axis in joined):
+        node.refuse(
+            "joins states neither along layers and directions nor along features: along axes of "
+            f"the sizes {words(joined)}"
+        )
+    axes = [() if axis == (Atom(ROWS, 1),) else axis for axis in values[0].axes]
+    axes[axis] = new
+    return replace(values[0], key=key, axes=tuple(axes))
+
+
+def _units(axis: Axis) -> bool:
+    """Whether an axis is the features of one row of states."""
+    names = [atom.name for atom in axis if atom != Atom(ROWS, 1)]
+    return len(names) == 1 and names[0].startswith("units")
+
+
+def _nameless(axis: Axis) -> Axis:
+    """An axis, of which it does not matter of which layer the units are."""
+    return tuple(a._replace(name="units") if a.name.startswith("units") else a for a in axis)
 
 
 def arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:

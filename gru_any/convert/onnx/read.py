@@ -1,32 +1,65 @@
 """From the nodes of an ONNX graph to layers."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import last
 from .assemble import assemble
-from .axes import Array, Atom, Axis, Layer, fits
+from .axes import Array, Atom, Axis, Layer, fits, kind_of, size
 from .check import Node, NodeError, array, dtype_name, nodes, parse
 from .layers import LAYERS
 from .moves import MOVES
+from .part import listed, part
 
 MEGABYTE = 2**20
 
 
-def read(path: Any, backend: Any = None, device: Any = None) -> Any:
+def read(path: Any, backend: Any = None, device: Any = None, node: str | None = None) -> Any:
     """See `gru_any.convert.onnx.load`."""
-    model, folder = parse(path), Path(path).parent
-    if not {"GRU", "Loop"} & {node.op_type for node in model.graph.node}:
+    folder = Path(path).parent
+    if node is not None:
+        return assemble(_read_part(path, folder, node), [], backend, device)
+    graph = parse(path)
+    if not {"GRU", "Loop"} & {n.op_type for n in graph.node}:
         raise ValueError(
             f"{path} holds no GRU; where an exporter writes its steps one by one, take the weights "
             "from the library's own file"
         )
-    walk = Walk(model.graph, folder)
-    for node in nodes(model.graph, folder):
+    walk = _walked(Walk(graph, folder), graph, folder)
+    return assemble(walk, [o.name for o in graph.output], backend, device)
+
+
+def _walked(walk: "Walk", graph: Any, folder: Path) -> "Walk":
+    for node in nodes(graph, folder):
         walk.visit(node)
-    return assemble(walk, [o.name for o in model.graph.output], backend, device)
+    return walk
+
+
+def _read_part(path: Any, folder: Path, node: str) -> "Walk":
+    """The layers of some nodes; their first states are one argument, wherever they come from."""
+    words = ""
+
+    def choose(whole: Any) -> Any:
+        nonlocal words
+        words = listed(whole.node)
+        return part(whole, node)
+
+    graph = parse(path, choose)
+    try:
+        walk = _walked(Walk(graph, folder, part=True), graph, folder)
+    except ValueError as e:
+        raise ValueError(f"{e}; node={node!r} was read, where {words}") from e
+    logging.getLogger("gru_any.convert").info(
+        "of the graph, x is %r, the lengths are %s, the first states %s",
+        walk.entry,
+        ", ".join(repr(n) for n in walk.lengths if n) or "not given",
+        ", ".join(map(repr, walk.states)) or "0",
+    )
+    return walk
 
 
 class Walk:
@@ -41,14 +74,21 @@ class Walk:
     features : the axis of what the last layer put out
     stage : counts the arrays that went from layer to layer
     summed : whether two biases were added to one
-    source : what the last Loop read, of which features, and whether backwards
+    source : what the last GRU read, its stage, its direction, and the features it read
     pair : the stages of two GRUs that read the same in both directions
+    merged : the stage and the features of a layer for the stages of its two directions
+    halves : the layer and the direction that a GRU became
+    unread : the names of arrays that no node reads
+    part : whether the graph is a part of another
+    states : the names of the first states, of a part
     rows : so many are added to negative indices
     time : the axis of time, once a GRU said which it is
     lengths : the names of the inputs that GRUs take as lengths
     """
 
-    def __init__(self, graph: Any, folder: Path) -> None:
+    def __init__(self, graph: Any, folder: Path, part: bool = False) -> None:
+        self.part = part
+        self.states: dict[str, None] = {}
         self.values: dict[str, Any] = {"": None}
         self.types: dict[str, str] = {}
         self.known: dict[str, int] = {}
@@ -57,8 +97,10 @@ class Walk:
         self.lead: tuple[Axis, ...] = ()
         self.features: Axis = ()
         self.stage, self.summed = 0, False
-        self.source: tuple[Any, Axis, bool] | None = None
+        self.source: tuple[Any, int, str, Axis] | None = None
         self.pair: tuple[int, int] | None = None
+        self.merged: dict[tuple[int, ...], tuple[int, Axis]] = {}
+        self.halves: dict[Layer, tuple[Layer, int]] = {}
         self.rows: int | None = None
         self.time: Axis | None = None
         self.lengths: set[str | None] = set()
@@ -67,6 +109,7 @@ class Walk:
         for value in graph.input:
             if value.name not in self.values:
                 self.values[value.name], self.types[value.name] = _input(value)
+        self.unread = {t.name for t in graph.initializer} - _read_names(graph)
         whole = sum(v.nbytes for v in self.values.values() if isinstance(v, np.ndarray))
         self.budget = 16 * whole + MEGABYTE
 
@@ -87,7 +130,10 @@ class Walk:
         running = node.op == "Loop" or any(isinstance(v, Array) for v in arguments)
         layer = LAYERS.get(node.op) if running else None
         if not layer and node.op not in MOVES:
-            node.refuse("is no part of an Embedding, a GRU or a Linear layer")
+            node.refuse(
+                "is no part of an Embedding, a GRU or a Linear layer"
+                + ("" if self.part else "; a GRU can be read alone: load(path, node=...)")
+            )
         self.spend(node, arguments)
         try:
             found = layer(self, node, *arguments) if layer else None
@@ -95,7 +141,8 @@ class Walk:
         except NodeError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
-            return node.refuse(f"has arguments that do not fit: {e}")
+            given = ", ".join(kind_of(v) for v in arguments) or "nothing"
+            raise NodeError(f"{node.words} has arguments that do not fit: {given}") from e
 
     def spend(self, node: Node, arguments: list[Any]) -> None:
         """Refuse constants that grow without end."""
@@ -107,6 +154,9 @@ class Walk:
 
     def sequence(self, node: Node, v: Any, order: Any = ()) -> Array:
         """Refuse what is not the output of the last layer, or the input of the first."""
+        if isinstance(v, Array) and v.kind == "state":
+            why = last.reason(self, v)
+            return node.refuse(why) if why else last.put(self, node, v)
         rows = isinstance(v, Array) and v.kind == "input" and v.key[1]
         if not isinstance(v, Array) or v.kind not in ("input", "layer") or rows:
             node.refuse("reads something else than the outputs of the layer before")
@@ -124,14 +174,27 @@ class Walk:
         """The key of what the last layer put out."""
         return self.stage or (self.entry, None)
 
-    def open_for_twin(self, node: Node, x: Array) -> None:
+    def open_for_twin(self, node: Node, x: Any, direction: str) -> None:
         """Let a GRU read x, which is new, or was just read by a GRU in the other direction."""
-        twin = self.source and x.key == self.source[0] and bool(x.flipped) != self.source[2]
-        if self.source and twin and not self.pair:
-            self.features, self.pair = self.source[1], (self.stage, self.stage + 1)
+        read = replace(x, flipped=(), by=None) if isinstance(x, Array) else x
+        twins = [(read, self.stage, d) for d in ("forward", "reverse") if d != direction]
+        if len(twins) == 1 and self.source and self.source[:3] == twins[0] and not self.pair:
+            self.features, self.pair = self.source[3], (self.stage, self.stage + 1)
         else:
-            self.sequence(node, replace(x, flipped=()))
-        self.source = (x.key, self.features, bool(x.flipped))
+            self.sequence(node, read, getattr(read, "order", ()))
+        self.source = (read, self.stage + 1, direction, self.features)
+
+    def starts(self, first: Any) -> Any:
+        """The first state of a layer; of a part of a graph all are one argument."""
+        if first and self.part:
+            self.states[first[0]] = None
+            self.types.pop(first[0], None)
+            return None
+        return first
+
+    def rows_of(self, state: Array) -> list[tuple[Layer, int]]:
+        """The GRU and the direction of each row of a state."""
+        return [self.halves.get(layer, (layer, d)) for layer, d in state.key]
 
     def _enter(self, node: Node, v: Array) -> None:
         axes = self.values[v.key[0]].axes
@@ -154,20 +217,45 @@ class Walk:
 
     def check_features(self, node: Node, axis: Axis, width: int) -> None:
         """Refuse what is not all that the layer before puts out, in its order."""
-        if axis != self.features or not fits(axis, width):
+        if axis != self.features:
             node.refuse(
-                f"reads features {axis}, expected all of {self.features}, {width} in number"
+                f"reads {size(axis)} features, which are not the {size(self.features)} that the "
+                "layer before puts out, in their order"
             )
+        if not fits(axis, width):
+            node.refuse(f"reads {size(axis)} features, and has weights for {width}")
 
     def check_weight(self, node: Node, name: str, v: Any, shape: tuple[int, ...]) -> np.ndarray:
         """Refuse what is not a constant of this shape; a size of -1 may be any."""
-        if not isinstance(v, np.ndarray) or v.dtype.kind != "f":
-            node.refuse(f"computes its {name} when the model is run, expected a constant")
+        if not isinstance(v, np.ndarray):
+            given = isinstance(v, Array) and v.kind == "input"
+            node.refuse(
+                f"computes its {name} when the model is run, expected a constant"
+                + (f": {v.key[0]!r} would have to be an initializer" if given else "")
+            )
+        found = [n for n in node.inputs if self.values[n] is v]
+        which = f"{name} {found[0]!r}" if found else name
+        if v.dtype.kind != "f":
+            node.refuse(f"has {which} of {v.dtype}, expected numbers of the dtype of its input")
+        self.dtype = self.dtype or v.dtype.name
+        if v.dtype.name != self.dtype:
+            node.refuse(
+                f"has weights of {v.dtype}, {which}, beside {self.dtype}; a model here has one "
+                "dtype: cast all weights and inputs to it and write the file again"
+            )
         if v.ndim != len(shape) or any(
             s not in (-1, n) for s, n in zip(shape, v.shape, strict=True)
         ):
-            node.refuse(f"has {name} of shape {v.shape}, expected {shape}")
+            expected = ", ".join("any" if s < 0 else str(s) for s in shape)
+            node.refuse(f"has {name} of shape {v.shape}, expected ({expected})")
         return v
+
+
+def _read_names(graph: Any) -> set[str]:
+    """The names that a graph reads or puts out, the graphs in its nodes among them."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    names = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
+    return names.union(*map(_read_names, inner))
 
 
 def _input(value: Any) -> tuple[Array, str]:
