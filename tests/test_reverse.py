@@ -29,3 +29,22 @@ def test_gradients_and_refusals():
         GRU(3, 4, reverse=True).step(np.zeros((2, 3), "float32"))
     with pytest.raises(ValueError, match="reverse and bidirectional are both True"):
         GRU(3, 4, reverse=True, bidirectional=True)
+
+
+def test_the_way_without_reverse():
+    """What converters advise: a GRU that reads forward, with each row turned within its length."""
+    reverse, forward, lengths = GRU(3, 4, reverse=True, seed=0), GRU(3, 4), [5, 2]
+    names = {name: name.removesuffix("_reverse") for name in reverse.params}
+    forward.load_params({names[name]: array for name, array in reverse.params.items()})
+
+    def turned(v):
+        v = v.copy()
+        for row, n in enumerate(lengths):
+            v[:n, row] = v[:n, row][::-1]
+        return v
+
+    x = np.random.default_rng(0).standard_normal((5, 2, 3), dtype="float32")
+    y, h_n = reverse(x, lengths=lengths)
+    found, h = forward(turned(x), lengths=lengths)
+    np.testing.assert_allclose(turned(found), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(h, h_n, rtol=1e-5, atol=1e-6)

@@ -117,8 +117,9 @@ def check_gru(model: Any) -> None:
         raise TypeError(f"the model is a {type(model).__name__}, expected a GRU")
     if model.suffixes == ["_reverse"]:
         raise ValueError(
-            "a GRU with reverse=True alone has no home in the other library: load its weights into "
-            "one that reads forward, and turn x and y round"
+            "a GRU with reverse=True alone has no home in the other library: load its weights, "
+            "without _reverse in their names, into one that reads forward, and turn x and y round "
+            "in time, each row within its length"
         )
 
 
