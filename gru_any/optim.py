@@ -484,6 +484,8 @@ def _check_array(what: str, array: Any) -> None:
 
 
 def _check_gradients(grads: Mapping[str, Any]) -> None:
+    if not isinstance(grads, Mapping):
+        raise TypeError(f"grads is a {type(grads).__name__}, expected a mapping name -> array")
     seen = set()
     for name, g in grads.items():
         kind = type(g), getattr(g, "dtype", None)

@@ -379,3 +379,9 @@ def test_clipping_is_refused_by_name():
     assert all(np.array_equal(grads[k], v) for k, v in start().items())
     with pytest.raises(TypeError, match=r"grads\['w'\] is a NoneType"):
         clip_by_value({"w": None}, 1.0)
+
+
+@pytest.mark.parametrize("clip", [clip_by_global_norm, clip_by_value])
+def test_gradients_without_names(clip):
+    with pytest.raises(TypeError, match="grads is a list, expected a mapping name -> array"):
+        clip([np.ones(3)], 1.0)
