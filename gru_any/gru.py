@@ -275,7 +275,7 @@ class GRU(Layer):
         """
         entry = self._enter(x, h0, lengths)
         given, full = self._given(entry, None)
-        _, tapes = self._stack.forward(full, True, None, True, given)
+        _, tapes = self._stack_for(entry).forward(full, True, None, True, given)
         xp = self.backend.xp
         rows = [sweep.gates(layer.x, tape) for layer in tapes for sweep, tape in layer.sweeps]
         names = ("r", "z", "n", "h")
@@ -349,6 +349,11 @@ class GRU(Layer):
             self.backend.dtype(self.dtype),
         )
 
+    def _stack_for(self, entry: Entry) -> Stack:
+        """The stack, with the runner for a call of this size."""
+        stack, (T, B, _) = self._stack, entry.x.shape
+        return stack._replace(run=stack.run.suited(T, B, self.hidden_size))
+
     def _forward(self, x: Any, h0: Any, lengths: Any, outputs: bool) -> tuple[Any, Any]:
         entry = self._enter(x, h0, lengths)
         (y, h_n), _ = self._call(entry, keep=False, rng=None, outputs=outputs)
@@ -356,7 +361,7 @@ class GRU(Layer):
 
     def _call(self, entry: Entry, keep: bool, rng: Any, outputs: bool = True) -> Any:
         """(y, h_n), and what the way back needs, as the backend keeps it."""
-        stack, T = self._stack, entry.x.shape[0]
+        stack, T = self._stack_for(entry), entry.x.shape[0]
         given, full = self._given(entry, rng)
         static = (stack, full, keep, self._segment(T), outputs)
         return stack.run.call(Stack.forward, static, given, self._steps_of(entry))

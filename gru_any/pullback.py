@@ -31,7 +31,7 @@ class Pullback:
     def taps(self, dy: Any, dh_n: Any = None) -> Any:
         """Return dL/dh (L*D, T, B, H) of every step, all that reaches it counted; 0 at padding."""
         gru, (states, B, H) = self._gru, self._entry.h0.shape
-        shape, stack = (self._entry.x.shape[0], B, H), gru._stack
+        shape, stack = (self._entry.x.shape[0], B, H), gru._stack_for(self._entry)
         taps = [stack.run.output(shape, stack.dtype) for _ in range(states)]
         self._back(dy, dh_n, taps)
         return gru._stored(gru.backend.xp.stack([tap.array() for tap in taps]))
@@ -39,7 +39,7 @@ class Pullback:
     def _back(self, dy: Any, dh_n: Any, taps: list[Any] | None) -> Any:
         gru, entry = self._gru, self._entry
         refuse_stale(gru.params, self._version)
-        given, stack = self._enter(dy, dh_n), gru._stack
+        given, stack = self._enter(dy, dh_n), gru._stack_for(entry)
         if taps is None:
             steps = gru._steps_of(entry)
             found, _ = stack.run.call(Stack.backward, (stack,), given, steps, self._tapes)

@@ -25,11 +25,24 @@ WORTH = 4_000_000  # multiply-adds of those between that are worth copies
 SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
 SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
 BRIEF, LOW = 4, 64  # steps, and rows, up to which threads share the units and not the rows
+ONCE, LEAST, MOST = 2, 12, 128  # steps, and rows, for which BLAS on several threads is faster
+BUSY = 1_500_000  # if there are so many multiply-adds of rows and units
 NOTHING = np.zeros((0, 0), bool)
 
 
 class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
+
+    @cached_property
+    def brief(self) -> Any:
+        """The runner of a few steps of a batch."""
+        from .brief import Brief
+
+        return Brief(self.xp, self.device)
+
+    def suited(self, steps: int, rows: int, units: int) -> Any:
+        brief = steps <= ONCE and LEAST <= rows <= MOST and rows * units * units >= BUSY
+        return self.brief if brief and count() > 1 else self
 
     def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         """As `Plain.laid_out`."""

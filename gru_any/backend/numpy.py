@@ -88,7 +88,7 @@ class NumPy(Plain):
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
         pair = turned(a)[:, : 2 * H]
-        over = _over([*_columns(a, 3), pair, *map(turned, (*ends, *saved))], alive, reverse)
+        over = steps_over([*columns_of(a, 3), pair, *map(turned, (*ends, *saved))], alive, reverse)
         vectors = [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in recurrent[1:]]
         walk(over, recurrent[0], vectors, (H, B), a.dtype)
         return path, saved or None
@@ -109,10 +109,10 @@ class NumPy(Plain):
         program = backward_program(step, len(saved), dy is not None, taps)
         walk = backward_walk(step, len(saved), dy is not None, taps)
         parts = [self._empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
-        columns = [column for part in parts for column in _columns(part, part.shape[2] // H)]
+        columns = [column for part in parts for column in columns_of(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
         wide = map(turned, (*given, previous, *saved))
-        over = _over([*wide, *columns, *map(turned, parts)], alive, not reverse)
+        over = steps_over([*wide, *columns, *map(turned, parts)], alive, not reverse)
         dh = walk(over, U, dh.T, (H, B), dh.dtype)
         g = parts.pop() if taps else None
         return tuple(parts), dh.T, g
@@ -206,13 +206,13 @@ def _wider(v: Any, last: Any) -> Any:
     return wider
 
 
-def _columns(v: Any, n: int) -> list[Any]:
+def columns_of(v: Any, n: int) -> list[Any]:
     """(K, B, nH) -> n arrays (K, H, B) over the same memory."""
     H = v.shape[-1] // n
     return [turned(v)[:, i * H : (i + 1) * H] for i in range(n)]
 
 
-def _over(arrays: list[Any], alive: Any, backwards: bool) -> Any:
+def steps_over(arrays: list[Any], alive: Any, backwards: bool) -> Any:
     """What the walk takes at each step: an entry of each array, and which rows have ended."""
     ended = [None if mask is None else ~mask.T for mask in alive or [None] * len(arrays[-1])]
     # a list, since CPython 3.11 loses a tuple where a generator stands behind the star

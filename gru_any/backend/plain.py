@@ -15,6 +15,10 @@ class Plain:
     def __init__(self, xp: Any, device: Any) -> None:
         self.xp, self.device = xp, device
 
+    def suited(self, steps: int, rows: int, units: int) -> "Plain":
+        """Return the runner for calls of so many steps, rows of the batch and units."""
+        return self
+
     def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
         return W, U
