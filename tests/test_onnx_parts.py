@@ -663,13 +663,85 @@ def states_mixed_with_the_batch(g, Y, h):
     return g.op("MatMul", g.op("Reshape", h, g.ints(-1, 2 * H)), g.weight(2 * H, 7))
 
 
+def sum_of_slices(g, Y, h):
+    flat, end = g.flat(Y, 2), 2**31 - 1
+    parts = [(0, H), (H, end)]
+    return g.op("Add", *(g.op("Slice", flat, g.ints(a), g.ints(b), g.ints(2)) for a, b in parts))
+
+
+def mean_of_slices(g, Y, h):
+    return g.op("Div", sum_of_slices(g, Y, h), g.array(np.float32(2)))
+
+
+def reduced_mean(g, Y, h):
+    return g.op("Squeeze", g.op("ReduceMean", Y, axes=[1]), g.ints(1))
+
+
+def mean_of_two(g, Y, h):
+    halves = [g.op("Gather", Y, g.array(np.array(i)), axis=1) for i in (1, 0)]
+    return g.op("Mean", *halves)
+
+
+def sum_and_a_head(g, Y, h):
+    return g.op("Add", g.op("MatMul", sum_of_slices(g, Y, h), g.weight(H, 7)), g.weight(7))
+
+
+def mean_of_states(g, Y, h):
+    return g.op("ReduceMean", h, axes=[0], keepdims=0)
+
+
+SUMS = [
+    sum_of_directions, reduced_sum, mean_of_split_halves, sum_of_slices, mean_of_slices,
+    reduced_mean, mean_of_two, sum_and_a_head, sum_of_states, mean_of_states,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("graph", SUMS)
+def test_the_sum_and_the_mean_of_directions(tmp_path, graph, padded):
+    g = Graph()
+    lengths = g.input("lengths", np.array([6, 2, 4], "i4"), ["B"]) if padded else ""
+    x = g.x()
+    Y, h = g.gru(x, direction="bidirectional", lengths=lengths)
+    end = graph(g, Y, h)
+    (expected,) = g.run(end)
+    ours = g.load(tmp_path, end)
+    y, _ = ours(g.inputs["x"][0], lengths=[6, 2, 4] if padded else None)
+    close(y, expected)
+    kinds = [type(layer) for layer in ours.layers]
+    assert kinds[: kinds.index(Linear)] == ([GRU, Last] if "states" in graph.__name__ else [GRU])
+
+
+def test_the_sum_of_two_nodes(tmp_path):
+    g = Graph()
+    x = g.x()
+    ends = [g.flat(g.gru(x, direction=way)[0]) for way in ("forward", "reverse")]
+    end = g.op("Add", *ends)
+    (expected,) = g.run(end)
+    ours = g.load(tmp_path, end)
+    close(ours(g.inputs["x"][0])[0], expected)
+    assert ours.layers[0].suffixes == ["", "_reverse"]
+
+
+def one_half_twice(g, Y, h):
+    first = g.op("Gather", Y, g.array(np.array(0)), axis=1)
+    return g.op("Add", first, g.op("Identity", first))
+
+
+def half_into_a_head(g, Y, h):
+    return g.op("MatMul", half_of_the_features(g, Y, h), g.weight(H, 7))
+
+
+def overlapping_slices(g, Y, h):
+    flat = g.flat(Y, 2)
+    return g.op("Add", *(g.op("Slice", flat, g.ints(a), g.ints(a + H), g.ints(2)) for a in (0, 1)))
+
+
 @pytest.mark.parametrize(
     ("graph", "words"),
     [
-        (sum_of_directions, "COMBINED"), (reduced_sum, "COMBINED"),
-        (mean_of_split_halves, "COMBINED"),
-        (half_of_the_features, "COMBINED"), (sum_of_states, "COMBINED"),
-        (mean_over_time, "COMBINED"),
+        (one_half_twice, "COMBINED"), (half_into_a_head, "COMBINED"),
+        (overlapping_slices, "COMBINED"), (mean_over_time, "COMBINED"),
         (last_step_of_both, "picks a step of a sequence that was read in both directions"),
         (one_of_two_states, "reads states that are not those of the last GRU, of both"),
         (states_in_another_order, "of both directions if it has two, forward first"),

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from . import index, last, sort
-from .axes import Array, Atom, Layer
+from . import index, last, sort, sums
+from .axes import Array, Atom, Layer, size
 from .check import Node, dtype_name
 from .directions import COMBINED, combined, cut, join, turn
 from .gru import empty, gru, keep
@@ -43,12 +43,30 @@ def _picked(walk: Any, node: Node, v: Array, at: Any) -> Array | None:
     axis = node.attributes.get("axis", 0) % len(v.axes)
     if not isinstance(at, np.ndarray) or at.dtype.kind != "i":
         return None
+    found = sums.half(v, axis, int(at.flat[0])) if len(v.axes[axis]) == 1 else None
+    if found and at.flat[0] in (0, 1) and not at.ndim:
+        return found
     if any(atom.name.startswith(("directions", "units")) for atom in v.axes[axis]):
         node.refuse(COMBINED)
     state = last.step(walk, node, v, axis, int(at.flat[0]))
     if state is None or not at.ndim:
         return state
     return state.arranged((*state.axes[:axis], *((),) * at.ndim, *state.axes[axis:]))
+
+
+def sliced(walk: Any, node: Node, v: Any, *bounds: Any) -> Array | None:
+    """The operator Slice of one of two directions; else as in `cut`."""
+    given = [*bounds, *[None] * 4][:4]
+    named = (node.attributes.get(k) for k in ("starts", "ends", "axes", "steps"))
+    numbers = [n if b is None else b for b, n in zip(given, named, strict=True)]
+    plain = [np.ravel(n).tolist() if n is not None and np.size(n) == 1 else None for n in numbers]
+    if v.kind == "layer" and plain[0] and plain[1] and plain[2] and plain[3] in (None, [1]):
+        start, stop, place = plain[0][0], plain[1][0], plain[2][0]
+        if all(isinstance(n, int) for n in (start, stop, place)):
+            found = sums.part(v, place % len(v.axes), start, stop)
+            if found:
+                return found
+    return cut(walk, node, v, *bounds)
 
 
 def linear(walk: Any, node: Node, x: Any, W: Any) -> Array:
@@ -75,8 +93,8 @@ def gemm(walk: Any, node: Node, x: Any, W: Any, b: Any = None) -> Array:
 def bias(walk: Any, node: Node, *terms: Any) -> Array:
     """The operator Add, where it adds the bias of the Linear layer just before."""
     x, b = sorted(terms, key=lambda v: isinstance(v, np.ndarray))
-    if all(getattr(v, "kind", "") in ("layer", "state") for v in terms):
-        node.refuse(COMBINED)
+    if all(getattr(v, "kind", "") in ("half", "layer", "state") for v in terms):
+        return sums.added(walk, node, *terms)
     if getattr(b, "kind", "") in index.KINDS:
         return index.whole(walk, node, x, b)
     if x.kind == "input" and isinstance(b, np.ndarray) and b.dtype.kind == "i" and b.size == 1:
@@ -108,8 +126,38 @@ def cast(walk: Any, node: Node, v: Any) -> Array:
     return v
 
 
+def multiply(walk: Any, node: Node, *factors: Any) -> Array:
+    """The operator Mul of a sum of directions by a number, or of the parts of an index."""
+    return sums.scaled(walk, node, *factors) or index.choose(walk, node, *factors)
+
+
+def divide(walk: Any, node: Node, v: Any, by: Any) -> Array:
+    """The operator Div of a sum of directions by a number."""
+    number = isinstance(by, np.ndarray) and by.size == 1 and bool(by.all())
+    return (sums.scaled(walk, node, v, np.asarray(1 / by)) if number else None) or node.refuse(
+        COMBINED
+    )
+
+
+def together(walk: Any, node: Node, v: Any, *others: Any) -> Any:
+    """The operators Sum, Mean, ReduceSum and ReduceMean of two directions, and Split into them."""
+    factor = 0.5 if "Mean" in node.op else 1.0
+    if node.op.startswith("Reduce") and len(others) < 2:
+        return sums.reduced(walk, node, v, others[0] if others else None, factor)
+    if node.op in ("Sum", "Mean") and len(others) == 1:
+        return sums.added(walk, node, v, *others, factor)
+    if node.op == "Split" and isinstance(v, Array) and len(node.outputs) == 2:
+        place = node.attributes.get("axis", 0) % len(v.axes)
+        width = size(v.axes[place][1:])
+        parts = np.ravel(others[0] if others else node.attributes.get("split", [width] * 2))
+        halves = [sums.half(v, place, d, kept=True) for d in (0, 1)]
+        if None not in halves and parts.tolist() == [width, width]:
+            return tuple(halves)
+    return combined(walk, node, v, *others)
+
+
 PASSING = (*index.KINDS, *sort.KINDS)  # integers of any kind
-COMBINING = ("Sum", "Mean", "Max", "Split", "ReduceSum", "ReduceMean", "ReduceMax")
+TOGETHER = ("Sum", "Mean", "Split", "ReduceSum", "ReduceMean")
 LAYERS: dict[str, Callable[..., Any]] = {
     "GRU": gru,
     "Loop": loop,
@@ -119,13 +167,15 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "Add": bias,
     "Cast": cast,
     "ReverseSequence": turn,
-    "Slice": cut,
-    **dict.fromkeys(COMBINING, combined),
+    "Slice": sliced,
+    **dict.fromkeys(TOGETHER, together),
+    **dict.fromkeys(("Max", "ReduceMax"), combined),
     "Concat": join,
     "Equal": empty,
     "Less": index.negative,
     "Not": index.natural,
-    "Mul": index.choose,
+    "Mul": multiply,
+    "Div": divide,
     "TopK": sort.order,
     "ScatterElements": sort.inverse,
     "Where": keep,

@@ -190,7 +190,7 @@ def concat(node: Node, known: Known, *values: Any) -> Any:
     if len({v.order for v in values}) > 1:
         node.refuse("joins states whose rows are in different orders")
     joined, key = [v.axes[axis] for v in values], sum((v.key for v in values), ())
-    others = [[*map(_nameless, (*v.axes[:axis], *v.axes[axis + 1 :]))] for v in values]
+    others = [[*map(of_any_layer, (*v.axes[:axis], *v.axes[axis + 1 :]))] for v in values]
     single, units = all(len(v.key) == 1 for v in values), joined[0][-1:]
     if any(other != others[0] for other in others):
         node.refuse("joins states whose other axes differ")
@@ -213,7 +213,7 @@ def _units(axis: Axis) -> bool:
     return len(names) == 1 and names[0].startswith("units")
 
 
-def _nameless(axis: Axis) -> Axis:
+def of_any_layer(axis: Axis) -> Axis:
     """An axis, of which it does not matter of which layer the units are."""
     return tuple(a._replace(name="units") if a.name.startswith("units") else a for a in axis)
 
@@ -233,6 +233,17 @@ def arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
         return _shape(result) if result.dtype == object else result
 
     return apply
+
+
+def divided(node: Node, known: Known, a: Any, b: Any) -> Any:
+    """The operator Div of numbers and of known sizes, which are whole and not negative."""
+    a, b = _constant(node, a), _constant(node, b)
+    whole = a.dtype.kind in "iu" and b.dtype.kind in "iu"
+    if not whole and not (a.dtype.kind == b.dtype.kind == "f"):
+        node.refuse("divides a size that is not known before the model runs")
+    if not b.all() or (whole and (a.min(initial=0) < 0 or b.min(initial=0) < 0)):
+        node.refuse("divides by 0, or sizes below 0")
+    return arithmetic(np.floor_divide if whole else np.divide)(node, known, a, b)
 
 
 def less(node: Node, known: Known, a: Any, b: Any) -> Any:
@@ -313,6 +324,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     "Add": arithmetic(np.add),
     "Sub": arithmetic(np.subtract),
     "Mul": arithmetic(np.multiply),
+    "Div": divided,
     "ReduceProd": product,
     "Less": less,
     "Range": numbers,

@@ -11,6 +11,7 @@ from . import last
 from .assemble import assemble
 from .axes import Array, Atom, Axis, Layer, fits, kind_of, size
 from .check import Node, NodeError, array, dtype_name, nodes, parse
+from .directions import COMBINED
 from .layers import LAYERS
 from .moves import MOVES
 from .part import listed, part
@@ -76,6 +77,7 @@ class Walk:
     summed : whether two biases were added to one
     source : what the last GRU read, its stage, its direction, and the features it read
     pair : the stages of two GRUs that read the same in both directions
+    sums : the stages of sums of two directions
     merged : the stage and the features of a layer for the stages of its two directions
     halves : the layer and the direction that a GRU became
     unread : the names of arrays that no node reads
@@ -99,6 +101,7 @@ class Walk:
         self.stage, self.summed = 0, False
         self.source: tuple[Any, int, str, Axis] | None = None
         self.pair: tuple[int, int] | None = None
+        self.sums: set[int] = set()
         self.merged: dict[tuple[int, ...], tuple[int, Axis]] = {}
         self.halves: dict[Layer, tuple[Layer, int]] = {}
         self.rows: int | None = None
@@ -158,6 +161,8 @@ class Walk:
             why = last.reason(self, v)
             return node.refuse(why) if why else last.put(self, node, v)
         rows = isinstance(v, Array) and v.kind == "input" and v.key[1]
+        if isinstance(v, Array) and v.kind == "half":
+            node.refuse(COMBINED)
         if not isinstance(v, Array) or v.kind not in ("input", "layer") or rows:
             node.refuse("reads something else than the outputs of the layer before")
         if v.kind == "input" and not self.entry:
