@@ -87,7 +87,7 @@ class Chain:
         self.backend, self.dtype = layers[0].backend, layers[0].dtype
 
     def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[Any, list[Any]]:
-        """Run all layers, keeping nothing for a way back -> y, the new state."""
+        """Run all layers without keeping residuals; return y and the new state."""
         self.params.refuse_untied()
         states, new = self._states(state), []
         for layer in self.layers:

@@ -62,9 +62,9 @@ class GRU(Layer):
         bits, which is several times as fast on large sizes; elsewhere it changes nothing. PyTorch's
         default for a GRU on CUDA is TF32 (`torch.backends.cudnn.allow_tf32`).
     recompute : None, "sqrt" or int
-        None keeps about 5 numbers a step and unit for the way back. "sqrt" keeps a state every
-        sqrt(T) steps, an int one every so many (rounded up to whole blocks), and computes the rest
-        again in the pullback, with the same gradients bit for bit.
+        None keeps about 5 elements a step and unit for the backward pass. "sqrt" keeps a state
+        every sqrt(T) steps, an int one every so many (rounded up to whole blocks), and computes
+        the rest again in the pullback, with the same gradients bit for bit.
 
     Attributes
     ----------
@@ -169,7 +169,7 @@ class GRU(Layer):
     # the public calls ----------------------------------------------------------------------------
 
     def __call__(self, x: Any, h0: Any = None, lengths: Any = None) -> tuple[Any, Any]:
-        """Run the sequences, keeping nothing for a way back; no dropout.
+        """Run the sequences without keeping residuals; no dropout.
 
         Parameters
         ----------
@@ -196,7 +196,7 @@ class GRU(Layer):
         return self._forward(x, h0, lengths, outputs=False)[1]
 
     def vjp(self, x: Any, h0: Any = None, lengths: Any = None, rng: Any = None) -> Any:
-        """Run the sequences and keep what the way back needs.
+        """Run the sequences and keep the residuals for the backward pass.
 
         Parameters are those of a plain call, and
 
@@ -360,7 +360,7 @@ class GRU(Layer):
         return self._leave(entry, y, h_n)
 
     def _call(self, entry: Entry, keep: bool, rng: Any, outputs: bool = True) -> Any:
-        """(y, h_n), and what the way back needs, as the backend keeps it."""
+        """Return (y, h_n), and the residuals as the backend keeps them."""
         stack, T = self._stack_for(entry), entry.x.shape[0]
         given, full = self._given(entry, rng)
         static = (stack, full, keep, self._segment(T), outputs)

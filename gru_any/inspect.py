@@ -116,7 +116,7 @@ def saturation(gate: Any, low: float = 0.1, high: float = 0.9) -> tuple[np.ndarr
 
 
 def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
-    """How the gradient of a loss at the last step walked fades on its way back through time.
+    """How the gradient of a loss at the last step fades going back through time.
 
     The loss is a random direction of the last layer's last state. Its gradient to the state of
     every step, dL/dh_t, has in each row of the batch a norm; in relation to the norm at the last

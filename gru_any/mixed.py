@@ -40,7 +40,7 @@ class Mixed:
     def gradient(
         self, loss: Callable[..., Any], y: Any, target: Any, mask: Any, pullback: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Loss in float32 -> its value, and the gradients in float32 by the scaled way back."""
+        """Return the loss in float32, and float32 gradients from the scaled backward pass."""
         xp = self.model.backend.xp
         value, dy = loss(xp.astype(y, xp.float32), target, mask=mask)
         grads, _, _ = pullback(xp.astype(dy * self.scale, y.dtype))

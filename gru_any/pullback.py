@@ -1,4 +1,4 @@
-"""The way back through the layers of a GRU."""
+"""The backward pass through the layers of a GRU."""
 
 from functools import partial
 from typing import Any, NamedTuple

@@ -26,7 +26,7 @@ class Given(NamedTuple):
 
 
 class Back(NamedTuple):
-    """The arrays of a way back: dy (T, B, D*H) or None, dh_n (L*D, B, H)."""
+    """The inputs of the backward pass: dy (T, B, D*H) or None, dh_n (L*D, B, H)."""
 
     dy: Any
     dh_n: Any

@@ -80,7 +80,7 @@ def fit(
     average : float or None
         Validate, and give back, a running average of the weights with this decay.
     mixed : "float16", "bfloat16" or None
-        Store in half precision what the way back needs; the weights stay in float32. See `mixed`.
+        Store the residuals in half precision; the weights stay in float32. See `mixed`.
     seed : int
         Of dropout.
     out : path or None

@@ -54,15 +54,13 @@ class Numba(NumPy):
         return (W, U) if few or rows <= SHORT else (Packed(W), Packed(U))
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """As `Plain.affine`, but still to be computed, by the walk."""
+        """Return an `Input`, which the walk computes."""
         return super().affine(x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
 
     def rows(self, v: Any) -> Any:
-        """As `Plain.rows`."""
         return super().rows(v).view(Rows if v.dtype.kind == "c" else Tiled)
 
     def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """As `Plain.prepared`."""
         if W.dtype.kind == "c":
             return super().prepared(step, W, b, recurrent)
         U, *vectors = recurrent
@@ -82,7 +80,6 @@ class Numba(NumPy):
         return one
 
     def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
-        """As `Plain.packed`."""
         if W.dtype.kind == "c":
             return W, b, recurrent
         (U, *vectors), H = recurrent, len(W) // 3
@@ -93,7 +90,7 @@ class Numba(NumPy):
         return W, b, (U, *vectors)
 
     def products(self, calls: Any, work: int) -> list[Any]:
-        """As `Plain.products`; another thread makes the third call where none will be split."""
+        """Make the third call on another thread, where no product is large enough to be split."""
         if count() < 2 or not GRAIN // 2 <= work < 2 * GRAIN:
             return [call() for call in calls]
         other = submit(calls[2])
@@ -110,7 +107,6 @@ class Numba(NumPy):
         reverse: bool,
         keep: bool,
     ) -> tuple[Any, Any]:
-        """As `Plain.forward`."""
         if h.dtype.kind == "c":
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         U, *vectors = recurrent
@@ -145,7 +141,6 @@ class Numba(NumPy):
         reverse: bool,
         taps: bool,
     ) -> tuple[Any, Any, Any]:
-        """As `Plain.backward`."""
         K, B, H = previous.shape
         walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
         steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
@@ -174,7 +169,6 @@ class Tiled(Rows):
     """A matrix whose product from the left is ours."""
 
     def into(self, M: Any, out: Any) -> None:
-        """As `Rows.into`."""
         packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
         R, (K, N) = len(self), matrix.shape
         if K == 1:

@@ -127,7 +127,7 @@ def recorded(backend: Any, steps: int | None) -> str:
 
 
 def forget(backend: Any) -> None:
-    """Let go of the memory that is kept for later calls, and of what was recorded on CUDA."""
+    """Release the memory kept for later calls, and the calls captured on CUDA."""
     if backend.host:
         memory.forget()
     if backend.cuda and _way(backend) != "plain":

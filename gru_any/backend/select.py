@@ -223,7 +223,7 @@ def _refuse_cut(host: np.ndarray, info: Any) -> None:
 
 
 def refuse_masked(name: str, array: Any, wanted: str = "expected an array without a mask") -> None:
-    """Raise TypeError where NumPy would let go of a mask without a word."""
+    """Raise TypeError where NumPy would drop a mask silently."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a MaskedArray, {wanted}, since the mask would be lost: give its filled(0), "

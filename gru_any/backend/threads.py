@@ -1,4 +1,4 @@
-"""Work over a few threads, for compiled code that lets go of the interpreter's lock."""
+"""Work over a few threads, for compiled code that releases the interpreter lock."""
 
 import os
 import sys

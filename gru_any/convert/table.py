@@ -11,7 +11,7 @@ letters of the equations,
 `-W_z` is the block with its sign changed (sigmoid(-a) = 1 - sigmoid(a), so z and 1 - z change
 places), `b_r+c_r` a bias that stands for both. Blocks are moved, turned and negated bit for bit.
 Where two biases must be added the sum is rounded once, which the logger `gru_any.convert` reports
-at level INFO; on the way back they are the sum and 0.
+at level INFO; written again, they are the sum and 0.
 """
 
 import logging

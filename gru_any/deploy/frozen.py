@@ -126,7 +126,7 @@ class FrozenGRU(GRU):
         return (given._replace(params=self._laid_out()) if self.backend.host else given), full
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
-        """As `GRU.step`."""
+        """Advance by one step, as `GRU.step` does."""
         if state is not None:
             self.backend.check("state", state, self.dtype)
         return self._prepared()(x_t, state)

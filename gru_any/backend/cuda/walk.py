@@ -94,7 +94,7 @@ def backward_walk(
     types: Any = (),
     name: str = "backward",
 ) -> Walk:
-    """The way back. Arrays: dy if given, previous, s0..., and p0... for what a step gives."""
+    """The backward pass. Arrays: dy if given, previous, s0..., and p0... for what a step gives."""
     program = backward_program(step, saved, given, taps)
     names = [*(["dy"] if given else []), STATE, "previous", *(f"s{n}" for n in range(saved))]
     columns = [column for ids in program.inputs for column in ids]
