@@ -338,8 +338,11 @@ class GRU(Layer):
 
     @property
     def _stack(self) -> Stack:
+        return self._stack_on(self._run)
+
+    def _stack_on(self, run: Any) -> Stack:
         return Stack(
-            self._run,
+            run,
             equations.variant(self.reset_after),
             self.bias,
             self.reset_after,
@@ -351,8 +354,8 @@ class GRU(Layer):
 
     def _stack_for(self, entry: Entry) -> Stack:
         """The stack, with the runner for a call of this size."""
-        stack, (T, B, _) = self._stack, entry.x.shape
-        return stack._replace(run=stack.run.suited(T, B, self.hidden_size))
+        T, B, _ = entry.x.shape
+        return self._stack_on(self._run.suited(T, B, self.hidden_size))
 
     def _forward(self, x: Any, h0: Any, lengths: Any, outputs: bool) -> tuple[Any, Any]:
         entry = self._enter(x, h0, lengths)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..trace import Op, Product, Program
 from .compiled import compiled
-from .fallback import attempt
+from .fallback import rescued
 from .fused import HEAD, SIGNS, TANH
 from .numpy import NumPy, Rows, backward_program, columns_of, forward_program, steps_over, turned
 from .packed import Packed
@@ -42,7 +42,13 @@ class Brief(NumPy):
         given = step, a, h, (_matrix(U), *vectors), *others
         if a.dtype.kind == "c":
             return super().forward(*given)
-        return attempt(lambda: self._forward(*given), lambda: super(Brief, self).forward(*given))
+        try:
+            return self._forward(*given)
+        except Exception as e:
+            found: tuple[Any, Any] = rescued(
+                e, lambda: self._forward(*given), lambda: super(Brief, self).forward(*given)
+            )
+            return found
 
     def _forward(
         self, step: Any, a: Any, h: Any, recurrent: Any, alive: Any, reverse: bool, keep: bool
@@ -61,7 +67,13 @@ class Brief(NumPy):
         self, step: Any, dy: Any, dh: Any, previous: Any, saved: Any, U: Any, *others: Any
     ) -> tuple[Any, Any, Any]:
         given = step, dy, dh, previous, saved, _matrix(U), *others
-        return attempt(lambda: self._backward(*given), lambda: super(Brief, self).backward(*given))
+        try:
+            return self._backward(*given)
+        except Exception as e:
+            found: tuple[Any, Any, Any] = rescued(
+                e, lambda: self._backward(*given), lambda: super(Brief, self).backward(*given)
+            )
+            return found
 
     def _backward(
         self,

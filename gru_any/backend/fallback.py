@@ -11,23 +11,45 @@ from .numpy import NumPy, Rows
 from .packed import Packed
 
 
+class Tiled(numba.Tiled):
+    """A matrix whose product from the left is ours where it compiles."""
+
+    def into(self, M: Any, out: Any) -> None:
+        try:
+            super().into(M, out)
+        except Exception as e:
+            rescued(
+                e,
+                lambda: super(Tiled, self).into(M, out),
+                lambda: Rows.into(self.view(Rows), _matrix(M), out),
+            )
+
+
 class Numba(numba.Numba):
     """Runs blocks of steps with compiled loops where they compile, else as NumPy does."""
 
-    def rows(self, v: Any) -> Any:
-        found = super().rows(v)
-        return found.view(Tiled) if type(found) is numba.Tiled else found
+    tiled = Tiled
 
     def prepared(self, *arguments: Any) -> Any:
-        return attempt(
-            lambda: super(Numba, self).prepared(*arguments),
-            lambda: NumPy.prepared(self, *arguments),
-        )
+        try:
+            return super().prepared(*arguments)
+        except Exception as e:
+            return rescued(
+                e,
+                lambda: super(Numba, self).prepared(*arguments),
+                lambda: NumPy.prepared(self, *arguments),
+            )
 
     def packed(self, *arguments: Any) -> tuple[Any, Any, Any]:
-        return attempt(
-            lambda: super(Numba, self).packed(*arguments), lambda: NumPy.packed(self, *arguments)
-        )
+        try:
+            return super().packed(*arguments)
+        except Exception as e:
+            found: tuple[Any, Any, Any] = rescued(
+                e,
+                lambda: super(Numba, self).packed(*arguments),
+                lambda: NumPy.packed(self, *arguments),
+            )
+            return found
 
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
         def on_numpy() -> tuple[Any, Any]:
@@ -35,43 +57,45 @@ class Numba(numba.Numba):
             plain = (_matrix(recurrent[0]), *recurrent[1:])
             return NumPy.forward(self, step, affine, h, plain, *others)
 
-        return attempt(lambda: super(Numba, self).forward(step, a, h, recurrent, *others), on_numpy)
+        given = step, a, h, recurrent, *others
+        try:
+            return super().forward(*given)
+        except Exception as e:
+            found: tuple[Any, Any] = rescued(
+                e, lambda: super(Numba, self).forward(*given), on_numpy
+            )
+            return found
 
     def backward(
         self, step: Any, dy: Any, dh: Any, previous: Any, saved: Any, U: Any, *others: Any
     ) -> tuple[Any, Any, Any]:
         given = (step, dy, dh, previous, saved)
-        return attempt(
-            lambda: super(Numba, self).backward(*given, U, *others),
-            lambda: NumPy.backward(self, *given, _matrix(U), *others),
-        )
-
-
-class Tiled(numba.Tiled):
-    """A matrix whose product from the left is ours where it compiles."""
-
-    def into(self, M: Any, out: Any) -> None:
-        attempt(
-            lambda: super(Tiled, self).into(M, out),
-            lambda: Rows.into(self.view(Rows), _matrix(M), out),
-        )
-
-
-def attempt(call: Callable[[], Any], instead: Callable[[], Any]) -> Any:
-    """Return call(), or instead() where Numba fails; then it is not asked again."""
-    try:
         try:
-            return call()
-        except OSError as e:  # the folder has gone: what was compiled is in memory now
-            if e.errno is None:
-                raise
-            return call()
-    except Exception as e:
-        if not may_be_numbas(e):
-            raise
-        failure = e
+            return super().backward(*given, U, *others)
+        except Exception as e:
+            found: tuple[Any, Any, Any] = rescued(
+                e,
+                lambda: super(Numba, self).backward(*given, U, *others),
+                lambda: NumPy.backward(self, *given, _matrix(U), *others),
+            )
+            return found
+
+
+def rescued(error: Exception, again: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+    """Return what can be had after an error: instead(), if Numba may have raised it.
+
+    Numba is then not asked again. An error of the cache folder is tried again first: what was
+    compiled is in memory then.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        try:
+            return again()
+        except Exception as e:
+            error = e
+    if not may_be_numbas(error):
+        raise error
     found = instead()  # raises where Numba was not to blame
-    give_up(failure)
+    give_up(error)
     return found
 
 

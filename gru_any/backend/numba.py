@@ -30,8 +30,27 @@ BUSY = 1_500_000  # if there are so many multiply-adds of rows and units
 NOTHING = np.zeros((0, 0), bool)
 
 
+class Tiled(Rows):
+    """A matrix whose product from the left is ours."""
+
+    def into(self, M: Any, out: Any) -> None:
+        packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
+        R, (K, N) = len(self), matrix.shape
+        if K == 1:
+            outer(self[:, 0], matrix[0], out)
+        elif packed is None and R == 1:
+            times(self[0], matrix, out[0])
+        elif (packed is None and (R <= FEW or R * K * N < SMALL)) or K < 2 or N < 4:
+            super().into(matrix, out)
+        else:
+            packed = packed or Packed(matrix)
+            product(self.view(np.ndarray), packed.panels(slice(0, K), False, 1), None, out)
+
+
 class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
+
+    tiled: type[Tiled] = Tiled  # what a matrix becomes whose products are ours
 
     @cached_property
     def brief(self) -> Any:
@@ -58,7 +77,7 @@ class Numba(NumPy):
         return super().affine(x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
 
     def rows(self, v: Any) -> Any:
-        return super().rows(v).view(Rows if v.dtype.kind == "c" else Tiled)
+        return super().rows(v).view(Rows if v.dtype.kind == "c" else self.tiled)
 
     def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         if W.dtype.kind == "c":
@@ -145,14 +164,14 @@ class Numba(NumPy):
         walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
         steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
         if dy is not None:
-            given.insert(0, dy)
+            given.insert(0, own(dy))  # the others are ours
         if isinstance(U, Packed):
             parts = [empty((K, B, n * H), dh.dtype) for n in walk.widths]
             pair = np.empty((2, B, H), dh.dtype)
             pair[0] = dh
             walk(steps, ended, list(map(own, [pair, *given, *parts])), pair, U)
         else:
-            pair, *parts = walk.few(*steps, ended, *map(own, (dh, U, *given)))
+            pair, *parts = walk.few(*steps, ended, own(dh), own(U), *given)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
@@ -163,23 +182,6 @@ class Input(NamedTuple):
     x: Any
     W: Any
     b: Any
-
-
-class Tiled(Rows):
-    """A matrix whose product from the left is ours."""
-
-    def into(self, M: Any, out: Any) -> None:
-        packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
-        R, (K, N) = len(self), matrix.shape
-        if K == 1:
-            outer(self[:, 0], matrix[0], out)
-        elif packed is None and R == 1:
-            times(self[0], matrix, out[0])
-        elif (packed is None and (R <= FEW or R * K * N < SMALL)) or K < 2 or N < 4:
-            super().into(matrix, out)
-        else:
-            packed = packed or Packed(matrix)
-            product(self.view(np.ndarray), packed.panels(slice(0, K), False, 1), None, out)
 
 
 @lru_cache(maxsize=64)

@@ -116,9 +116,8 @@ class FrozenGRU(GRU):
             self._weights = run, weights
         return weights
 
-    @property
-    def _stack(self) -> Stack:
-        stack = self._own._stack
+    def _stack_on(self, run: Any) -> Stack:
+        stack = self._own._stack_on(run)
         return LaidOut(*stack) if self.backend.host else stack
 
     def _given(self, entry: Any, rng: Any) -> Any:
