@@ -25,6 +25,16 @@ from gru_any.train import evaluate, fit
 LIBRARIES = ["numpy", "torch", "jax.numpy", "array_api_strict"]
 
 
+@pytest.fixture(autouse=True)
+def installed(request):
+    """Skip where the library of a test is not installed."""
+    library = getattr(request.node, "callspec", None) and request.node.callspec.params.get(
+        "library"
+    )
+    if library:
+        require(library)
+
+
 def model(backend="numpy"):
     home = {"backend": backend}
     return Chain(GRU(2, 8, seed=0, **home), Linear(8, 1, seed=1, **home))
