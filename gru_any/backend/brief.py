@@ -5,7 +5,7 @@ also keeps its threads awake, where waking ours would take as long as a whole st
 between two products become one compiled loop.
 """
 
-from functools import lru_cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,17 @@ from ..trace import Op, Product, Program
 from .compiled import compiled
 from .fallback import rescued
 from .fused import HEAD, SIGNS, TANH
-from .numpy import NumPy, Rows, backward_program, columns_of, forward_program, steps_over, turned
+from .numpy import (
+    NumPy,
+    Rows,
+    backward_program,
+    backward_walk,
+    columns_of,
+    forward_program,
+    forward_walk,
+    steps_over,
+    turned,
+)
 from .packed import Packed
 
 NAMES = {name: getattr(np, name) for name in ("matmul", "copyto", "empty", "array")}
@@ -54,12 +64,17 @@ class Brief(NumPy):
         self, step: Any, a: Any, h: Any, recurrent: Any, alive: Any, reverse: bool, keep: bool
     ) -> tuple[Any, Any]:
         (K, B, _), H, (U, *vectors) = a.shape, h.shape[-1], recurrent
-        walk, results = forward_walk(step, len(vectors), keep, a.dtype)
+        program = forward_program(step, len(vectors), keep)
+        walk = forward_walk(step, len(vectors), keep, lines_in(a.dtype))
         path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
-        saved = tuple(self._empty((K, B, H), a.dtype) for _ in range(results))
+        saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
-        over = steps_over([*columns_of(a, 3), *map(turned, (*ends, *saved))], alive, reverse)
+        over = steps_over(
+            [*columns_of(a, 3), turned(a)[:, : 2 * H], *map(turned, (*ends, *saved))],
+            alive,
+            reverse,
+        )
         walk(over, U, [c[:, None].repeat(B, axis=1) for c in vectors], (H, B), a.dtype)
         return path, saved or None
 
@@ -88,7 +103,9 @@ class Brief(NumPy):
         taps: bool,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
-        walk, widths = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
+        kinds = step, len(saved), dy is not None, taps
+        walk = backward_walk(*kinds, lines_in(dh.dtype))
+        widths = [len(extra) for extra in backward_program(*kinds).extras]
         parts = [self._empty((K, B, n * H), dh.dtype) for n in widths]
         given = [] if dy is None else [np.ascontiguousarray(turned(dy))]
         given += [np.ascontiguousarray(turned(v)) for v in (previous, *saved)]
@@ -103,60 +120,10 @@ def _matrix(M: Any) -> Any:
     return M.matrix if isinstance(M, Packed) else M
 
 
-@lru_cache(maxsize=64)
-def forward_walk(step: Any, vectors: int, keep: bool, dtype: Any) -> tuple[Any, int]:
-    """A function that runs a block of steps, and how many arrays each saves."""
-    program = forward_program(step, vectors, keep)
-    (a, (h,), _, *c) = program.inputs
-    homes = {column: f"a{i}" for i, column in enumerate(a)} | {h: "h"}
-    homes |= {column: f"c{i}" for i, (column,) in enumerate(c)}
-    saved = [f"s{i}" for i in range(len(program.extras))]
-    given: dict[int, list[str]] = {program.result: ["o"]}
-    for (column,), name in zip(program.extras, saved, strict=True):
-        given.setdefault(column, []).append(name)
-    lines = _Lines(program, homes, given, {}, dtype.name)
-    source = [
-        "def walk(over, M, vectors, shape, dtype):",
-        *(f"    c{i} = vectors[{i}]" for i in range(vectors)),
-        *lines.before,
-        f"    for {', '.join(['a0, a1, a2, h, o', *saved, 'ended'])} in over:",
-        *lines.body,
-        "        if ended is not None:",
-        "            copyto(o, h, where=ended)",
-    ]
-    return lines.function(source), len(saved)
-
-
-@lru_cache(maxsize=64)
-def backward_walk(
-    step: Any, saved: int, given_dy: bool, taps: bool, dtype: Any
-) -> tuple[Any, list[int]]:
-    """A function for the backward pass of a block, and the widths of its results in columns."""
-    program = backward_program(step, saved, given_dy, taps)
-    taken = [*(["dy"] if given_dy else []), "h", *(f"s{i}" for i in range(saved))]
-    inputs = list(taken)
-    inputs.insert(int(given_dy), "old")
-    homes = dict(zip([c for ids in program.inputs for c in ids], inputs, strict=True))
-    given: dict[int, list[str]] = {program.result: ["new"]}
-    wide = {}
-    for p, extra in enumerate(program.extras):
-        wide[extra] = f"p{p}"
-        for i, column in enumerate(extra):
-            taken.append(f"p{p}_{i}")
-            given.setdefault(column, []).append(taken[-1])
-    lines = _Lines(program, homes, given, wide, dtype.name)
-    source = [
-        "def walk(over, M, dh, shape, dtype):",
-        "    old, new = array(dh, order='C'), empty(shape, dtype)",
-        *lines.before,
-        f"    for {', '.join([*taken, *wide.values(), 'ended'])} in over:",
-        *lines.body,
-        "        if ended is not None:",
-        "            copyto(new, old, where=ended)",
-        "        old, new = new, old",
-        "    return old",
-    ]
-    return lines.function(source), [len(extra) for extra in program.extras]
+@cache
+def lines_in(dtype: Any) -> Any:
+    """What makes the lines of a walk over arrays of this dtype."""
+    return partial(_Lines, dtype=dtype.name)
 
 
 class _Lines:
@@ -166,7 +133,9 @@ class _Lines:
     wide: columns that stand side by side in one array -> its name.
     """
 
-    def __init__(self, program: Program, homes: Any, given: Any, wide: Any, dtype: str) -> None:
+    def __init__(
+        self, program: Program, homes: Any, given: Any, wide: Any, pairs: Any, dtype: str
+    ) -> None:
         self.homes, self.given, self.wide, self.dtype = dict(homes), given, wide, dtype
         self.before, self.body = ["    H, B = shape"], list[str]()
         self.loops: list[str] = []
@@ -237,7 +206,11 @@ class _Lines:
         ]
         self.body.append(f"        loop{n}({', '.join(names)})")
 
-    def function(self, source: list[str]) -> Any:
+    def prologue(self) -> list[str]:
+        """The lines before the loop over the steps."""
+        return self.before
+
+    def compiled(self, source: list[str]) -> Any:
         """Compile the loops, and return the function `walk` of the source, which calls them."""
         text = HEAD.format(dtype=self.dtype) + TANH[self.dtype]
         module = compiled("\n".join([text, *self.loops]))

@@ -64,7 +64,6 @@ class Numba(NumPy):
         return self.brief if brief and count() > 1 else self
 
     def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
-        """As `Plain.laid_out`."""
         if isinstance(U, Packed):  # of a frozen model
             return (W.matrix, U.matrix) if rows <= FEWEST else (W, U)
         if U.dtype.kind == "c":

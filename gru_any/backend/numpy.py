@@ -248,8 +248,8 @@ def backward_program(step: Any, saved: int, given: bool, taps: bool) -> Program:
 
 
 @lru_cache(maxsize=64)
-def forward_walk(step: Any, vectors: int, keep: bool) -> Any:
-    """A function that walks a block of steps forward."""
+def forward_walk(step: Any, vectors: int, keep: bool, make: Any = None) -> Any:
+    """A function that walks a block of steps forward; make: in place of `_Lines`."""
     program = forward_program(step, vectors, keep)
     (a, (h,), _, *c) = program.inputs
     homes = {column: f"a{i}" for i, column in enumerate(a)} | {h: "h"}
@@ -257,7 +257,7 @@ def forward_walk(step: Any, vectors: int, keep: bool) -> Any:
     saved = [f"s{i}" for i in range(len(program.extras))]
     given = {column: [name] for (column,), name in zip(program.extras, saved, strict=True)}
     given.setdefault(program.result, []).insert(0, "o")
-    lines = _Lines(program, homes, given, {}, {("a0", "a1"): "a0_a1"})
+    lines = (make or _Lines)(program, homes, given, {}, {("a0", "a1"): "a0_a1"})
     source = [
         "def walk(over, M, vectors, shape, dtype):",
         *(f"    c{i} = vectors[{i}]" for i in range(vectors)),
@@ -267,12 +267,12 @@ def forward_walk(step: Any, vectors: int, keep: bool) -> Any:
         "        if ended is not None:",
         "            copyto(o, h, where=ended)",
     ]
-    return _compiled(source)
+    return lines.compiled(source)
 
 
 @lru_cache(maxsize=64)
-def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
-    """A function that walks a block of steps back."""
+def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool, make: Any = None) -> Any:
+    """A function that walks a block of steps back; make: in place of `_Lines`."""
     program = backward_program(step, saved, given_dy, taps)
     taken = [*(["dy"] if given_dy else []), "h", *(f"s{i}" for i in range(saved))]
     columns = [column for ids in program.inputs for column in ids]
@@ -286,7 +286,7 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
         for i, column in enumerate(extra):
             taken.append(f"p{p}_{i}")
             given.setdefault(column, []).append(taken[-1])
-    lines = _Lines(program, homes, given, wide, {})
+    lines = (make or _Lines)(program, homes, given, wide, {})
     source = [
         "def walk(over, M, dh, shape, dtype):",
         "    old, new = array(dh, order='C'), empty(shape, dtype)",
@@ -298,7 +298,7 @@ def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool) -> Any:
         "        old, new = new, old",
         "    return old",
     ]
-    return _compiled(source)
+    return lines.compiled(source)
 
 
 def _compiled(source: list[str]) -> Any:
@@ -342,6 +342,10 @@ class _Lines:
         for column in sorted(set(given) - done):  # a result that is an input, or a product
             for name in given[column]:
                 self.body.append(f"        copyto({name}, {self.homes[column]})")
+
+    def compiled(self, source: list[str]) -> Any:
+        """The function `walk` of this source."""
+        return _compiled(source)
 
     def prologue(self) -> list[str]:
         """The lines before the loop."""
