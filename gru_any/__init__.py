@@ -2,17 +2,16 @@
 
 from . import convert as convert
 from .backend import asarray, to_numpy
-from .cell import GRUCell
-from .chain import Chain
 from .checkpoint import load, save
-from .checks import gradcheck
-from .explain import explain
-from .gru import GRU
-from .layers import Dropout, Embedding, Last, Linear
-from .losses import sigmoid_cross_entropy, softmax_cross_entropy, squared_error
-from .optim import SGD, Adam, AdamW, RMSprop, clip_by_global_norm, clip_by_value
-
-__version__ = "0.1.0"
+from .inspect.explain import explain
+from .inspect.gradcheck import gradcheck
+from .nn.cell import GRUCell
+from .nn.chain import Chain
+from .nn.gru import GRU
+from .nn.layers import Dropout, Embedding, Last, Linear
+from .nn.losses import sigmoid_cross_entropy, softmax_cross_entropy, squared_error
+from .train.optim import SGD, Adam, AdamW, RMSprop, clip_by_global_norm, clip_by_value
+from .version import __version__ as __version__
 
 __all__ = [
     "GRU",

@@ -5,10 +5,10 @@ import platform
 import sys
 from importlib import metadata
 
-from . import __version__
 from .backend import NUMPY, BackendError, path, select
 from .backend.cuda.device import WHEELS, problem
-from .backend.select import VARIABLE
+from .backend.libraries import VARIABLE
+from .version import __version__
 
 OTHERS = ("numpy", "array-api-compat", "safetensors", "numba", "torch", "jax", "array-api-strict")
 

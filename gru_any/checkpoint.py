@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from .backend import select, to_numpy
-from .cell import GRUCell
-from .chain import Chain
 from .files import write_atomically
-from .gru import GRU
-from .layers import Dropout, Embedding, Last, Linear
-from .params import Layer, refuse_shared
+from .nn.cell import GRUCell
+from .nn.chain import Chain
+from .nn.gru import GRU
+from .nn.layers import Dropout, Embedding, Last, Linear
+from .nn.params import Layer, refuse_shared
 
 FORMAT = 1
 RUN_FORMAT = 2  # of the checkpoints of a training run; 1 had neither the model nor "closing"

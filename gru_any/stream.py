@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from .backend import to_numpy
-from .chain import Chain
 from .errors import check_shape
-from .gru import GRU
-from .layers import Last
+from .nn.chain import Chain
+from .nn.gru import GRU
+from .nn.layers import Last
 
 
 class Stream:

@@ -30,7 +30,7 @@ from contenders import threads_of
 from on_torch import back, fit_torch, of_keys, of_sequences, of_sums, of_symbols, twin
 
 from gru_any import Chain
-from gru_any.train import evaluate, fit
+from gru_any.train.loop import evaluate, fit
 
 ANSWER = "answer: "
 

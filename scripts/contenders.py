@@ -217,7 +217,7 @@ def threads_of(name: str) -> int:
     if name == "torch":
         return int(importlib.import_module("torch").get_num_threads())
     if name in ("numba", "frozen"):
-        return int(importlib.import_module("gru_any.backend.threads").count())
+        return int(importlib.import_module("gru_any.backend.cpu.threads").count())
     if name == "onnxruntime":
         return int(_onnxruntime_options().intra_op_num_threads)
     if name == "openvino":

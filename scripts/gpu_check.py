@@ -135,7 +135,7 @@ LIMITS = {"float32": 2e-6, "float64": 1e-13, "float16": 8 * 2.0**-10}
 def compare(name: str, way: str, after: bool, dtype: str) -> tuple[float, float]:
     """One path, launched, recorded and replayed, against NumPy -> the worst, and the limit."""
     from gru_any import GRU
-    from gru_any.backend import run
+    from gru_any.backend import modes as run
 
     before, run.chosen_on_cuda = run.chosen_on_cuda, way
     long = 130 if name == "cupy" else 8  # three blocks, of which the layers make a wavefront
@@ -245,7 +245,7 @@ def inputs(cell: Cell) -> Any:
 
 def ours(check: "Check", cell: Cell) -> Any:
     from gru_any import GRU
-    from gru_any.backend.run import forget
+    from gru_any.backend.modes import forget
 
     (x, dy), dtype = inputs(cell)
     gru = GRU(cell.H, cell.H, cell.layers, bidirectional=cell.directions == 2, dtype=dtype, seed=0,
@@ -260,7 +260,8 @@ def ours(check: "Check", cell: Cell) -> Any:
 def whole(check: "Check", cell: Cell) -> Any:
     """Ours as one kernel for the whole device, which has to be asked for; None if it cannot be."""
     from gru_any import equations
-    from gru_any.backend import run, select
+    from gru_any.backend import modes as run
+    from gru_any.backend import select
     from gru_any.backend.cuda.walk import backward_walk, forward_walk
     from gru_any.backend.cuda.whole import holds
 
@@ -390,7 +391,7 @@ class Check:
     def __init__(self, dry: bool, full: bool, out: Path, minutes: float) -> None:
         self.dry, self.full, self.out, self.alone = dry, full, out, False
         self.end = time.monotonic() + 60 * minutes
-        self.name = "gru_any.backend.cuda.fake" if dry else "cupy"
+        self.name = "gru_any.testing.fake_cuda.array" if dry else "cupy"
         self.results: dict[str, Any] = {"dry run": dry, "date": time.strftime("%Y-%m-%d")}
         out.mkdir(parents=True, exist_ok=True)
 

@@ -16,8 +16,8 @@ from stream_text import load
 from train_text import read, split
 
 from gru_any import softmax_cross_entropy
-from gru_any.data import streams
-from gru_any.train import evaluate
+from gru_any.train.data import streams
+from gru_any.train.loop import evaluate
 
 
 def rounded(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,8 +20,8 @@ import numpy as np
 from look_inside import load
 
 from gru_any import GRU, Chain, Embedding, Linear, equations
-from gru_any.inspect import activity, half_life
-from gru_any.trace import MATRIX, Op, Product, Program, trace
+from gru_any.codegen.trace import MATRIX, Op, Product, Program, trace
+from gru_any.inspect.values import activity, half_life
 
 TEMPLATE = Path(__file__).with_name("interactive.html")
 TEXT = 'The "for" statement is used to iterate over the elements of a '

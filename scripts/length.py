@@ -15,7 +15,7 @@ import numpy as np
 
 from gru_any import GRU
 from gru_any.backend import NUMPY
-from gru_any.backend.run import forget
+from gru_any.backend.modes import forget
 
 LENGTHS = [10, 100, 1000, 10_000]
 B, I, H = 8, 32, 64

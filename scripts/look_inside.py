@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 import gru_any
-from gru_any import GRU, Chain, init
-from gru_any.inspect import activity, fading, half_life, saturation, spectrum
+from gru_any import GRU, Chain
+from gru_any.inspect.values import activity, fading, half_life, saturation, spectrum
+from gru_any.nn import init
 
 try:
     import matplotlib

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from wrong_steps import AFTER, BEFORE, Mistake, made
 
 from gru_any import GRU, SGD, Adam, Chain, Embedding, Linear, gradcheck, softmax_cross_entropy
-from gru_any.checks import GradientError
-from gru_any.data import streams
-from gru_any.schedules import cosine
-from gru_any.train import evaluate, fit
+from gru_any.inspect.gradcheck import GradientError
+from gru_any.train.data import streams
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.schedules import cosine
 
 BLACK, ORANGE = "#000000", "#e69f00"  # told apart by the colour-blind, and in grey
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import gru_any
 from gru_any import GRU, Chain, Dropout, Embedding, Linear
-from gru_any.data import Piece, ahead, cut
+from gru_any.train.data import Piece, ahead, cut
 
 # the layers ---------------------------------------------------------------------------------------
 

@@ -15,6 +15,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def inside(link: re.Match[str]) -> str:
     text, path = link.groups()
-    if path in ("gru_any/equations.py", "gru_any/trace.py", "gru_any/inspect.py"):
+    if path in ("gru_any/equations.py", "gru_any/codegen/trace.py", "gru_any/inspect/values.py"):
         return f"[{text}](reference.md#{path.removesuffix('.py').replace('/', '.')})"
     return f"[{text}](index.md)" if path == "README.md" else text

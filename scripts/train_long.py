@@ -27,10 +27,10 @@ import numpy as np
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Linear
-from gru_any.backend.run import forget
-from gru_any.data import Batch
-from gru_any.schedules import cosine, warm_up
-from gru_any.train import evaluate, fit
+from gru_any.backend.modes import forget
+from gru_any.train.data import Batch
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.schedules import cosine, warm_up
 
 SYMBOLS, RECALLED = 10, 10  # blank, eight symbols, the sign to recall; how many are recalled
 

@@ -28,10 +28,11 @@ import numpy as np
 from array_api_compat import array_namespace
 
 import gru_any
-from gru_any import GRU, AdamW, Chain, Dropout, Linear, init
-from gru_any.data import Batch, buckets, cut, side_by_side, waste
-from gru_any.schedules import cosine, warm_up
-from gru_any.train import evaluate, fit
+from gru_any import GRU, AdamW, Chain, Dropout, Linear
+from gru_any.nn import init
+from gru_any.train.data import Batch, buckets, cut, side_by_side, waste
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.schedules import cosine, warm_up
 
 KEYS = 88
 SOUGHT = 32, 16, 8, 4  # frames

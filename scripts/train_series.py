@@ -22,9 +22,9 @@ from array_api_compat import array_namespace
 
 import gru_any
 from gru_any import GRU, AdamW, Chain, Dropout, Linear
-from gru_any.data import Batch, buckets, side_by_side, waste
-from gru_any.schedules import cosine, warm_up
-from gru_any.train import fit
+from gru_any.train.data import Batch, buckets, side_by_side, waste
+from gru_any.train.loop import fit
+from gru_any.train.schedules import cosine, warm_up
 
 WHERE = (
     "--data is missing: the PyPI package aeon holds in aeon/datasets/data JapaneseVowels_TRAIN.ts "

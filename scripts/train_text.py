@@ -23,9 +23,9 @@ import numpy as np
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear
 from gru_any.backend import BackendError
-from gru_any.data import streams
-from gru_any.schedules import cosine, warm_up
-from gru_any.train import evaluate, fit
+from gru_any.train.data import streams
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.schedules import cosine, warm_up
 
 try:
     import matplotlib  # noqa: F401

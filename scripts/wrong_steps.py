@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from gru_any import GRU, equations
-from gru_any.backend import run
+from gru_any.backend import modes as run
 
 
 class Mistake(NamedTuple):

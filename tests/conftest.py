@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
 os.environ.pop("GRU_ANY_BACKEND", None)
 
 BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]
-HOST = "gru_any.backend.cuda.fake"  # a CUDA device that the host plays
+HOST = "gru_any.testing.fake_cuda.array"  # a CUDA device that the host plays
 BACKENDS.append(HOST)
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
 
@@ -36,7 +36,7 @@ PATHS = ["plain", "traced", *(["compiled"] if find_spec("numba") else [])]
 @contextmanager
 def running(path: str) -> Iterator[None]:
     """Run blocks in this way, inside of the context; "packed": compiled, with copies of weights."""
-    from gru_any.backend import run
+    from gru_any.backend import modes as run
 
     with pytest.MonkeyPatch.context() as patch, copying(path == "packed"):
         patch.setattr(run, "chosen", "compiled" if path == "packed" else path)
@@ -48,7 +48,7 @@ def copying(always: bool) -> Iterator[None]:
     """Where blocks are compiled: with copies of weights however few the rows, or as it likes."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SHORT", "LONG") if always and "compiled" in PATHS else ():
-            patch.setattr(f"gru_any.backend.numba.{name}", 0)
+            patch.setattr(f"gru_any.backend.cpu.numba_runner.{name}", 0)
         yield
 
 

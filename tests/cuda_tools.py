@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from conftest import require
 
-from gru_any.backend.cuda import shim
+from gru_any.testing.fake_cuda import shim
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 KIND_NUMBER, KIND_ARRAY, KIND_TABLE = range(3)

@@ -1,7 +1,9 @@
 """What may import what, and where things stand, read from the source."""
 
 import ast
+import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,62 +17,94 @@ EACH = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative
 # what each file imports that is neither ours nor Python's; the backend's files are free
 HOST = [
     "arguments",
-    "checks",
-    "data",
-    "gru",
-    "init",
-    "inspect",
-    "layers",
-    "mixed",
-    "params",
-    "run",
+    "inspect/gradcheck",
+    "inspect/values",
+    "nn/gru",
+    "nn/init",
+    "nn/layers",
+    "nn/params",
     "stream",
+    "train/data",
+    "train/mixed",
+    "train/run",
 ]
 FOREIGN = {name: {"numpy"} for name in HOST} | {
     "checkpoint": {"numpy", "safetensors"},
-    "resume": {"numpy", "safetensors"},
-    "history": {"matplotlib"},
-    "train": {"tqdm"},
+    "train/resume": {"numpy", "safetensors"},
+    "train/history": {"matplotlib"},
+    "train/loop": {"tqdm"},
 }
 # the converters: what their files import beside NumPy
 CONVERT = {
-    "files.py": {"safetensors"},
-    "hdf5.py": {"h5py"},
-    "torch.py": {"torch"},
-    "torch_module.py": {"torch"},
-    "moves.py": {"onnx"},
-    "read.py": {"onnx"},
-    "write.py": {"onnx"},
-    "check.py": {"onnx"},
-    "prove.py": {"onnxruntime"},
+    "files": {"safetensors"},
+    "keras/hdf5": {"h5py"},
+    "torch/__init__": {"torch"},
+    "torch/module": {"torch"},
+    "onnx/moves": {"onnx"},
+    "onnx/read": {"onnx"},
+    "onnx/write": {"onnx"},
+    "onnx/check": {"onnx"},
+    "onnx/prove": {"onnxruntime"},
+}
+IMPORT = re.compile(r"from gru_any[\w.]* import [\w, ]+")
+# source for a compiler that imports what is compiled with it
+PRINTED = {
+    "codegen/numba_source": {"backend/cpu/barrier", "backend/cpu/gemm"},
+    "backend/cpu/packed": {"backend/cpu/gemm"},
 }
 LIBRARIES = {"numpy", "cupy", "torch", "jax", "jax.numpy", "array_api_strict"}
 
-# each file may import from the lines below its own
+# a file may import from the lines below its own; a folder stands for its files that are not named
 LAYERS = [
     {"__main__", "__init__"},
-    {"train"},
-    {"run"},
-    {"convert", "deploy", "history", "mixed", "resume", "stream"},
-    {"checkpoint", "checks", "explain", "inspect"},
-    {"data", "schedules"},
-    {"chain"},
-    {"gru", "cell", "layers", "losses", "optim"},
-    {"pullback"},
-    {"stack"},
-    {"weights"},
-    {"params", "sweep"},
-    {"equations", "init"},
-    {"arguments", "backend", "errors"},
-    {"files"},
-    {"trace", "formulas"},
+    {"train/__init__"},
+    {"train/loop"},
+    {"train/run"},
+    {"convert", "deploy", "train/history", "train/mixed", "train/resume", "stream"},
+    {"checkpoint", "inspect/__init__"},
+    {"inspect/explain", "inspect/gradcheck", "inspect/values"},
+    {"train/data", "train/schedules"},
+    {"nn/chain"},
+    {"nn/gru", "nn/cell", "nn/layers", "nn/losses", "train/optim"},
+    {"nn/pullback"},
+    {"nn/stack"},
+    {"nn/weights"},
+    {"nn/params", "nn/sweep"},
+    {"equations", "nn/init", "nn/__init__"},
+    {"backend/__init__"},
+    {"backend/modes"},
+    {"testing", "backend/cuda"},
+    {"backend/cpu"},
+    {"backend/transfer"},
+    {"backend/libraries", "backend/reference"},
+    {"backend/cuda/device"},
+    {"arguments", "errors", "files", "version"},
+    {"codegen", "inspect/formulas"},
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 
-def part(path):
-    """The file's name, or its folder's."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def module(path):
+    """The file's name below the package, such as nn/gru."""
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+def room(path):
+    """The first folder of the file, or its name."""
+    return module(path).partition("/")[0]
+
+
+def folder(name):
+    """What stands on a line of LAYERS for a module: itself or one of its folders."""
+    while name and name not in LEVEL:
+        name = name.rpartition("/")[0]
+    assert name, "a line of LAYERS must name it"
+    return name
+
+
+def level(name):
+    """The line of LAYERS on which a module stands."""
+    return LEVEL[folder(name)]
 
 
 def nodes(path, *kinds):
@@ -79,11 +113,30 @@ def nodes(path, *kinds):
     return [node for node in tree if isinstance(node, kinds)]
 
 
+def resolved(path, node):
+    """The modules of this package that an import names, as those of their files."""
+    if node.level:
+        base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+    else:
+        base = ROOT.parent.joinpath(*node.module.split("."))
+    for alias in node.names:
+        tried = (base / f"{alias.name}.py", base / alias.name / "__init__.py")
+        tried += (base.with_suffix(".py"), base / "__init__.py")
+        yield module(next(file for file in tried if file.exists()))
+
+
 def ours(path):
-    """The modules of this package that a file imports, with `from .a import b` as (1, "a")."""
-    for node in nodes(path, ast.ImportFrom):
-        names = [node.module] if node.module else [alias.name for alias in node.names]
-        yield from ((node.level, name.partition(".")[0]) for name in names if node.level)
+    """The modules of this package that a file imports, also in a function."""
+    found = [node for node in nodes(path, ast.ImportFrom) if node.level]
+    return {name for node in found for name in resolved(path, node)}
+
+
+def printed(path):
+    """The modules of this package that source imports which the file holds as text."""
+    texts = [n.value for n in nodes(path, ast.Constant) if isinstance(n.value, str)]
+    lines = [line for text in texts for line in text.splitlines()]
+    found = [ast.parse(line).body[0] for line in lines if IMPORT.fullmatch(line)]
+    return {name for node in found for name in resolved(path, node)}
 
 
 def foreign(path):
@@ -95,10 +148,22 @@ def foreign(path):
 
 @EACH
 def test_imports_point_down(path):
-    depth = len(path.relative_to(ROOT).parts)
-    for level, found in ours(path):
-        if level == depth and found != "__version__":
-            assert LEVEL[part(path)] < LEVEL[found], f"{part(path)} imports {found}"
+    here, line = module(path), level(module(path))
+    # files of a folder that stands on a line as a whole may import each other, without circles
+    beside = {name for name in ours(path) if here not in LEVEL and folder(name) == folder(here)}
+    above = [name for name in ours(path) - beside if level(name) <= line]
+    assert not above, f"{here} imports {above}"
+
+
+def test_source_that_is_printed_imports_what_its_file_may_name():
+    found = {module(path): printed(path) for path in FILES}
+    found = {name: modules for name, modules in found.items() if modules}
+    assert found == PRINTED
+
+
+def test_there_are_no_circles():
+    graph = {module(path): ours(path) for path in FILES}
+    assert list(TopologicalSorter(graph).static_order())
 
 
 @EACH
@@ -113,17 +178,17 @@ def test_the_equations_import_nothing():
 
 @EACH
 def test_only_the_backend_imports_an_array_library(path):
-    if part(path) == "convert":
+    if room(path) == "convert":
         found = foreign(path) - sys.stdlib_module_names
-        assert found <= CONVERT.get(path.name, set()) | {"numpy"}
-    elif part(path) != "backend":
-        assert foreign(path) - sys.stdlib_module_names == FOREIGN.get(part(path), set())
+        assert found <= CONVERT.get(module(path).removeprefix("convert/"), set()) | {"numpy"}
+    elif room(path) not in ("backend", "codegen", "testing"):
+        assert foreign(path) - sys.stdlib_module_names == FOREIGN.get(module(path), set())
 
 
 @EACH
 def test_only_the_backend_asks_which_library_it_is(path):
     # the report and the converters name what they look for
-    if part(path) in ("backend", "convert", "__main__"):
+    if room(path) in ("backend", "codegen", "testing", "convert", "__main__"):
         return
     assert not LIBRARIES & {node.value for node in nodes(path, ast.Constant)}
     for node in nodes(path, ast.If, ast.IfExp, ast.While):
@@ -134,4 +199,4 @@ def test_only_the_backend_asks_which_library_it_is(path):
 def test_the_gates_are_written_once(path):
     """tanh is called in the equations alone; elsewhere it is a word in a table of operations."""
     names = {n.attr for n in nodes(path, ast.Attribute)} | {n.id for n in nodes(path, ast.Name)}
-    assert bool(names & {"tanh", "sigmoid"}) == (part(path) == "equations")
+    assert bool(names & {"tanh", "sigmoid"}) == (module(path) == "equations")

@@ -6,8 +6,8 @@ from conftest import require, running
 from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
-from gru_any.backend import numba as module
 from gru_any.backend import runner, select
+from gru_any.backend.cpu import numba_runner as module
 from gru_any.deploy import freeze
 
 

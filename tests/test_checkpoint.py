@@ -19,12 +19,12 @@ from gru_any import (
     GRUCell,
     Linear,
     load,
-    resume,
     save,
     softmax_cross_entropy,
 )
-from gru_any.data import Batch
-from gru_any.train import fit
+from gru_any.train import resume
+from gru_any.train.data import Batch
+from gru_any.train.loop import fit
 
 MODELS = {
     "gru": lambda **o: GRU(3, 4, 2, bidirectional=True, reset_after=True, seed=0, **o),

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from conftest import at_once
 
-from gru_any import GRU, asarray, explain, sweep, to_numpy
-from gru_any.backend import run, runner
-from gru_any.backend.cuda import calls, fake, memory, recording
-from gru_any.backend.cuda.fake_ops import Ops
-from gru_any.backend.cuda.memory import StreamError, count
+from gru_any import GRU, asarray, explain, to_numpy
+from gru_any.backend import modes as run
+from gru_any.backend import runner
+from gru_any.backend.cuda import calls, recording
+from gru_any.nn import sweep
+from gru_any.testing.fake_cuda import array as fake
+from gru_any.testing.fake_cuda import memory
+from gru_any.testing.fake_cuda.memory import StreamError, count
+from gru_any.testing.fake_cuda.ops import Ops
 
 pytestmark = pytest.mark.usefixtures("compiler")
 HOST = fake.__name__

@@ -8,12 +8,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from gru_any import GRU, asarray, sweep, to_numpy
-from gru_any.backend import run
-from gru_any.backend.cuda import calls, fake, memory, plan, recording, runner, source, walk
-from gru_any.backend.cuda.fake_ops import Event, Ops
-from gru_any.backend.cuda.memory import DONE, StreamError, do
-from gru_any.backend.cuda.stages import Gemm
+from gru_any import GRU, asarray, to_numpy
+from gru_any.backend import modes as run
+from gru_any.backend.cuda import calls, plan, recording, runner, walk
+from gru_any.codegen import cuda_source as source
+from gru_any.codegen.schedule import Gemm
+from gru_any.nn import sweep
+from gru_any.testing.fake_cuda import array as fake
+from gru_any.testing.fake_cuda import memory
+from gru_any.testing.fake_cuda.memory import DONE, StreamError, do
+from gru_any.testing.fake_cuda.ops import Event, Ops
 
 pytestmark = pytest.mark.usefixtures("compiler")
 

@@ -11,10 +11,10 @@ from cuda_tools import compiled
 
 from gru_any.backend import BackendError, select
 from gru_any.backend.cuda import products
-from gru_any.backend.cuda.fake_ops import gemm
 from gru_any.backend.cuda.ops import Ops
 from gru_any.backend.cuda.rows import Rows
-from gru_any.backend.cuda.source import Kernel
+from gru_any.codegen.cuda_source import Kernel
+from gru_any.testing.fake_cuda.ops import gemm
 
 # types of factors and result, and of the computation, that cublasGemmEx knows
 TAKEN = [(0, 0, products.FULL), (0, 0, products.TF32), (1, 1, products.DOUBLE),

@@ -9,15 +9,16 @@ from cuda_tools import ARCHITECTURES, compiled, problem, run_program
 
 from gru_any import equations
 from gru_any.backend import NUMPY, select
-from gru_any.backend.cuda import fake, whole
-from gru_any.backend.cuda.fake_ops import Ops
-from gru_any.backend.cuda.memory import count
+from gru_any.backend.cuda import whole
 from gru_any.backend.cuda.persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from gru_any.backend.cuda.runner import CUDA
-from gru_any.backend.cuda.source import prelude
 from gru_any.backend.cuda.walk import backward_walk, forward_walk, typed
-from gru_any.backend.plain import Plain
-from gru_any.sweep import Alive
+from gru_any.backend.reference import Plain
+from gru_any.codegen.cuda_source import prelude
+from gru_any.nn.sweep import Alive
+from gru_any.testing.fake_cuda import array as fake
+from gru_any.testing.fake_cuda.memory import count
+from gru_any.testing.fake_cuda.ops import Ops
 
 pytestmark = pytest.mark.usefixtures("compiler")
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))

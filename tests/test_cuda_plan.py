@@ -11,15 +11,17 @@ from replaced import replaced
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
-from gru_any.backend import NUMPY, run, runner, select
-from gru_any.backend.cuda import fake, plan, walk
-from gru_any.backend.cuda.fake_ops import Ops, gemm
-from gru_any.backend.cuda.memory import StreamError, count, do
-from gru_any.backend.cuda.stages import Gemm
-from gru_any.backend.plain import Plain
-from gru_any.data import Batch
-from gru_any.optim import clip_by_global_norm
-from gru_any.train import fit
+from gru_any.backend import NUMPY, runner, select
+from gru_any.backend import modes as run
+from gru_any.backend.cuda import plan, walk
+from gru_any.backend.reference import Plain
+from gru_any.codegen.schedule import Gemm
+from gru_any.testing.fake_cuda import array as fake
+from gru_any.testing.fake_cuda.memory import StreamError, count, do
+from gru_any.testing.fake_cuda.ops import Ops, gemm
+from gru_any.train.data import Batch
+from gru_any.train.loop import fit
+from gru_any.train.optim import clip_by_global_norm
 
 pytestmark = pytest.mark.usefixtures("compiler")
 HOST = fake.__name__

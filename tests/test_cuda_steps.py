@@ -10,13 +10,14 @@ from numpy.testing import assert_array_equal
 
 from gru_any import equations
 from gru_any.backend import NUMPY, select
-from gru_any.backend.cuda import fake, shim
-from gru_any.backend.cuda.fake_ops import Ops, gemm
 from gru_any.backend.cuda.plan import Plan
 from gru_any.backend.cuda.runner import CUDA
 from gru_any.backend.cuda.walk import backward_walk, forward_walk
-from gru_any.backend.plain import Plain
-from gru_any.sweep import Alive
+from gru_any.backend.reference import Plain
+from gru_any.nn.sweep import Alive
+from gru_any.testing.fake_cuda import array as fake
+from gru_any.testing.fake_cuda import shim
+from gru_any.testing.fake_cuda.ops import Ops, gemm
 
 pytestmark = pytest.mark.usefixtures("compiler")
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))

@@ -111,9 +111,9 @@ def test_the_way_of_a_call(way, why):
 
 
 def test_every_way_has_words():
-    from gru_any.backend import run
+    from gru_any.backend import modes as run
 
-    assert set(sys.modules["gru_any.explain"].PATHS) == {"traced", "compiled", *run.CUDA}
+    assert set(sys.modules["gru_any.inspect.explain"].PATHS) == {"traced", "compiled", *run.CUDA}
     assert "A call runs plain" in explain(GRU(2, 3, dtype="complex128"))
 
 
@@ -134,7 +134,7 @@ def test_latex_is_readable_by_another_program():
 
 
 def test_formulas_keep_their_parentheses():
-    from gru_any.formulas import latex
+    from gru_any.inspect.formulas import latex
 
     cases = {"a - (b - c)": "a - (b - c)", "(a + b) @ U.T": r"(a + b)\, U^{\top}",
              "a - b + c": "a - b + c", "(a * b) * c": r"a \odot b \odot c"}  # fmt: skip

@@ -14,7 +14,7 @@ from conftest import PATHS, running
 
 import gru_any
 from gru_any import GRU, Chain, Linear
-from gru_any.backend import compiled
+from gru_any.backend.cpu import jit_cache as compiled
 from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
@@ -217,7 +217,7 @@ def test_each_method_that_fails_to_compile(monkeypatch, unbroken, method):
     def fail(*arguments):
         raise compiled.CompileError("no") from RuntimeError("LLVM")
 
-    monkeypatch.setattr(f"gru_any.backend.numba.{method}", fail)
+    monkeypatch.setattr(f"gru_any.backend.cpu.numba_runner.{method}", fail)
     with running("packed"):
         with pytest.warns(RuntimeWarning, match=r"compile here \(RuntimeError: LLVM\).*slower"):
             found = results()
@@ -229,7 +229,7 @@ def test_each_method_that_fails_to_compile(monkeypatch, unbroken, method):
 
 @NUMBA
 def test_what_is_not_numbas_fault_is_raised(unbroken):
-    from gru_any.backend.fallback import rescued
+    from gru_any.backend.cpu.fallback import rescued
 
     def attempt(call, instead):
         try:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gru_any import GRU, Chain, Embedding, GRUCell, Linear, gradcheck
-from gru_any.checks import GradientError
+from gru_any.inspect.gradcheck import GradientError
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 METHODS = pytest.mark.parametrize("method", ["central", "complex"])

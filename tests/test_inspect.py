@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from conftest import running
 
-from gru_any import GRU, Chain, Embedding, GRUCell, Linear, init
-from gru_any.inspect import activity, fading, half_life, saturation, spectrum
+from gru_any import GRU, Chain, Embedding, GRUCell, Linear
+from gru_any.inspect.values import activity, fading, half_life, saturation, spectrum
+from gru_any.nn import init
 
 
 @pytest.fixture(autouse=True)

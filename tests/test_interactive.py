@@ -12,7 +12,7 @@ import pytest
 from conftest import refuse, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, Linear
-from gru_any.trace import MATRIX, trace
+from gru_any.codegen.trace import MATRIX, trace
 
 ROOT = Path(__file__).parent.parent
 CHARACTERS = "\n \"$<ab'é漢"

@@ -18,9 +18,9 @@ from gru_any import (
     squared_error,
     to_numpy,
 )
-from gru_any.data import buckets, side_by_side, streams
-from gru_any.schedules import constant, cosine, plateau, stepwise, warm_up
-from gru_any.train import evaluate, fit
+from gru_any.train.data import buckets, side_by_side, streams
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.schedules import constant, cosine, plateau, stepwise, warm_up
 
 LIBRARIES = ["numpy", "torch", "jax.numpy", "array_api_strict"]
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import require
 
 from gru_any import GRU, Chain, Dropout, Last, Linear, explain, gradcheck, load, save
-from gru_any.inspect import activity
+from gru_any.inspect.values import activity
 from gru_any.stream import Stream
 
 T, B, I, H = 5, 3, 2, 4

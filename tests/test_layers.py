@@ -8,7 +8,7 @@ from conftest import require
 
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear, softmax_cross_entropy
 from gru_any.backend import of
-from gru_any.init import glorot_uniform, orthogonal, uniform
+from gru_any.nn.init import glorot_uniform, orthogonal, uniform
 
 
 def test_linear_is_torchs(backend):

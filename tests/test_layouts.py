@@ -21,10 +21,10 @@ from gru_any import (
     softmax_cross_entropy,
     squared_error,
 )
-from gru_any.data import Batch, ahead, arranged, cut, side_by_side, streams
-from gru_any.inspect import activity, fading
+from gru_any.inspect.values import activity, fading
 from gru_any.stream import Stream
-from gru_any.train import evaluate, fit
+from gru_any.train.data import Batch, ahead, arranged, cut, side_by_side, streams
+from gru_any.train.loop import evaluate, fit
 
 
 def regression(batch_first=False, layers=1, dtype="float64"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import at_once
 
-from gru_any.backend import memory
+from gru_any.backend.cpu import buffers as memory
 
 FLOAT = np.dtype("float32")
 

@@ -19,9 +19,9 @@ from gru_any import (
     softmax_cross_entropy,
     to_numpy,
 )
-from gru_any.data import streams
-from gru_any.mixed import GROWTH, Mixed
-from gru_any.train import evaluate, fit
+from gru_any.train.data import streams
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.mixed import GROWTH, Mixed
 
 HOMES = pytest.mark.parametrize(
     ("library", "half"), [("numpy", "float16"), ("torch", "bfloat16"), ("torch", "float16")]

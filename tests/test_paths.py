@@ -16,8 +16,9 @@ from conftest import PATHS, at_once, running
 from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
-from gru_any.backend import NUMPY, runner, threads
-from gru_any.backend.run import forget
+from gru_any.backend import NUMPY, runner
+from gru_any.backend.cpu import threads
+from gru_any.backend.modes import forget
 from gru_any.stream import Stream
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
@@ -238,7 +239,7 @@ def test_a_few_rows(path, reset_after, dtype, rows):
 @pytest.mark.parametrize("reset_after", [False, True])
 def test_gates_side_by_side_are_one_call(reset_after, monkeypatch):
     """Two calls of tanh, since r and z stand side by side."""
-    from gru_any.backend import numpy as traced
+    from gru_any.backend.cpu import numpy_runner as traced
 
     monkeypatch.setattr(traced, "_compiled", "\n".join)
     step = equations.variant(reset_after).step
@@ -324,7 +325,7 @@ def test_taps_of_a_loss_on_the_last_state_alone(path, after):
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
 def test_each_kind_of_tile_has_a_name_of_its_own():
     """Numba calls cached code by name and a count: of one name, that of two processes mixes."""
-    from gru_any.backend.tile import SHAPES, products, strips
+    from gru_any.backend.cpu.gemm import SHAPES, products, strips
 
     kinds = [(gates, bits) for gates in (1, 2, 3) for bits in (32, 64)]
     made = [products(*kind) for kind in kinds]
@@ -338,7 +339,7 @@ def test_each_kind_of_tile_has_a_name_of_its_own():
 @pytest.mark.parametrize(("R", "K", "N"), [(1, 1, 1), (3, 5, 17), (23, 800, 70), (151, 40, 139)])
 def test_our_products(dtype, order, R, K, N, monkeypatch):
     """Right, and the same bits whatever the other rows are and however many threads."""
-    from gru_any.backend.packed import Packed
+    from gru_any.backend.cpu.packed import Packed
 
     with running("compiled"):
         run = runner(NUMPY)
@@ -369,7 +370,7 @@ def test_products_own_the_memory_they_use():
     """What was let go of leaves the process at once here, so that using it ends that."""
     code = (
         "import numpy as np\n"
-        "from gru_any.backend.packed import Packed, product\n"
+        "from gru_any.backend.cpu.packed import Packed, product\n"
         "x, y = np.ones((512, 400), 'float32').T, np.empty((400, 8), 'float32')\n"
         "product(x, Packed(np.ones((8, 512), 'float32')).panels(slice(0, 8), True, 1), None, y)\n"
         "assert (y == 512).all()\n"
@@ -418,7 +419,7 @@ def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch
         return [y, h, dx, dh0, *grads.values()]
 
     with running("packed"):
-        import gru_any.backend.numba as runner_of_numba
+        import gru_any.backend.cpu.numba_runner as runner_of_numba
 
         monkeypatch.setattr(runner_of_numba, "count", lambda: 1)
         expected = everything()
@@ -613,7 +614,8 @@ def test_no_file_is_written_without_numba(tmp_path):
 
 
 def test_the_path_in_words(monkeypatch):
-    from gru_any.backend import compiled, run
+    from gru_any.backend import modes as run
+    from gru_any.backend.cpu import jit_cache as compiled
 
     assert run.path(NUMPY, 8, "complex128")[0] == "plain"
     for way, reason in (("plain", "GRU_ANY_PLAIN"), ("traced", "GRU_ANY_NO_NUMBA")):
@@ -621,7 +623,7 @@ def test_the_path_in_words(monkeypatch):
         assert run.path(NUMPY, 8) == (way, f"{reason} is set")
     monkeypatch.setattr(run, "chosen", "compiled")
     assert run.path(NUMPY, 8)[0] == PATHS[-1]
-    monkeypatch.setattr("gru_any.backend.compiled.find_spec", lambda name: None)
+    monkeypatch.setattr("gru_any.backend.cpu.jit_cache.find_spec", lambda name: None)
     monkeypatch.setattr(run, "problem", compiled._import_problem.__wrapped__)
     assert run.path(NUMPY, 8)[0] == "traced"
     assert "gru-any[fast]" in run.path(NUMPY, 8)[1]

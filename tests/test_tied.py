@@ -25,9 +25,9 @@ from gru_any import (
     save,
     softmax_cross_entropy,
 )
-from gru_any.data import Batch
 from gru_any.stream import Stream
-from gru_any.train import fit
+from gru_any.train.data import Batch
+from gru_any.train.loop import fit
 
 N, H = 7, 4
 TIED = {"2.weight": "0.weight"}

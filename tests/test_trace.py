@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gru_any import equations
-from gru_any.trace import MATRIX, Op, Product, trace
+from gru_any.codegen.trace import MATRIX, Op, Product, trace
 
 
 def run(program, arrays, U):

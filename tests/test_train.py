@@ -25,9 +25,9 @@ from gru_any import (
     clip_by_global_norm,
     squared_error,
 )
-from gru_any.data import Batch, ahead, buckets, cut, side_by_side, streams, waste
-from gru_any.schedules import constant, cosine, plateau, stepwise, warm_up
-from gru_any.train import evaluate, fit
+from gru_any.train.data import Batch, ahead, buckets, cut, side_by_side, streams, waste
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.schedules import constant, cosine, plateau, stepwise, warm_up
 
 
 def chain(seed=0, p=0.0):
@@ -371,7 +371,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, cap
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
-    from gru_any import resume
+    from gru_any.train import resume
 
     def full(path, content):
         raise OSError(28, "No space left on device")
@@ -386,7 +386,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_newer_checkpoint_is_refused(tmp_path, monkeypatch):
-    from gru_any import resume
+    from gru_any.train import resume
 
     with monkeypatch.context() as newer:
         newer.setattr(resume, "FORMAT", 3)
@@ -396,7 +396,7 @@ def test_a_newer_checkpoint_is_refused(tmp_path, monkeypatch):
 
 
 def test_another_environment_is_told(tmp_path, monkeypatch, capfd):
-    from gru_any import run
+    from gru_any.train import run
 
     real = run.environment
     with monkeypatch.context() as older:
@@ -436,7 +436,7 @@ def longer(out, schedule=STEADY, losses=None, **given):
 
 
 def kept(folder):
-    from gru_any import resume
+    from gru_any.train import resume
 
     header, arrays = resume.restore(folder)
     for name in ("seconds", "settings"):
@@ -639,7 +639,7 @@ KILLED = """
 import sys
 import numpy as np
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, save, softmax_cross_entropy
-from gru_any.data import streams
+from gru_any.train.data import streams
 from gru_any.train import fit
 data = np.random.default_rng(0).integers(0, 9, 4000)
 model = Chain(Embedding(9, 8, seed=0), GRU(8, 16, seed=1), Dropout(0.2), Linear(16, 9, seed=2))
@@ -678,7 +678,7 @@ def test_killed_at_random_moments(tmp_path):
     logs = [(tmp_path / k / "log.jsonl").read_text("utf-8") for k in ("whole", "killed")]
     whole, killed = ([json.loads(line) for line in log.splitlines()] for log in logs)
     assert without_time(killed) == without_time(whole)
-    from gru_any import resume
+    from gru_any.train import resume
 
     (h, a), (other, b) = (resume.restore(tmp_path / k) for k in ("whole", "killed"))
     assert same(a, b)

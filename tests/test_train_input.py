@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from conftest import require
 
-from gru_any import GRU, SGD, Chain, Embedding, Linear, resume, save, softmax_cross_entropy
-from gru_any.data import ahead, cut, streams
-from gru_any.schedules import constant, cosine, plateau
-from gru_any.train import _expected, evaluate, fit
+from gru_any import GRU, SGD, Chain, Embedding, Linear, save, softmax_cross_entropy
+from gru_any.train import resume
+from gru_any.train.data import ahead, cut, streams
+from gru_any.train.loop import _expected, evaluate, fit
+from gru_any.train.schedules import constant, cosine, plateau
 
 TEXT = np.random.default_rng(0).integers(0, 9, 400)
 

@@ -1,7 +1,7 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
-from .run import environment, path, recorded, runner
-from .select import NUMPY, Backend, BackendError, of, plain_name, refuse_masked, select
+from .libraries import NUMPY, Backend, BackendError, of, plain_name, refuse_masked, select
+from .modes import environment, path, recorded, runner
 from .transfer import asarray, disjoint, overlap, to_numpy
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from .select import Backend, of, plain_name, refuse_masked
+from .libraries import Backend, of, plain_name, refuse_masked
 
 
 def to_numpy(x: Any, name: str = "x") -> np.ndarray:

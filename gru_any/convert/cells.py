@@ -7,10 +7,10 @@ import numpy as np
 
 from .. import arguments
 from ..backend import to_numpy
-from ..cell import GRUCell
 from ..errors import ShapeError
-from ..gru import GRU
-from ..weights import parameter_shapes
+from ..nn.cell import GRUCell
+from ..nn.gru import GRU
+from ..nn.weights import parameter_shapes
 from .table import Arrays, Table, read, write
 
 

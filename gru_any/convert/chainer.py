@@ -10,7 +10,7 @@ out; ours computes what it does from a state of zeros given to `set_state`.) `NS
 from collections.abc import Mapping
 from typing import Any
 
-from ..gru import GRU
+from ..nn.gru import GRU
 from .cells import cells_of, gru_of, under
 from .files import read_npz, write_npz
 from .table import Table

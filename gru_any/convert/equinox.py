@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_atomically
-from ..gru import GRU
+from ..nn.gru import GRU
 from .cells import cells_of, gru_of
 from .files import read_npy
 from .table import Table

@@ -8,7 +8,7 @@ and one for the state, and no bias beside the second: c_n has no home there
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..gru import GRU
+from ..nn.gru import GRU
 from .cells import cells_of, gru_of
 from .table import Table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..gru import GRU
+from ..nn.gru import GRU
 from .cells import cells_of, gru_of
 from .table import Table
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..gru import GRU
+from ..nn.gru import GRU
 from .cells import cells_of, gru_of, under
 from .files import read_npz, read_safetensors, write_npz, write_safetensors
 from .table import Table

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any, NoReturn
 
 from .. import equations
-from ..chain import Chain
-from ..gru import GRU
-from ..stack import Stack
-from ..sweep import Weights
+from ..nn.chain import Chain
+from ..nn.gru import GRU
+from ..nn.stack import Stack
+from ..nn.sweep import Weights
 
 REFUSAL = (
     "the weights of a frozen model never change and have no gradients: work on the model that it "

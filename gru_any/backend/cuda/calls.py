@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from ..numpy import Filled
-from ..plain import Plain
+from ..cpu.numpy_runner import Filled
+from ..reference import Plain
 from .plan import Lane
 from .recording import Loan, Recording, Recordings, leaves, signature
 

@@ -7,7 +7,8 @@ from typing import Any
 
 WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-5-0", "cupy-rocm-7-0")
 INSTALL = 'pip install "gru-any[cuda13]" (driver 580 or newer) or "gru-any[cuda12]" (driver 525)'
-FAKE = "gru_any.backend.cuda.fake"  # the device that the host plays, for checks
+# an array library on CUDA devices -> the module of what plans need of it; others register here
+OPERATIONS = {"cupy": "gru_any.backend.cuda.ops"}
 NO_DEVICE, OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDriver
 
 

@@ -1,13 +1,14 @@
-"""The handful of operations that plans are written against, on CuPy. fake.py has the same."""
+"""The operations that plans are written against, on CuPy; testing/fake_cuda has the same."""
 
+import importlib
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from typing import Any
 
+from ...codegen.cuda_source import Kernel
 from .products import Products
-from .source import Kernel
 
 PLAIN_SHARED = 48 * 1024  # bytes of shared memory that a block may use unasked
 
@@ -15,8 +16,8 @@ PLAIN_SHARED = 48 * 1024  # bytes of shared memory that a block may use unasked
 class Ops:
     """On one device of CuPy. records: whether launches may be recorded as graphs."""
 
-    def __init__(self, cupy: Any) -> None:
-        self.cupy, self.records = cupy, True
+    def __init__(self, cupy: Any = None) -> None:
+        self.cupy, self.records = cupy or importlib.import_module("cupy"), True
         self._streams = threading.local()
 
     @cached_property

@@ -9,8 +9,8 @@ registers. (That is how cuDNN runs small sizes; Diamos et al. 2016 is the source
 
 from functools import lru_cache
 
-from .source import TYPES, Kernel, operations, prelude, stored
-from .stages import STATE, Gemm, Group, Place
+from ...codegen.cuda_source import TYPES, Kernel, operations, prelude, stored
+from ...codegen.schedule import STATE, Gemm, Group, Place
 from .walk import Walk
 
 LARGEST = {"float32": 128, "float64": 64}  # units whose weights fit a block's registers

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from .stages import NARROW, STATE, Gemm
+from ...codegen.schedule import NARROW, STATE, Gemm
 from .walk import Walk
 
 PLANS = 32  # that a lane keeps

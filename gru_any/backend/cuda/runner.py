@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from .calls import Calls
+from .device import OPERATIONS
 from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from .plan import Plan, place
 from .products import KINDS
@@ -175,16 +176,9 @@ class CUDA(Calls):
 
 
 def runner_on(backend: Any, way: str, precision: str) -> CUDA:
-    """Return the runner of CuPy, or of the device that the host plays."""
-    if backend.name == "cupy":
-        from .ops import Ops
-
-        return CUDA(
-            backend.xp, backend.device, Ops(importlib.import_module("cupy")), way, precision
-        )
-    from .fake_ops import Ops as Host
-
-    return CUDA(backend.xp, backend.device, Host(), way, precision)
+    """Return the runner of a library that has registered its operations."""
+    ops = importlib.import_module(OPERATIONS[backend.name]).Ops()
+    return CUDA(backend.xp, backend.device, ops, way, precision)
 
 
 def _named(letter: str, arrays: Any) -> dict[str, Any]:

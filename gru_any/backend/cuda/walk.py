@@ -3,9 +3,9 @@
 from functools import cached_property, lru_cache
 from typing import Any
 
-from ..numpy import backward_program, forward_program
-from .source import Kernel, prelude, step_kernel, table_kernel
-from .stages import STATE, Gemm, Group, Place, Stages, narrowed, staged
+from ...codegen.cuda_source import Kernel, prelude, step_kernel, table_kernel
+from ...codegen.schedule import STATE, Gemm, Group, Place, Stages, narrowed, staged
+from ..cpu.numpy_runner import backward_program, forward_program
 
 
 class Walk:

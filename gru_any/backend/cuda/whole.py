@@ -10,8 +10,8 @@ Off unless asked for by GRU_ANY_CUDA=whole: no device has shown yet where it pay
 
 from functools import lru_cache
 
-from .source import TYPES, Kernel, operations, prelude, stored
-from .stages import STATE, Gemm, Group, Place
+from ...codegen.cuda_source import TYPES, Kernel, operations, prelude, stored
+from ...codegen.schedule import STATE, Gemm, Group, Place
 from .walk import Walk
 
 THREADS = 256  # of a block, at most

@@ -5,9 +5,9 @@ from itertools import groupby
 from typing import Any
 
 from ...backend import select
-from ...chain import Chain
-from ...gru import GRU
-from ...layers import Embedding, Last, Linear
+from ...nn.chain import Chain
+from ...nn.gru import GRU
+from ...nn.layers import Embedding, Last, Linear
 from . import last
 from .axes import Array, Layer, fits, size
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ...backend import to_numpy
-from ...chain import Chain
-from ...gru import GRU
-from ...layers import Embedding
+from ...nn.chain import Chain
+from ...nn.gru import GRU
+from ...nn.layers import Embedding
 
 T, B = 5, 3
 CLOSE = 1e-4  # relative to the norm, of float32 on onnxruntime

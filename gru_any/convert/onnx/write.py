@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from ... import __version__, arguments
+from ... import arguments
 from ...backend import to_numpy
-from ...chain import Chain
 from ...files import write_atomically
-from ...gru import GRU
-from ...layers import Dropout, Embedding, Last, Linear
+from ...nn.chain import Chain
+from ...nn.gru import GRU
+from ...nn.layers import Dropout, Embedding, Last, Linear
+from ...version import __version__
 from .check import LARGEST, library
 from .gru import DIRECTIONS, swap_gates
 from .prove import prove

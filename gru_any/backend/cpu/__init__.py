@@ -1,0 +1,1 @@
+"""Runners on the CPU, with their matrix products and threads."""

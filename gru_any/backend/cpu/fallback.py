@@ -1,0 +1,84 @@
+"""Numba's runner, which leaves to NumPy's what Numba turns out not to compile here."""
+
+from typing import Any
+
+import numpy as np
+
+from . import numba_runner as numba
+from .jit_cache import rescued
+from .numpy_runner import NumPy, Rows
+from .packed import Packed
+
+
+class Tiled(numba.Tiled):
+    """A matrix whose product from the left is ours where it compiles."""
+
+    def into(self, M: Any, out: Any) -> None:
+        try:
+            super().into(M, out)
+        except Exception as e:
+            rescued(
+                e,
+                lambda: super(Tiled, self).into(M, out),
+                lambda: Rows.into(self.view(Rows), _matrix(M), out),
+            )
+
+
+class Numba(numba.Numba):
+    """Runs blocks of steps with compiled loops where they compile, else as NumPy does."""
+
+    tiled = Tiled
+
+    def prepared(self, *arguments: Any) -> Any:
+        try:
+            return super().prepared(*arguments)
+        except Exception as e:
+            return rescued(
+                e,
+                lambda: super(Numba, self).prepared(*arguments),
+                lambda: NumPy.prepared(self, *arguments),
+            )
+
+    def packed(self, *arguments: Any) -> tuple[Any, Any, Any]:
+        try:
+            return super().packed(*arguments)
+        except Exception as e:
+            found: tuple[Any, Any, Any] = rescued(
+                e,
+                lambda: super(Numba, self).packed(*arguments),
+                lambda: NumPy.packed(self, *arguments),
+            )
+            return found
+
+    def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
+        def on_numpy() -> tuple[Any, Any]:
+            affine = NumPy.affine(self, a.x, _matrix(a.W), a.b) if isinstance(a, numba.Input) else a
+            plain = (_matrix(recurrent[0]), *recurrent[1:])
+            return NumPy.forward(self, step, affine, h, plain, *others)
+
+        given = step, a, h, recurrent, *others
+        try:
+            return super().forward(*given)
+        except Exception as e:
+            found: tuple[Any, Any] = rescued(
+                e, lambda: super(Numba, self).forward(*given), on_numpy
+            )
+            return found
+
+    def backward(
+        self, step: Any, dy: Any, dh: Any, previous: Any, saved: Any, U: Any, *others: Any
+    ) -> tuple[Any, Any, Any]:
+        given = (step, dy, dh, previous, saved)
+        try:
+            return super().backward(*given, U, *others)
+        except Exception as e:
+            found: tuple[Any, Any, Any] = rescued(
+                e,
+                lambda: super(Numba, self).backward(*given, U, *others),
+                lambda: NumPy.backward(self, *given, _matrix(U), *others),
+            )
+            return found
+
+
+def _matrix(M: Any) -> Any:
+    return np.asarray(M.matrix) if isinstance(M, Packed) else M

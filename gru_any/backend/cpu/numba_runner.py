@@ -1,0 +1,337 @@
+"""How Numba runs a block of steps: the traced equations, as one compiled walk over all steps.
+
+Rows of a batch do not need each other, so they are split over threads, which never wait for one
+another. Where there are few rows and many units, the units are split, and the threads wait for each
+other at each product. All products are our own: BLAS keeps its threads busy for a while after each.
+"""
+
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...codegen.numba_source import Layout, Place
+from .buffers import empty
+from .gemv import outer, times
+from .jit_cache import compiled
+from .numpy_runner import NumPy, Rows, backward_program, forward_program
+from .packed import COPY, Packed, addresses, own, product
+from .threads import ALONE, GRAIN, count, split, submit, together
+
+FEW = 8  # rows at once of which each may meet a matrix alone
+FEWEST = 2  # rows, steps counted, up to which not even copies that are there pay
+SHORT, LONG = 12, 100  # rows, steps counted, up to which no copy pays, and from which one does
+WORTH = 4_000_000  # multiply-adds of those between that are worth copies
+SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
+SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
+BRIEF, LOW = 4, 64  # steps, and rows, up to which threads share the units and not the rows
+ONCE, LEAST, MOST = 2, 12, 128  # steps, and rows, for which BLAS on several threads is faster
+BUSY = 1_500_000  # if there are so many multiply-adds of rows and units
+NOTHING = np.zeros((0, 0), bool)
+
+
+class Tiled(Rows):
+    """A matrix whose product from the left is ours."""
+
+    def into(self, M: Any, out: Any) -> None:
+        packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
+        R, (K, N) = len(self), matrix.shape
+        if K == 1:
+            outer(self[:, 0], matrix[0], out)
+        elif packed is None and R == 1:
+            times(self[0], matrix, out[0])
+        elif (packed is None and (R <= FEW or R * K * N < SMALL)) or K < 2 or N < 4:
+            super().into(matrix, out)
+        else:
+            packed = packed or Packed(matrix)
+            product(self.view(np.ndarray), packed.panels(slice(0, K), False, 1), None, out)
+
+
+class Numba(NumPy):
+    """Runs blocks of steps with compiled loops, in float32 and float64."""
+
+    tiled: type[Tiled] = Tiled  # what a matrix becomes whose products are ours
+
+    @cached_property
+    def brief(self) -> Any:
+        """The runner of a few steps of a batch."""
+        from .brief_runner import Brief
+
+        return Brief(self.xp, self.device)
+
+    def suited(self, steps: int, rows: int, units: int) -> Any:
+        brief = steps <= ONCE and LEAST <= rows <= MOST and rows * units * units >= BUSY
+        return self.brief if brief and count() > 1 else self
+
+    def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
+        if isinstance(U, Packed):  # of a frozen model
+            return (W.matrix, U.matrix) if rows <= FEWEST else (W, U)
+        if U.dtype.kind == "c":
+            return W, U
+        few = rows <= LONG and rows * (W.size + U.size) <= WORTH
+        return (W, U) if few or rows <= SHORT else (Packed(W), Packed(U))
+
+    def affine(self, x: Any, W: Any, b: Any) -> Any:
+        """Return an `Input`, which the walk computes."""
+        return super().affine(x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
+
+    def rows(self, v: Any) -> Any:
+        return super().rows(v).view(Rows if v.dtype.kind == "c" else self.tiled)
+
+    def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+        if W.dtype.kind == "c":
+            return super().prepared(step, W, b, recurrent)
+        U, *vectors = recurrent
+        many = self.single(step, Packed(W), b, (Packed(U), *vectors))
+        walk, H = forward_walk(step, len(vectors), False, W.dtype), len(U) // 3
+        b = np.zeros(3 * H, W.dtype) if b is None else b
+        weights = np.concat([v.ravel() for v in (W.T, *walk.read(U), b, *vectors)])
+        few = walk.step
+
+        def one(x: Any, h: Any) -> Any:
+            if len(x) > FEW:
+                return many(x, h)
+            y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
+            few(own(x), own(h), y, new, weights)
+            return y, new
+
+        return one
+
+    def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+        if W.dtype.kind == "c":
+            return W, b, recurrent
+        (U, *vectors), H = recurrent, len(W) // 3
+        W, U = Packed(W), Packed(U)
+        for rows, op in forward_walk(step, len(vectors), False, U.matrix.dtype).products(H):
+            U.panels(rows, op.transposed, len(op.outputs))
+        W.panels(slice(0, 3 * H), True, 3)
+        return W, b, (U, *vectors)
+
+    def products(self, calls: Any, work: int) -> list[Any]:
+        """Make the third call on another thread, where no product is large enough to be split."""
+        if count() < 2 or not GRAIN // 2 <= work < 2 * GRAIN:
+            return [call() for call in calls]
+        other = submit(calls[2])
+        found = [call() for call in calls[:2]]
+        return [*found, calls[2]() if other.cancel() else other.result()]
+
+    def forward(
+        self,
+        step: Any,
+        a: Any,
+        h: Any,
+        recurrent: Any,
+        alive: Any,
+        reverse: bool,
+        keep: bool,
+    ) -> tuple[Any, Any]:
+        if h.dtype.kind == "c":
+            return super().forward(step, a, h, recurrent, alive, reverse, keep)
+        U, *vectors = recurrent
+        walk, H = forward_walk(step, len(vectors), keep, h.dtype), len(U) // 3
+        if isinstance(a, Input):
+            (x, W, b), (K, B, _) = a, a.x.shape
+            a = empty((K if B < FEW or not isinstance(U, Packed) else 1, B, 3 * H), h.dtype)
+        else:
+            x, W, b, (K, B, _) = a[..., :0], U, None, a.shape
+        b = np.zeros(3 * H, h.dtype) if b is None else b
+        steps, ended = _forwards(K, reverse), _ended(alive, B)
+        if not isinstance(U, Packed):
+            path, *saved = walk.few(*steps, ended, *map(own, (h, U, a, *vectors, x, W, b)))
+            return path, saved
+        path = empty((K + 1, B, H), h.dtype)
+        path[K if reverse else 0] = h
+        saved = [empty((K, B, H), h.dtype) for _ in walk.widths]
+        W = W if isinstance(W, Packed) else Packed(W)
+        arrays = [a, path, *vectors, *saved, x, b]
+        walk(steps, ended, list(map(own, arrays)), path, U, W)
+        return path, saved
+
+    def backward(
+        self,
+        step: Any,
+        dy: Any,
+        dh: Any,
+        previous: Any,
+        saved: Any,
+        U: Any,
+        alive: Any,
+        reverse: bool,
+        taps: bool,
+    ) -> tuple[Any, Any, Any]:
+        K, B, H = previous.shape
+        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
+        steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
+        if dy is not None:
+            given.insert(0, own(dy))  # the others are ours
+        if isinstance(U, Packed):
+            parts = [empty((K, B, n * H), dh.dtype) for n in walk.widths]
+            pair = np.empty((2, B, H), dh.dtype)
+            pair[0] = dh
+            walk(steps, ended, list(map(own, [pair, *given, *parts])), pair, U)
+        else:
+            pair, *parts = walk.few(*steps, ended, own(dh), own(U), *given)
+        g = parts.pop() if taps else None
+        return tuple(parts), pair[K % 2], g
+
+
+class Input(NamedTuple):
+    """x W^T + b, to be computed: x (K, B, I), W (3H, I), b (3H,) or None."""
+
+    x: Any
+    W: Any
+    b: Any
+
+
+@lru_cache(maxsize=64)
+def _forwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
+    """For each step walked: its number, and where the state before and after it stands."""
+    t = np.arange(K)[::-1].copy() if reverse else np.arange(K)
+    return t, t + reverse, t + (not reverse)
+
+
+@lru_cache(maxsize=64)
+def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
+    """For each step walked back: its number, and which of the pair is dh before and after it."""
+    t, turn = np.arange(K) if reverse else np.arange(K)[::-1].copy(), np.arange(K) % 2
+    return t, turn, 1 - turn
+
+
+# the walks ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def forward_walk(step: Any, vectors: int, keep: bool, dtype: Any) -> Any:
+    """A function that walks a block of steps forward."""
+    program = forward_program(step, vectors, keep)
+    (a, (h,), _, *c) = program.inputs
+    inputs = {column: Place(("a", "s", n)) for n, column in enumerate(a)}
+    inputs[h] = Place(("path", "i", 0))
+    inputs |= {column: Place((f"c{n}", None, 0)) for n, (column,) in enumerate(c)}  # type: ignore[arg-type]
+    results = {program.result: [Place(("path", "o", 0))]}
+    saved = [f"s{n}" for n in range(len(program.extras))]
+    for name, (column,) in zip(saved, program.extras, strict=True):
+        results.setdefault(column, []).append(Place((name, "t", 0)))
+    arrays = ["a", "path", *(f"c{n}" for n in range(vectors)), *saved, "x", "W", "bias"]
+    made = {"path": "(K + 1, B, H)"} | dict.fromkeys(saved, "(K, B, H)")
+    return Walk(Layout(program, inputs, results), arrays, made, dtype, [1] * len(saved))
+
+
+@lru_cache(maxsize=64)
+def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any) -> Any:
+    """A function that walks a block of steps back."""
+    program = backward_program(step, saved, given, taps)
+    taken = [*(["dy"] if given else []), "pair", "previous", *(f"s{n}" for n in range(saved))]
+    columns = [c for ids in program.inputs for c in ids]
+    inputs = {
+        c: Place((name, "i" if name == "pair" else "t", 0))
+        for c, name in zip(columns, taken, strict=True)
+    }
+    results = {program.result: [Place(("pair", "o", 0))]}
+    made = {"pair": "(2, B, H)"}
+    for p, extra in enumerate(program.extras):
+        made[f"p{p}"] = f"(K, B, {len(extra)} * H)"
+        for n, column in enumerate(extra):
+            results.setdefault(column, []).append(Place((f"p{p}", "t", n)))
+    arrays = ["pair", *(name for name in taken if name != "pair"), *list(made)[1:]]
+    widths = [len(extra) for extra in program.extras]
+    return Walk(Layout(program, inputs, results), arrays, made, dtype, widths)
+
+
+class Walk:
+    """Walks a block of steps in compiled code.
+
+    arrays: as of `Layout.source`; made: those that results go to, the state first, with their
+    shapes; widths: of the others of these, in columns.
+    """
+
+    def __init__(
+        self, layout: Layout, arrays: list[str], made: dict[str, str], dtype: Any, widths: list[int]
+    ) -> None:
+        self.layout, self.arrays, self.made, self.widths = layout, arrays, made, widths
+        self.dtype = dtype.name
+
+    @cached_property
+    def walk(self) -> Any:
+        """The compiled function."""
+        return compiled(self.layout.source(self.arrays, next(iter(self.made)), self.dtype)).walk
+
+    @cached_property
+    def few(self) -> Any:
+        """That for so few rows and steps that the matrices are not worth packing."""
+        return compiled(self.layout.few(self.arrays, self.made, self.dtype)).few
+
+    @cached_property
+    def step(self) -> Any:
+        """That for few rows and a single step; see `Layout.step`."""
+        vectors = [name for name in self.arrays if name[0] == "c"]
+        return compiled(self.layout.step(vectors, self.made, self.dtype)).step
+
+    def products(self, H: int) -> list[tuple[slice, Any]]:
+        """Each product, with the rows of U in it."""
+        products = self.layout.products
+        return [(slice(op.rows.start * H, op.rows.stop * H), op) for op in products]
+
+    def read(self, U: Any) -> list[Any]:
+        """The matrix by which each product multiplies from the right."""
+        pairs = self.products(U.shape[1])
+        return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
+
+    def __call__(
+        self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Packed, W: Any = None
+    ) -> None:
+        """Fill the arrays that results go to.
+
+        U (3H, H); W (3H, I) or None; state (., B, H) is one of the arrays, W none of them.
+        """
+        (B, H), K, dtype = state.shape[1:], len(steps[0]), state.dtype
+        wanted = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
+        wanted += [] if W is None else [(W, slice(0, 3 * H), True, 3)]
+        size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in wanted)
+        fresh = not any(M.made for M, *_ in wanted)
+        members = sharers(B, K, H, size, fresh)
+        fresh = fresh and (members > 1 or count() == 1 or K * B * size < 2 * GRAIN)
+        panels = [(M.room if fresh else M.panels)(*which) for M, *which in wanted]
+        sources = [M.source(*which[:2]) for M, *which in wanted]
+        buffers = [np.empty((B, n * H), dtype) for n in self.layout.buffers.values()]
+        if W is not None:
+            arrays.insert(self.arrays.index("W"), panels[-1])
+        arrays = [*panels[: len(self.layout.products)], *arrays, *buffers, *sources]
+        zeros, walk, functions = np.zeros(3 * H, dtype), self.walk, addresses(dtype)
+
+        def rows(first: int, last: int) -> None:
+            walk(*steps, ended, zeros, first, last, 0, ALONE, fresh, functions, *arrays)
+
+        def units(me: int, sync: np.ndarray) -> None:
+            walk(*steps, ended, zeros, 0, B, me, sync, fresh, functions, *arrays)
+
+        if members > 1:
+            together(units, members)
+        elif fresh:
+            rows(0, B)
+        else:
+            split(rows, B, K * B * size)
+        for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
+            M.made[part.start, part.stop, transposed, gates] = P  # now that it is filled
+
+
+def sharers(B: int, K: int, H: int, size: int, fresh: bool) -> int:
+    """How many threads share the units of a walk; 1 where none do, and the rows may be split.
+
+    size: of all matrices; fresh: they are copied first, of which each thread then does its part.
+    """
+    members, of_step = min(count(), H // 64), B * size
+    few = B < FEW and of_step >= SHARED and K * of_step >= GRAIN
+    brief = K <= BRIEF and B <= LOW and K * of_step + COPY * size * fresh >= GRAIN
+    return members if few or brief else 1
+
+
+def _ended(alive: Any, B: int) -> Any:
+    """Which rows have ended at which step, (K, B); empty where none has."""
+    if alive is None:
+        return NOTHING
+    ended = np.zeros((len(alive), B), bool)
+    for row, mask in zip(ended, alive, strict=True):
+        if mask is not None:
+            row[:] = ~mask[:, 0]
+    return ended

@@ -1,0 +1,373 @@
+"""Which array library, on which device, and how arrays get there and back.
+
+The one place that knows array libraries by name. All other code takes a `Backend`, or the
+namespace `xp` of one, and asks no questions.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .cuda import device as cuda
+
+VARIABLE = "GRU_ANY_BACKEND"
+USUAL = '"numpy", "cupy", "auto", "torch" or "jax.numpy"'
+_NAMESPACES = {"cupy": "array_api_compat.cupy", "torch": "array_api_compat.torch"}
+_INSTALL = {
+    "cupy": 'pip install "gru-any[cuda13]" (or [cuda12] for an older driver)',
+    "torch": "pip install torch",
+    "jax.numpy": "pip install jax",
+    "array_api_strict": "pip install array-api-strict",
+}
+
+
+class BackendError(RuntimeError):
+    """A backend or device cannot be used; the text says why, and what mends it."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array library and one of its devices.
+
+    Attributes
+    ----------
+    name : str
+        "numpy", "cupy", "torch", "jax.numpy", "array_api_strict" or another module's name.
+    xp : namespace
+        Its Python Array API namespace.
+    device
+        The library's own device object.
+    """
+
+    name: str
+    xp: Any
+    device: Any
+
+    def __reduce__(self) -> Any:
+        return select, (self.name, None if self.name == "numpy" else str(self.device))
+
+    @cached_property
+    def host(self) -> bool:
+        """Whether arrays can be looked at without waiting for a device."""
+        return self.name == "numpy"
+
+    @cached_property
+    def cuda(self) -> bool:
+        """Whether arrays live on a CUDA device, or on one that the host plays."""
+        return self.name in cuda.OPERATIONS
+
+    @cached_property
+    def _dtypes(self) -> dict[str, Any]:
+        return {}
+
+    def dtype(self, name: str) -> Any:
+        """Return the library's dtype of this name; ValueError where there is none."""
+        if name not in self._dtypes:
+            found = getattr(self.xp, name, None)
+            if not isinstance(name, str) or found is None or name.startswith("_"):
+                raise ValueError(f"dtype is {name!r}, which {self.name} does not have")
+            if self.name == "jax.numpy" and name in ("float64", "complex128", "int64"):
+                self._require_x64(name)
+            self._dtypes[name] = np.dtype(name) if self.host else found
+        return self._dtypes[name]
+
+    def _require_x64(self, name: str) -> None:
+        import jax
+
+        if name != "int64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError(
+                f'dtype {name} in JAX needs jax.config.update("jax_enable_x64", True) first'
+            )
+
+    def put(self, host: np.ndarray, dtype: str | None = None) -> Any:
+        """Copy a NumPy array to the device, as the dtype of this name.
+
+        Raises
+        ------
+        ValueError
+            It holds integers that the library's dtype does not, as JAX has no int64 by default.
+        """
+        host = np.asarray(host)
+        known = dtype if dtype != "bfloat16" else "float32"
+        host = np.array(host, dtype=known or host.dtype.newbyteorder("="), order="C")
+        if self.host:
+            return host
+        with cuda.current(self):
+            array = self.xp.asarray(host, device=self.device)
+            if host.dtype.kind in "iu" and plain_name(array.dtype) != host.dtype.name:
+                _refuse_cut(host, self.xp.iinfo(array.dtype))
+            return array if dtype == known else self.xp.astype(array, self.dtype("bfloat16"))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Zeros of this shape and dtype on the device."""
+        if self.host:
+            return np.zeros(shape, self.dtype(dtype))
+        with cuda.current(self):
+            return self.xp.zeros(shape, dtype=self.dtype(dtype), device=self.device)
+
+    def check(self, name: str, array: Any, dtype: str) -> None:
+        """Raise TypeError where `array` is not of this library, device and dtype."""
+        if self.host and type(array) is np.ndarray and array.dtype == self._dtypes[dtype]:
+            return
+        self._check_home(name, array)
+        if array.dtype != self.dtype(dtype):
+            given, way = plain_name(array.dtype), f"gru_any.asarray({name}, like=model)"
+            if given.lstrip("u").startswith(("int", "bool")):
+                told = f"make it floating first, with {name} * 1.0, since {way} keeps integers"
+            else:
+                told = f"convert it, for example with {way}"
+            raise TypeError(f"{name} has dtype {given}, expected {dtype}: {told}")
+        if getattr(array, "requires_grad", False):
+            raise TypeError(
+                f"{name} requires grad, and these functions are outside of autograd: pass "
+                f"{name}.detach()"
+            )
+
+    def integers(self, name: str, array: Any) -> Any:
+        """Return an array of integers in a dtype that can count more than it holds: int32 or wider.
+
+        uint8 has no 256, so a class of that number would be taken for class 0.
+
+        Raises
+        ------
+        TypeError
+            It is not of this library, device and an integer dtype.
+        """
+        self._check_home(name, array)
+        kind = array.dtype.kind if self.host else None
+        if kind not in ("i", "u") and (self.host or not self.xp.isdtype(array.dtype, "integral")):
+            raise TypeError(f"{name} has dtype {plain_name(array.dtype)}, expected integers")
+        bits = 8 * array.dtype.itemsize if self.host else self.xp.iinfo(array.dtype).bits
+        if bits < 32:
+            return self.xp.astype(array, self.dtype("int32"))
+        if self.name == "torch" and "uint" in plain_name(array.dtype):  # which it cannot compare
+            return self.xp.astype(array, self.dtype("int64"))
+        return array
+
+    def _check_home(self, name: str, array: Any) -> None:
+        wanted = f"expected an array of {self.name} on {self.device}"
+        way = f"convert it with gru_any.asarray({name}, like=model)"
+        refuse_masked(name, array, wanted)
+        if isinstance(array, np.matrix):
+            raise TypeError(f"{name} is a {type(array).__name__}, {wanted}; np.asarray makes one")
+        try:
+            home = of(array)
+        except TypeError:
+            raise TypeError(f"{name} is a {type(array).__name__}, {wanted}: {way}") from None
+        if home.name != self.name:
+            raise TypeError(f"{name} is an array of {home.name}, {wanted}: {way}")
+        if home.device != self.device:
+            raise TypeError(f"{name} is on {home.device}, {wanted}: {way}")
+        cuda.check_current(name, self)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """Copy an array of this backend to the host (NumPy arrays are returned as they are)."""
+        if self.host:
+            return array
+        if self.name == "torch":
+            array = array.detach().cpu()
+            return (array.float() if plain_name(array.dtype) == "bfloat16" else array).numpy()
+        if self.cuda:
+            return array.get()
+        if self.name == "array_api_strict":
+            array = array.to_device(self.xp.Device("CPU_DEVICE"))
+        host = np.asarray(array)
+        return host.astype(np.float32) if host.dtype.kind == "V" else host
+
+    def scatter_add(self, indices: Any, rows: Any, n: int) -> Any:
+        """Indices (N,), rows (N, size) -> (n, size): the sum of the rows of each index.
+
+        The order of the sum is fixed, so it gives the same bits every time.
+        """
+        if self.host:
+            return _scatter_add_host(indices, rows, n)
+        xp, parts, wide = self.xp, [], 1024
+        for start in range(0, n, wide):
+            numbers = xp.arange(
+                start, min(start + wide, n), dtype=indices.dtype, device=self.device
+            )
+            hit = xp.expand_dims(numbers, axis=1) == xp.expand_dims(indices, axis=0)
+            parts.append(xp.astype(hit, rows.dtype) @ rows)
+        return xp.concat(parts, axis=0)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.name == "cupy":
+            self.xp.cuda.get_current_stream().synchronize()
+        elif self.name == "torch" and str(self.device).startswith("cuda"):
+            importlib.import_module("torch").cuda.synchronize(self.device)
+
+
+def _scatter_add_host(indices: Any, rows: Any, n: int) -> Any:
+    out = np.zeros((n, rows.shape[1]), rows.dtype)
+    if indices.size:
+        order = np.argsort(indices, kind="stable")
+        at = indices[order]
+        starts = np.flatnonzero(np.concatenate(([True], at[1:] != at[:-1])))
+        out[at[starts]] = np.add.reduceat(rows[order], starts, axis=0)
+    return out
+
+
+def _refuse_cut(host: np.ndarray, info: Any) -> None:
+    """Raise ValueError where a narrower dtype would keep the lower bits alone."""
+    if host.size and (host.min() < info.min or host.max() > info.max):
+        raise ValueError(
+            f"an array holds {host.min()} to {host.max()}, which {plain_name(info.dtype)} does not;"
+            ' in JAX, jax.config.update("jax_enable_x64", True) gives int64'
+        )
+
+
+def refuse_masked(name: str, array: Any, wanted: str = "expected an array without a mask") -> None:
+    """Raise TypeError where NumPy would drop a mask silently."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a MaskedArray, {wanted}, since the mask would be lost: give its filled(0), "
+            "and to a loss mask=~numpy.ma.getmaskarray(...)"
+        )
+
+
+def plain_name(dtype: Any) -> str:
+    """The name of a dtype of any library."""
+    return str(dtype).rpartition(".")[2]
+
+
+class _NumPy20:
+    """NumPy 2.0, with the one function of the standard that came in 2.1."""
+
+    @staticmethod
+    def astype(x: Any, dtype: Any, /, *, copy: bool = True) -> Any:
+        return x.astype(dtype, copy=copy)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+NUMPY = Backend("numpy", np if hasattr(np, "astype") else _NumPy20(), "cpu")
+
+
+# from what the user said -------------------------------------------------------------------------
+
+
+def select(backend: Any = None, device: Any = None) -> Backend:
+    """Return the backend of this name or module, on this device.
+
+    Parameters
+    ----------
+    backend : str, module, Backend or None
+        "numpy", "cupy", "auto" (CuPy where a device really answers, else NumPy), or an array-API
+        library. None means the environment variable GRU_ANY_BACKEND, else "numpy".
+    device : str, int or None
+        Such as "cuda:1", 1 or "cpu"; None is the library's default.
+
+    Raises
+    ------
+    BackendError
+        It cannot be used here; the text says why, and what mends it.
+    """
+    if isinstance(backend, Backend):
+        return backend
+    if backend is None:
+        backend = os.environ.get(VARIABLE) or "numpy"
+    if not isinstance(backend, (str, ModuleType)):
+        raise BackendError(f"backend is {backend!r}, expected a name or a module: use {USUAL}")
+    if isinstance(device, bool):
+        raise BackendError(f'device is {device!r}, expected a name or a number, such as "cuda:1"')
+    name = backend.__name__ if isinstance(backend, ModuleType) else str(backend)
+    name = {"jax": "jax.numpy"}.get(name, name.removeprefix("array_api_compat."))
+    if name == "auto":
+        name = "numpy" if cuda.problem(device) else "cupy"
+        device = None if name == "numpy" else device
+    if name == "numpy":
+        if device not in (None, "cpu"):
+            raise BackendError(
+                f'device is {device!r}, but NumPy has only "cpu"; try backend="cupy"'
+            )
+        return NUMPY
+    if name == "cupy" and (why := cuda.problem(device)):
+        raise BackendError(why)
+    xp = _namespace(name)
+    return Backend(name, xp, _device(name, xp, device))
+
+
+def _namespace(name: str) -> Any:
+    try:
+        xp = importlib.import_module(_NAMESPACES.get(name, name))
+    except (ImportError, ValueError, TypeError) as e:
+        way = _INSTALL.get(name, f"use {USUAL}")
+        raise BackendError(f"backend {name!r} cannot be imported ({e}): {way}") from e
+    if not all(hasattr(xp, f) for f in ("asarray", "astype", "permute_dims", "concat", "tanh")):
+        raise BackendError(
+            f"backend {name!r} has no Python Array API (2023.12 or newer): use {USUAL}"
+        )
+    return xp
+
+
+def _device(name: str, xp: Any, device: Any) -> Any:
+    """The library's own device object; `device` checked by making an array there."""
+    try:
+        if name == "cupy":
+            return xp.cuda.Device(cuda.index(device))
+        if isinstance(device, int):
+            device = f"cuda:{device}"
+        if name == "jax.numpy" and isinstance(device, str):
+            device = _jax_device(device)
+        if name == "array_api_strict" and isinstance(device, str):
+            device = xp.Device(device.removeprefix("array_api_strict.Device('").rstrip("')"))
+        return _device_of(xp.empty(0, dtype=xp.float32, device=device))
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as e:
+        raise BackendError(f"{name} cannot use device {device!r}: {e}") from e
+
+
+def _jax_device(device: str) -> Any:
+    import jax
+
+    kind, _, index = device.lower().removesuffix("(id=0)").partition(":")
+    kind = kind.removeprefix("tfrt_").partition("_")[0]
+    return jax.devices(kind)[int(index or 0)]
+
+
+def _device_of(array: Any) -> Any:
+    from array_api_compat import device
+
+    return device(array)
+
+
+# from the user's arrays --------------------------------------------------------------------------
+
+
+def of(*arrays: Any) -> Backend:
+    """Return the backend that these arrays live on; TypeError where they are of several."""
+    if all(type(array) is np.ndarray for array in arrays):
+        return NUMPY
+    homes = {_home(array) for array in arrays}
+    if len(homes) > 1:
+        names = " and ".join(sorted(f"{home.name} on {home.device}" for home in homes))
+        raise TypeError(f"arrays of {names} in one call: bring them to one with gru_any.asarray")
+    return homes.pop()
+
+
+def _home(array: Any) -> Backend:
+    refuse_masked("an array", array)
+    if isinstance(array, np.matrix):  # whose * is another product
+        raise TypeError("an array is a matrix, expected numpy.asarray of it")
+    if isinstance(array, np.ndarray):
+        return NUMPY
+    root = type(array).__module__.partition(".")[0]
+    name = "jax.numpy" if root in ("jax", "jaxlib") else root
+    if not hasattr(array, "shape") or not hasattr(array, "dtype") or isinstance(array, np.generic):
+        raise TypeError(f"{type(array).__name__} is no array")
+    if name not in _INSTALL:  # another library says itself which namespace is its own
+        if not hasattr(array, "__array_namespace__"):
+            raise TypeError(f"{name} is no array library with the Python Array API")
+        name = array.__array_namespace__().__name__
+    return _backend(name, _device_of(array))
+
+
+@lru_cache(maxsize=64)
+def _backend(name: str, device: Any) -> Backend:
+    return Backend(name, _namespace(name), device)

@@ -1,0 +1,135 @@
+"""Keras 2 and 3: `keras.layers.GRU`, with both values of `reset_after`. z keeps, gates z, r, n.
+
+With reset_after (the default there) the bias is (2, 3H): b on top of c; without, (3H,). x is
+(B, T, I) in Keras, and so it is for the models made here. Files (`.keras`, `.weights.h5`, `.h5`)
+need h5py (extra `keras`), not Keras (https://keras.io/api).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...arguments import flag
+from ...files import write_atomically
+from ...nn.chain import Chain
+from ...nn.gru import GRU
+from ..cells import assemble
+from .cells import layer_arrays, read_cell
+
+
+def from_arrays(
+    weights: Sequence[Any],
+    *,
+    bidirectional: bool = False,
+    reset_after: bool = True,
+    use_bias: bool = True,
+    batch_first: bool = True,
+) -> GRU:
+    """A GRU from `get_weights()` of its layers.
+
+    Parameters
+    ----------
+    weights : list of arrays
+        `kernel` (I, 3H), `recurrent_kernel` (H, 3H) and, with use_bias, `bias`, for each layer; of
+        a Bidirectional the forward ones and then the backward ones.
+    bidirectional, reset_after, use_bias : bool
+        As the Keras layers were made.
+    batch_first : bool
+        x is (B, T, I), as in Keras.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A shape or dtype does not fit.
+    """
+    bidirectional, reset_after = (
+        flag("bidirectional", bidirectional),
+        flag("reset_after", reset_after),
+    )
+    count = 3 if flag("use_bias", use_bias) else 2
+    if not weights or len(weights) % count:
+        raise ValueError(f"{len(weights)} arrays, expected {count} for each layer and direction")
+    groups = [weights[i : i + count] for i in range(0, len(weights), count)]
+    cells = [read_cell(group, reset_after) for group in groups]
+    return assemble(cells, reset_after, bidirectional, flag("batch_first", batch_first))
+
+
+def to_arrays(model: Any) -> list[np.ndarray]:
+    """The list that `set_weights` takes: of layers of a GRU, or of a Sequential like the Chain."""
+    if not isinstance(model, Chain):
+        return layer_arrays(model)
+    model.params.refuse_untied()
+    return [array for layer in model.layers for array in layer_arrays(layer)]
+
+
+def load(
+    path: Any,
+    layer: Any = None,
+    *,
+    reset_after: bool | None = None,
+    go_backwards: bool | None = None,
+    activation: str | None = None,
+    recurrent_activation: str | None = None,
+) -> Any:
+    """A model from a file of Keras.
+
+    Parameters
+    ----------
+    path : str or path
+        `.keras`, or `.h5` with a whole model, of Keras 2 or 3: the model, whose call returns what
+        the one in Keras returns. It must be a row of GRU, RNN of GRUCells, Bidirectional of either,
+        Embedding, Dropout, Dense and TimeDistributed(Dense), or of models of these; it becomes a
+        Chain, or a GRU where there is nothing else. GRUs on top of each other become one of several
+        layers; a `Last` stands where `return_sequences` is False.
+        `.weights.h5`, or `.h5` of weights: has no description of the model, and gives its GRU,
+        with the outputs of all steps. Such a file cannot tell a GRU with `activation="relu"` or
+        `go_backwards=True` from any other: know it, and say so.
+    layer : str, a list of them, or None
+        Layers to take out of a larger model, also one that branches, by their names, which are
+        paths such as "encoder/gru" in a model inside of the model. In `.weights.h5` they are the
+        places, such as "gru", "bidirectional_1" or "sequential/gru". GRUs become one GRU of
+        several layers, with the outputs of all steps; of `go_backwards` it is a
+        `GRU(reverse=True)`. Where there are others among them they become what the row of them is,
+        and a warning tells what of them is left to you: an activation, or a mask.
+    reset_after, go_backwards, activation, recurrent_activation : None, or as in Keras
+        What the GRUs were made with. Needed where a file cannot tell: `reset_after` of weights
+        without bias. Whatever the file says otherwise is an error, and so is an activation other
+        than "tanh" and "sigmoid".
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        The file is damaged, or the model has parts without a counterpart here; the text says which.
+    ImportError
+        h5py is not installed.
+    """
+    from . import read
+
+    names = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+    if layer is not None and not (names and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"layer is {layer!r}, expected a name or a list of names")
+    given: dict[str, Any] = {
+        "reset_after": reset_after,
+        "go_backwards": go_backwards,
+        "activation": activation,
+        "recurrent_activation": recurrent_activation,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in {"reset_after", "go_backwards"} & set(given):
+        given[name] = flag(name, given[name])
+    return read.load(path, None if layer is None else names, given)
+
+
+def save(path: Any, model: Any) -> None:
+    """Write a GRU or a Chain for Keras 3.
+
+    path : `.keras` for `keras.saving.load_model`, or `.weights.h5` for `load_weights` of a
+        Sequential of the same layers. Each layer of a GRU is one in Keras, which returns all steps
+        unless a Last follows.
+    """
+    from . import write
+
+    make = write.archive if Path(path).suffix == ".keras" else write.weights
+    write_atomically(path, make(model))

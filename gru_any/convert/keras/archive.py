@@ -1,0 +1,246 @@
+"""The files of Keras: what they say of the model, and which arrays belong to which layer.
+
+`.keras` is a zip file of config.json and model.weights.h5, `.weights.h5` the latter alone: arrays
+under `layers/PLACE/...`, PLACE being the class of the layer, numbered. `.h5` is the format of
+Keras 2, which Keras 3 still writes: groups by the name of the layer, the names of its arrays and
+the description of the model in attributes.
+"""
+
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..files import refuse_bomb
+from .hdf5 import Contents, read_hdf5
+
+# beside the layers: the state of training, which is not the model's
+TRAINING = ("optimizer/", "optimizer_weights/", "metrics/", "compile_metrics/", "_compile_metrics/")
+MODELS = ("Sequential", "Functional", "Model")
+VARS = {"kernel": 0, "embeddings": 0, "recurrent_kernel": 1}
+
+
+class Part(NamedTuple):
+    """A layer: its class, the arguments that make it, its name and its place in a file of Keras 3.
+
+    Of a layer in a model inside of the model both are a path, such as "encoder/gru".
+    """
+
+    kind: str
+    config: dict[str, Any]
+    name: str = ""
+    place: str = ""
+
+
+class Source(NamedTuple):
+    """A file.
+
+    description: of the model, or None. groups: in the format of Keras 2 the arrays of each layer,
+    name -> path in `arrays`. idle: places of layers that have no arrays, Dropout and inputs apart.
+    """
+
+    description: Any
+    arrays: dict[str, np.ndarray]
+    groups: dict[str, dict[str, str]] | None
+    idle: list[str]
+
+
+def open_file(path: Any) -> Source:
+    """Read a file of any of the three kinds.
+
+    Raises
+    ------
+    ValueError
+        It is damaged, or none of Keras.
+    """
+    content = Path(path).read_bytes()
+    if Path(path).suffix == ".keras" and not content.startswith(b"\x89HDF"):
+        description, content = _open_archive(path, content)
+        return Source(description, _weights(read_hdf5(content, path)), None, [])
+    contents = read_hdf5(content, path)
+    base = "model_weights" if "model_weights" in contents.attributes else ""
+    if names := _listed(contents.attributes[base], "layer_names"):
+        return _older(path, contents, base + "/" if base else "", names)
+    arrays = _weights(contents)
+    layers = (g for g in contents.attributes if re.fullmatch(r"layers/[^/]+(/layers/[^/]+)*", g))
+    idle = [g for g in layers if not any(path.startswith(g + "/") for path in arrays)]
+    return Source(None, arrays, None, _working(g.replace("layers/", "") for g in idle))
+
+
+def _working(layers: Iterable[str]) -> list[str]:
+    """Those of these layers without arrays that do something in a call."""
+    return [name for name in layers if not re.match(r"(.*/)?(dropout|input)", name)]
+
+
+def _open_archive(path: Any, content: bytes) -> tuple[Any, bytes]:
+    """The description and the HDF5 file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            refuse_bomb(path, archive.infolist())
+            description = json.loads(archive.read("config.json"))
+            return description, archive.read("model.weights.h5")
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as e:
+        raise ValueError(f"{path} is damaged or no .keras file: {e}") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def _weights(contents: Contents) -> dict[str, np.ndarray]:
+    """The arrays of the model, without those of training and of random generators."""
+    found = {}
+    for path, array in contents.arrays.items():
+        if path.startswith(TRAINING) or "/seed_generator/" in path:
+            continue
+        if not re.match(r"layers/[^/]+/.", path):
+            raise ValueError(f"it holds {path!r}, expected layers/NAME/... as Keras 3 writes")
+        found[path] = array
+    return found
+
+
+def _older(path: Any, contents: Contents, base: str, names: list[str]) -> Source:
+    """The file of the format of Keras 2."""
+    groups = {}
+    for name in names:
+        listed = _listed(contents.attributes.get(base + name, {}), "weight_names")
+        groups[name] = {weight: f"{base}{name}/{weight}" for weight in listed}
+        if missing := set(groups[name].values()) - set(contents.arrays):
+            raise ValueError(f"{path} is damaged: it lists {sorted(missing)} and lacks them")
+    text = contents.attributes[""].get("model_config")
+    try:
+        description = None if text is None else json.loads(text)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: its model_config is damaged: {e}") from e
+    arrays = {k: a for k, a in contents.arrays.items() if not k.startswith(TRAINING)}
+    return Source(description, arrays, groups, _working(g for g, w in groups.items() if not w))
+
+
+def _listed(attributes: dict[str, Any], name: str) -> list[str]:
+    """A list of names; a long one is cut into name0, name1, ..."""
+    numbered = takewhile(attributes.__contains__, (f"{name}{i}" for i in count()))
+    keys = [name] if name in attributes else numbered
+    flat = [text for key in keys for text in np.ravel(attributes[key])]
+    return [t.decode("utf-8") if isinstance(t, bytes) else str(t) for t in flat]
+
+
+# layers ------------------------------------------------------------------------------------------
+
+
+def parts_of(description: Any, name: str = "", place: str = "") -> Iterator[Part]:
+    """The layers of a model and of the models inside of it, but for those that say what goes in."""
+    if description["class_name"] not in MODELS:
+        raise ValueError(f"the model is a {description['class_name']}, expected a row of layers")
+    parts = [Part(layer["class_name"], dict(layer["config"])) for layer in layers_of(description)]
+    for part, at in zip(parts, places_of(parts), strict=True):
+        part = part._replace(name=name + str(part.config.get("name", "")), place=place + at)
+        if part.kind in MODELS:
+            inner = {"class_name": part.kind, "config": part.config}
+            yield from parts_of(inner, part.name + "/", part.place + "/")
+        elif part.kind != "InputLayer":
+            yield part
+
+
+def layers_of(description: Any) -> list[Any]:
+    """The descriptions of the layers of a model; early versions of Keras 2 have a bare list."""
+    config = description["config"]
+    return list(config if isinstance(config, list) else config["layers"])
+
+
+def places_of(parts: list[Part]) -> list[str]:
+    """Where in a file of Keras 3 each part's arrays are: its class, numbered."""
+    counts: Counter[str] = Counter()
+    places = []
+    for part in parts:
+        name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", part.kind))
+        name = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+        places.append(f"{name}_{counts[name]}" if counts[name] else name)
+        counts[name] += 1
+    return places
+
+
+def guessed(source: Source, settings: dict[str, Any]) -> Iterator[Part]:
+    """The layers of a file that holds weights alone, as far as the names of the arrays tell."""
+    if source.groups is None:
+        found = (re.match(r"(?:layers/[^/]+/)+", path) for path in source.arrays)
+        places = {m[0].replace("layers/", "").rstrip("/"): None for m in found if m}
+    else:
+        places = {name: None for name, paths in source.groups.items() if paths}
+    order = sorted(places, key=lambda n: (len(n), n)) if source.groups is None else list(places)
+    for place in order:
+        keys = locate(source, Part("", {}, place, place))
+        config = {**settings, "use_bias": any(k.endswith("cell/vars/2") for k in keys)}
+        cells = {k.split("/")[2] for k in keys if k.startswith("cell/cells/")}
+        if any(k.startswith("forward_layer/") for k in keys):
+            inner = {"class_name": "GRU", "config": config}
+            yield Part("Bidirectional", {"layer": inner}, place, place)
+        elif cells:
+            config["use_bias"] = any(k.endswith("/vars/2") for k in keys)
+            entries = [{"class_name": "GRUCell", "config": config}] * len(cells)
+            cell: Any = {"class_name": "StackedRNNCells", "config": {"cells": entries}}
+            yield Part("RNN", {**settings, "cell": cell}, place, place)
+        else:
+            kind = "GRU" if any(k.startswith("cell/vars/") for k in keys) else "layer"
+            yield Part(kind, config, place, place)
+
+
+def locate(source: Source, part: Part) -> dict[str, str]:
+    """The arrays of a layer: what Keras 3 calls them inside of the layer -> path in the file."""
+    if source.groups is not None:
+        return _locate_older(source.groups, part)
+    prefix = "".join(f"layers/{name}/" for name in part.place.split("/"))
+    return {
+        path.removeprefix(prefix): path
+        for path in source.arrays
+        if path.startswith(prefix) and not path.startswith(prefix + "layers/")
+    }
+
+
+def _locate_older(groups: dict[str, dict[str, str]], part: Part) -> dict[str, str]:
+    """The same from names such as gru/gru_cell/kernel:0."""
+    top, *inner = part.name.split("/")
+    cells: dict[str, dict[str, str]] = {}
+    for name, path in groups.get(top, {}).items():
+        folder, _, leaf = name.removesuffix(":0").rpartition("/")
+        if not inner or inner[-1] in folder.split("/"):
+            cells.setdefault(folder, {})[leaf] = path
+    recurrent = any("recurrent_kernel" in cell for cell in cells.values())
+    numbers = VARS | {"bias": 2 if recurrent else 1}
+    prefixes = _prefixes(list(cells), part) if recurrent else {folder: "" for folder in cells}
+    return {
+        f"{prefixes[folder]}vars/{numbers[leaf]}" if leaf in numbers else f"{folder}/{leaf}": path
+        for folder, cell in cells.items()
+        for leaf, path in cell.items()
+    }
+
+
+def _prefixes(folders: list[str], part: Part) -> dict[str, str]:
+    """What Keras 3 calls the cells in these folders of a recurrent layer."""
+    cell = part.config.get("cell", {})
+    if len(folders) == 1 and cell.get("class_name") != "StackedRNNCells":
+        return {folders[0]: "cell/"}
+    if len(folders) == 2 and (both := _directions(*folders)):
+        return both
+    cells = cell.get("config", {}).get("cells", [])
+    if len({cell["config"].get("trainable", True) for cell in cells}) > 1:
+        raise ValueError(
+            f"the cells of {part.name} differ in trainable, and this format then loses their order"
+        )
+    names = places_of([Part("GRUCell", {})] * len(folders))
+    return {f: f"cell/cells/{name}/" for f, name in zip(folders, names, strict=True)}
+
+
+def _directions(one: str, two: str) -> dict[str, str] | None:
+    """The same of a Bidirectional, whose forward layer Keras names so; None of anything else."""
+    first, second = set(one.split("/")), set(two.split("/"))
+    own = [any(name.startswith("forward_") for name in s) for s in (first - second, second - first)]
+    if sorted(own) != [False, True]:
+        return None
+    forward, backward = (one, two) if own[0] else (two, one)
+    return {forward: "forward_layer/cell/", backward: "backward_layer/cell/"}

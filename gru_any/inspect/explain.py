@@ -1,0 +1,256 @@
+"""What a model computes, in words: its equations, its parameters, and how a call runs.
+
+The equations are read from the source of the step functions that run, so they cannot differ.
+"""
+
+import ast
+import inspect
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from .. import equations
+from ..backend import path, recorded
+from ..errors import check_shape
+from ..nn.cell import GRUCell
+from ..nn.chain import Chain
+from ..nn.gru import GRU
+from ..nn.layers import Embedding, Last, Linear
+from ..nn.params import Layer
+from .formulas import called, formulas, latex
+
+PATHS = {
+    "plain": "the equations as they stand, one call of the library for each operation",
+    "traced": "the step's operations, written down once, as NumPy calls into reused buffers",
+    "compiled": "the step's operations, written down once, as one Numba loop over many steps",
+    "eager": "the step's operations, written down once, as a CUDA kernel between two products",
+    "blocks": "those kernels and products, recorded once as a CUDA graph of a block of steps",
+    "graph": "those kernels and products, recorded once as a CUDA graph of all layers and steps",
+    "persistent": "the step's operations, written down once, as one CUDA kernel over many steps",
+    "whole": "the same, with the weights spread over the whole device",
+}
+
+
+def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "text") -> str:
+    """Say what a model computes, with its sizes filled in.
+
+    Parameters
+    ----------
+    model : GRU, GRUCell, Linear, Embedding, Dropout, Last or Chain
+    shape : tuple of int or None
+        The shape of x, for the shapes of the results; letters stand for what is left open.
+    format : "text" or "latex"
+        LaTeX is a fragment for a document with the package amsmath.
+
+    Returns
+    -------
+    str
+        For each layer its shapes and parameters; for a GRU its equations and their gradient, the
+        order of its gates, what its biases are, and the way that a call takes, with the reason why
+        not a faster one.
+
+    Raises
+    ------
+    ValueError
+        Another format, or a shape that the model does not take.
+    TypeError
+        The model is something else.
+
+    Notes
+    -----
+    The lines are those of `gru_any.equations`; where they come from stands there.
+
+    Examples
+    --------
+    >>> from gru_any import GRU, explain
+    >>> text = explain(GRU(8, 16), shape=(5, 2, 8))
+    >>> for line in text.splitlines()[1:3]:
+    ...     print(line)
+    x (5, 2, 8) -> y (5, 2, 16), h_n (1, 2, 16)
+    Gates: the thirds of W, U, a and the biases are r, z, n in this order, each 16 wide.
+    """
+    if format not in ("text", "latex"):
+        raise ValueError(f'format is {format!r}, expected "text" or "latex"')
+    if not isinstance(model, (Layer, Chain)):
+        raise TypeError(f"explain takes a layer or a Chain, not a {type(model).__name__}")
+    write = _text if format == "text" else _latex
+    parts, at, batch_first = [], None if shape is None else tuple(shape), False
+    for layer in model.layers if isinstance(model, Chain) else (model,):
+        batch_first = getattr(layer, "batch_first", batch_first)
+        at, facts = _facts(layer, at, batch_first)
+        parts.append(write(facts))
+    for alias, name in model.tied.items() if isinstance(model, Chain) else ():
+        note = f"{alias} is tied to {name}: they are one parameter."
+        parts.append(note if format == "text" else _escaped(note))
+    return "\n\n".join(parts) + "\n"
+
+
+class _Facts(NamedTuple):
+    """Of one layer. formulas: pairs of a heading and lines; parameters: name -> shape."""
+
+    title: str
+    notes: list[str]
+    formulas: list[tuple[str, list[Any]]]
+    parameters: dict[str, tuple[int, ...]]
+
+
+def _facts(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, _Facts]:
+    """The shape of what the layer returns, and what there is to say."""
+    after, results = _shapes(layer, shape, batch_first)
+    known = isinstance(layer, (GRU, GRUCell))
+    notes = [results, *(_recurrent(layer, shape) if known else _about(layer))]
+    lines = _lines(layer) if isinstance(layer, (GRU, GRUCell)) else []
+    parameters = {name: tuple(array.shape) for name, array in layer.params.items()}
+    return after, _Facts(repr(layer), notes, lines, parameters)
+
+
+def _about(layer: Any) -> list[str]:
+    return [(inspect.getdoc(layer) or "").partition("\n\n")[0].replace("\n", " ")]
+
+
+# shapes ------------------------------------------------------------------------------------------
+
+
+def _shapes(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
+    """The shape of what the layer returns, and a line that says so."""
+    if isinstance(layer, GRU):
+        letters = "(B, T, I)" if batch_first else "(T, B, I)"
+        letters, width = "(T, I)" if shape and len(shape) == 2 else letters, layer.input_size
+    elif isinstance(layer, GRUCell):
+        letters, width = "(I,)" if shape and len(shape) == 1 else "(B, I)", layer.input_size
+    elif isinstance(layer, Linear):
+        letters, width = "(..., I)", layer.in_features
+    elif isinstance(layer, Last):
+        letters, width = "(T, B, D*H)", 0
+    else:
+        letters, width = "(...)" if shape else "(T, B)", 0
+    if shape is None:
+        shape = tuple(width if n == "I" else n for n in letters.strip("(,)").split(", "))
+    if width:
+        check_shape("shape", SimpleNamespace(shape=shape), letters, {"I": width})
+    return _results(layer, shape, batch_first)
+
+
+def _results(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
+    rows = shape[:-1]
+    if isinstance(layer, GRU):
+        H, D = layer.hidden_size, len(layer.suffixes)
+        y, batch = (*rows, D * H), () if len(rows) == 1 else (rows[0 if batch_first else 1],)
+        states = (layer.num_layers * D, *batch, H)
+        return y, f"x {_shown(shape)} -> y {_shown(y)}, h_n {_shown(states)}"
+    if isinstance(layer, Embedding):
+        new = (*shape, layer.params["weight"].shape[1])
+    elif isinstance(layer, Linear):
+        new = (*rows, layer.out_features)
+    elif isinstance(layer, Last):
+        new = (*(rows[:1] if batch_first and len(rows) == 2 else rows[1:]), shape[-1])
+    else:
+        new = (*rows, layer.hidden_size) if isinstance(layer, GRUCell) else shape
+    return new, f"x {_shown(shape)} -> {_shown(new)}"
+
+
+def _shown(shape: Any) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+# a GRU -------------------------------------------------------------------------------------------
+
+
+def _recurrent(layer: Any, shape: Any) -> list[str]:
+    """Gates, biases, layers and directions, the way a call takes, and what the lines call."""
+    H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
+    way, why = path(layer.backend, H, layer.dtype)
+    step = equations.variant(layer.reset_after).step
+    notes = [
+        f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
+        _biases(layer.bias, layer.reset_after),
+        f"A call runs {way}: {PATHS[way]}. Why not faster: {why}.",
+        *(_recorded(layer, shape) if isinstance(layer, GRU) else []),
+        *_called(step),
+    ]
+    if L > 1:
+        notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
+    suffixes = getattr(layer, "suffixes", [""])
+    if "_reverse" in suffixes:
+        both = "; y holds both directions side by side" if len(suffixes) == 2 else ""
+        notes.insert(2, f"_reverse reads from each sequence's end{both}.")
+    return notes
+
+
+def _recorded(layer: Any, shape: Any) -> list[str]:
+    """Whether calls are recorded as a whole, where a backend records."""
+    T = None if shape is None else shape[1 if layer.batch_first and len(shape) == 3 else 0]
+    many = layer.num_layers * len(layer.suffixes)
+    text = recorded(layer.backend, T * many if isinstance(T, int) else None)
+    return [text] if text else []
+
+
+def _biases(bias: bool, after: bool) -> str:
+    if not bias:
+        return "Biases: none" + (", so c = 0." if after else ".")
+    if not after:
+        return "Biases: b is bias_ih. There is no bias_hh: it would only add to b."
+    return "Biases: b is bias_ih plus the r and z thirds of bias_hh; c is the n third of bias_hh."
+
+
+def _called(step: Any) -> list[str]:
+    try:
+        return [f"{name}(v): {text}" for name, text in called(step).items()]
+    except OSError:  # installed as byte code alone
+        return ["The equations are not shown: the source of gru_any is not installed here."]
+
+
+def _lines(layer: Any) -> list[tuple[str, list[Any]]]:
+    try:
+        return _equations(layer)
+    except OSError:  # as `_called` says
+        return []
+
+
+def _equations(layer: Any) -> list[tuple[str, list[Any]]]:
+    step, backward, _ = equations.variant(layer.reset_after)
+    H, order = layer.hidden_size, "after" if layer.reset_after else "before"
+    product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
+    return [
+        ("For all steps at once, W being weight_ih:", ast.parse(product).body),
+        (
+            f"Each step, reset {order} the product, U being weight_hh, * element by element:",
+            formulas(step, "h'", H=H),
+        ),
+        ("Its gradient, g being dL/dh', dv being dL/dv:", formulas(backward, "dh", H=H)),
+    ]
+
+
+# two ways to write it down -----------------------------------------------------------------------
+
+
+def _text(facts: _Facts) -> str:
+    lines = [facts.title, *facts.notes]
+    for heading, formulas_ in facts.formulas:
+        lines += [heading, *(f"    {ast.unparse(line)}" for line in formulas_)]
+    width = max(map(len, facts.parameters), default=0)
+    for name, shape in facts.parameters.items():
+        lines.append(f"{name:{width}}  {_shown(shape):>12}  {math.prod(shape):>10,}")
+    return "\n".join(lines)
+
+
+def _latex(facts: _Facts) -> str:
+    lines = [rf"\paragraph{{\texttt{{{_escaped(facts.title)}}}}}"]
+    lines += [_escaped(note) + r"\\" for note in facts.notes]
+    for heading, formulas_ in facts.formulas:
+        rows = " \\\\\n".join(map(latex, formulas_))
+        lines += [_escaped(heading), rf"\begin{{align*}}{chr(10)}{rows}{chr(10)}\end{{align*}}"]
+    if facts.parameters:
+        lines.append(r"\begin{tabular}{lrr}")
+        for name, shape in facts.parameters.items():
+            lines.append(
+                rf"\texttt{{{_escaped(name)}}} & ${_shown(shape)}$ & {math.prod(shape)} \\"
+            )
+        lines.append(r"\end{tabular}")
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Text as LaTeX takes it."""
+    special = {c: f"\\{c}" for c in "#$%&_{}"} | {"^": r"\^{}"}
+    return "".join(special.get(c, c) for c in text).replace("->", r"$\to$")

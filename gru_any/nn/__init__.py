@@ -1,0 +1,1 @@
+"""The layers that users call, and below them the recurrence over time."""

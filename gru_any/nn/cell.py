@@ -1,0 +1,141 @@
+"""One step of a GRU as a layer of its own."""
+
+import math
+from typing import Any
+
+from .. import arguments, equations
+from ..backend import runner
+from ..errors import check_shape
+from .init import uniform
+from .params import Layer, refuse_stale
+from .sweep import Sweep
+from .weights import parameter_shapes, variant_advice, weights
+
+
+class GRUCell(Layer):
+    """One step, with the conventions of `torch.nn.GRUCell`.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    bias, reset_after, backend, device, dtype, seed
+        As in `GRU`.
+
+    Attributes
+    ----------
+    params : dict
+        `weight_ih` (3H, I), `weight_hh` (3H, H), `bias_ih` (3H,) and, with reset_after, `bias_hh`
+        (3H,). The thirds are r, z, n.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRUCell
+    >>> cell = GRUCell(3, 4, seed=0)
+    >>> h = None
+    >>> for frame in np.ones((5, 2, 3), dtype="float32"):
+    ...     h = cell(frame, h)
+    >>> h.shape
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        reset_after: bool = False,
+        backend: Any = None,
+        device: Any = None,
+        dtype: str = "float32",
+        seed: int | None = None,
+    ) -> None:
+        input_size = arguments.size("input_size", input_size)
+        hidden_size = arguments.size("hidden_size", hidden_size)
+        bias = arguments.flag("bias", bias)
+        reset_after = arguments.flag("reset_after", reset_after)
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.bias, self.reset_after = bias, reset_after
+        rng, bound = arguments.seed(seed), 1 / math.sqrt(hidden_size)
+        shapes = parameter_shapes(input_size, hidden_size, bias, reset_after)
+        self._create(
+            {
+                "input_size": input_size,
+                "hidden_size": hidden_size,
+                "bias": bias,
+                "reset_after": reset_after,
+            },
+            backend,
+            device,
+            dtype,
+            ((name, uniform(rng, shape, bound)) for name, shape in shapes.items()),
+        )
+
+    def _advice(self, missing: set[str], unused: set[str]) -> str:
+        return variant_advice(missing, unused)
+
+    def __call__(self, x: Any, h0: Any = None) -> Any:
+        """Return the next state (B, H) or (H,) of x (B, I) or (I,) and h0, zeros if None."""
+        x3, h, shape = self._enter(x, h0)
+        return self._leave(self._sweep().forward(x3, h)[1], shape)
+
+    def vjp(self, x: Any, h0: Any = None) -> Any:
+        """Return the next state h, and `pullback(dh) -> grads, dx, dh0`; it may be called again."""
+        self._refuse_complex()
+        x3, h, shape = self._enter(x, h0)
+        sweep, version = self._sweep(), self.params.version
+        _, h_n, tape = sweep.forward(x3, h, keep=True)
+
+        def pullback(dh: Any) -> tuple[dict[str, Any], Any, Any]:
+            refuse_stale(self.params, version)
+            self.backend.check("dh", dh, self.dtype)
+            check_shape("dh", dh, "(B, H)" if len(shape) == 2 else "(H,)", _sizes(shape))
+            dx, dh0, found = sweep.backward(x3, tape, None, self._compute(self._rows(dh)))
+            names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+            named = dict(zip(names, found, strict=False))
+            grads = {name: self._stored(named[name]) for name in self.params}
+            xp = self.backend.xp
+            return grads, xp.reshape(dx, tuple(x.shape)), self._leave(dh0, shape)
+
+        return self._leave(h_n, shape), pullback
+
+    def _enter(self, x: Any, h0: Any) -> tuple[Any, Any, tuple[int, ...]]:
+        """Return x (1, B, I), h0 (B, H) for the arithmetic, and the shape of the state."""
+        self.backend.check("x", x, self.dtype)
+        check_shape("x", x, "(I,)" if x.ndim == 1 else "(B, I)", {"I": self.input_size})
+        shape = (*x.shape[:-1], self.hidden_size)
+        rows = self._rows(x)
+        if h0 is None:
+            h = self.backend.zeros((rows.shape[0], self.hidden_size), self.arithmetic)
+        else:
+            self.backend.check("h0", h0, self.dtype)
+            check_shape("h0", h0, "(H,)" if x.ndim == 1 else "(B, H)", _sizes(shape))
+            h = self._compute(self._rows(h0), copy=True)
+        return self.backend.xp.expand_dims(rows, axis=0), h, shape
+
+    def _leave(self, h: Any, shape: tuple[int, ...]) -> Any:
+        return self._stored(self.backend.xp.reshape(h, shape))
+
+    def _rows(self, v: Any) -> Any:
+        return self.backend.xp.expand_dims(v, axis=0) if v.ndim == 1 else v
+
+    def _sweep(self) -> Sweep:
+        run, dtype = runner(self.backend), self.backend.dtype(self.arithmetic)
+
+        def get(name: str) -> Any:
+            return run.wide(self.params[name], dtype)
+
+        return Sweep(
+            run,
+            equations.variant(self.reset_after),
+            weights(self.backend.xp, get, self.bias, self.reset_after),
+            None,
+            False,
+            dtype,
+        )
+
+
+def _sizes(shape: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip(("B", "H"), shape, strict=True)) if len(shape) == 2 else {"H": shape[0]}

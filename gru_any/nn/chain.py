@@ -1,0 +1,275 @@
+"""Layers one after the other, with the states of the GRUs among them."""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from types import MappingProxyType
+from typing import Any
+
+from ..backend import to_numpy
+from ..errors import ShapeError
+from .cell import GRUCell
+from .gru import GRU
+from .layers import Last
+from .params import Layer, check_mapping, load, refuse_shared
+
+
+class Chain:
+    """Layers applied in order: a sequence model in one object.
+
+    Parameters
+    ----------
+    *layers
+        GRU, Linear, Embedding, Dropout or Last layers on one backend, the GRUs with one
+        `batch_first`. A Last follows a GRU.
+    tied : mapping of str to str, or None
+        `{"2.weight": "0.weight"}` makes the parameter on the left another name of the one on the
+        right, whose array it takes: one parameter, with the sum of the gradients.
+
+    Attributes
+    ----------
+    params : mapping
+        The parameters of all layers, live, under names such as `0.weight_ih_l0`; a tied one stands
+        there once, under the name on the right.
+    tied : mapping
+        As given; it cannot be changed.
+    batch_first : bool
+        Whether x and y are (B, T, .) in place of (T, B, .), as all GRUs of the chain have it.
+
+    Raises
+    ------
+    TypeError
+        A layer is of another kind.
+    ValueError
+        There is no layer, or they are not on one backend, of one dtype and of one layout; `tied`
+        names what is not there, is itself tied, or has another shape; or two parameters share
+        memory untied.
+
+    Notes
+    -----
+    `state` is a list of one h (L*D, B, H) for each GRU, in order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU, Chain, Embedding, Linear
+    >>> model = Chain(Embedding(10, 3, seed=0), GRU(3, 4, seed=1), Linear(4, 10, seed=2))
+    >>> y, state = model(np.array([[7], [1]]))  # (T, B) of integers
+    >>> y.shape, [h.shape for h in state]
+    ((2, 1, 10), [(1, 1, 4)])
+    >>> list(model.params)[:3]
+    ['0.weight', '1.weight_ih_l0', '1.weight_hh_l0']
+    """
+
+    def __init__(self, *layers: Any, tied: Mapping[str, str] | None = None) -> None:
+        for layer in layers:
+            if not isinstance(layer, Layer) or isinstance(layer, GRUCell):
+                raise TypeError(
+                    "a Chain is made of GRU, Linear, Embedding, Dropout and Last, not "
+                    f"{type(layer)}"
+                )
+        if not layers:
+            raise ValueError("a Chain needs at least one layer")
+        _check_last(layers)
+        homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
+        if len(homes) != 1:
+            raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
+        if tied is not None and not isinstance(tied, Mapping):
+            raise TypeError(f'tied is {tied!r}, expected a dict such as {{"2.weight": "0.weight"}}')
+        layouts = {layer.batch_first for layer in layers if isinstance(layer, GRU)}
+        if len(layouts) == 2:
+            raise ValueError(
+                "the GRUs of a Chain must share batch_first: one reads (T, B, .), another (B, T, .)"
+            )
+        self.batch_first = True in layouts
+        self.layers = layers
+        self.tied: Mapping[str, str] = MappingProxyType(dict(tied or {}))
+        self.params = _AllParams(layers, self.tied)
+        refuse_shared(self.params)
+        self.backend, self.dtype = layers[0].backend, layers[0].dtype
+
+    def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[Any, list[Any]]:
+        """Run all layers without keeping residuals; return y and the new state."""
+        self.params.refuse_untied()
+        states, new = self._states(state), []
+        for layer in self.layers:
+            if isinstance(layer, GRU):
+                x, h = layer(x, next(states), lengths)
+                new.append(h)
+            elif isinstance(layer, Last):
+                x = layer(new[-1], self._directions)
+            else:
+                x = layer(x)
+        return x, new
+
+    def vjp(self, x: Any, state: Any = None, lengths: Any = None, rng: Any = None) -> Any:
+        """Run all layers; with `rng` dropout acts.
+
+        Returns
+        -------
+        (y, state) : as in a plain call.
+        pullback : callable
+            `grads, dx, dstate = pullback(dy, dstate=None)`: grads named like `params`; dstate a
+            list like state. It may be called again.
+        """
+        self.params.refuse_untied()
+        states, new, pullbacks = self._states(state), [], []
+        for layer in self.layers:
+            if isinstance(layer, GRU):
+                (x, h), back = layer.vjp(x, next(states), lengths, rng)
+                new.append(h)
+            elif isinstance(layer, Last):
+                x, back = layer.vjp(new[-1], self._directions)
+            else:
+                x, back = layer.vjp(x, rng=rng)
+            pullbacks.append(back)
+
+        def pullback(dy: Any, dstate: Any = None) -> Any:
+            if dy is None and dstate is None:
+                raise ValueError("pullback got neither dy nor dstate; one of them must be given")
+            return self._back(
+                pullbacks, self.backend.xp.zeros_like(x) if dy is None else dy, dstate
+            )
+
+        return (x, new), pullback
+
+    def _back(self, pullbacks: list[Any], dy: Any, dstate: Any) -> Any:
+        given, found, grads = list(self._states(dstate)), [], {}
+        for i in range(len(self.layers) - 1, -1, -1):
+            if isinstance(self.layers[i], GRU):
+                of_layer, dy, dh0 = pullbacks[i](dy, given.pop())
+                found.append(dh0)
+            elif isinstance(self.layers[i], Last):
+                of_layer, given[-1] = pullbacks[i](dy, given[-1])
+                dy = None
+            else:
+                of_layer, dy = pullbacks[i](dy)
+            grads[i] = of_layer
+        named = {f"{i}.{k}": v for i in sorted(grads) for k, v in grads[i].items()}
+        for alias, name in self.tied.items():
+            named[name] = named[name] + named.pop(alias)
+        return named, dy, found[::-1]
+
+    @property
+    def _directions(self) -> int:
+        """Of the last GRU, whose states a Last takes."""
+        return [len(layer.suffixes) for layer in self.layers if isinstance(layer, GRU)][-1]
+
+    def _states(self, state: Any) -> Iterator[Any]:
+        count = sum(isinstance(layer, GRU) for layer in self.layers)
+        if isinstance(state, (str, Mapping)) or not (state is None or hasattr(state, "__iter__")):
+            raise TypeError(f"state is a {type(state).__name__}, expected a list, one for each GRU")
+        state = [None] * count if state is None else list(state)
+        if len(state) != count:
+            raise ValueError(f"state holds {len(state)}, expected {count}, one for each GRU")
+        return iter(state)
+
+    def load_params(self, mapping: Mapping[str, Any]) -> None:
+        """Load all layers; strict, like `GRU.load_params`. Nothing is loaded unless all fits.
+
+        A tied parameter may come under each of its names, but only with the same bits.
+        """
+        check_mapping(mapping)
+        named: dict[str, Any] = {}
+        for given, array in mapping.items():
+            name = self.tied.get(given, given)
+            if name in named and not _same_bits(named[name], array):
+                raise ValueError(
+                    f"{given} holds other numbers than another name of {name}, to which it is "
+                    "tied: load them into a Chain without this tie, or leave one name out"
+                )
+            named[name] = array
+        load(self, named, lambda missing, unused: "")
+
+    def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> "Chain":
+        """Return a new chain with these weights on another backend, device or dtype."""
+        refuse_shared(self.params)
+        return _chain([layer.to(backend, device, dtype) for layer in self.layers], dict(self.tied))
+
+    def __repr__(self) -> str:
+        lines = [repr(layer) for layer in self.layers]
+        lines += [f"tied={dict(self.tied)!r}"] if self.tied else []
+        return "Chain(\n  " + "\n  ".join(lines) + "\n)"
+
+    def __reduce__(self) -> Any:
+        refuse_shared(self.params)
+        return _chain, (self.layers, dict(self.tied))
+
+
+def _chain(layers: Any, tied: dict[str, str]) -> Chain:
+    return Chain(*layers, tied=tied)
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    a, b = to_numpy(a), to_numpy(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _check_last(layers: tuple[Any, ...]) -> None:
+    """Raise where a Last does not follow a GRU, or a GRU comes after it: there is no time left."""
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, Last)]
+    for i in places:
+        if i == 0 or not isinstance(layers[i - 1], GRU):
+            raise ValueError(f"layer {i} is a Last, which must follow a GRU directly")
+        if any(isinstance(layer, GRU) for layer in layers[i:]):
+            raise ValueError(f"a GRU comes after the Last at {i}, which leaves no steps to read")
+
+
+class _AllParams(MutableMapping[str, Any]):
+    """The params of several layers as one mapping; writing to it writes to them.
+
+    A tied parameter is one array that stands in the entries of several layers.
+    """
+
+    def __init__(self, layers: tuple[Any, ...], tied: Mapping[str, str]) -> None:
+        self._tied = tied
+        # the layers, and their names for it, in which each parameter stands
+        self._homes = {
+            f"{i}.{k}": [(layer, k)] for i, layer in enumerate(layers) for k in layer.params
+        }
+        for alias, name in tied.items():
+            self._refuse_tie(alias, name)
+        for alias, name in tied.items():
+            layer, entry = self._homes.pop(alias)[0]
+            layer.params[entry] = self[name]
+            self._homes[name].append((layer, entry))
+
+    def _refuse_tie(self, alias: Any, name: Any) -> None:
+        told = f"tied is {{{alias!r}: {name!r}}}"
+        for given in (alias, name):
+            if given not in self._homes:
+                raise ValueError(f"{told}, but there is no {given!r}, only {list(self._homes)}")
+        if name in self._tied:
+            raise ValueError(f"{told}, but {name!r} is tied itself: name the one it is tied to")
+        homes = [self._homes[given][0] for given in (alias, name)]
+        shapes = [tuple(layer.params[entry].shape) for layer, entry in homes]
+        if shapes[0] != shapes[1]:
+            raise ShapeError(f"{told}, but they are {shapes[0]} and {shapes[1]}")
+
+    def refuse_untied(self) -> None:
+        """Raise where the entry of one layer was replaced, so that tied parameters differ."""
+        for alias, name in self._tied.items():
+            if any(layer.params[k] is not self[name] for layer, k in self._homes[name]):
+                raise RuntimeError(
+                    f"{alias!r} is tied to {name!r}, but the entry of one layer was replaced: "
+                    f"write chain.params[{name!r}] = array, which sets both"
+                )
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._tied:
+            raise KeyError(f"{name!r} is tied, and stands here as {self._tied[name]!r}")
+        layer, entry = self._homes[name][0]
+        return layer.params[entry]
+
+    def __setitem__(self, name: str, array: Any) -> None:
+        _ = self[name]  # a name that is not there
+        for layer, entry in self._homes[name]:
+            layer.params[entry] = array
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name!r} cannot be deleted; the layer needs it")
+
+    def __iter__(self) -> Iterator[str]:
+        self.refuse_untied()
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)

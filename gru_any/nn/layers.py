@@ -1,0 +1,258 @@
+"""The layers around a GRU, and a chain of layers. Each has a plain call and a `vjp`."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .. import arguments
+from ..backend import runner
+from ..errors import ShapeError, check_shape
+from .init import uniform
+from .params import Layer, refuse_stale
+
+
+class Linear(Layer):
+    """y = x W^T + b on the last axis, with the conventions of `torch.nn.Linear`.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        I and O.
+    bias, backend, device, dtype, seed
+        As in `GRU`; the first values are uniform in +-1/sqrt(I).
+
+    Attributes
+    ----------
+    params : dict
+        `weight` (O, I), `bias` (O,).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import Linear
+    >>> layer = Linear(3, 2, seed=0)
+    >>> y, pullback = layer.vjp(np.ones((5, 3), dtype="float32"))
+    >>> grads, dx = pullback(np.ones_like(y))
+    >>> dx.shape, grads["bias"].tolist()
+    ((5, 3), [5.0, 5.0])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        backend: Any = None,
+        device: Any = None,
+        dtype: str = "float32",
+        seed: int | None = None,
+    ) -> None:
+        in_features = arguments.size("in_features", in_features)
+        out_features = arguments.size("out_features", out_features)
+        bias = arguments.flag("bias", bias)
+        self.in_features, self.out_features, self.bias = in_features, out_features, bias
+        rng, bound = arguments.seed(seed), 1 / math.sqrt(in_features)
+        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
+        if bias:
+            shapes["bias"] = (out_features,)
+        settings = {"in_features": in_features, "out_features": out_features, "bias": bias}
+        arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
+        self._create(settings, backend, device, dtype, arrays)
+
+    def __call__(self, x: Any) -> Any:
+        """Return y (..., O) of x (..., I)."""
+        self.backend.check("x", x, self.dtype)
+        check_shape("x", x, "(..., I)", {"I": self.in_features})
+        y = self._rows(x) @ self._compute(self.params["weight"]).T
+        if self.bias:
+            y = y + self._compute(self.params["bias"])
+        return self._stored(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
+
+    def vjp(self, x: Any, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy) -> grads, dx`, which may be called again."""
+        self._refuse_complex()
+        y, version = self(x), self.params.version
+        shape = tuple(y.shape)
+
+        def pullback(dy: Any) -> tuple[dict[str, Any], Any]:
+            refuse_stale(self.params, version)
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            d = self._rows(dy)
+            grads = {"weight": d.T @ self._rows(x)}
+            if self.bias:
+                grads["bias"] = self.backend.xp.sum(d, axis=0)
+            dx = self.backend.xp.reshape(d @ self._compute(self.params["weight"]), tuple(x.shape))
+            return {name: self._stored(g) for name, g in grads.items()}, self._stored(dx)
+
+        return y, pullback
+
+    def _rows(self, v: Any) -> Any:
+        return runner(self.backend).rows(self._compute(v))
+
+
+class Embedding(Layer):
+    """A row of a table for each index, with the conventions of `torch.nn.Embedding`.
+
+    Parameters
+    ----------
+    n, size : int
+        How many rows, and how long each is.
+    backend, device, dtype, seed
+        As in `GRU`; the first values are normal with variance 1.
+
+    Attributes
+    ----------
+    params : dict
+        `weight` (n, size).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import Embedding
+    >>> layer = Embedding(10, 3, seed=0)
+    >>> x = np.array([[7, 1], [7, 9]])
+    >>> layer(x).shape, bool((layer(x)[0, 0] == layer.params["weight"][7]).all())
+    ((2, 2, 3), True)
+    """
+
+    def __init__(
+        self,
+        n: int,
+        size: int,
+        *,
+        backend: Any = None,
+        device: Any = None,
+        dtype: str = "float32",
+        seed: int | None = None,
+    ) -> None:
+        n, size = arguments.size("n", n), arguments.size("size", size)
+        self.n, self.size = n, size
+        table = arguments.seed(seed).standard_normal((n, size))
+        self._create({"n": n, "size": size}, backend, device, dtype, [("weight", table)])
+
+    def __call__(self, x: Any) -> Any:
+        """Return the rows (..., size) of x (...), integers in 0..n-1.
+
+        An index out of range raises IndexError where the array is on the host (NumPy). On a device
+        that would mean to wait for it; there the row becomes NaN, and with it the next loss read.
+        """
+        xp, flat = self.backend.xp, self._indices(x)
+        inside = (flat >= 0) & (flat < self.n)
+        rows = xp.take(self.params["weight"], xp.where(inside, flat, xp.zeros_like(flat)), axis=0)
+        if not self.backend.host:
+            rows = xp.where(xp.expand_dims(inside, axis=1), rows, xp.full_like(rows, math.nan))
+        return xp.reshape(rows, (*x.shape, self.size))
+
+    def vjp(self, x: Any, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy) -> grads, None`, which may be called again."""
+        y = self(x)
+        shape = tuple(y.shape)
+
+        def pullback(dy: Any) -> tuple[dict[str, Any], None]:
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            rows = self._compute(self.backend.xp.reshape(dy, (-1, self.size)))
+            grad = self.backend.scatter_add(self._indices(x), rows, self.n)
+            return {"weight": self._stored(grad)}, None
+
+        return y, pullback
+
+    def check_range(self, x: np.ndarray) -> None:
+        """Raise IndexError where a host array holds indices out of range."""
+        if x.size and (x.min() < 0 or x.max() >= self.n):
+            raise IndexError(f"x holds {x.min()} to {x.max()}, expected 0 to n - 1 = {self.n - 1}")
+
+    def _indices(self, x: Any) -> Any:
+        x = self.backend.integers("x", x)
+        if self.backend.host:
+            self.check_range(x)
+        return self.backend.xp.reshape(x, (-1,))
+
+
+class Dropout(Layer):
+    """Sets numbers to 0 with probability p, and divides the others by 1 - p; in `vjp` alone.
+
+    The mask is drawn on the host from the generator given to `vjp`; without one nothing is dropped.
+    """
+
+    def __init__(
+        self, p: float = 0.5, *, backend: Any = None, device: Any = None, dtype: str = "float32"
+    ) -> None:
+        self.p = p = arguments.number("p", p, below=1)
+        self._create({"p": p}, backend, device, dtype, [])
+
+    def __call__(self, x: Any) -> Any:
+        """Return x."""
+        self.backend.check("x", x, self.dtype)
+        return x
+
+    def vjp(self, x: Any, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy) -> {}, dx`, which may be called again."""
+        arguments.generator("rng", rng)
+        x, shape = self(x), tuple(x.shape)
+        mask = self._mask(rng, shape, self.p)
+
+        def pullback(dy: Any) -> tuple[dict[str, Any], Any]:
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            return {}, dy if mask is None else dy * mask
+
+        return x if mask is None else x * mask, pullback
+
+
+class Last(Layer):
+    """The last states of the GRU before it in a Chain, in place of its outputs of every step.
+
+    For one result a sequence, as Keras' `return_sequences=False`. Each row ends at its own length,
+    and the reverse direction at step 0, which `y[:, -1]` gets wrong.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU, Chain, Last, Linear
+    >>> model = Chain(GRU(3, 4, bidirectional=True, seed=0), Last(), Linear(8, 2, seed=1))
+    >>> y, state = model(np.ones((5, 2, 3), dtype="float32"), lengths=[5, 3])
+    >>> y.shape  # (B, O)
+    (2, 2)
+    """
+
+    def __init__(self, *, backend: Any = None, device: Any = None, dtype: str = "float32") -> None:
+        self._create({}, backend, device, dtype, [])
+
+    def __call__(self, h_n: Any, directions: int = 1) -> Any:
+        """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side."""
+        self.backend.check("h_n", h_n, self.dtype)
+        rows = h_n.shape[0]
+        if h_n.ndim not in (2, 3) or not rows or rows % directions:
+            raise ShapeError(f"h_n is {tuple(h_n.shape)}, expected (L*D, B, H), D = {directions}")
+        top = [h_n[i, ...] for i in range(rows - directions, rows)]
+        return self.backend.xp.concat(top, axis=-1)
+
+    def vjp(self, h_n: Any, directions: int = 1, rng: Any = None) -> Any:
+        """Return y, and `pullback(dy, dh_n=None) -> {}, dh_n` with what comes through y added."""
+        y, states = self(h_n, directions), tuple(h_n.shape)
+        shape, H = tuple(y.shape), states[-1]
+
+        def pullback(dy: Any, dh_n: Any = None) -> tuple[dict[str, Any], Any]:
+            self.backend.check("dy", dy, self.dtype)
+            _same_shape("dy", dy, shape)
+            xp = self.backend.xp
+            top = xp.stack([dy[..., d * H : (d + 1) * H] for d in range(directions)])
+            below = self.backend.zeros((states[0] - directions, *states[1:]), self.dtype)
+            through = xp.concat([below, top])
+            if dh_n is None:
+                return {}, through
+            self.backend.check("dh_n", dh_n, self.dtype)
+            if tuple(dh_n.shape) != states:
+                raise ShapeError(f"dh_n is {tuple(dh_n.shape)}, expected {states}")
+            return {}, through + dh_n
+
+        return y, pullback
+
+
+def _same_shape(name: str, array: Any, shape: Any) -> None:
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name} is {tuple(array.shape)}, expected {tuple(shape)}, the shape of y")

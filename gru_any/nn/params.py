@@ -1,0 +1,237 @@
+"""What layers have in common: named parameters, loading them, moving to another device."""
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from ..backend import Backend, disjoint, overlap, plain_name, select, to_numpy
+from ..errors import ShapeError
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
+
+
+class Params(dict[str, Any]):
+    """A dict name -> array. An entry can be replaced by an array that fits, nothing else.
+
+    `version` counts the replacements, so that a pullback notices that weights changed under it.
+    """
+
+    def __init__(self, backend: Backend, dtype: str, arrays: Iterable[tuple[str, Any]]) -> None:
+        super().__init__(arrays)
+        self.backend, self.dtype, self.version = backend, dtype, 0
+
+    def __setitem__(self, name: str, array: Any) -> None:
+        if name not in self:
+            raise KeyError(f"{name!r} is no parameter; there are {', '.join(self)}")
+        if array is not self[name]:
+            self.backend.check(name, array, self.dtype)
+            _same_shape(name, array, self[name])
+        super().__setitem__(name, array)
+        self.version += 1
+
+    def update(self, *mappings: Any, **arrays: Any) -> None:
+        """Replace several entries, each checked as alone."""
+        for name, array in dict(*mappings, **arrays).items():
+            self[name] = array
+
+    def __ior__(self, mapping: Any) -> Any:  # type: ignore[misc]
+        self.update(mapping)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return the entry, which is there."""
+        if name not in self:
+            self[name] = default  # raises
+        return self[name]
+
+    def _refuse(self, *arguments: Any) -> Any:
+        raise TypeError("parameters cannot be taken out; the layer needs them")
+
+    pop = popitem = clear = _refuse
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name!r} cannot be deleted; the layer needs it")
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+class Layer:
+    """A layer is its settings (the arguments that make it again) and its params."""
+
+    settings: dict[str, Any]
+    params: Params
+    backend: Backend
+    dtype: str
+
+    def _create(
+        self,
+        settings: dict[str, Any],
+        backend: Any,
+        device: Any,
+        dtype: str,
+        arrays: Iterable[tuple[str, np.ndarray]],
+    ) -> None:
+        """Set what every layer has. `arrays`: the name and first value of each parameter."""
+        _refuse_dtype(dtype)
+        self.settings = settings
+        self.backend = select(backend, device)
+        self.dtype = dtype
+        self.backend.dtype(dtype)
+        drawn = [(name, self.backend.put(array, dtype)) for name, array in arrays]
+        self.params = Params(self.backend, dtype, drawn)
+
+    def load_params(self, mapping: Mapping[str, Any]) -> None:
+        """Replace all parameters by copies of the arrays of `mapping`, whose names must be ours.
+
+        The arrays may be of any library and any real floating dtype; they are converted to the
+        model's. Nothing is loaded unless everything fits.
+
+        Raises
+        ------
+        KeyError
+            A name is missing or unused.
+        ValueError, TypeError
+            An array has another shape, or a dtype that is not floating.
+        """
+        load(self, mapping, self._advice)
+
+    def _advice(self, missing: set[str], unused: set[str]) -> str:
+        return ""
+
+    def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> Any:
+        """Return a new layer with these weights on another backend, device or dtype.
+
+        `backend=None` keeps the backend (and, where `device` is None too, the device).
+        """
+        if backend is None:
+            backend = self.backend if device is None else self.backend.name
+        dtype = self.dtype if dtype is None else dtype
+        make: Any = type(self)
+        new = make(**self.settings, backend=backend, device=device, dtype=dtype)
+        new.load_params(self.params)
+        return new
+
+    def __repr__(self) -> str:
+        from inspect import signature
+
+        usual = signature(type(self)).parameters
+        told = ("reset_after",)  # the variant, whichever it is
+        given = {k: v for k, v in self.settings.items() if k in told or v != usual[k].default}
+        arguments = "".join(f"{name}={value!r}, " for name, value in given.items())
+        count = sum(int(np.prod(p.shape)) for p in self.params.values())
+        return (
+            f"{type(self).__name__}({arguments}backend={self.backend.name!r}, "
+            f"dtype={self.dtype!r})  # {count:,} parameters"
+        )
+
+    def __reduce__(self) -> Any:
+        host = {name: to_numpy(array) for name, array in self.params.items()}
+        return _again, (type(self), self.settings, self.backend, self.dtype, host)
+
+    # the dtype of the arithmetic, and of what is stored ------------------------------------------
+
+    @cached_property
+    def arithmetic(self) -> str:
+        """float32 for the half precisions, else the layer's own dtype."""
+        return "float32" if self.dtype in ("float16", "bfloat16") else self.dtype
+
+    def _compute(self, v: Any, copy: bool = False) -> Any:
+        if self.arithmetic == self.dtype and not copy:
+            return v
+        return self.backend.xp.astype(v, self.backend.dtype(self.arithmetic), copy=copy)
+
+    def _stored(self, v: Any) -> Any:
+        if self.arithmetic == self.dtype:
+            return v
+        return self.backend.xp.astype(v, self.backend.dtype(self.dtype), copy=False)
+
+    def _mask(self, rng: Any, shape: tuple[int, ...], p: float) -> Any:
+        """0 with probability p, else 1 / (1 - p), drawn on the host; None where nothing drops.
+
+        A byte for each number goes to the device, which does not wait for it.
+        """
+        if rng is None or not p:
+            return None
+        kept = self.backend.put((rng.random(shape) >= p).view(np.uint8))
+        return self.backend.xp.astype(kept, self.backend.dtype(self.dtype)) * (1 / (1 - p))
+
+    def _refuse_complex(self) -> None:
+        if self.dtype == "complex128":
+            raise TypeError("dtype complex128 serves the plain forward call alone, not vjp")
+
+
+def _refuse_dtype(dtype: Any) -> None:
+    """Raise ValueError where it is not the name of a dtype that a model can have."""
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", plain_name(dtype))
+    way = f': write dtype="{name}"' if name in DTYPES else ""
+    raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}{way}")
+
+
+def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
+    """Put copies of the arrays of `mapping` into `layer.params`; strict, all or nothing."""
+    check_mapping(mapping)
+    ours: MutableMapping[str, Any] = layer.params
+    missing, unused = set(ours) - set(mapping), set(mapping) - set(ours)
+    if missing or unused:
+        raise KeyError(
+            f"parameters do not fit {layer!r}: missing {sorted(missing)}, unused {sorted(unused)}"
+            + advice(missing, unused)
+        )
+    new = {name: _converted(layer, name, mapping[name]) for name in ours}
+    for name, array in new.items():
+        ours[name] = array
+
+
+def check_mapping(mapping: Any) -> None:
+    """Raise TypeError where parameters do not come as a mapping."""
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"parameters are a {type(mapping).__name__}, expected a mapping name -> array, such as "
+            "a state_dict()"
+        )
+
+
+def _converted(layer: Any, name: str, array: Any) -> Any:
+    host = to_numpy(array, name)
+    if host.dtype.kind not in ("fc" if layer.dtype == "complex128" else "f"):
+        raise TypeError(f"{name} has dtype {host.dtype}, expected a real floating dtype")
+    _same_shape(name, host, layer.params[name])
+    return layer.backend.put(host, layer.dtype)
+
+
+def _same_shape(name: str, array: Any, ours: Any) -> None:
+    if tuple(array.shape) != tuple(ours.shape):
+        raise ShapeError(f"{name} is {tuple(array.shape)}, expected {tuple(ours.shape)}")
+
+
+def _again(cls: Any, settings: Any, backend: Any, dtype: str, params: Any) -> Any:
+    layer = cls(**settings, backend=backend, dtype=dtype)
+    layer.load_params(params)
+    return layer
+
+
+def refuse_shared(arrays: Mapping[str, Any], what: str = "params") -> None:
+    """Raise ValueError where two names hold one array: a change of one would change the other."""
+    if disjoint(arrays.values()):
+        return
+    for (one, x), (other, y) in combinations(arrays.items(), 2):
+        if overlap(x, y):
+            raise ValueError(
+                f"{what}: {one!r} and {other!r} share their memory. Where they are to be one "
+                f"parameter, say so: Chain(..., tied={{{other!r}: {one!r}}}); else copy one"
+            )
+
+
+def refuse_stale(params: Params, version: int) -> None:
+    """Raise where weights were replaced since `version`: the gradient would be of neither."""
+    if params.version != version:
+        raise RuntimeError(
+            "parameters were replaced between vjp and its pullback: call the pullback before the "
+            "optimiser's step"
+        )

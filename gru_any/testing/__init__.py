@@ -1,0 +1,1 @@
+"""Equipment of tests: what stands in for hardware that is not there."""

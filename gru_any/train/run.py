@@ -1,0 +1,399 @@
+"""A training run: all that changes while it goes on, and how it is kept and taken up again."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import environment, to_numpy
+from ..checkpoint import describe
+from ..nn.params import refuse_shared
+from . import resume
+from .data import Piece, in_time
+from .history import History, Log
+from .mixed import Mixed
+from .optim import Optimizer, clip_by_global_norm
+
+GATES = ("r", "z", "n")
+NUMBERS = (
+    "step", "epoch", "piece", "seconds", "best", "since", "validated", "reason", "losses", "rated",
+    "pending", "counted",
+)  # fmt: skip
+ENDS = ("steps", "epochs", "minutes", "patience")  # a run may go on with other ones
+
+
+class Run:
+    """Where a run stands. See `train.fit` for the terms."""
+
+    def __init__(
+        self,
+        model: Any,
+        optimiser: Optimizer,
+        seed: int,
+        average: float | None,
+        mixed: str | None = None,
+    ) -> None:
+        self.model, self.optimiser, self.decay = model, optimiser, average
+        _tell_frozen(model.params, optimiser.names)
+        self.mixed = Mixed(model, mixed) if mixed else None
+        self.working = self.mixed.twin if self.mixed else model
+        self.rng = np.random.default_rng(seed)
+        self.step = self.epoch = self.piece = self.since = 0
+        self.validated, self.seconds, self.reason = -1, 0.0, ""
+        self.best: float | None = None
+        self.losses: list[float] = []  # of validation
+        self.state: list[Any] = []
+        self.averaged = self._copy() if average else {}
+        self.lowest: dict[str, Any] = {}  # the weights with the lowest loss
+        self.closing: dict[str, Any] | None = None  # the record of the validation at the end
+        self.grads: dict[str, Any] = {}
+        self.pending, self.counted = 0, 0.0  # grads is the mean of so many, over so many targets
+        self.sums: list[Any] = [0.0, 0.0]  # of loss and norm since the last record, and how many
+        self.counts: list[Any] = [0, 0]
+        self.rated: list[Any] | None = None  # what the schedule was asked last, and its answer
+        self.spoiled: dict[str, Any] = {}  # on a device: the first gradient that is not finite,
+        self.spoiled_at = model.backend.put(np.float32(0))  # and its step
+        self.news: dict[str, Any] = {}  # the last record
+        self.folder: Path | None = None
+        self.settings: dict[str, Any] = {}
+        self.log = Log(None, [])
+        self.clock = time.monotonic()
+
+    # one step ------------------------------------------------------------------------------------
+
+    def rate(self, schedule: Callable[..., float] | None) -> None:
+        """Set the learning rate of the next step."""
+        if schedule:
+            self.optimiser.lr = schedule(self.step, self.losses)
+            self.rated = [self.step, len(self.losses), self.optimiser.lr]
+
+    def add_gradient(self, loss: Callable[..., Any], piece: Piece) -> None:
+        """Forward and back over one piece, from the state that the piece before left."""
+        x, target, mask, lengths, batch_first = piece.batch
+        state = None if piece.first else self.state
+        (y, after), pullback = self.working.vjp(x, state, lengths, rng=self.rng)
+        if self.mixed:
+            value, grads = self.mixed.gradient(loss, y, target, mask, pullback)
+        else:
+            value, dy = loss(y, target, mask=mask)
+            grads, _, _ = pullback(dy)
+        if piece.advance < x.shape[1 if batch_first else 0]:
+            shorter = None if lengths is None else np.minimum(lengths, piece.advance)
+            begun = x[in_time(slice(piece.advance), batch_first)]
+            _, after = self.working(begun, state, shorter)
+        self.state = after
+        self.counted += piece.counted
+        if self.pending:  # the mean over all targets, as if they had been one batch
+            share = piece.counted / (self.counted or 1.0)
+            grads = {k: self.grads[k] + share * (g - self.grads[k]) for k, g in grads.items()}
+        self.grads = grads
+        self.pending += 1
+        self._add(0, value * piece.counted, piece.counted)
+
+    def update(self, clip: float | None) -> None:
+        """Change the weights by the mean of the gradients, but those that are frozen."""
+        grads = {name: self.grads[name] for name in self.optimiser.names}
+        norm = clip_by_global_norm(grads, math.inf if clip is None else clip)
+        if self.mixed:
+            done = self.mixed.update(self.optimiser, grads, norm)
+            norm = self.model.backend.xp.where(done > 0, norm, 0 * done)
+        else:
+            self._watch(grads, norm)
+            self.optimiser.step(self.model.params, grads)
+            done = 1
+        self.grads, self.pending, self.counted, self.news = {}, 0, 0.0, {}
+        self.step += 1
+        self._add(1, norm, done)
+        if self.decay:
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            for name, average in self.averaged.items():
+                self.averaged[name] = average * decay + (1 - decay) * self.model.params[name]
+
+    def quiet(self) -> Any:
+        """Overflow is no news where a scale is found by it."""
+        return np.errstate(all="ignore") if self.mixed else nullcontext()
+
+    def _watch(self, grads: dict[str, Any], norm: Any) -> None:
+        """Stop at what is not finite; on a device keep the first such gradient for `_check`."""
+        backend, step = self.model.backend, self.step + 1
+        if backend.host:
+            for what, number in (("gradient", norm), ("loss", self.sums[0])):
+                if not math.isfinite(number):
+                    raise FloatingPointError(_not_finite(step, what, grads))
+            return
+        xp, kept = backend.xp, self.spoiled or grads
+        first = xp.logical_not(xp.isfinite(norm)) & (self.spoiled_at == 0)
+        self.spoiled = {name: xp.where(first, g, kept[name]) for name, g in grads.items()}
+        self.spoiled_at = xp.where(first, xp.full_like(self.spoiled_at, step), self.spoiled_at)
+
+    def _check(self) -> None:
+        """Stop where something was not finite since the last record. Waits for the device."""
+        if step := int(self.spoiled_at):
+            raise FloatingPointError(_not_finite(step, "gradient", self.spoiled))
+        if not all(math.isfinite(float(s)) for s in self.sums):
+            raise FloatingPointError(_not_finite(self.step, "loss", dict(self.model.params)))
+        if self.mixed and float(self.mixed.scale) < 1:
+            raise FloatingPointError(
+                f"the gradient overflows {self.working.dtype} in step {self.step}, whatever the "
+                "loss scale: lower the learning rate, or train without mixed"
+            )
+
+    def _add(self, i: int, value: Any, count: Any = 1) -> None:
+        self.sums[i], self.counts[i] = self.sums[i] + value, self.counts[i] + count
+
+    def record(self) -> None:
+        """Write a line of the log: the means since the last. Waits for the device."""
+        self._check()
+        loss, norm = (
+            float(s) / (float(n) or 1.0) for s, n in zip(self.sums, self.counts, strict=True)
+        )
+        self.sums, self.counts = [0.0, 0.0], [0, 0]
+        more = {"scale": float(self.mixed.scale)} if self.mixed else {}
+        self.news = self._write(loss=loss, rate=self.optimiser.lr, norm=norm, **more)
+
+    def _write(self, **values: float) -> dict[str, Any]:
+        line = {"step": self.step, "epoch": self.epoch, **values, "seconds": self.elapsed()}
+        self.log.write(line)
+        return line
+
+    # validation and the end ----------------------------------------------------------------------
+
+    def validate(self, valid: Callable[[], float]) -> None:
+        """Ask for the validation loss, with the averaged weights if there are some."""
+        loss = self._validation(valid)
+        self._judge(loss)
+        self._write(valid=loss)
+
+    def _validation(self, valid: Callable[[], float]) -> float:
+        own = dict(self.model.params)
+        self._put_in(self.averaged)
+        try:
+            loss = float(valid())
+        finally:
+            self._put_in(own)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is {loss} after step {self.step}")
+        return loss
+
+    def _judge(self, loss: float) -> None:
+        """Take note of a validation loss of the present weights."""
+        if self.best is None or loss < self.best:
+            self.best, self.since = loss, 0
+            self.lowest = {k: self._fresh(w) for k, w in self.averaged.items()} or self._copy()
+        else:
+            self.since += 1
+        self.losses.append(loss)
+        self.validated = self.step
+
+    def ended(
+        self, steps: int | None, epochs: int | None, minutes: float | None, patience: int | None
+    ) -> str:
+        """Why the run is at its end, or nothing."""
+        if (steps or math.inf) <= self.step or (epochs or math.inf) <= self.epoch:
+            return "done"
+        if patience is not None and self.since > patience:
+            return "patience"
+        return "minutes" if minutes is not None and self.elapsed() >= 60 * minutes else ""
+
+    def close(self, valid: Callable[[], float] | None) -> History:
+        """Keep the run, and give the best weights back.
+
+        What a validation at the end finds is kept apart, since a run that goes on with another end
+        would not have had it.
+        """
+        if self.reason != "finished":
+            if valid and self.reason != "interrupted" and self.validated < self.step:
+                self.closing = self._write(valid=self._validation(valid))
+            self.save()
+            self._tell_pending()
+        if self.closing:
+            self._judge(self.closing["valid"])
+        self._put_in(self.lowest or self.averaged)
+        return History(self.log.records, self.reason, self.best)
+
+    def _tell_pending(self) -> None:
+        """Say where gradients were computed and the run ended before their update."""
+        if self.pending:
+            kept = "" if self.folder is None else "; a run that goes on in this folder has them"
+            print(
+                f"gru_any: the last {self.pending} gradients came to no update, which takes "
+                f"{self.settings['accumulate']}{kept}",
+                file=sys.stderr,
+            )
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds + time.monotonic() - self.clock
+
+    def _copy(self) -> dict[str, Any]:
+        """Copies of what the optimiser changes."""
+        return {name: self._fresh(self.model.params[name]) for name in self.optimiser.names}
+
+    def _fresh(self, w: Any) -> Any:
+        return self.model.backend.xp.asarray(w, copy=True)
+
+    def _put_in(self, weights: dict[str, Any]) -> None:
+        for name, w in weights.items():
+            self.model.params[name] = w
+
+    # kept, and taken up again --------------------------------------------------------------------
+
+    def open(
+        self,
+        out: Any,
+        arguments: dict[str, Any],
+        settings: dict[str, Any],
+        schedule: Callable[..., float] | None = None,
+    ) -> None:
+        """Take up the run that the folder `out` holds, or begin it there.
+
+        arguments: those of `fit` that decide the numbers; settings: what else does.
+        """
+        numbers = self.optimiser.settings
+        if schedule:  # which has changed lr, where this optimiser has been in a run before
+            numbers["lr"] = self.optimiser.first_rate
+        if numbers["groups"] == [[list(self.model.params), {}]]:
+            del numbers["groups"]
+        name = type(self.optimiser).__name__
+        arguments = {"model": repr(self.model), "optimiser": name, **numbers, **arguments}
+        if twice := set(arguments) & set(settings):
+            raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
+        self.settings = {**arguments, **settings}
+        if out is None:
+            return
+        self.folder = Path(out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = resume.restore(self.folder)
+        if found is not None:
+            header, arrays = found
+            kept, now = header["settings"], {name: self.settings[name] for name in ENDS}
+            resume.refuse_changes({**kept, **now}, self.settings)
+            resume.tell_differences(header["environment"], environment(self.model.backend))
+            self._take_up({"closing": None, "pending": 0, "counted": 0.0, **header}, arrays)
+            changes = [f"{k} was {kept.get(k)} and is now {v}" for k, v in now.items()
+                       if kept.get(k) != v]  # fmt: skip
+            self._tell(changes)
+            self._same_schedule(schedule, bool(changes))
+        self.log = Log(self.folder / "log.jsonl", self.log.records)
+
+    def _tell(self, changes: list[str]) -> None:
+        """Decide whether the run goes on, and say so."""
+        steps, epochs, _, _ = ends = [self.settings[name] for name in ENDS]
+        over = self.reason not in ("", "interrupted")
+        beyond = self.step > (steps or math.inf) or (self.epoch, self.piece) > (
+            epochs or math.inf, 0,
+        )  # fmt: skip
+        why = f" ({'; '.join(changes)})" if changes else ""
+        if beyond or (over and self.ended(*ends)):
+            told = f"is finished ({self.step} steps)" if over else f"has {self.step} steps"
+            self.reason, told = "finished", f"{told}{why}; nothing is changed"
+            self.log.records = [*self.log.records, *([self.closing] if self.closing else [])]
+        else:
+            self.reason, self.closing = "", None
+            told = f"goes on after step {self.step}{why}"
+        print(f"gru_any: the run in {self.folder} {told}", file=sys.stderr)
+
+    def _same_schedule(self, schedule: Callable[..., float] | None, other_end: bool) -> None:
+        """Ask the schedule again what it was asked last: a function cannot be compared itself.
+
+        One that reaches up to the end of the run changes with it, and is told of then.
+        """
+        step, count, rate = self.rated or (0, 0, None)
+        now = float(schedule(step, self.losses[:count])) if schedule and self.rated else None
+        if now == rate and not (schedule and self.step and not self.rated):
+            return
+        told = f"the rate was {rate} in step {step + 1} and is now {now}"
+        if not other_end or now is None or rate is None:
+            raise ValueError(
+                f"this folder holds a run with another schedule: {told}. Take it back, or give "
+                "another folder"
+            )
+        if self.reason != "finished":
+            print(
+                f"gru_any: the schedule would have given other rates so far: {told}; the run is "
+                "not the one that had this end from the start",
+                file=sys.stderr,
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint, where there is a folder."""
+        self._check()  # never a checkpoint of weights that are lost
+        if self.folder is None:
+            return
+        self.seconds, self.clock = self.elapsed(), time.monotonic()
+        header, slots = {name: getattr(self, name) for name in NUMBERS}, self.optimiser.state
+        header |= {
+            "settings": self.settings,
+            "environment": environment(self.model.backend),
+            "rng": self.rng.bit_generator.state,
+            "lr": self.optimiser.lr,
+            "count": slots.pop("count"),
+            "sums": [float(s) for s in self.sums],
+            "counts": [float(n) for n in self.counts],
+            "mixed": [float(v) for v in (self.mixed.scale, self.mixed.good)] if self.mixed else [],
+            "records": self.log.records[:-1] if self.closing else self.log.records,
+            "closing": self.closing,
+            "description": describe(self.model),
+        }
+        state = {str(i): h for i, h in enumerate(self.state)}
+        groups = {"weights": self.model.params, "optimiser": slots, "state": state,
+                  "averaged": self.averaged, "lowest": self.lowest,
+                  "grads": self.grads}  # fmt: skip
+        arrays = {f"{g}/{k}": to_numpy(v) for g, part in groups.items() for k, v in part.items()}
+        resume.store(self.folder, header, arrays)
+
+    def _take_up(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        backend, groups = self.model.backend, {}  # type: ignore[var-annotated]
+        for name, array in arrays.items():
+            group, _, key = name.partition("/")
+            dtype = (self.working if group == "state" else self.model).dtype
+            groups.setdefault(group, {})[key] = backend.put(array, dtype)
+        for name in NUMBERS:
+            setattr(self, name, header[name])
+        self._put_in(groups["weights"])
+        if self.mixed:
+            self.mixed.put(*header["mixed"])
+        self.optimiser.state = {"count": header["count"], **groups.get("optimiser", {})}
+        self.optimiser.lr = header["lr"]
+        self.rng.bit_generator.state = header["rng"]
+        self.sums, self.counts = header["sums"], header["counts"]
+        state = groups.get("state", {})
+        self.state = [state[str(i)] for i in range(len(state))]
+        self.averaged, self.lowest = groups.get("averaged", {}), groups.get("lowest", {})
+        self.grads, self.closing = groups.get("grads", {}), header["closing"]
+        self.log.records = header["records"]
+
+
+def _tell_frozen(params: Any, names: tuple[str, ...]) -> None:
+    """Say which parameters the optimiser does not hold, so that none is forgotten by mistake."""
+    refuse_shared(params)
+    if unknown := set(names) - set(params):
+        raise KeyError(f"the optimiser holds {sorted(unknown)}, which the model does not have")
+    if frozen := [name for name in params if name not in names]:
+        print(
+            f"gru_any: {len(frozen)} of {len(params)} parameters are frozen, since the optimiser "
+            f"does not hold them: {', '.join(frozen)}",
+            file=sys.stderr,
+        )
+
+
+def _not_finite(step: int, what: str, arrays: dict[str, Any]) -> str:
+    """The words for it: the first array that is not finite, and which gates' part of it."""
+    where = ", though parameters and gradients are"
+    for name, array in arrays.items():
+        wrong = ~np.isfinite(to_numpy(array))
+        if wrong.any():
+            where = f": first in {name}"
+            if "_ih" in name or "_hh" in name:  # (3H, .): the rows of r, z and n
+                parts = zip(GATES, np.split(wrong, 3), strict=True)
+                where += f", gate {' and '.join(gate for gate, part in parts if part.any())}"
+            break
+    return (
+        f"the {what} is not finite in step {step}{where}. A lower learning rate or a smaller "
+        "clip may mend it"
+    )
