@@ -27,6 +27,7 @@ HOST = [
     "train/data",
     "train/mixed",
     "train/run",
+    "typing",
 ]
 FOREIGN = {name: {"numpy"} for name in HOST} | {
     "checkpoint": {"numpy", "safetensors"},
@@ -70,16 +71,19 @@ LAYERS = [
     {"nn/stack"},
     {"nn/weights"},
     {"nn/params", "nn/sweep"},
-    {"equations", "nn/init", "nn/__init__"},
+    {"nn/init", "nn/__init__"},
+    {"equations"},
     {"backend/__init__"},
     {"backend/modes"},
     {"testing", "backend/cuda"},
     {"backend/cpu"},
     {"backend/transfer"},
     {"backend/libraries", "backend/reference"},
+    {"backend/contract"},
     {"backend/cuda/device"},
     {"arguments", "errors", "files", "version"},
     {"codegen", "inspect/formulas"},
+    {"typing"},
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -21,7 +21,7 @@ def several_threads(monkeypatch):
 
 def taken(T, B, H):
     with running("compiled"):
-        return type(runner(select("numpy")).suited(T, B, H)).__name__
+        return type(runner(select("numpy")).for_call(T, B, H)).__name__
 
 
 def test_which_calls_are_brief(monkeypatch):

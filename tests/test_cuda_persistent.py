@@ -15,7 +15,7 @@ from gru_any.backend.cuda.runner import CUDA
 from gru_any.backend.cuda.walk import backward_walk, forward_walk, typed
 from gru_any.backend.reference import Plain
 from gru_any.codegen.cuda_source import prelude
-from gru_any.nn.sweep import Alive
+from gru_any.nn.sweep import StepMask
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda.memory import count
 from gru_any.testing.fake_cuda.ops import Ops
@@ -237,10 +237,10 @@ def test_all_steps_in_one_launch(dtype, way, B, H, after):
     there, wide = [fake.asarray(v) for v in arrays], [v.astype("f8") for v in arrays]
     for reverse in EVERY:
         before = count["launches"]
-        found = walked(device, after, there, Alive(fake.asarray(alive)), reverse)
+        found = walked(device, after, there, StepMask(fake.asarray(alive)), reverse)
         assert count["launches"] == before + 2
         kept = [v.get().astype("f8") for v in found[:5]]
-        expected = walked(plain, after, wide, Alive(alive), reverse, kept)
+        expected = walked(plain, after, wide, StepMask(alive), reverse, kept)
         for ours, theirs in zip(found, expected, strict=True):
             gap = np.abs(ours.get().astype("f8") - theirs).max() / np.abs(theirs).max()
             assert gap <= LIMITS[str(ours.dtype)]

@@ -14,7 +14,7 @@ from gru_any.backend.cuda.plan import Plan
 from gru_any.backend.cuda.runner import CUDA
 from gru_any.backend.cuda.walk import backward_walk, forward_walk
 from gru_any.backend.reference import Plain
-from gru_any.nn.sweep import Alive
+from gru_any.nn.sweep import StepMask
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda import shim
 from gru_any.testing.fake_cuda.ops import Ops, gemm
@@ -87,7 +87,7 @@ def both_ways(run, put, variant, arrays, alive, reverse):
     """Forward and back through a block -> every array that comes out of it."""
     a, h, recurrent, dy, dh = arrays
     recurrent = [put(v) for v in recurrent]
-    mask = None if alive is None else Alive(put(alive), 0)
+    mask = None if alive is None else StepMask(put(alive), 0)
     path, saved = run.forward(variant.step, put(a), put(h), recurrent, mask, reverse, True)
     short, _ = run.forward(variant.step, put(a), put(h), recurrent, mask, reverse, False)
     previous = path[1:, :, :] if reverse else path[:-1, :, :]

@@ -208,7 +208,7 @@ def results():
 @NUMBA
 @pytest.mark.parametrize(
     "method",
-    ["Numba.forward", "Numba.backward", "Numba.prepared", "Numba.packed", "Tiled.into"],
+    ["Numba.forward", "Numba.backward", "Numba.prepare_step", "Numba.frozen_weights", "Tiled.into"],
 )
 def test_each_method_that_fails_to_compile(monkeypatch, unbroken, method):
     with running("traced"):

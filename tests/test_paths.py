@@ -43,7 +43,7 @@ def forward(path, problem, alive=None, reverse=False):
     with running(path):
         run = runner(NUMPY)
         U = recurrent[0]
-        recurrent = (run.laid_out(U, U, a.shape[1] * a.shape[0])[1], *recurrent[1:])
+        recurrent = (run.pack_weights(U, U, a.shape[1] * a.shape[0])[1], *recurrent[1:])
         states, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
         short, _ = run.forward(variant.step, a, h, recurrent, alive, reverse, False)
     assert np.array_equal(states, short, equal_nan=True)
@@ -56,7 +56,7 @@ def backward(path, problem, states, saved, alive=None, reverse=False):
     before = states[1:] if reverse else states[:-1]
     with running(path):
         run = runner(NUMPY)
-        U = run.laid_out(recurrent[0], recurrent[0], before.shape[1] * before.shape[0])[1]
+        U = run.pack_weights(recurrent[0], recurrent[0], before.shape[1] * before.shape[0])[1]
         back = (before, saved, U, alive, reverse)
         parts, first, g = run.backward(variant.backward, dy, dh, *back, True)
         _, again, none = run.backward(variant.backward, dy, dh, *back, False)
@@ -276,7 +276,7 @@ def test_input_products(path, I, bias, rows):
     x[0, 0] = np.nan
     with running(path):
         run = runner(NUMPY)
-        W, U = run.laid_out(W, np.zeros((6, 2)), math.prod(rows))
+        W, U = run.pack_weights(W, np.zeros((6, 2)), math.prod(rows))
         a = run.affine(x, W, b if bias else None)
         state = np.zeros((rows[1], 2))
         found = run.forward(shows_its_input, a, state, (U,), None, False, True)[1]
@@ -300,7 +300,7 @@ def test_what_is_needed_again_is_not_written_over(path, keep):
     for way in ("plain", path):
         with running(way):
             run = runner(NUMPY)
-            ready = run.laid_out(U, U, 3 * len(a))[1]
+            ready = run.pack_weights(U, U, 3 * len(a))[1]
             states, saved = run.forward(needs_its_products_again, a, h, (ready,), None, False, keep)
             found.append([states, *(saved if keep else ())])
     for mine, plain in zip(*found[::-1], strict=True):
@@ -348,7 +348,7 @@ def test_our_products(dtype, order, R, K, N, monkeypatch):
     M = M.astype(dtype)
 
     def product(v):
-        rows = run.rows(v) if order == "C" else run.rows(v.T).T
+        rows = run.as_matrix(v) if order == "C" else run.as_matrix(v.T).T
         found = rows @ Packed(M)
         assert type(found) is np.ndarray
         return found

@@ -15,21 +15,21 @@ class Plain:
     def __init__(self, xp: Any, device: Any) -> None:
         self.xp, self.device = xp, device
 
-    def suited(self, steps: int, rows: int, units: int) -> "Plain":
+    def for_call(self, steps: int, rows: int, units: int) -> "Plain":
         """Return the runner for calls of so many steps, rows of the batch and units."""
         return self
 
-    def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
+    def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
         return W, U
 
-    def wide(self, v: Any, dtype: Any) -> Any:
+    def upcast(self, v: Any, dtype: Any) -> Any:
         """Upcast `v` to the dtype of the arithmetic, which is float32 for half precision."""
         return v if v.dtype == dtype else self.xp.astype(v, dtype)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """Return x W^T + b (K, B, N) of x (K, B, I), W (N, I) and b (N,) or None."""
-        a = self.rows(x) @ W.T
+        a = self.as_matrix(x) @ W.T
         return self.xp.reshape(a if b is None else a + b, (x.shape[0], x.shape[1], W.shape[0]))
 
     def forward(
@@ -61,12 +61,12 @@ class Plain:
             saved.reverse()
         return xp.stack(states), self._stack(saved) if keep else None
 
-    def single(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+    def single_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         """Return a function of x (B, I) and h (B, H) that gives the next state and a copy of it."""
         U, *vectors = recurrent
 
         def one(x: Any, h: Any) -> Any:
-            left, right = self.laid_out(W, U, x.shape[0])
+            left, right = self.pack_weights(W, U, x.shape[0])
             a = self.affine(x[None, :, :], left, b)
             path, _ = self.forward(step, a, h, (right, *vectors), None, False, False)
             new = path[1, :, :]
@@ -74,11 +74,11 @@ class Plain:
 
         return one
 
-    def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+    def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         """Return the function of `single` for many steps; it may keep copies of the weights."""
-        return self.single(step, W, b, recurrent)
+        return self.single_step(step, W, b, recurrent)
 
-    def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+    def frozen_weights(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
         """W, b, recurrent for calls without end, which may hold copies of them."""
         return W, b, recurrent
 
@@ -112,11 +112,11 @@ class Plain:
             gs.reverse()
         return self._stack(parts), dh, xp.stack(gs) if taps else None
 
-    def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    def concurrent(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Call functions that do not depend on one another, and return their results."""
         return [call() for call in calls]
 
-    def chained(
+    def pipeline(
         self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
     ) -> Any:
         """Call each function on the result of the one before, the first on x.
@@ -128,11 +128,11 @@ class Plain:
             x = call(x)
         return x
 
-    def complete(self, steps: int) -> int:
+    def unmasked_prefix(self, steps: int) -> int:
         """Return how many of the leading steps, at which no sequence has ended, run unmasked."""
         return steps
 
-    def call(
+    def run_graph(
         self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
     ) -> tuple[Any, Any]:
         """Return function(*static, arrays[, tape]): its results, and the residuals as a tape.
@@ -142,22 +142,22 @@ class Plain:
         """
         return function(*static, arrays, *(() if tape is None else (tape,)))
 
-    def rows(self, v: Any) -> Any:
+    def as_matrix(self, v: Any) -> Any:
         """Reshape v (..., N) to a matrix (rows, N) whose products this runner computes."""
         return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
 
-    def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
+    def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
         """Call the equations' `weights` on the arrays of a block as matrices."""
-        return weights(self.xp, self.rows(h), OnDemand(self.rows, saved), *parts)
+        return weights(self.xp, self.as_matrix(h), OnDemand(self.as_matrix, saved), *parts)
 
-    def products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
+    def overlap_products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
         """Call three functions of products that do not need each other -> what they return.
 
         work: multiply-adds of the third, which is about as much as the others together.
         """
         return [call() for call in calls]
 
-    def own(self, v: Any) -> Any:
+    def as_contiguous(self, v: Any) -> Any:
         """Return `v` without a reference to the larger array that it is a view of."""
         return v
 

@@ -91,7 +91,7 @@ class FrozenGRU(GRU):
         self.__dict__.update({k: v for k, v in vars(self._own).items() if k != "params"})
         self._weights: tuple[Any, Any] = (None, {})  # made for which runner, and they
         self._single: tuple[Any, Any] = (None, [])  # likewise, for `step`
-        self._laid_out()
+        self._packed()
 
     @property
     def params(self) -> Any:
@@ -102,7 +102,7 @@ class FrozenGRU(GRU):
     def params(self, value: Any) -> NoReturn:
         raise TypeError(REFUSAL)
 
-    def _laid_out(self) -> dict[Any, Weights]:
+    def _packed(self) -> dict[Any, Weights]:
         """The weights by layer and direction, as the runner takes them; none on a device."""
         made_for, weights = self._weights
         run, stack = self._run, self._own._stack
@@ -110,7 +110,7 @@ class FrozenGRU(GRU):
             step = equations.variant(self.reset_after).step
             keys = [(n, suffix) for n in range(self.num_layers) for suffix in self.suffixes]
             weights = {
-                key: Weights(*run.packed(step, *stack.weights(self._own.params, *key)))
+                key: Weights(*run.frozen_weights(step, *stack.weights(self._own.params, *key)))
                 for key in (keys if self.backend.host else [])
             }
             self._weights = run, weights
@@ -122,7 +122,7 @@ class FrozenGRU(GRU):
 
     def _given(self, entry: Any, rng: Any) -> Any:
         given, full = self._own._given(entry, rng)
-        return (given._replace(params=self._laid_out()) if self.backend.host else given), full
+        return (given._replace(params=self._packed()) if self.backend.host else given), full
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
         """Advance by one step, as `GRU.step` does."""
@@ -133,7 +133,7 @@ class FrozenGRU(GRU):
     def _prepared(self) -> Any:
         made_for, steps = self._single
         if made_for is not self._run:
-            steps = self._own._steps(self._run.prepared)
+            steps = self._own._steps(self._run.prepare_step)
             self._single = self._run, steps
         return partial(self._step, steps)
 
@@ -152,7 +152,7 @@ class FrozenGRU(GRU):
     def __repr__(self) -> str:
         text, _, note = repr(self._own).partition("  # ")
         held = [*self._own.params.values()]
-        for W, b, rest in self._laid_out().values():
+        for W, b, rest in self._packed().values():
             for v in (W, b, *rest):
                 held += getattr(v, "arrays", [v])
         size = sum(getattr(v, "nbytes", 0) for v in {id(v): v for v in held}.values())

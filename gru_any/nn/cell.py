@@ -125,7 +125,7 @@ class GRUCell(Layer):
         run, dtype = runner(self.backend), self.backend.dtype(self.arithmetic)
 
         def get(name: str) -> Any:
-            return run.wide(self.params[name], dtype)
+            return run.upcast(self.params[name], dtype)
 
         return Sweep(
             run,

@@ -14,8 +14,8 @@ from ..backend import runner, to_numpy
 from ..errors import check_shape
 from .init import uniform
 from .params import Layer
-from .pullback import Entry, Pullback
-from .stack import Given, Stack
+from .pullback import Call, Pullback
+from .stack import ForwardInputs, Stack
 from .sweep import Padding
 from .weights import parameter_shapes, variant_advice
 
@@ -225,11 +225,11 @@ class GRU(Layer):
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)
-        return self._step(self._steps(self._run.single), x_t, state)
+        return self._step(self._steps(self._run.single_step), x_t, state)
 
     def _prepared(self) -> Any:
         """`step` with the parameters taken as they are now, for a stream: less to do in each."""
-        return partial(self._step, self._steps(self._run.prepared))
+        return partial(self._step, self._steps(self._run.prepare_step))
 
     def _steps(self, make: Any) -> list[Any]:
         if "_reverse" in self.suffixes:
@@ -245,7 +245,7 @@ class GRU(Layer):
         """A step between arrays that are stored as halves."""
 
         def wide(x: Any, h: Any) -> Any:
-            return [self._stored(v) for v in step(self._wide(x), self._compute(h))]
+            return [self._stored(v) for v in step(self._upcast(x), self._compute(h))]
 
         return wide
 
@@ -283,7 +283,7 @@ class GRU(Layer):
 
     # from the user's arrays to time-major ones, and back -----------------------------------------
 
-    def _enter(self, x: Any, h0: Any, lengths: Any) -> Entry:
+    def _enter(self, x: Any, h0: Any, lengths: Any) -> Call:
         xp, rank = self.backend.xp, getattr(x, "ndim", 3)
         self.backend.check("x", x, self.dtype)
         letters = "(T, I)" if rank == 2 else "(B, T, I)" if self.batch_first else "(T, B, I)"
@@ -299,14 +299,14 @@ class GRU(Layer):
             h0 = self._compute(xp.reshape(h0, (states, B, self.hidden_size)), copy=True)
         if lengths is not None and rank == 2:
             raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
-        return Entry(x, h0, self._padding(lengths, x.shape[0], B), rank == 2)
+        return Call(x, h0, self._padding(lengths, x.shape[0], B), rank == 2)
 
     def _time_major(self, v: Any, single: bool) -> Any:
         if single:
             return self.backend.xp.expand_dims(v, axis=1)
         return self.backend.xp.permute_dims(v, (1, 0, 2)) if self.batch_first else v
 
-    def _leave(self, entry: Entry, y: Any, h_n: Any) -> tuple[Any, Any]:
+    def _leave(self, entry: Call, y: Any, h_n: Any) -> tuple[Any, Any]:
         if entry.single:
             return (None if y is None else y[:, 0, :]), h_n[:, 0, :]
         if self.batch_first and y is not None:
@@ -329,10 +329,10 @@ class GRU(Layer):
     def _run(self) -> Any:
         return runner(self.backend, self.precision)
 
-    def _wide(self, v: Any) -> Any:
+    def _upcast(self, v: Any) -> Any:
         if self.arithmetic == self.dtype:
             return v
-        return self._run.wide(v, self.backend.dtype(self.arithmetic))
+        return self._run.upcast(v, self.backend.dtype(self.arithmetic))
 
     # the stack of layers -------------------------------------------------------------------------
 
@@ -352,35 +352,35 @@ class GRU(Layer):
             self.backend.dtype(self.dtype),
         )
 
-    def _stack_for(self, entry: Entry) -> Stack:
+    def _stack_for(self, entry: Call) -> Stack:
         """The stack, with the runner for a call of this size."""
         T, B, _ = entry.x.shape
-        return self._stack_on(self._run.suited(T, B, self.hidden_size))
+        return self._stack_on(self._run.for_call(T, B, self.hidden_size))
 
     def _forward(self, x: Any, h0: Any, lengths: Any, outputs: bool) -> tuple[Any, Any]:
         entry = self._enter(x, h0, lengths)
         (y, h_n), _ = self._call(entry, keep=False, rng=None, outputs=outputs)
         return self._leave(entry, y, h_n)
 
-    def _call(self, entry: Entry, keep: bool, rng: Any, outputs: bool = True) -> Any:
+    def _call(self, entry: Call, keep: bool, rng: Any, outputs: bool = True) -> Any:
         """Return (y, h_n), and the residuals as the backend keeps them."""
         stack, T = self._stack_for(entry), entry.x.shape[0]
         given, full = self._given(entry, rng)
         static = (stack, full, keep, self._segment(T), outputs)
-        return stack.run.call(Stack.forward, static, given, self._steps_of(entry))
+        return stack.run.run_graph(Stack.forward, static, given, self._steps_of(entry))
 
-    def _steps_of(self, entry: Entry) -> int:
+    def _steps_of(self, entry: Call) -> int:
         """How many steps a call has, all layers and directions together."""
         return entry.x.shape[0] * self.num_layers * len(self.suffixes)
 
-    def _given(self, entry: Entry, rng: Any) -> tuple[Given, int]:
+    def _given(self, entry: Call, rng: Any) -> tuple[ForwardInputs, int]:
         """The arrays of a call, and the step before which all rows are alive."""
         x, h0, padding, _ = entry
         shape = (*x.shape[:2], self.hidden_size * len(self.suffixes))
         masks = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
         alive, full = padding or (None, 0)
-        given = Given(x, h0, dict(self.params), alive, (None, *masks))
-        return given, full and self._run.complete(full)
+        given = ForwardInputs(x, h0, dict(self.params), alive, (None, *masks))
+        return given, full and self._run.unmasked_prefix(full)
 
     def _segment(self, T: int) -> int | None:
         return max(1, math.isqrt(T)) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]

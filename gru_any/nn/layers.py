@@ -90,7 +90,7 @@ class Linear(Layer):
         return y, pullback
 
     def _rows(self, v: Any) -> Any:
-        return runner(self.backend).rows(self._compute(v))
+        return runner(self.backend).as_matrix(self._compute(v))
 
 
 class Embedding(Layer):

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from ..errors import check_shape
 from .params import refuse_stale
-from .stack import Back, Stack
+from .stack import BackwardInputs, Stack
 from .sweep import Padding
 
 
-class Entry(NamedTuple):
+class Call(NamedTuple):
     """What came in: x (T, B, I), h0 (L*D, B, H), the padding, and whether there was no batch."""
 
     x: Any
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 class Pullback:
     """From dL/dy and dL/dh_n to dL/d of the parameters, x and h0. See `GRU.vjp`."""
 
-    def __init__(self, gru: Any, entry: Entry, tapes: Any, version: int) -> None:
+    def __init__(self, gru: Any, entry: Call, tapes: Any, version: int) -> None:
         self._gru, self._entry, self._tapes, self._version = gru, entry, tapes, version
 
     def __call__(self, dy: Any, dh_n: Any = None) -> tuple[dict[str, Any], Any, Any]:
@@ -42,15 +42,15 @@ class Pullback:
         given, stack = self._enter(dy, dh_n), gru._stack_for(entry)
         if taps is None:
             steps = gru._steps_of(entry)
-            found, _ = stack.run.call(Stack.backward, (stack,), given, steps, self._tapes)
+            found, _ = stack.run.run_graph(Stack.backward, (stack,), given, steps, self._tapes)
         else:
             back = partial(Stack.backward, taps=taps)
-            found, _ = stack.run.call(back, (stack,), given, None, self._tapes)
+            found, _ = stack.run.run_graph(back, (stack,), given, None, self._tapes)
         grads, dx, dh0 = found
         dx, dh0 = gru._leave(entry, dx, dh0)
         return {name: grads[name] for name in gru.params}, dx, dh0
 
-    def _enter(self, dy: Any, dh_n: Any) -> Back:
+    def _enter(self, dy: Any, dh_n: Any) -> BackwardInputs:
         """Check the cotangents; lay them out time-major, dh_n as (L*D, B, H)."""
         gru, entry = self._gru, self._entry
         if dy is None and dh_n is None:
@@ -63,8 +63,8 @@ class Pullback:
             check_shape("dy", dy, "(T, D*H)" if entry.single else f"({letters}, D*H)", sizes)
             dy = gru._time_major(dy, entry.single)
         if dh_n is None:
-            return Back(dy, gru.backend.zeros((gru.num_layers * D, B, H), gru.arithmetic))
+            return BackwardInputs(dy, gru.backend.zeros((gru.num_layers * D, B, H), gru.arithmetic))
         gru.backend.check("dh_n", dh_n, gru.dtype)
         check_shape("dh_n", dh_n, "(L*D, H)" if entry.single else "(L*D, B, H)", sizes)
         dh_n = gru.backend.xp.reshape(dh_n, (-1, B, H)) if entry.single else dh_n
-        return Back(dy, gru._compute(dh_n))
+        return BackwardInputs(dy, gru._compute(dh_n))

@@ -11,7 +11,7 @@ from .sweep import Padding, Sweep, Weights
 from .weights import weights
 
 
-class Given(NamedTuple):
+class ForwardInputs(NamedTuple):
     """The arrays of a call: x (T, B, I), h0 (L*D, B, H), the parameters by name.
 
     alive: (T, B, 1) of bool, None where nothing is padded; masks: of the input of each layer, None
@@ -25,7 +25,7 @@ class Given(NamedTuple):
     masks: tuple[Any, ...]
 
 
-class Back(NamedTuple):
+class BackwardInputs(NamedTuple):
     """The inputs of the backward pass: dy (T, B, D*H) or None, dh_n (L*D, B, H)."""
 
     dy: Any
@@ -56,7 +56,7 @@ class Stack(NamedTuple):
     stored: Any
 
     def forward(
-        self, full: int, keep: bool, segment: int | None, outputs: bool, given: Given
+        self, full: int, keep: bool, segment: int | None, outputs: bool, given: ForwardInputs
     ) -> tuple[Any, list[LayerTape]]:
         """Run all layers -> (y (T, B, D*H) or None, h_n (L*D, B, H)), and their tapes.
 
@@ -76,11 +76,11 @@ class Stack(NamedTuple):
             return y
 
         calls = [partial(through, layer) for layer in range(self.layers)]
-        y = self.run.chained(calls, given.x, self._overlap(given.masks, given.h0))
+        y = self.run.pipeline(calls, given.x, self._overlap(given.masks, given.h0))
         return (y, self._together(states)), tapes
 
     def backward(
-        self, given: Back, tapes: list[LayerTape], taps: list[Any] | None = None
+        self, given: BackwardInputs, tapes: list[LayerTape], taps: list[Any] | None = None
     ) -> tuple[Any, None]:
         """Walk all layers back -> (the gradients by name, dx, dh0 (L*D, B, H)), and no tape.
 
@@ -96,14 +96,14 @@ class Stack(NamedTuple):
 
         calls = [partial(back, layer) for layer in range(self.layers - 1, -1, -1)]
         masks = tuple(tape.mask for tape in tapes)
-        dx = self.run.chained(calls, given.dy, self._overlap(masks, given.dh_n))
+        dx = self.run.pipeline(calls, given.dy, self._overlap(masks, given.dh_n))
         return (grads, dx, self._together(dh0)), None
 
     def weights(self, params: Any, layer: int, suffix: str) -> Weights:
         """Of one layer in one direction, in the dtype of the arithmetic."""
 
         def get(name: str) -> Any:
-            return self.run.wide(params[f"{name}_l{layer}{suffix}"], self.dtype)
+            return self.run.upcast(params[f"{name}_l{layer}{suffix}"], self.dtype)
 
         return weights(self.run.xp, get, self.bias, self.reset_after)
 
@@ -114,7 +114,14 @@ class Stack(NamedTuple):
         return Sweep(self.run, self.variant, taken, padding, reverse, self.dtype)
 
     def _layer(
-        self, layer: int, given: Given, padding: Any, x: Any, keep: bool, segment: Any, wanted: bool
+        self,
+        layer: int,
+        given: ForwardInputs,
+        padding: Any,
+        x: Any,
+        keep: bool,
+        segment: Any,
+        wanted: bool,
     ) -> tuple[Any, Any, LayerTape]:
         """Through one layer -> its outputs (T, B, D*H), the last states, its tape."""
         mask, D = given.masks[layer], len(self.suffixes)
@@ -124,7 +131,7 @@ class Stack(NamedTuple):
             partial(sweep.forward, x, given.h0[layer * D + d, :, :], keep, segment, wanted)
             for d, sweep in enumerate(sweeps)
         ]
-        found = self.run.parallel(calls)
+        found = self.run.concurrent(calls)
         y = found[0][0]
         if D == 2 and wanted:
             y = self.run.xp.concat([y, found[1][0]], axis=-1)
@@ -141,7 +148,7 @@ class Stack(NamedTuple):
             tap = None if taps is None else taps[layer * D + d]
             dh = dh_n[layer * D + d, :, :]
             calls.append(partial(sweep.backward, tape.x, kept, part, dh, tap))
-        for d, (dx, dh, of_weights) in enumerate(self.run.parallel(calls)):
+        for d, (dx, dh, of_weights) in enumerate(self.run.concurrent(calls)):
             names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
             for name, grad in zip(names, of_weights, strict=False):
                 grads[f"{name}_l{layer}{self.suffixes[d]}"] = self._stored(grad)

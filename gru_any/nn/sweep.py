@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     recurrent: tuple[Any, ...]
 
 
-class Alive:
+class StepMask:
     """For each step of a block None, where all rows are alive, or (B, 1) of bool.
 
     block (K, B, 1): all of them; before step `full` all rows are alive.
@@ -49,11 +49,11 @@ class Padding(NamedTuple):
     alive: Any
     full: int
 
-    def steps(self, block: slice) -> "Alive | None":
+    def steps(self, block: slice) -> "StepMask | None":
         """Of a block; None where all rows are alive throughout."""
         if block.stop <= self.full:
             return None
-        return Alive(self.alive[block, :, :], self.full - block.start)
+        return StepMask(self.alive[block, :, :], self.full - block.start)
 
     def clean(self, xp: Any, v: Any, block: slice) -> Any:
         """Return v (K, B, .) with zeros at the padded steps, whatever stood there."""
@@ -62,7 +62,7 @@ class Padding(NamedTuple):
         return xp.where(self.alive[block, :, :], v, xp.zeros_like(v))
 
 
-class Kept(NamedTuple):
+class Residuals(NamedTuple):
     """The residuals of one block: its K + 1 states, and what each step saved."""
 
     path: Any
@@ -77,7 +77,7 @@ class Segment(NamedTuple):
 
     blocks: list[slice]
     h: Any
-    kept: list[Kept] | None
+    kept: list[Residuals] | None
 
 
 class Sweep(NamedTuple):
@@ -102,10 +102,10 @@ class Sweep(NamedTuple):
         backward pass recomputes together; None keeps everything.
         """
         y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
-        weights = self._laid_out(x)
+        weights = self._packed(x)
         tape: list[Segment] = []
         for blocks in _segments(x.shape[0], x.shape[1], segment, self.reverse):
-            kept: list[Kept] | None = [] if keep and segment is None else None
+            kept: list[Residuals] | None = [] if keep and segment is None else None
             if keep:
                 tape.append(Segment(blocks, h, kept))
             for block in blocks:
@@ -123,7 +123,7 @@ class Sweep(NamedTuple):
 
         taps: an output, into which dL/dh' (K, B, H) of each block is put.
         """
-        dx, weights = self.run.output(x.shape, x.dtype), self._laid_out(x)
+        dx, weights = self.run.output(x.shape, x.dtype), self._packed(x)
         total: list[Any] = []
         for segment in reversed(tape):
             kept = segment.kept or self._recompute(weights, x, segment)
@@ -153,51 +153,51 @@ class Sweep(NamedTuple):
                     output.put(block, self._clean(v, block))
         return [output.array() for output in outputs]
 
-    def _recompute(self, weights: Weights, x: Any, segment: Segment) -> list[Kept]:
+    def _recompute(self, weights: Weights, x: Any, segment: Segment) -> list[Residuals]:
         kept, h = [], segment.h
         for block in segment.blocks:
             of_block, h = self._block(weights, x, h, block, True)
             kept.append(of_block)
         return kept
 
-    def _laid_out(self, x: Any) -> Weights:
+    def _packed(self, x: Any) -> Weights:
         """The weights as the backend likes them in memory."""
         W, b, (U, *c) = self.weights
-        W, U = self.run.laid_out(W, U, x.shape[0] * x.shape[1])
+        W, U = self.run.pack_weights(W, U, x.shape[0] * x.shape[1])
         return Weights(W, b, (U, *c))
 
     def _block(
         self, weights: Weights, x: Any, h: Any, block: slice, keep: bool
-    ) -> tuple[Kept, Any]:
+    ) -> tuple[Residuals, Any]:
         """Forward through one block -> its states and saved arrays, and the last state."""
         W, b, recurrent = weights
         a = self.run.affine(self._input(x, block), W, b)
         path, saved = self.run.forward(
             self.variant.step, a, h, recurrent, self._alive(block), self.reverse, keep
         )
-        return Kept(path, saved), self.run.own(path[0 if self.reverse else -1, :, :])
+        return Residuals(path, saved), self.run.as_contiguous(path[0 if self.reverse else -1, :, :])
 
     def _block_back(
-        self, weights: Weights, x: Any, block: slice, kept: Kept, dy: Any, dh: Any, taps: bool
+        self, weights: Weights, x: Any, block: slice, kept: Residuals, dy: Any, dh: Any, taps: bool
     ) -> Any:
         """Back through one block -> dx (K, B, I), dh, g if wanted (K, B, H), the gradients."""
         xp, (W, _, (U, *_)) = self.run.xp, weights
         if dy is not None:
-            dy = self._clean(self._wide(dy[block, :, :]), block)
+            dy = self._clean(self._upcast(dy[block, :, :]), block)
         previous, alive = self._before(kept.path), self._alive(block)
         parts, dh, g = self.run.backward(
             self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse, taps
         )
-        rows = self.run.rows
+        rows, gradients = self.run.as_matrix, self.run.weight_gradients
         cleaned = [rows(self._clean(part, block)) for part in parts]
         da = cleaned[0]
         calls = (
             lambda: da @ W,
             lambda: [da.T @ rows(self._input(x, block)), xp.sum(da, axis=0)],
-            lambda: list(self.run.gradients(self.variant.weights, previous, kept.saved, cleaned)),
+            lambda: list(gradients(self.variant.weights, previous, kept.saved, cleaned)),
         )
         work = previous.shape[0] * previous.shape[1] * U.shape[0] * U.shape[1]
-        dx, of_input, of_recurrent = self.run.products(calls, work)
+        dx, of_input, of_recurrent = self.run.overlap_products(calls, work)
         dx = xp.reshape(dx, (block.stop - block.start, *x.shape[1:]))
         return dx, dh, g, of_input + of_recurrent
 
@@ -210,15 +210,15 @@ class Sweep(NamedTuple):
         return path[:-1, :, :] if self.reverse else path[1:, :, :]
 
     def _input(self, x: Any, block: slice) -> Any:
-        return self._clean(self._wide(x[block, :, :]), block)
+        return self._clean(self._upcast(x[block, :, :]), block)
 
-    def _wide(self, v: Any) -> Any:
-        return self.run.wide(v, self.dtype)
+    def _upcast(self, v: Any) -> Any:
+        return self.run.upcast(v, self.dtype)
 
     def _stored(self, v: Any, x: Any) -> Any:
         return v if v.dtype == x.dtype else self.run.xp.astype(v, x.dtype)
 
-    def _alive(self, block: slice) -> Alive | None:
+    def _alive(self, block: slice) -> StepMask | None:
         return None if self.padding is None else self.padding.steps(block)
 
     def _clean(self, v: Any, block: slice) -> Any:

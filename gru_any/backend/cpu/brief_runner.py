@@ -43,8 +43,8 @@ class Brief(NumPy):
             columns += b[:, None]
         return a
 
-    def rows(self, v: Any) -> Any:
-        return v[0].view(Rows) if v.ndim == 3 and len(v) == 1 else super().rows(v)
+    def as_matrix(self, v: Any) -> Any:
+        return v[0].view(Rows) if v.ndim == 3 and len(v) == 1 else super().as_matrix(v)
 
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
         U, *vectors = recurrent

@@ -29,24 +29,24 @@ class Numba(numba.Numba):
 
     tiled = Tiled
 
-    def prepared(self, *arguments: Any) -> Any:
+    def prepare_step(self, *arguments: Any) -> Any:
         try:
-            return super().prepared(*arguments)
+            return super().prepare_step(*arguments)
         except Exception as e:
             return rescued(
                 e,
-                lambda: super(Numba, self).prepared(*arguments),
-                lambda: NumPy.prepared(self, *arguments),
+                lambda: super(Numba, self).prepare_step(*arguments),
+                lambda: NumPy.prepare_step(self, *arguments),
             )
 
-    def packed(self, *arguments: Any) -> tuple[Any, Any, Any]:
+    def frozen_weights(self, *arguments: Any) -> tuple[Any, Any, Any]:
         try:
-            return super().packed(*arguments)
+            return super().frozen_weights(*arguments)
         except Exception as e:
             found: tuple[Any, Any, Any] = rescued(
                 e,
-                lambda: super(Numba, self).packed(*arguments),
-                lambda: NumPy.packed(self, *arguments),
+                lambda: super(Numba, self).frozen_weights(*arguments),
+                lambda: NumPy.frozen_weights(self, *arguments),
             )
             return found
 

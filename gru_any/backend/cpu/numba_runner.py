@@ -59,11 +59,11 @@ class Numba(NumPy):
 
         return Brief(self.xp, self.device)
 
-    def suited(self, steps: int, rows: int, units: int) -> Any:
+    def for_call(self, steps: int, rows: int, units: int) -> Any:
         brief = steps <= ONCE and LEAST <= rows <= MOST and rows * units * units >= BUSY
         return self.brief if brief and count() > 1 else self
 
-    def laid_out(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
+    def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, Packed):  # of a frozen model
             return (W.matrix, U.matrix) if rows <= FEWEST else (W, U)
         if U.dtype.kind == "c":
@@ -75,14 +75,14 @@ class Numba(NumPy):
         """Return an `Input`, which the walk computes."""
         return super().affine(x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
 
-    def rows(self, v: Any) -> Any:
-        return super().rows(v).view(Rows if v.dtype.kind == "c" else self.tiled)
+    def as_matrix(self, v: Any) -> Any:
+        return super().as_matrix(v).view(Rows if v.dtype.kind == "c" else self.tiled)
 
-    def prepared(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
+    def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         if W.dtype.kind == "c":
-            return super().prepared(step, W, b, recurrent)
+            return super().prepare_step(step, W, b, recurrent)
         U, *vectors = recurrent
-        many = self.single(step, Packed(W), b, (Packed(U), *vectors))
+        many = self.single_step(step, Packed(W), b, (Packed(U), *vectors))
         walk, H = forward_walk(step, len(vectors), False, W.dtype), len(U) // 3
         b = np.zeros(3 * H, W.dtype) if b is None else b
         weights = np.concat([v.ravel() for v in (W.T, *walk.read(U), b, *vectors)])
@@ -97,7 +97,7 @@ class Numba(NumPy):
 
         return one
 
-    def packed(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+    def frozen_weights(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
         if W.dtype.kind == "c":
             return W, b, recurrent
         (U, *vectors), H = recurrent, len(W) // 3
@@ -107,7 +107,7 @@ class Numba(NumPy):
         W.panels(slice(0, 3 * H), True, 3)
         return W, b, (U, *vectors)
 
-    def products(self, calls: Any, work: int) -> list[Any]:
+    def overlap_products(self, calls: Any, work: int) -> list[Any]:
         """Make the third call on another thread, where no product is large enough to be split."""
         if count() < 2 or not GRAIN // 2 <= work < 2 * GRAIN:
             return [call() for call in calls]

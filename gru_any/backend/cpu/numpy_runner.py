@@ -32,7 +32,7 @@ class NumPy(Plain):
         K, B, N = shape
         return turned(empty((K, N, B), dtype))
 
-    def own(self, v: Any) -> Any:
+    def as_contiguous(self, v: Any) -> Any:
         return v.copy()
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
@@ -49,17 +49,17 @@ class NumPy(Plain):
             columns += b[:, None]
         return a
 
-    def rows(self, v: Any) -> Any:
+    def as_matrix(self, v: Any) -> Any:
         if not v.flags.c_contiguous:
             v, given = empty(v.shape, v.dtype), v
             v[...] = given
         return v.reshape(math.prod(v.shape[:-1]), v.shape[-1]).view(Rows)  # faster than np.reshape
 
-    def gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
+    def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
         """Write each product under a concat directly into its place in the result."""
 
         def late(v: Any) -> Any:
-            return self.rows(v).view(Late)
+            return self.as_matrix(v).view(Late)
 
         found = weights(_Joining(), late(h), OnDemand(late, saved), *parts)
         return map(np.asarray, found)

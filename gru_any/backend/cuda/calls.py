@@ -66,11 +66,11 @@ class Calls(Plain):
         finally:
             self._local.lane = 0
 
-    def parallel(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    def concurrent(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run the first call on the current stream, each other one on a stream of its own."""
         # two kernels of the whole device would wait for each other's multiprocessors
         if self.way == "whole" or len(calls) == 1:
-            return super().parallel(calls)
+            return super().concurrent(calls)
         start, results = self.ops.event(), []
         ends: list[Any] = []
         for n, call in enumerate(calls):
@@ -80,13 +80,13 @@ class Calls(Plain):
             self.ops.wait(end)
         return results
 
-    def chained(
+    def pipeline(
         self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
     ) -> Any:
         """Run layers as a wavefront, where a single layer would leave most of the device idle."""
         alone = overlap is None or overlap > IDLE or len(calls) == 1
         if alone or self.way in ("eager", "whole"):
-            return super().chained(calls, x)
+            return super().pipeline(calls, x)
         start, passed = self.ops.event(), [x]  # kept alive until all streams have finished
         ends: list[Any] = []
         self._local.overlap = True
@@ -119,17 +119,17 @@ class Calls(Plain):
 
     # recorded ------------------------------------------------------------------------------------
 
-    def complete(self, steps: int) -> int:
+    def unmasked_prefix(self, steps: int) -> int:
         """Return 0 where calls are captured, so that one graph serves all lengths."""
         return 0 if self.whole_calls else steps
 
-    def call(
+    def run_graph(
         self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
     ) -> tuple[Any, Any]:
         """Run the call; from the second call of a shape on, capture it and replay it."""
         loan = tape if isinstance(tape, Loan) else None
         tape = loan.recording.tape if loan else tape
-        run = partial(super().call, function, static, tape=tape)
+        run = partial(super().run_graph, function, static, tape=tape)
         if not loan and (tape is not None or not self._recordable(arrays, steps)):
             return run(arrays)
         with self._alone():

@@ -48,16 +48,16 @@ class CUDA(Calls):
             return "graph", "GRU_ANY_CUDA is set to graph"
         return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
 
-    def own(self, v: Any) -> Any:
+    def as_contiguous(self, v: Any) -> Any:
         return self.ops.copy(v)
 
-    def wide(self, v: Any, dtype: Any) -> Any:
+    def upcast(self, v: Any, dtype: Any) -> Any:
         """Upcast vectors alone: kernels and products read half precision as it is."""
-        return super().wide(v, dtype) if v.ndim == 1 else v
+        return super().upcast(v, dtype) if v.ndim == 1 else v
 
-    def rows(self, v: Any) -> Any:
+    def as_matrix(self, v: Any) -> Any:
         """Route products to cuBLAS directly: CuPy refuses its own during a capture."""
-        rows = super().rows(v)
+        rows = super().as_matrix(v)
         return Rows(rows, self._product) if rows.size and str(v.dtype) in KINDS else rows
 
     def _product(self, left: Any, right: Any) -> Any:

@@ -1,0 +1,26 @@
+"""The vocabulary of the signatures.
+
+Arrays of every library pass through this package, and the standard has no class that they share. So
+`Array` and its relatives tell a reader what a thing is, while a type checker takes any array; it
+checks the classes and protocols that are written with them.
+"""
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = Any  # of any library that follows the Python array API standard
+HostArray: TypeAlias = np.ndarray[Any, Any]  # of NumPy
+Namespace: TypeAlias = Any  # `xp`, the module with a library's functions
+DType: TypeAlias = Any  # of an array of that library, or its name
+Device: TypeAlias = Any  # where arrays of that library live; None is its default
+Shape: TypeAlias = tuple[int, ...]
+Arrays: TypeAlias = Mapping[str, Array]  # parameters, gradients or states by name
+Path: TypeAlias = str | PathLike[str]
+Rng: TypeAlias = np.random.Generator
+# (xp, a, h, U, ...) -> the next state, and what its gradient needs
+Step: TypeAlias = Callable[..., tuple[Array, tuple[Array, ...]]]
+# (xp, h, saved, ...) -> gradients to U and to the biases of the step
+WeightGradients: TypeAlias = Callable[..., tuple[Array, ...]]
