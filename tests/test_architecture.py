@@ -77,7 +77,7 @@ LAYERS = [
     {"backend/modes"},
     {"testing", "backend/cuda"},
     {"backend/cpu"},
-    {"backend/transfer"},
+    {"backend/reductions", "backend/transfer"},
     {"backend/libraries", "backend/reference"},
     {"backend/contract"},
     {"backend/cuda/device"},

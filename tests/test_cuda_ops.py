@@ -9,11 +9,11 @@ import pytest
 from conftest import require
 from cuda_tools import compiled
 
-from gru_any.backend import BackendError, select
+from gru_any.backend import BackendError, runner, select
 from gru_any.backend.cuda import products
 from gru_any.backend.cuda.ops import Ops
-from gru_any.backend.cuda.rows import Rows
 from gru_any.codegen.cuda_source import Kernel
+from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda.ops import gemm
 
 # types of factors and result, and of the computation, that cublasGemmEx knows
@@ -265,11 +265,10 @@ def test_the_mapping_is_that_of_the_host():
     assert gemm.__code__.co_varnames[:13] == products.Products.__call__.__code__.co_varnames[1:14]
 
 
-def test_sums_of_rows_by_position_as_cupy_asks():
-    rows = Rows(np.arange(6.0).reshape(2, 3), None)
-    assert rows.sum(0, None, None, False).tolist() == [3, 5, 7]
-    assert rows.T[:2].sum(1, None, None, True).tolist() == [[3], [5]]
-    assert np.sum(rows, axis=0).tolist() == [3, 5, 7]
-    halves = Rows(np.full((5000, 1), 1, "f2"), None)  # float16 cannot count so far
-    assert np.sum(halves, axis=0).tolist() == [5000]
-    assert np.sum(halves, axis=0).dtype == np.float32
+def test_sums_of_halves_are_full():
+    run = runner(select(fake.__name__))
+    v = fake.asarray(np.arange(6.0).reshape(2, 3))
+    assert run.row_sum(v).host.tolist() == [3, 5, 7]
+    halves = run.row_sum(fake.asarray(np.full((5000, 1), 1, "f2")))  # float16 cannot count so far
+    assert halves.host.tolist() == [5000]
+    assert halves.dtype == np.float32

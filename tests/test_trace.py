@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from gru_any import equations
-from gru_any.codegen.trace import MATRIX, Op, Product, trace
+from gru_any.backend.reductions import program_of
+from gru_any.codegen.trace import MATRIX, Op, Product, trace, trace_reductions
 
 
 def run(program, arrays, U):
@@ -115,3 +116,18 @@ def test_a_program_prints_as_it_is_read():
         "  v7 = 0.5 - v6",
         "return v7; v5",
     ]
+
+
+def test_the_gradients_to_the_weights_are_listed():
+    before = trace_reductions(equations.reset_before_weights, 1, (1, 1, 1, 1), 3)
+    assert str(before).splitlines() == [
+        "inputs v0; v1; v2; v3; v4; v5, v6, v7",
+        "  (v5, v6).T @ (v0) | (v7).T @ (v4)",
+    ]
+    after = trace_reductions(equations.reset_after_weights, 1, (1, 1, 1, 1), 3, 3)
+    assert str(after).splitlines()[1:] == ["  (v8, v9, v10).T @ (v0)", "  sum(v8, v9, v10)"]
+
+
+def test_gradients_to_the_weights_of_other_operations_are_refused():
+    with pytest.raises(ValueError, match="before it sums over the rows"):
+        program_of(lambda xp, h, saved, da: (da.T @ (2.0 * h),), 1, (3,))

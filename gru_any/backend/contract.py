@@ -75,7 +75,13 @@ class Products(Protocol):
         """Return x W^T + b."""
 
     def as_matrix(self, v: Array) -> Array:
-        """Reshape (..., N) to a matrix that this runner multiplies."""
+        """Reshape (..., N) to a matrix."""
+
+    def product(self, left: Array, right: Array) -> Array:
+        """Return left @ right."""
+
+    def row_sum(self, v: Array) -> Array:
+        """Return the sum over the rows of a matrix."""
 
     def weight_gradients(
         self,

@@ -29,7 +29,7 @@ class Plain:
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """Return x W^T + b (K, B, N) of x (K, B, I), W (N, I) and b (N,) or None."""
-        a = self.as_matrix(x) @ W.T
+        a = self.product(self.as_matrix(x), W.T)
         return self.xp.reshape(a if b is None else a + b, (x.shape[0], x.shape[1], W.shape[0]))
 
     def forward(
@@ -143,12 +143,23 @@ class Plain:
         return function(*static, arrays, *(() if tape is None else (tape,)))
 
     def as_matrix(self, v: Any) -> Any:
-        """Reshape v (..., N) to a matrix (rows, N) whose products this runner computes."""
+        """Reshape v (..., N) to a matrix (rows, N)."""
         return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
 
+    def product(self, left: Any, right: Any) -> Any:
+        """Return left (M, K) @ right (K, N), in the dtype of the arithmetic."""
+        return left @ right
+
+    def row_sum(self, v: Any) -> Any:
+        """Return the sum of a matrix over its rows, in the dtype of the arithmetic."""
+        return self.xp.sum(v, axis=0)
+
     def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        """Call the equations' `weights` on the arrays of a block as matrices."""
-        return weights(self.xp, self.as_matrix(h), OnDemand(self.as_matrix, saved), *parts)
+        """Return what the equations' `weights` gives for all rows of a block.
+
+        h, and each array saved: (K, B, .); parts: matrices of as many rows.
+        """
+        return weights(self.xp, self.as_matrix(h), [self.as_matrix(v) for v in saved], *parts)
 
     def overlap_products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
         """Call three functions of products that do not need each other -> what they return.
@@ -167,16 +178,6 @@ class Plain:
 
     def _stack(self, tuples: list[Any]) -> tuple[Any, ...]:
         return tuple(self.xp.stack(column) for column in zip(*tuples, strict=True))
-
-
-class OnDemand:
-    """A sequence whose entries are passed through a function when they are read."""
-
-    def __init__(self, function: Any, entries: Any) -> None:
-        self.function, self.entries = function, entries
-
-    def __getitem__(self, i: int) -> Any:
-        return self.function(self.entries[i])
 
 
 class _Output:

@@ -60,6 +60,43 @@ class Program(NamedTuple):
         return self._replace(ops=ops[::-1])
 
 
+class Outer(NamedTuple):
+    """left^T right, summed over the rows; both sides are columns side by side."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+
+
+class RowSum(NamedTuple):
+    """The sum over the rows of columns side by side."""
+
+    columns: tuple[int, ...]
+
+
+class Term(NamedTuple):
+    """A sum over the rows, times a number."""
+
+    scale: float
+    sum: Outer | RowSum
+
+
+class Reductions(NamedTuple):
+    """What a function of many rows sums over them.
+
+    inputs: the columns of each argument; results: the parts of each, on top of each other, and each
+    part the terms that add up to it.
+    """
+
+    inputs: list[tuple[int, ...]]
+    results: list[tuple[tuple[Term, ...], ...]]
+
+    def __str__(self) -> str:
+        """A line for each result."""
+        inputs = "; ".join(map(_listed, self.inputs))
+        lines = ["  " + " | ".join(map(_added, parts)) for parts in self.results]
+        return "\n".join([f"inputs {inputs}", *lines])
+
+
 INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
 
@@ -77,6 +114,18 @@ def _line(op: Op | Product) -> str:
     return f"  v{op.output} = {op.name}({', '.join(inputs)})"
 
 
+def _added(terms: tuple[Term, ...]) -> str:
+    """A part of a result, such as 2 * (v0).T @ (v1) + sum(v2)."""
+    lines = []
+    for scale, of in terms:
+        factor = "" if scale == 1 else f"{scale:g} * "
+        if isinstance(of, RowSum):
+            lines.append(f"{factor}sum({_listed(of.columns)})")
+        else:
+            lines.append(f"{factor}({_listed(of.left)}).T @ ({_listed(of.right)})")
+    return " + ".join(lines)
+
+
 MATRIX = "matrix"
 
 
@@ -91,6 +140,18 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Program:
     inputs = [c for s in stands for c in (s if isinstance(s, tuple) else (s,))]
     columns = [s.ids if isinstance(s, _Columns) else () for s in inputs]
     return Program(columns, tape.ops, result.ids[0], [extra.ids for extra in extras]).needed()
+
+
+def trace_reductions(function: Callable[..., Any], *arguments: Any) -> Reductions:
+    """Write down `function(xp, *arguments)`, which returns sums over the rows of its arguments.
+
+    Arguments are as of `trace`. Each result is a sum over axis 0, a product v.T @ w of two
+    arguments, a sum of these, or a concatenation along axis 0.
+    """
+    tape = _Tape()
+    stands = [tape.stand_in(argument) for argument in arguments]
+    inputs = [s.ids for stand in stands for s in (stand if isinstance(stand, tuple) else (stand,))]
+    return Reductions(inputs, [sums.parts for sums in function(tape, *stands)])
 
 
 class _Tape:
@@ -148,7 +209,12 @@ class _Tape:
     def tanh(self, v: "_Columns") -> "_Columns":
         return self.each("tanh", v)
 
-    def concat(self, parts: Any, axis: int) -> "_Columns":
+    def sum(self, v: "_Columns", axis: int) -> "_Sums":
+        return _Sums(((Term(1.0, RowSum(v.ids)),),))
+
+    def concat(self, parts: Any, axis: int) -> Any:
+        if axis == 0:
+            return _Sums(tuple(part for sums in parts for part in sums.parts))
         return _Columns(self, tuple(i for part in parts for i in part.ids))
 
     def __getattr__(self, name: str) -> Any:
@@ -169,6 +235,32 @@ class _Matrix:
         return _Matrix(slice(*key[0].indices(3)[:2]), self.transposed)
 
 
+class _Transposed:
+    """An array whose rows are summed over in a product."""
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        self.ids = ids
+
+    def __matmul__(self, other: "_Columns") -> "_Sums":
+        return _Sums(((Term(1.0, Outer(self.ids, other.ids)),),))
+
+
+class _Sums:
+    """Sums over the rows, as the terms of each part."""
+
+    def __init__(self, parts: tuple[tuple[Term, ...], ...]) -> None:
+        self.parts = parts
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        pairs = zip(self.parts, other.parts, strict=True)
+        return _Sums(tuple(mine + theirs for mine, theirs in pairs))
+
+    def __mul__(self, factor: float) -> "_Sums":
+        return _Sums(tuple(tuple(Term(factor * k, of) for k, of in part) for part in self.parts))
+
+    __rmul__ = __mul__
+
+
 class _Columns:
     """An array, as the numbers of its columns."""
 
@@ -178,6 +270,10 @@ class _Columns:
     @property
     def shape(self) -> tuple[Any, int]:
         return None, len(self.ids)
+
+    @property
+    def T(self) -> "_Transposed":  # noqa: N802, the name of the standard
+        return _Transposed(self.ids)
 
     def __getitem__(self, key: Any) -> "_Columns":
         return _Columns(self.tape, self.ids[key[-1]])

@@ -65,7 +65,8 @@ class Linear(Layer):
         """Return y (..., O) of x (..., I)."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(..., I)", {"I": self.in_features})
-        y = self._rows(x) @ self._compute(self.params["weight"]).T
+        run = runner(self.backend)
+        y = run.product(self._rows(x), self._compute(self.params["weight"]).T)
         if self.bias:
             y = y + self._compute(self.params["bias"])
         return self._stored(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
@@ -80,11 +81,12 @@ class Linear(Layer):
             refuse_stale(self.params, version)
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
-            d = self._rows(dy)
-            grads = {"weight": d.T @ self._rows(x)}
+            run, d = runner(self.backend), self._rows(dy)
+            grads = {"weight": run.product(d.T, self._rows(x))}
             if self.bias:
-                grads["bias"] = self.backend.xp.sum(d, axis=0)
-            dx = self.backend.xp.reshape(d @ self._compute(self.params["weight"]), tuple(x.shape))
+                grads["bias"] = run.row_sum(d)
+            dx = run.product(d, self._compute(self.params["weight"]))
+            dx = self.backend.xp.reshape(dx, tuple(x.shape))
             return {name: self._stored(g) for name, g in grads.items()}, self._stored(dx)
 
         return y, pullback

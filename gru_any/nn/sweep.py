@@ -188,12 +188,13 @@ class Sweep(NamedTuple):
         parts, dh, g = self.run.backward(
             self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse, taps
         )
-        rows, gradients = self.run.as_matrix, self.run.weight_gradients
+        rows, product = self.run.as_matrix, self.run.product
+        gradients = self.run.weight_gradients
         cleaned = [rows(self._clean(part, block)) for part in parts]
         da = cleaned[0]
         calls = (
-            lambda: da @ W,
-            lambda: [da.T @ rows(self._input(x, block)), xp.sum(da, axis=0)],
+            lambda: product(da, W),
+            lambda: [product(da.T, rows(self._input(x, block))), self.run.row_sum(da)],
             lambda: list(gradients(self.variant.weights, previous, kept.saved, cleaned)),
         )
         work = previous.shape[0] * previous.shape[1] * U.shape[0] * U.shape[1]

@@ -15,7 +15,6 @@ from ...codegen.trace import Op, Product, Program
 from .jit_cache import compiled, rescued
 from .numpy_runner import (
     NumPy,
-    Rows,
     backward_program,
     backward_walk,
     columns_of,
@@ -44,7 +43,7 @@ class Brief(NumPy):
         return a
 
     def as_matrix(self, v: Any) -> Any:
-        return v[0].view(Rows) if v.ndim == 3 and len(v) == 1 else super().as_matrix(v)
+        return v[0] if v.ndim == 3 and len(v) == 1 else super().as_matrix(v)
 
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
         U, *vectors = recurrent

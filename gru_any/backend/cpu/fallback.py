@@ -6,28 +6,22 @@ import numpy as np
 
 from . import numba_runner as numba
 from .jit_cache import rescued
-from .numpy_runner import NumPy, Rows
+from .numpy_runner import NumPy
 from .packed import Packed
-
-
-class Tiled(numba.Tiled):
-    """A matrix whose product from the left is ours where it compiles."""
-
-    def into(self, M: Any, out: Any) -> None:
-        try:
-            super().into(M, out)
-        except Exception as e:
-            rescued(
-                e,
-                lambda: super(Tiled, self).into(M, out),
-                lambda: Rows.into(self.view(Rows), _matrix(M), out),
-            )
 
 
 class Numba(numba.Numba):
     """Runs blocks of steps with compiled loops where they compile, else as NumPy does."""
 
-    tiled = Tiled
+    def multiply(self, left: Any, right: Any, out: Any) -> None:
+        try:
+            super().multiply(left, right, out)
+        except Exception as e:
+            rescued(
+                e,
+                lambda: super(Numba, self).multiply(left, right, out),
+                lambda: NumPy.multiply(self, left, _matrix(right), out),
+            )
 
     def prepare_step(self, *arguments: Any) -> Any:
         try:

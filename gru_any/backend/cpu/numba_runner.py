@@ -14,7 +14,7 @@ from ...codegen.numba_source import Layout, Place
 from .buffers import empty
 from .gemv import outer, times
 from .jit_cache import compiled
-from .numpy_runner import NumPy, Rows, backward_program, forward_program
+from .numpy_runner import NumPy, backward_program, forward_program
 from .packed import COPY, Packed, addresses, own, product
 from .threads import ALONE, GRAIN, count, split, submit, together
 
@@ -30,27 +30,8 @@ BUSY = 1_500_000  # if there are so many multiply-adds of rows and units
 NOTHING = np.zeros((0, 0), bool)
 
 
-class Tiled(Rows):
-    """A matrix whose product from the left is ours."""
-
-    def into(self, M: Any, out: Any) -> None:
-        packed, matrix = (M, M.matrix) if isinstance(M, Packed) else (None, M)
-        R, (K, N) = len(self), matrix.shape
-        if K == 1:
-            outer(self[:, 0], matrix[0], out)
-        elif packed is None and R == 1:
-            times(self[0], matrix, out[0])
-        elif (packed is None and (R <= FEW or R * K * N < SMALL)) or K < 2 or N < 4:
-            super().into(matrix, out)
-        else:
-            packed = packed or Packed(matrix)
-            product(self.view(np.ndarray), packed.panels(slice(0, K), False, 1), None, out)
-
-
 class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
-
-    tiled: type[Tiled] = Tiled  # what a matrix becomes whose products are ours
 
     @cached_property
     def brief(self) -> Any:
@@ -75,8 +56,21 @@ class Numba(NumPy):
         """Return an `Input`, which the walk computes."""
         return super().affine(x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
 
-    def as_matrix(self, v: Any) -> Any:
-        return super().as_matrix(v).view(Rows if v.dtype.kind == "c" else self.tiled)
+    def multiply(self, left: Any, right: Any, out: Any) -> None:
+        """Fill out with left @ right, by our own products; right may be packed."""
+        packed, matrix = (right, right.matrix) if isinstance(right, Packed) else (None, right)
+        R, (K, N) = len(left), matrix.shape
+        if left.dtype.kind == "c":
+            super().multiply(left, matrix, out)
+        elif K == 1:
+            outer(left[:, 0], matrix[0], out)
+        elif packed is None and R == 1:
+            times(left[0], matrix, out[0])
+        elif (packed is None and (R <= FEW or R * K * N < SMALL)) or K < 2 or N < 4:
+            super().multiply(left, matrix, out)
+        else:
+            packed = packed or Packed(matrix)
+            product(left, packed.panels(slice(0, K), False, 1), None, out)
 
     def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         if W.dtype.kind == "c":

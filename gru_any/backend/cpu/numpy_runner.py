@@ -7,15 +7,14 @@ operation without a home of its own writes over an operand that is not needed ag
 import math
 from collections import Counter
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from ...codegen.exponential import by_exp
 from ...codegen.trace import MATRIX, Op, Product, Program, trace
-from ..reference import OnDemand, Plain
+from ..reductions import reduced
+from ..reference import Plain
 from .buffers import empty
 
 LARGE = 768  # numbers in a state from which on exp is a faster way to tanh
@@ -53,16 +52,25 @@ class NumPy(Plain):
         if not v.flags.c_contiguous:
             v, given = empty(v.shape, v.dtype), v
             v[...] = given
-        return v.reshape(math.prod(v.shape[:-1]), v.shape[-1]).view(Rows)  # faster than np.reshape
+        return v.reshape(math.prod(v.shape[:-1]), v.shape[-1])  # faster than np.reshape
+
+    def product(self, left: Any, right: Any) -> Any:
+        out = np.empty((len(left), right.shape[1]), left.dtype)
+        self.multiply(left, right, out)
+        return out
+
+    def multiply(self, left: Any, right: Any, out: Any) -> None:
+        """Fill out with left @ right; BLAS is slow where the inner size is 1."""
+        if len(right) == 1:
+            np.einsum("ik,kj->ij", left, right, out=out)
+        else:
+            np.matmul(left, right, out)
+
+    def row_sum(self, v: Any) -> Any:
+        return np.add.reduce(v, 0)
 
     def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        """Write each product under a concat directly into its place in the result."""
-
-        def late(v: Any) -> Any:
-            return self.as_matrix(v).view(Late)
-
-        found = weights(_Joining(), late(h), OnDemand(late, saved), *parts)
-        return map(np.asarray, found)
+        return reduced(self, weights, h, saved, parts, np.empty)
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return Filled(np.empty(shape, dtype))
@@ -121,67 +129,6 @@ class NumPy(Plain):
 def turned(v: Any) -> Any:
     """(K, B, N) -> (K, N, B) or back, over the same memory."""
     return v.swapaxes(1, 2)
-
-
-class Rows(np.ndarray):
-    """A matrix, or its transpose, that sees to its products from the left."""
-
-    def __matmul__(self, M: Any) -> Any:
-        """Return self @ M as a plain array, or what waits to be one."""
-        return Waiting(self, M) if isinstance(M, Late) else self.product(M)  # type: ignore[abstract]
-
-    def product(self, M: Any) -> Any:
-        """Return self @ M as a plain array."""
-        out = np.empty((len(self), M.shape[1]), self.dtype)
-        self.into(M, out)
-        return out
-
-    def into(self, M: Any, out: Any) -> None:
-        """Fill out with self @ M; BLAS is slow where the inner size is 1."""
-        v, M = self.view(np.ndarray), M.view(np.ndarray)
-        if len(M) == 1:
-            np.einsum("ik,kj->ij", v, M, out=out)
-        else:
-            np.matmul(v, M, out)
-
-    def sum(self, axis: Any = None, **options: Any) -> Any:  # type: ignore[override]
-        """Sum like NumPy, in fewer calls."""
-        return np.add.reduce(self.view(np.ndarray), axis, **options)
-
-    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
-        """What is computed from it otherwise is a plain array."""
-        return array
-
-
-class Late(np.ndarray):
-    """A matrix from whose right side a product waits until it is known where it belongs."""
-
-
-class Waiting(NDArrayOperatorsMixin):
-    """The product of Rows and a matrix, computed when NumPy does something with it."""
-
-    def __init__(self, left: Rows, right: Any) -> None:
-        self.left, self.right, self.shape = left, right, (len(left), right.shape[1])
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return self.left.product(self.right)
-
-
-class _Joining:
-    """NumPy, with a concat that lets products be written where they belong."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    def concat(self, parts: Any, axis: int) -> Any:
-        """Concatenate like NumPy."""
-        if axis or not all(isinstance(part, Waiting) for part in parts):
-            return np.concat(parts, axis)
-        edges = list(accumulate((part.shape[0] for part in parts), initial=0))
-        out = np.empty((edges[-1], parts[0].shape[1]), parts[0].left.dtype)
-        for part, first, last in zip(parts, edges, edges[1:], strict=False):
-            part.left.into(part.right, out[first:last])
-        return out
 
 
 class Filled:

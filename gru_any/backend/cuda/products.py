@@ -99,3 +99,25 @@ class Products:
         status = getattr(self.lib, name)(*arguments)
         if status:
             raise RuntimeError(f"{name} failed with cuBLAS status {status}")
+
+
+def multiply(ops: Any, blas: Any, left: Any, right: Any, out: Any) -> None:
+    """Fill out (m, n) with left (m, k) @ right (k, n), row by row: C^T = right^T left^T to cuBLAS.
+
+    out is contiguous, and float32 for halves.
+    """
+    (m, k), n, dtype = left.shape, right.shape[1], str(left.dtype)
+    left, l_turned, l_apart = _as_stored(ops, left)
+    right, r_turned, r_apart = _as_stored(ops, right)
+    pointers = (ops.pointer(right), r_apart, ops.pointer(left), l_apart)
+    blas(r_turned, l_turned, n, m, k, *pointers, 0.0, ops.pointer(out), n, dtype)
+
+
+def _as_stored(ops: Any, v: Any) -> tuple[Any, bool, int]:
+    """The matrix, whether it is stored column by column, and how far apart rows (columns) are."""
+    rows, columns = (stride // v.itemsize for stride in v.strides)
+    if columns == 1 and rows >= v.shape[1]:
+        return v, False, rows
+    if rows == 1 and columns >= v.shape[0]:
+        return v, True, columns
+    return ops.copy(v), False, v.shape[1]

@@ -9,12 +9,12 @@ import importlib
 from functools import partial
 from typing import Any
 
+from ..reductions import reduced
 from .calls import Calls
 from .device import OPERATIONS
 from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from .plan import Plan, place
-from .products import KINDS
-from .rows import Rows, multiply
+from .products import KINDS, multiply
 from .walk import Walk, backward_walk, forward_walk, typed
 from .whole import exchanged, holds, threads, units, whole_kernel
 from .whole import shared_numbers as shared_by_all
@@ -55,16 +55,33 @@ class CUDA(Calls):
         """Upcast vectors alone: kernels and products read half precision as it is."""
         return super().upcast(v, dtype) if v.ndim == 1 else v
 
-    def as_matrix(self, v: Any) -> Any:
-        """Route products to cuBLAS directly: CuPy refuses its own during a capture."""
-        rows = super().as_matrix(v)
-        return Rows(rows, self._product) if rows.size and str(v.dtype) in KINDS else rows
+    def product(self, left: Any, right: Any) -> Any:
+        out = self._sums((left.shape[0], right.shape[1]), left.dtype)
+        self.multiply(left, right, out)
+        return out
 
-    def _product(self, left: Any, right: Any) -> Any:
+    def multiply(self, left: Any, right: Any, out: Any) -> None:
+        """Fill out with left @ right by cuBLAS: CuPy refuses its own products in a capture.
+
+        Of halves it is in float32, which CuPy would round.
+        """
+        if not (left.size and right.size) or str(left.dtype) not in KINDS:
+            out[...] = left @ right
+            return
         if right.dtype != left.dtype:  # states, beside halves
             right = self.xp.astype(right, left.dtype)
         with self.turn():
-            return multiply(self.ops, self.lane.blas, left, right)
+            multiply(self.ops, self.lane.blas, left, right, out)
+
+    def row_sum(self, v: Any) -> Any:
+        return v.sum(axis=0, dtype="float32") if v.itemsize == 2 else v.sum(axis=0)
+
+    def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
+        return reduced(self, weights, h, saved, parts, self._sums)
+
+    def _sums(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return memory for sums of numbers of this dtype, which are float32 for halves."""
+        return self.ops.empty(shape, "float32" if dtype.itemsize == 2 else str(dtype))
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         a = super().affine(x, W, None)
