@@ -1,18 +1,20 @@
 """Written source as a module for Numba, which keeps machine code only of source in a file."""
 
 import hashlib
-import importlib.util
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import get_ident
+from types import ModuleType
 from typing import Any
+
+from .code_folder import UntrustedError, chosen, discard, prepare, store, told
 
 LIKELY = ("builtins", "llvmlite", "numba", "pickle", "_pickle", "gru_any")  # of its errors
 _failures: list[str] = []  # why Numba is no longer used
@@ -39,10 +41,11 @@ def give_up(error: Exception) -> None:
 def rescued(error: Exception, again: Callable[[], Any], instead: Callable[[], Any]) -> Any:
     """Return what can be had after an error: instead(), if Numba may have raised it.
 
-    Numba is then not asked again. An error of the cache folder is tried again first: what was
-    compiled is in memory then.
+    Numba is then not asked again. An error of the cache folder is tried again first, without what
+    lies there: what was compiled is in memory then, or is compiled anew.
     """
-    if isinstance(error, OSError) and error.errno is not None:
+    if not isinstance(error, CompileError) and may_be_cached(error):
+        discard_machine_code()
         try:
             return again()
         except Exception as e:
@@ -52,6 +55,13 @@ def rescued(error: Exception, again: Callable[[], Any], instead: Callable[[], An
     found = instead()  # raises where Numba was not to blame
     give_up(error)
     return found
+
+
+def may_be_cached(error: Exception) -> bool:
+    """Whether the cache folder may be to blame: it has gone, or what it holds is damaged."""
+    root = type(error).__module__.partition(".")[0]
+    damaged = root in ("pickle", "_pickle") or isinstance(error, (EOFError, ValueError, KeyError))
+    return damaged or (isinstance(error, OSError) and error.errno is not None)
 
 
 def may_be_numbas(error: Exception) -> bool:
@@ -107,14 +117,20 @@ def compiled(source: str) -> Any:
     """
     if _failures:
         raise CompileError(_failures[0])
-    name = ""
-    try:
-        name = f"gru_any_{_key(source)}"
-        return _from_file(name, source)
-    except Exception as e:  # no home, no space, a broken file: or Numba itself fails, as follows
-        if not may_be_numbas(e):
-            raise
-        sys.modules.pop(name, None)
+    name = f"gru_any_{_key(source)}"
+    for _ in range(2):  # with what is cached, and then without
+        try:
+            return _from_file(name, source)
+        except UntrustedError as e:
+            told(str(e))
+            break
+        except OSError:  # no space, nothing may be written there
+            break
+        except Exception as e:  # machine code that is damaged; or Numba itself fails, as follows
+            if not may_be_numbas(e):
+                raise
+            discard_machine_code(name)
+    sys.modules.pop(name, None)
     try:
         return _in_memory(name, "CACHE = False\n" + source)
     except Exception as e:
@@ -135,20 +151,21 @@ def _key(source: str) -> str:
 
 
 def _from_file(name: str, source: str) -> Any:
-    path = _folder() / f"{name}.py"
-    if not path.exists():
+    """Run source that is checked, not what Python compiled of it before."""
+    folder, text = chosen(), f'"""Written by gru_any; safe to delete."""\nCACHE = True\n{source}'
+    prepare(folder)
+    if store(folder, name, text):
         print("gru_any: compiling (once for each kind of GRU)", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            part.write_text(
-                f'"""Written by gru_any; safe to delete."""\nCACHE = True\n{source}', "utf-8"
-            )
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Numba looks it up
-    spec.loader.exec_module(module)
+    module = sys.modules[name] = ModuleType(name)  # Numba looks it up
+    module.__file__ = str(folder / f"{name}.py")
+    exec(compile(text, module.__file__, "exec"), vars(module))
     return module
+
+
+def discard_machine_code(name: str = "*") -> None:
+    """Remove what is compiled of a source, or of all, where that can be done."""
+    with suppress(OSError, RuntimeError):  # as where there is no home
+        discard(chosen(), name if name != "*" else "gru_any_*")
 
 
 @contextmanager
@@ -160,13 +177,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _in_memory(name: str, source: str) -> Any:
-    from types import ModuleType
-
     module = ModuleType(name)
     exec(source, vars(module))
     return module
-
-
-def _folder() -> Path:
-    chosen = os.environ.get("GRU_ANY_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "gru_any"
