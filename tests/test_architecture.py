@@ -64,7 +64,7 @@ LAYERS = [
     {"convert", "deploy", "train/history", "train/mixed", "train/resume", "stream"},
     {"checkpoint", "inspect/__init__"},
     {"inspect/explain", "inspect/gradcheck", "inspect/values"},
-    {"train/data", "train/schedules"},
+    {"train/data", "train/lock", "train/schedules"},
     {"nn/chain"},
     {"nn/gru", "nn/cell", "nn/layers", "nn/losses", "train/optim"},
     {"nn/pullback"},

@@ -1,0 +1,60 @@
+"""A folder that one training run has to itself.
+
+The operating system holds the lock, so it ends with the process that took it, however that ends.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+NAME = ".lock"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for the duration of a with block.
+
+    Raises
+    ------
+    ValueError
+        Another run holds it; the text names its process.
+    """
+    with open(folder / NAME, "a+b") as file:
+        try:
+            _lock(file)
+        except OSError as e:
+            if not isinstance(e, (BlockingIOError, PermissionError)):
+                raise OSError(e.errno, f"{folder} cannot be locked ({e.strerror})") from e
+            file.seek(0)
+            holder = file.read().decode("utf-8", "replace") or "another process"
+            raise ValueError(
+                f"another run writes to {folder}: {holder}. Wait until it ends, or give each run a "
+                "folder of its own"
+            ) from None
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {now}".encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+if os.name == "nt":
+    import msvcrt
+
+    def _lock(file: BinaryIO) -> None:
+        file.seek(1 << 30)  # behind the text, which others may then read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        file.seek(0)
+
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
