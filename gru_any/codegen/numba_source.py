@@ -80,20 +80,21 @@ def affine(x, W, b, a):
 
 
 '''
-# float32: from a rational function p / q = tanh(x / 2), whose errors that damps: within 1.8e-7, and
-# 1 where it should be; it vectorises; NaN stays NaN
+# float32: from a rational function p / q = tanh(x / 2), whose errors tanh(x) = 2pq / (q^2 + p^2)
+# damps: within 2.1e-7, and relatively within 5e-7 down to the smallest normal number; exactly 1
+# where float32 rounds to that; NaN stays NaN; it vectorises
 TANH = {
     "float32": """
 @njit(nogil=True, error_model="numpy", fastmath={"contract"})
 def tanh(x):
-    y = min(max(f(0.5) * x, f(-4.6)), f(4.6))
+    y = f(0.5) * x
     u = y * y
     v = u * u
-    p = f(-8.60467152213735e-11) * v + (f(5.12229709037114e-08) * u + f(1.48572235717979e-05))
-    p = (p * v + (f(6.37261928875436e-04) * u + f(4.89352455891786e-03))) * y
-    q = f(1.19825839466702e-06) * u + f(1.18534705686654e-04)
-    q = q * v + (f(2.26843463243900e-03) * u + f(4.89352518554385e-03))
-    return (p + p) * q / (q * q + p * p) if x == x else x
+    p = f(-1.7583789182401143e-08) * v + (f(1.046749918750416e-05) * u + f(0.003036098315318411))
+    p = (p * v + (f(0.1302255336823433) * u + f(0.9999998719479379))) * y
+    q = f(0.00024486609330362513) * u + f(0.024222763997786688)
+    q = q * v + (f(0.46355838509634517) * u + f(1.0))
+    return math.copysign(f(1.0), x) if abs(x) >= f(9.01) else (p + p) * q / (q * q + p * p)
 """,
     "float64": """
 tanh = math.tanh
