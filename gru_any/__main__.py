@@ -1,4 +1,4 @@
-"""`python -m gru_any`: what is installed, what answers, and what `auto` would choose."""
+"""`python -m gru_any`: what is installed, which devices answer, and what `auto` would choose."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ OTHERS = ("numpy", "array-api-compat", "safetensors", "numba", "torch", "jax", "
 
 
 def main() -> int:
-    """Print the report; 1 where the backend chosen by the environment cannot be used."""
+    """Print the report; return 1 if the backend chosen by the environment cannot be used."""
     print(f"gru_any {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in (*OTHERS, *WHEELS):
         try:

@@ -1,17 +1,20 @@
-"""Arguments as they come in: numbers and switches of any library, checked and made Python's own.
+"""Checks of arguments: numbers and switches of any library become Python's own.
 
-What passes here can be written to JSON and compared; what could be read in two ways is refused.
+What passes can be written to JSON and compared; what could be read in two ways is refused.
 """
 
 import math
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import SupportsFloat, SupportsIndex
 
 import numpy as np
 
+from .typing import HostArray, Rng
 
-def size(name: str, value: Any, least: int = 1) -> int:
-    """Return an integer of at least `least`; NumPy's integers pass, a bool does not.
+
+def size(name: str, value: object, least: int = 1) -> int:
+    """Return `value`, an integer of at least `least`; NumPy's integers pass, a bool does not.
 
     Raises
     ------
@@ -19,7 +22,7 @@ def size(name: str, value: Any, least: int = 1) -> int:
         It is something else, or too small.
     """
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
             raise TypeError
         number = operator.index(value)
     except TypeError:
@@ -29,13 +32,13 @@ def size(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def flag(name: str, value: Any) -> bool:
-    """Return True or False; "False" and 0 are refused, since they could mean either.
+def flag(name: str, value: object) -> bool:
+    """Return `value`, True or False; "False" and 0 are refused, since they could mean either.
 
     Raises
     ------
     TypeError
-        It is no bool.
+        It is not a bool.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {value!r}, expected True or False")
@@ -43,25 +46,25 @@ def flag(name: str, value: Any) -> bool:
 
 
 def number(
-    name: str, value: Any, *, low: float = 0.0, below: float = math.inf, above: bool = False
+    name: str, value: object, *, low: float = 0.0, below: float = math.inf, above: bool = False
 ) -> float:
-    """Return a finite number with low <= value < below, or with `above` low < value < below.
+    """Return `value` as a float with low <= value < below, or with `above` low < value < below.
 
     Raises
     ------
     TypeError
-        It is no real number: a string, a bool, an array with axes.
+        It is not a real number, but for example a string, a bool or an array with axes.
     ValueError
-        It is NaN, infinite or outside.
+        It is NaN, infinite or out of range.
     """
     bounds = "a number above" if above else "a number of at least"
     bounds = f"{bounds} {low:g}, not infinite"
     if below < math.inf:
         bounds = f"{low:g} {'<' if above else '<='} {name} < {below:g}"
-    wrong = isinstance(value, (str, bytes, bool, np.bool_, complex))
-    if wrong or np.ndim(value):
-        raise TypeError(f"{name} is {value!r}, expected {bounds}")
+    wrong = isinstance(value, (bool, np.bool_, np.complexfloating)) or getattr(value, "ndim", 0) > 0
     try:
+        if wrong or not isinstance(value, (SupportsFloat, SupportsIndex)):
+            raise TypeError
         real = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}, expected {bounds}") from None
@@ -70,15 +73,15 @@ def number(
     return real
 
 
-def lengths(n: np.ndarray, T: int, B: int) -> np.ndarray:
+def lengths(n: HostArray, T: int, B: int) -> HostArray:
     """Return the lengths of B sequences as int64.
 
     Raises
     ------
     ValueError
-        They are not B, or not in 0..T.
+        There are not B of them, or one is not in 0..T.
     TypeError
-        They are no integers.
+        They are not integers.
     """
     if n.shape != (B,):
         raise ValueError(f"lengths is {n.shape}, expected (B,) = ({B},), one for each row of x")
@@ -90,8 +93,8 @@ def lengths(n: np.ndarray, T: int, B: int) -> np.ndarray:
     return n.astype(np.int64)
 
 
-def seed(value: Any) -> Any:
-    """Return NumPy's generator of a seed: an integer, None, or what else NumPy makes one of.
+def seed(value: int | Sequence[int] | Rng | None) -> Rng:
+    """Return a NumPy generator for a seed: an integer, None, or what else NumPy takes as one.
 
     Raises
     ------
@@ -107,8 +110,8 @@ def seed(value: Any) -> Any:
         raise type(e)(wanted) from None
 
 
-def generator(name: str, value: Any) -> Any:
-    """Return a NumPy generator or None: a seed in its place would repeat the same mask.
+def generator(name: str, value: object) -> Rng | None:
+    """Return `value`, a NumPy generator or None: a seed would repeat the same mask.
 
     Raises
     ------

@@ -4,31 +4,36 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .backend import select, to_numpy
+from .backend import Backend, select, to_numpy
 from .files import write_atomically
 from .nn.cell import GRUCell
 from .nn.chain import Chain
 from .nn.gru import GRU
 from .nn.layers import Dropout, Embedding, Last, Linear
 from .nn.params import Layer, refuse_shared
+from .typing import Arrays, Device, HostArray
+from .typing import Path as PathLike
 
 FORMAT = 1
-RUN_FORMAT = 2  # of the checkpoints of a training run; 1 had neither the model nor "closing"
-NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")  # of such, newest first
+# the checkpoints of a training run: their format (1 had neither the model nor "closing"), and
+# their names, newest first
+RUN_FORMAT = 2
+NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
 LAYERS: dict[str, type[Layer]] = {
     c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout, Last)
 }
 
 
-def save(path: Any, model: Any) -> None:
+def save(path: PathLike, model: Layer | Chain) -> None:
     """Write a layer or a Chain to one file.
 
-    The file is written under another name beside it and then renamed, so that a full disk or a
-    crash never costs the file that was there.
+    The file is written under another name and then renamed, so that a full disk or a crash never
+    damages a file that was there before.
 
     Parameters
     ----------
@@ -40,7 +45,7 @@ def save(path: Any, model: Any) -> None:
     TypeError
         The model is something else.
     ValueError
-        Two of its parameters share memory; a Chain can declare that with `tied`.
+        Two of its parameters share memory without being tied; see `Chain`.
     OSError
         The folder does not exist or cannot be written.
 
@@ -66,23 +71,25 @@ def save(path: Any, model: Any) -> None:
     write_atomically(path, to_bytes(arrays, {"gru_any": json.dumps(describe(model))}))
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """All that makes the model again, but its parameters; fit for JSON."""
-    chain = isinstance(model, Chain)
-    parts = model.layers if chain else (model,)
+def describe(model: Layer | Chain) -> dict[str, object]:
+    """Return all that makes the model again except its parameters, in a form fit for JSON."""
+    chain = model if isinstance(model, Chain) else None
+    parts = chain.layers if chain else (model,)
     return {
         "format": FORMAT,
-        "chain": chain,
+        "chain": chain is not None,
         "dtype": model.dtype,
         "layers": [[type(part).__name__, part.settings] for part in parts],
-        **({"tied": dict(model.tied)} if chain and model.tied else {}),
+        **({"tied": dict(chain.tied)} if chain and chain.tied else {}),
     }
 
 
-def load(path: Any, backend: Any = None, device: Any = None) -> Any:
+def load(
+    path: PathLike, backend: str | ModuleType | Backend | None = None, device: Device = None
+) -> Any:
     """Read a model that `save` or `fit` wrote, onto any backend.
 
-    Of a training run these are the weights that `fit` gives back: those with the lowest validation
+    From a training run it takes the weights with which `fit` ends: those with the lowest validation
     loss, else the averaged ones, else the last.
 
     Parameters
@@ -95,8 +102,8 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
     Raises
     ------
     ValueError
-        The file is damaged, was written by neither, or is of a newer version; or a checkpoint is
-        of a version that did not keep the model's description.
+        The file is damaged, was not written by either, or is of a newer version; or a checkpoint
+        is of a version that did not store the model's description.
     OSError
         The file cannot be read.
     """
@@ -118,8 +125,8 @@ def load(path: Any, backend: Any = None, device: Any = None) -> Any:
     return model
 
 
-def _newest(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read the newest checkpoint of a run that is whole; the folder is left as it is."""
+def _newest(folder: Path) -> tuple[dict[str, str], dict[str, HostArray]]:
+    """Read the newest checkpoint of a run that is not damaged; the folder does not change."""
     problems = []
     for path in (folder / name for name in NAMES):
         if path.is_file():
@@ -136,8 +143,10 @@ def _newest(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     raise FileNotFoundError(f"the folder {folder} holds no checkpoint of a training run")
 
 
-def _given_back(run: dict[str, Any], arrays: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model's description and the weights that `fit` would give back."""
+def _given_back(
+    run: dict[str, Any], arrays: dict[str, HostArray]
+) -> tuple[dict[str, Any], dict[str, HostArray]]:
+    """Return the model's description and the weights with which `fit` would end."""
     if run["format"] > RUN_FORMAT:
         raise ValueError(f"it has format {run['format']}, this version reads up to {RUN_FORMAT}")
     if "description" not in run:
@@ -145,19 +154,19 @@ def _given_back(run: dict[str, Any], arrays: dict[str, Any]) -> tuple[Any, dict[
             "an earlier version wrote this checkpoint, without the model's description: make the "
             "model and give its run's folder to fit, which puts the weights in"
         )
-    groups: dict[str, dict[str, Any]] = {"averaged": {}, "lowest": {}}
+    groups: dict[str, dict[str, HostArray]] = {"averaged": {}, "lowest": {}}
     for name, array in arrays.items():
         group, _, key = name.partition("/")
         groups.setdefault(group, {})[key] = array
     last, averaged, lowest = (groups[g] for g in ("weights", "averaged", "lowest"))
     closing, best = run["closing"], run["best"]
-    if closing and (best is None or closing["valid"] < best):  # the last were the lowest
+    if closing and (best is None or closing["valid"] < best):  # the last have the lowest loss
         lowest = {}
     return run["description"], {**last, **(lowest or averaged)}
 
 
-def digest(text: str, arrays: dict[str, np.ndarray]) -> str:
-    """Return what the header and the arrays of a checkpoint of a run must add up to."""
+def digest(text: str, arrays: Arrays) -> str:
+    """Return the SHA-256 of the header and the arrays of a run's checkpoint."""
     total = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
@@ -165,7 +174,7 @@ def digest(text: str, arrays: dict[str, np.ndarray]) -> str:
     return total.hexdigest()
 
 
-def _read(path: Any) -> tuple[dict[str, str], dict[str, Any]]:
+def _read(path: PathLike) -> tuple[dict[str, str], dict[str, HostArray]]:
     """Return the metadata that `save` or a run wrote, and the arrays."""
     from safetensors import SafetensorError, safe_open
 

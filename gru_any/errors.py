@@ -1,19 +1,20 @@
-"""Errors in the letters of the package.
+"""Errors that state shapes in the letters of the package.
 
 T time, B batch, I input size, H hidden size, L layers, D directions.
 """
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+
+from .typing import Array
 
 
 class ShapeError(ValueError):
-    """An array has another shape than the one expected; the text says at which axis."""
+    """An array has an unexpected shape; the text says at which axis."""
 
 
-def check_shape(name: str, array: Any, letters: str, sizes: Mapping[str, int]) -> None:
-    """Raise ShapeError where `array` does not have the shape that `letters` and `sizes` say.
+def check_shape(name: str, array: Array, letters: str, sizes: Mapping[str, int]) -> None:
+    """Raise ShapeError unless `array` has the shape that `letters` and `sizes` say.
 
     letters : such as "(T, B, I)" or "(..., I)"; a letter that is not in `sizes` may be any size.
     """

@@ -1,22 +1,23 @@
-"""Files that are there whole or not at all, whenever the power goes."""
+"""Files that are written whole or not at all, whenever the power fails."""
 
 import glob
 import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+
+from .typing import Path as PathLike
 
 
-def write_atomically(path: Any, content: bytes) -> None:
-    """Write a file so that at any moment the old or the new one stands there, whole.
+def write_atomically(path: PathLike, content: bytes) -> None:
+    """Write a file so that at any moment either the old or the new one is there, whole.
 
-    What a process that was killed while it wrote the same file has left behind is removed.
+    Temporary files of killed processes that were writing the same file are removed.
 
     Raises
     ------
     OSError
-        It cannot be written; the old one is still there.
+        It cannot be written; the old file is still there.
     """
     path = Path(path)
     clear_temporaries(path.parent, path.name)
@@ -36,7 +37,7 @@ def write_atomically(path: Any, content: bytes) -> None:
 
 
 def clear_temporaries(folder: Path, name: str = "*") -> None:
-    """Remove the temporaries of a file, or of all in a folder, that dead processes here left."""
+    """Remove what dead processes of this machine left: temporary files of one name, or of all."""
     name = name if name == "*" else glob.escape(name)
     for left in folder.glob(f".{name}.*.part"):
         found = re.fullmatch(rf".*\.{re.escape(platform.node())}\.(\d+)\.part", left.name)
@@ -45,7 +46,7 @@ def clear_temporaries(folder: Path, name: str = "*") -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether a process runs on this machine; True where the system does not tell."""
+    """Whether a process runs on this machine; True if the system cannot say."""
     if os.name != "posix":
         return True
     try:
@@ -58,7 +59,7 @@ def _alive(process: int) -> bool:
 
 
 def settle(folder: Path) -> None:
-    """Have the names in a folder written to the disk, where the system can."""
+    """Flush the entries of a folder to the disk, if the system can."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

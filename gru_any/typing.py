@@ -7,7 +7,7 @@ checks the classes and protocols that are written with them.
 
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -19,8 +19,13 @@ Device: TypeAlias = Any  # where arrays of that library live; None is its defaul
 Shape: TypeAlias = tuple[int, ...]
 Arrays: TypeAlias = Mapping[str, Array]  # parameters, gradients or states by name
 Path: TypeAlias = str | PathLike[str]
-Rng: TypeAlias = np.random.Generator
+if TYPE_CHECKING:
+    Rng: TypeAlias = np.random.Generator
+else:
+    Rng = Any  # numpy.random is loaded on first need
 # (xp, a, h, U, ...) -> the next state, and what its gradient needs
 Step: TypeAlias = Callable[..., tuple[Array, tuple[Array, ...]]]
 # (xp, h, saved, ...) -> gradients to U and to the biases of the step
 WeightGradients: TypeAlias = Callable[..., tuple[Array, ...]]
+# (y, target, mask=None) -> the value, dL/dy
+Loss: TypeAlias = Callable[..., tuple[Array, Array]]

@@ -6,9 +6,9 @@
 Each contender runs in a process of its own. For every cell (sizes, forward or training, reset after
 or before) they are asked in turn, several rounds, and the table shows medians: the time of PyTorch,
 and of each other how many times faster it is, round by round, with the quartiles in brackets.
-PyTorch has the reset gate after the product alone; both variants are held against that. Then comes,
-cell by cell, which bars are held (`bars.py`), and last the length: time and memory of this library
-for T from 10 to 10,000 (`length.py`).
+PyTorch has only the variant with the reset gate after the product; both of ours are compared with
+it. Then the bars of each cell are listed (`benchmarks/bars.py`), and last the time and memory of
+this library for T from 10 to 10,000 (`benchmarks/length.py`).
 """
 
 import argparse
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bars import report
-from contenders import MAKERS, threads_of
-from length import sweep
+from benchmarks.bars import report
+from benchmarks.contenders import MAKERS, threads_of
+from benchmarks.length import sweep
 
 CASES = [
     (1, 1, 64, 64), (1, 1, 256, 256), (1, 1, 512, 512), (100, 1, 64, 64), (100, 1, 256, 256),

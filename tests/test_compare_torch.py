@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import require
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent / "scripts" / "benchmarks"
 SMALL = ["--hidden", "8", "--rate", "0.01", "--backend", "numpy"]
 MUSIC = [
     "--synthetic",
@@ -40,6 +40,7 @@ COMMANDS = {
 @pytest.fixture
 def scripts(monkeypatch):
     require("torch")
+    monkeypatch.syspath_prepend(SCRIPTS.parent)
     monkeypatch.syspath_prepend(SCRIPTS)
 
 
@@ -79,7 +80,7 @@ def test_the_figures_stand_side_by_side(scripts, monkeypatch, capsys):
 
     command = ["series", "--synthetic", "--rate", "0.02", "--hidden", "8", "--epochs", "20"]
     monkeypatch.setattr(sys, "argv", ["compare_torch.py", *command, "--threads", "1", "--final"])
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parents[1]))
     compare_torch.main()
     head, *figures = capsys.readouterr().out.splitlines()
     assert head.endswith("(threads: 1 and 1)")

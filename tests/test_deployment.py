@@ -1,4 +1,4 @@
-"""scripts/deployment.py compares the same steps; scripts/int8.py rounds as it says."""
+"""scripts/deployment.py compares the same steps; scripts/benchmarks/int8.py rounds as it says."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,8 @@ from conftest import require, running
 
 from gru_any import GRU
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "benchmarks")]
 deployment = pytest.importorskip("deployment")
 
 

@@ -74,7 +74,7 @@ def test_links_lead_to_files(page):
 
 def test_the_mistakes(monkeypatch, tmp_path, capsys):
     """The script, with little training: gradcheck sees each, and the page has these figures."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts/maintenance")
     import mistakes
 
     monkeypatch.setattr(mistakes.train_text, "read", lambda files: "to be or not to be, " * 100)

@@ -211,7 +211,7 @@ def test_the_demo():
 
 
 def test_the_cost_of_the_import(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
     import import_time
 
@@ -222,7 +222,7 @@ def test_the_cost_of_the_import(monkeypatch, capsys):
 
 def test_mutation():
     """One of the changes; the whole takes minutes."""
-    assert "1 of 1 changes noticed" in run("mutate.py", "--only", "1")
+    assert "1 of 1 changes noticed" in run("maintenance/mutate.py", "--only", "1")
 
 
 def test_the_benchmark(tmp_path):
@@ -276,7 +276,7 @@ def test_text_is_typed_as_it_is_predicted(trained, monkeypatch):
 
 def test_the_bars(monkeypatch, capsys):
     """Two cells made up: what is held, what is not, and what reset before costs."""
-    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
     bars = importlib.import_module("bars")
     times = {
         "numba": [1.0, 1.0, 9.0], "numpy": [2.1, 2.0, 2.0], "torch": [1.3, 2.0, 2.0],

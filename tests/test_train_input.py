@@ -18,7 +18,8 @@ from conftest import require
 from gru_any import GRU, SGD, Chain, Embedding, Linear, save, softmax_cross_entropy
 from gru_any.train import resume
 from gru_any.train.data import ahead, cut, streams
-from gru_any.train.loop import _expected, evaluate, fit
+from gru_any.train.loop import evaluate, fit
+from gru_any.train.run import Run
 from gru_any.train.schedules import constant, cosine, plateau
 
 TEXT = np.random.default_rng(0).integers(0, 9, 400)
@@ -315,10 +316,10 @@ def test_training_holds_the_data_once():
 
 
 class Stand:
-    """Where a run stands, after 30 seconds."""
+    """The state of a run after 30 seconds."""
 
-    def __init__(self, step, epoch):
-        self.step, self.epoch = step, epoch
+    def __init__(self, step, epoch, *ends):
+        self.step, self.epoch, self.plan = step, epoch, ends
 
     def elapsed(self):
         return 30.0
@@ -335,5 +336,5 @@ class Stand:
     ],
 )
 def test_the_bar_knows_how_many_steps_are_to_come(ends, expected):
-    assert _expected(Stand(20, 2), *ends) == expected
-    assert _expected(Stand(3, 0), None, 5, None) is None
+    assert Run.expected(Stand(20, 2, *ends)) == expected
+    assert Run.expected(Stand(3, 0, None, 5, None)) is None

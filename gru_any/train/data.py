@@ -1,96 +1,97 @@
-"""Data for training: sequences side by side, cut into the pieces of truncated back-propagation.
+"""Data for training: padded batches, cut in time for truncated backpropagation.
 
 Everything here is NumPy on the host; `ahead` prepares and transfers the next piece while the
-present one computes.
+current one is in use.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from types import EllipsisType
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from .. import arguments
 from ..backend import refuse_masked, to_numpy
 from ..errors import ShapeError
+from ..typing import Array, DType, HostArray, Shape
+
+Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
-    """Sequences side by side, in NumPy arrays, lists or arrays of any library on the host.
+    """A batch of sequences, in NumPy arrays, lists or arrays of any library on the host.
 
     x, target : arrays (T, B, ...), or (B, T, ...) where batch_first is True
-        For a model with a `Last` target is (B, ...), one for each row.
+        For a model with a `Last`, target is (B, ...), one for each sequence.
     mask : array of bool or None
-        Shaped as the first two axes of x, or as the whole target: True where a target counts. None
-        where all do, up to each row's length.
+        Of the shape of the first two axes of x, or of the whole target: True where a target counts.
+        None if all targets within the lengths count.
     lengths : B integers in 0..T or None
-        Of the sequences; None where padding at the end does no harm.
+        Of the sequences; None if padding at the end does no harm.
     batch_first : bool or None
-        None: laid out as the model takes it, (T, B, ...) where there is no model.
+        None means the layout of the model, or (T, B, ...) where there is no model.
     """
 
-    x: Any
-    target: Any
-    mask: Any = None
-    lengths: Any = None
+    x: Array
+    target: Array
+    mask: Array | None = None
+    lengths: Array | None = None
     batch_first: bool | None = None
 
 
 class Piece(NamedTuple):
-    """A part of a batch, for one gradient.
-
-    first: the state begins anew; advance: after so many steps the next piece begins; counted:
-    how many steps of rows count, in part where a mask leaves out a part of a target.
-    """
+    """A part of a batch, for one gradient."""
 
     batch: Batch
-    first: bool
-    advance: int
-    counted: float
+    first: bool  # whether it begins with a state of zeros
+    advance: int  # the number of steps after which the next piece begins
+    counted: float  # how many targets count; a target that is masked in part counts in part
 
 
 def arranged(
-    batch: Any, batch_first: bool | None = None, rank: int | None = None, each_step: bool = True
+    batch: object, batch_first: bool | None = None, rank: int | None = None, each_step: bool = True
 ) -> Batch:
-    """Return a batch as NumPy arrays that fit each other, laid out with or without batch_first.
+    """Return a batch as NumPy arrays of matching shapes, in the layout wanted.
 
     Parameters
     ----------
     batch : Batch, or a tuple or list (x, target[, mask[, lengths]])
     batch_first : bool or None
-        The layout wanted; a batch that names the other one is transposed. None keeps it.
+        The layout wanted; a batch that states the other one is transposed. None keeps its layout.
     rank : int or None
         Of x: 2 for integers (T, B), 3 for (T, B, I).
     each_step : bool
-        Whether there is a target for each step; else target and mask are (B, ...).
+        Whether there is a target for each step; otherwise target and mask are (B, ...).
 
     Raises
     ------
     ValueError, TypeError
-        It is no batch, or x, target, mask and lengths do not belong together.
+        It is not a batch, or the shapes of x, target, mask and lengths do not match.
     """
     if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= len(Batch._fields):
         raise TypeError(
             f"a batch is {type(batch).__name__}, expected a Batch or (x, target[, mask[, lengths]])"
         )
-    x, target, mask, lengths, named = Batch(*batch)
+    x, target, mask, lengths, given = Batch(*batch)
     x, target = _array("x", x), _array("target", target)
-    named = None if named is None else arguments.flag("batch_first", named)
-    wanted = bool(named) if batch_first is None else batch_first
-    turned = named is not None and named != wanted
-    axes = "(B, T" if wanted != turned else "(T, B"
+    given = None if given is None else arguments.flag("batch_first", given)
+    wanted = bool(given) if batch_first is None else batch_first
+    transpose = given is not None and given != wanted
+    axes = "(B, T" if wanted != transpose else "(T, B"
     if x.ndim < 2 or rank not in (None, x.ndim):
         letters = {2: f"{axes}), indices of the Embedding", 3: f"{axes}, I)"}
         raise ShapeError(f"x is {x.shape}, expected {letters.get(rank or 0, axes + ', ...)')}")
-    if turned:
+    leading = x.shape[:2]  # of target and mask, where there is a target for each step
+    if transpose:
         x = np.swapaxes(x, 0, 1)
     B, T = x.shape[:2] if wanted else x.shape[1::-1]
-    given = x.shape[1::-1] if turned else x.shape[:2]
-    _check_target(target, given if each_step else (B,), axes)
+    leading = leading if each_step else (B,)
+    _check_target(target, leading, axes)
     if mask is not None:
-        mask = _mask(mask, target.shape, given if each_step else (B,))
-    if turned and each_step:
+        mask = _mask(mask, target.shape, leading)
+    if transpose and each_step:
         target = np.swapaxes(target, 0, 1)
         mask = None if mask is None else np.swapaxes(mask, 0, 1)
     if lengths is not None:
@@ -101,7 +102,7 @@ def arranged(
     return Batch(x, target, mask, lengths, wanted)
 
 
-def _check_target(target: np.ndarray, leading: tuple[int, ...], axes: str) -> None:
+def _check_target(target: HostArray, leading: Shape, axes: str) -> None:
     if target.shape[: len(leading)] == leading:
         return
     if len(leading) == 1:
@@ -112,7 +113,7 @@ def _check_target(target: np.ndarray, leading: tuple[int, ...], axes: str) -> No
     )
 
 
-def _mask(mask: Any, target: tuple[int, ...], leading: tuple[int, ...]) -> np.ndarray:
+def _mask(mask: Array, target: Shape, leading: Shape) -> HostArray:
     array = _array("mask", mask)
     if array.dtype != bool:
         raise TypeError(f"mask has dtype {array.dtype}, expected bool: mask != 0")
@@ -125,14 +126,13 @@ def _mask(mask: Any, target: tuple[int, ...], leading: tuple[int, ...]) -> np.nd
 
 
 def whole(batch: Batch) -> Piece:
-    """Return the batch in one piece, for a model with one result a row."""
+    """Return the batch as one piece, for a model with one result for each sequence."""
     rows, mask = len(batch.target), batch.mask
     count = rows if mask is None else mask.sum() / max(math.prod(mask.shape[1:]), 1)
     return Piece(batch, True, batch.x.shape[1 if batch.batch_first else 0], float(count))
 
 
-def _array(name: str, value: Any) -> np.ndarray:
-    """The value as a NumPy array of numbers."""
+def _array(name: str, value: Array) -> HostArray:
     refuse_masked(f"{name} of a batch", value)
     try:
         array = to_numpy(value)
@@ -143,17 +143,17 @@ def _array(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def in_time(part: slice, batch_first: bool | None) -> tuple[Any, ...]:
-    """The index of a part of the steps."""
+def in_time(part: slice, batch_first: bool | None) -> tuple[slice | EllipsisType, ...]:
+    """Return the index that selects these steps of an array."""
     return (slice(None), part, ...) if batch_first else (part, ...)
 
 
 def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
-    """Cut a batch along time: every k1 steps a gradient, over the last k2 steps.
+    """Cut a batch in time: one gradient every k1 steps, over the last k2 steps.
 
-    In the terms of Williams and Peng (1990), BPTT(k2; k1). The loss counts the last k1 steps of a
-    piece; those before let the gradient flow further back. tbptt None is one piece, uncut. Time is
-    the first axis, or the second where the batch says batch_first.
+    This is BPTT(k2; k1) of Williams and Peng (1990). The loss counts the last k1 steps of a piece;
+    the steps before them let the gradient flow further back. With tbptt None the batch is one
+    piece. Time is the first axis, or the second where the batch says batch_first.
     """
     x, target, mask, lengths, batch_first = arranged(batch)
     T = x.shape[1 if batch_first else 0]
@@ -162,7 +162,7 @@ def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
         start, stop = max(0, at + k1 - k2), min(at + k1, T)
         part = in_time(slice(start, stop), batch_first)
         counts = None if mask is None else mask[part]
-        if at > start:  # these steps have had their gradient
+        if at > start:  # the targets of the steps before `at` counted in an earlier piece
             shape = target[part].shape[:2]
             counts = np.ones(shape, bool) if counts is None else counts.copy()
             counts[in_time(slice(at - start), batch_first)] = False
@@ -174,14 +174,8 @@ def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
         yield Piece(piece, start == 0 and at == 0, advance, float(count))
 
 
-def pair(tbptt: Any) -> tuple[int, int] | None:
-    """Return (k1, k2) as integers with 1 <= k1 <= k2, or None.
-
-    Raises
-    ------
-    ValueError
-        It is something else.
-    """
+def pair(tbptt: Iterable[object] | None) -> tuple[int, int] | None:
+    """Return (k1, k2) as integers with 1 <= k1 <= k2, or None; raise ValueError for all else."""
     if tbptt is None:
         return None
     try:
@@ -193,16 +187,16 @@ def pair(tbptt: Any) -> tuple[int, int] | None:
     raise ValueError(f"tbptt is {tbptt!r}, expected (k1, k2) with 1 <= k1 <= k2, or None")
 
 
-def streams(data: Any, rows: int, batch_first: bool = False) -> Batch:
-    """One long sequence (N, ...) as so many streams read side by side, each predicting its next.
+def streams(data: Array, rows: int, batch_first: bool = False) -> Batch:
+    """Cut one long sequence into parallel streams; the target of each step is the next element.
 
     Parameters
     ----------
     data : array (N, ...)
     rows : int
-        B, so many streams.
+        B, the number of streams.
     batch_first : bool
-        x and target are (B, T, ...) in place of (T, B, ...).
+        Whether x and target are (B, T, ...) instead of (T, B, ...).
 
     Raises
     ------
@@ -223,17 +217,17 @@ def streams(data: Any, rows: int, batch_first: bool = False) -> Batch:
     if length < 1:
         raise ValueError(f"{rows} rows are too many for a sequence of {len(data)}")
 
-    def laid_out(v: np.ndarray) -> np.ndarray:
+    def split(v: HostArray) -> HostArray:
         v = v[: length * rows].reshape(rows, length, *v.shape[1:])
         return v if batch_first else np.swapaxes(v, 0, 1)
 
-    return Batch(laid_out(data[:-1]), laid_out(data[1:]), batch_first=batch_first)
+    return Batch(split(data[:-1]), split(data[1:]), batch_first=batch_first)
 
 
 def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """The numbers of the sequences in groups of `rows`, each of like length, so padding is small.
+    """Group the indices of sequences of similar length, `rows` at a time, to keep padding small.
 
-    Sequences without a step are left out.
+    Empty sequences are left out.
     """
     rows = arguments.size("rows", rows)
     order = [int(i) for i in np.argsort(np.asarray(lengths), kind="stable") if lengths[int(i)] > 0]
@@ -241,7 +235,7 @@ def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
 
 
 def waste(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> float:
-    """The part of all padded steps that is padding, 0 to 1."""
+    """Return the share of padding in all steps of the padded groups, 0 to 1."""
     used = padded = 0
     for group in groups:
         used += sum(int(lengths[i]) for i in group)
@@ -250,11 +244,12 @@ def waste(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> float:
 
 
 def side_by_side(
-    sequences: Sequence[Any], dtype: Any = None, batch_first: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences (T, ...) of several lengths -> (T, B, ...) with zeros at the end, mask (T, B).
+    sequences: Sequence[Array], dtype: DType | None = None, batch_first: bool = False
+) -> tuple[HostArray, HostArray]:
+    """Pad sequences (T, ...) with zeros to (T, B, ...), and return that with its mask (T, B).
 
-    With batch_first (B, T, ...) and (B, T). dtype None is one that holds all sequences.
+    With batch_first these are (B, T, ...) and (B, T). dtype None stands for one that holds the
+    numbers of all sequences.
 
     Raises
     ------
@@ -269,10 +264,10 @@ def side_by_side(
             f"the sequences are {[s.shape for s in arrays[:9]]}, expected one or more (T, ...) "
             "that differ in T alone"
         )
-    whole = np.result_type(*arrays)
-    dtype = whole if dtype is None else np.dtype(dtype)
-    if not np.can_cast(whole, dtype, "same_kind"):
-        raise TypeError(f"dtype is {dtype}, which cannot hold sequences of {whole}")
+    common = np.result_type(*arrays)
+    dtype = common if dtype is None else np.dtype(dtype)
+    if not np.can_cast(common, dtype, "same_kind"):
+        raise TypeError(f"dtype is {dtype}, which cannot hold sequences of {common}")
     rows = len(arrays), max(len(s) for s in arrays)
     x = np.zeros((*rows, *arrays[0].shape[1:]), dtype)
     mask = np.zeros(rows, bool)
@@ -283,10 +278,10 @@ def side_by_side(
     return np.swapaxes(x, 0, 1), np.swapaxes(mask, 0, 1)
 
 
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each made by another thread while the one before is in use.
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the same items, each made by another thread while the one before is in use.
 
-    Where no thread can start they are made as they are asked for.
+    If no thread can be started, each is made when it is asked for.
     """
     with ThreadPoolExecutor(1) as pool:
         try:

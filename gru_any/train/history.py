@@ -1,34 +1,36 @@
-"""What a training run wrote down: the records of its log, and a picture of them."""
+"""The log of a training run, and a picture of it."""
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ..files import write_atomically
+from ..typing import Path as PathLike
 
+Record: TypeAlias = dict[str, float]
 PICTURED = {"loss": "loss", "rate": "learning rate", "norm": "norm of the gradient"}
 
 
 class History(NamedTuple):
-    """The end of a training run.
+    """The result of a training run.
 
     Attributes
     ----------
     records : list of dict
-        With "step", "epoch", "seconds", and either "loss", "rate" and "norm" (means since the
-        record before, but the rate; with mixed precision "scale" too), or "valid".
+        Each with "step", "epoch", "seconds", and either "loss", "rate" and "norm" (loss and norm
+        are means since the record before; with mixed precision also "scale"), or "valid".
     reason : str
-        Why it ended: "done", "patience", "minutes" or "interrupted"; "finished" where it had
-        ended before.
+        Why it ended: "done", "patience", "minutes" or "interrupted"; "finished" if it had ended
+        before.
     best : float or None
         The lowest validation loss.
     """
 
-    records: list[dict[str, Any]]
+    records: list[Record]
     reason: str
     best: float | None
 
-    def draw(self, path: Any) -> None:
+    def draw(self, path: PathLike) -> None:
         """Write a PNG of loss, learning rate and gradient norm against the step."""
         import matplotlib
 
@@ -50,22 +52,22 @@ class History(NamedTuple):
         pyplot.close(figure)
 
     def column(self, key: str) -> tuple[list[int], list[float]]:
-        """The steps and values of the records that have this key."""
-        rows = [(r["step"], r[key]) for r in self.records if key in r]
+        """Return the steps and values of the records that have this key."""
+        rows = [(int(r["step"]), r[key]) for r in self.records if key in r]
         return [step for step, _ in rows], [value for _, value in rows]
 
 
 class Log:
-    """Records, and a file of JSON lines that holds the same (path None: no file)."""
+    """Records, and a file of JSON lines that holds the same records (path None: no file)."""
 
-    def __init__(self, path: Path | None, records: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path | None, records: list[Record]) -> None:
         self.path, self.records = path, records
-        if path is not None:  # what an interrupted run wrote after its checkpoint goes
+        if path is not None:  # drops what an interrupted run wrote after its last checkpoint
             lines = "".join(json.dumps(record) + "\n" for record in records)
             write_atomically(path, lines.encode())
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Add a record; OSError where the file cannot be written."""
+    def write(self, record: Record) -> None:
+        """Add a record; raise OSError if the file cannot be written."""
         self.records.append(record)
         if self.path is not None:
             try:

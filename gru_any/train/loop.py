@@ -1,28 +1,31 @@
-"""The training loop: `fit` reads like a recipe, and a run that was killed goes on bit for bit."""
+"""The training loop: `fit`, and `evaluate` for the loss on other data."""
 
 import json
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from .. import arguments
 from ..nn.chain import Chain
 from ..nn.layers import Embedding, Last
+from ..typing import Loss
+from ..typing import Path as PathLike
 from .data import Batch, Piece, ahead, arranged, cut, pair, whole
-from .history import History
+from .history import History, Record
 from .optim import Optimizer
-from .run import Run
+from .run import Plan, Run
 from .schedules import Schedule
 
-Batches = Callable[[int], Iterable[Any]]
+Number = TypeVar("Number", int, float)
+Batches: TypeAlias = Callable[[int], Iterable[Any]]
+Shown: TypeAlias = Callable[[Record], dict[str, str]]
 
 
 def fit(
-    model: Any,
-    loss: Callable[..., Any],
+    model: Chain,
+    loss: Loss,
     batches: Batches,
     optimiser: Optimizer,
     *,
@@ -39,59 +42,61 @@ def fit(
     average: float | None = None,
     mixed: str | None = None,
     seed: int = 0,
-    out: Any = None,
-    settings: dict[str, Any] | None = None,
+    out: PathLike | None = None,
+    settings: dict[str, object] | None = None,
     save_every: int = 200,
     log_every: int = 20,
-    bar: bool | Callable[[dict[str, Any]], dict[str, Any]] = True,
+    bar: bool | Shown = True,
 ) -> History:
-    """Train a model; with `out`, so that the same call goes on where it was stopped.
+    """Train a model; with `out`, the same call resumes a run that was stopped, bit for bit.
 
     Parameters
     ----------
     model : Chain
     loss : callable
-        `value, dy = loss(y, target, mask=None)`; arrays are laid out as the model has it, and the
-        mask is (T, B), (B, T) with `batch_first`, or what the batch gives.
+        `value, dy = loss(y, target, mask=None)`. Arrays have the layout of the model; the mask is
+        (T, B), or (B, T) with `batch_first`, or as the batch gives it.
     batches : callable
-        `batches(epoch)` gives the batches of an epoch, on the host; the same for the same epoch.
-        Each a `data.Batch`, or a tuple (x, target[, mask[, lengths]]) laid out as the model has it.
+        `batches(epoch)` returns the batches of an epoch, on the host; the same ones for the same
+        epoch. Each is a `data.Batch`, or a tuple (x, target[, mask[, lengths]]) in the layout of
+        the model.
     optimiser : Optimizer
-        Of `model.params`, or of a part of them: the others are frozen, which is said on stderr.
-        Only its own are clipped, averaged and changed.
+        Of `model.params`, or of a part of them: the others are frozen, which is reported on stderr.
+        Only its own are clipped, averaged and updated.
     steps, epochs, minutes : int, int, float
-        The run ends where the first of those given is reached. A step is an update. A run in
-        `out` may be given a later end, also after it ended, and goes on to it.
+        The run ends when the first of those given is reached. A step is an update. A run in `out`
+        may be given a later end, even after it has ended, and goes on to it.
     tbptt : (k1, k2) or None
         A gradient every k1 steps of time over the last k2, the state carried over; see `data.cut`.
     accumulate : int
-        So many gradients are averaged for one update, by how many targets count in each piece: the
-        gradient of one batch that holds them all, where the loss is a mean over these.
+        How many gradients are averaged for one update, weighted by how many targets count in each:
+        the gradient of one batch that holds them all, if the loss is a mean over targets.
     clip : float or None
         Largest norm of the gradient.
     schedule : callable or None
-        `schedule(step, losses)` is the learning rate; losses are those of validation so far.
+        `schedule(step, losses)` returns the learning rate; losses are the validation losses so far.
         Groups of the optimiser with a rate of their own keep their proportion to it.
     valid : callable or None
         Returns the validation loss; called every `validate_every` steps or else each epoch, and at
-        the end. The weights with the lowest are given back.
+        the end. The model ends with the weights that had the lowest.
     patience : int or None
-        End after more than so many validations without a new lowest loss.
+        End after more than this number of validations without a new lowest loss.
     average : float or None
-        Validate, and give back, a running average of the weights with this decay.
+        Validate, and end with, a running average of the weights with this decay.
     mixed : "float16", "bfloat16" or None
         Store the residuals in half precision; the weights stay in float32. See `mixed`.
     seed : int
         Of dropout.
     out : path or None
-        Folder of the log (log.jsonl) and the checkpoints, one every `save_every` steps.
+        Folder of the log (log.jsonl) and of the checkpoints, one every `save_every` steps.
     settings : dict or None
-        What else decides the numbers, such as a digest of the data; a run that goes on must have
-        the same, as it must have the same arguments but for its end. JSON must be able to write it.
+        What else decides the numbers, such as a digest of the data; anything that JSON can write.
+        A run can be resumed only with the same settings, and the same arguments except its end.
     log_every : int
         Steps between two records; making one waits for the device.
     bar : bool or callable
-        Whether to show a progress bar (needs tqdm), or what it shows of a record.
+        Whether to show a progress bar (needs tqdm), or a function from a record to what the bar
+        shows.
 
     Returns
     -------
@@ -100,96 +105,120 @@ def fit(
     Raises
     ------
     TypeError
-        The model is no Chain, the optimiser none of this library, or an argument or a batch is of
-        a wrong type.
+        The model is not a Chain, the optimiser is not one of this library, or an argument or a
+        batch is of a wrong type.
     KeyError
         The optimiser holds a name that the model does not have.
     FloatingPointError
-        Loss or gradient is not finite; on the host before it changed the weights, on a device with
-        the next record.
+        The loss or a gradient is not finite; raised before it changes the weights on the host, and
+        with the next record on a device.
     IndexError
         x holds indices that the model's first layer, an Embedding, does not have.
     ValueError
-        A number is out of its range, patience or validate_every came without valid, which gives
-        the loss they go by, the parts of a batch do not belong together or do not fit the
-        model, `settings` has the name of an argument, settings differ from the checkpoint's, or no
-        checkpoint can be used.
+        A number is out of its range; patience or validate_every is given without valid, which
+        gives the loss to judge; the parts of a batch do not match each other or the model;
+        `settings` has the name of an argument, or differs from the checkpoint's; or no checkpoint
+        can be used.
     OSError
         A checkpoint cannot be written; the last good one is kept.
     """
     _check_chain(model)
-    if not isinstance(optimiser, Optimizer):
-        name = type(optimiser).__name__
-        raise TypeError(f"optimiser is {name}, expected one such as Adam(model.params)")
-    functions = {"loss": loss, "batches": batches, "schedule": schedule, "valid": valid}
-    for name, function in functions.items():
-        if not (callable(function) or (function is None and name in ("schedule", "valid"))):
-            raise TypeError(f"{name} is {type(function).__name__}, expected a function: see fit")
-    if steps is epochs is minutes is None:
-        raise ValueError("give at least one of steps, epochs and minutes")
-    count, real = _given(arguments.size), _given(arguments.number)
-    steps, epochs = count("steps", steps), count("epochs", epochs)
-    minutes, clip = real("minutes", minutes, above=True), real("clip", clip, above=True)
-    accumulate = arguments.size("accumulate", accumulate)
-    validate_every = count("validate_every", validate_every)
+    _check_optimiser(optimiser)
+    _check_functions(loss=loss, batches=batches)
+    _check_functions(optional=True, schedule=schedule, valid=valid)
+    plan = Plan(steps, epochs, minutes, tbptt, accumulate, clip, validate_every, patience, average,
+                mixed, seed, log_every)  # fmt: skip
+    plan = _checked(plan, valid is not None)
     save_every = arguments.size("save_every", save_every)
-    log_every = arguments.size("log_every", log_every)
-    patience, seed = count("patience", patience, 0), arguments.size("seed", seed, 0)
-    for name, given in (("patience", patience), ("validate_every", validate_every)):
-        if given is not None and valid is None:
-            raise ValueError(
-                f"{name} is {given}, but valid, which gives the loss to judge, is None"
-            )
-    average, tbptt = real("average", average, below=1), pair(tbptt)
     bar = bar if callable(bar) else arguments.flag("bar", bar)
-    kept = dict(steps=steps, epochs=epochs, minutes=minutes, tbptt=tbptt, accumulate=accumulate,
-                clip=clip, validate_every=validate_every, patience=patience, average=average,
-                mixed=mixed, seed=seed, log_every=log_every)  # fmt: skip
     settings = _writable(settings or {})
-    run = Run(model, optimiser, seed, average, mixed)
-    run.open(out, kept, settings, schedule)
-    ends = steps, epochs, minutes
-    with _interrupts() as stop, _bar(bar, ends, run) as show, run.quiet():
-        for epoch, number, piece in _pieces(run.working, batches, tbptt, run):
+    run = Run(model, optimiser, plan)
+    run.open(out, settings, schedule)
+    with _interrupts() as stop, _progress(bar, run) as show, run.quiet():
+        for epoch, number, piece in _pieces(run, batches):
             if epoch > run.epoch:
                 run.epoch, run.piece = epoch, 0
-                if valid and not validate_every:
+                if valid and not plan.validate_every:
                     run.validate(valid)
-            run.reason = run.ended(*ends, patience)
-            if not run.pending:  # between two updates, so that nothing is lost
+            run.reason = run.ended()
+            if not run.pending:  # between two updates, so that no gradient is lost
                 run.reason = run.reason or stop()
             if run.reason:
                 break
             run.rate(schedule)
             run.add_gradient(loss, piece)
             run.piece = number + 1
-            if run.pending < accumulate:
-                continue
-            run.update(clip)
-            if run.step % log_every == 0:
-                run.record()
-            if valid and validate_every and run.step % validate_every == 0:
-                run.validate(valid)
-            if run.step % save_every == 0:
-                run.save()
-            show()
+            if run.pending >= plan.accumulate:
+                run.update()
+                _follow_up(run, valid, save_every)
+                show()
     return run.close(valid)
 
 
-def _check_chain(model: Any) -> None:
+def _follow_up(run: Run, valid: Callable[[], float] | None, save_every: int) -> None:
+    """Record, validate and save after an update, where it is time to."""
+    every = run.plan.validate_every
+    if run.step % run.plan.log_every == 0:
+        run.record()
+    if valid and every and run.step % every == 0:
+        run.validate(valid)
+    if run.step % save_every == 0:
+        run.save()
+
+
+def _check_chain(model: object) -> None:
     if not isinstance(model, Chain):
         raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
 
 
-def _given(check: Callable[..., Any]) -> Callable[..., Any]:
-    """The same check, which lets None pass."""
+def _check_optimiser(optimiser: object) -> None:
+    if not isinstance(optimiser, Optimizer):
+        name = type(optimiser).__name__
+        raise TypeError(f"optimiser is {name}, expected one such as Adam(model.params)")
+
+
+def _check_functions(optional: bool = False, **functions: object) -> None:
+    for name, function in functions.items():
+        if not (callable(function) or (optional and function is None)):
+            raise TypeError(f"{name} is {type(function).__name__}, expected a function: see fit")
+
+
+def _checked(plan: Plan, valid: bool) -> Plan:
+    """Check the numbers of a plan, and convert them to Python's own."""
+    if plan.steps is plan.epochs is plan.minutes is None:
+        raise ValueError("give at least one of steps, epochs and minutes")
+    count, real = _optional(arguments.size), _optional(arguments.number)
+    plan = plan._replace(
+        steps=count("steps", plan.steps),
+        epochs=count("epochs", plan.epochs),
+        minutes=real("minutes", plan.minutes, above=True),
+        clip=real("clip", plan.clip, above=True),
+        accumulate=arguments.size("accumulate", plan.accumulate),
+        validate_every=count("validate_every", plan.validate_every),
+        log_every=arguments.size("log_every", plan.log_every),
+        patience=count("patience", plan.patience, 0),
+        seed=arguments.size("seed", plan.seed, 0),
+        average=real("average", plan.average, below=1),
+        tbptt=pair(plan.tbptt),
+    )
+    for name in ("patience", "validate_every"):
+        given = getattr(plan, name)
+        if given is not None and not valid:
+            raise ValueError(
+                f"{name} is {given}, but valid, which gives the loss to judge, is None"
+            )
+    return plan
+
+
+def _optional(check: Callable[..., Number]) -> Callable[..., Number | None]:
+    """Return the same check, which lets None pass."""
     return lambda name, value, *more, **named: (
         None if value is None else check(name, value, *more, **named)
     )
 
 
-def _writable(settings: Any) -> dict[str, Any]:
-    """The settings, where JSON can write each."""
+def _writable(settings: object) -> dict[str, object]:
+    """Return the settings, after a check that JSON can write each."""
     if not isinstance(settings, dict):
         raise TypeError(f"settings is {type(settings).__name__}, expected a dict")
     for name, value in settings.items():
@@ -205,21 +234,19 @@ def _writable(settings: Any) -> dict[str, Any]:
     return settings
 
 
-def evaluate(
-    model: Any, loss: Callable[..., Any], batches: Iterable[Any], chunk: int | None = None
-) -> float:
-    """The mean loss over all targets that count, read in chunks of so many steps of time.
+def evaluate(model: Chain, loss: Loss, batches: Iterable[Any], chunk: int | None = None) -> float:
+    """Return the mean loss over all targets that count.
 
-    The mean over the pieces goes by how many targets count in each, so a loss that weighs its
-    classes has its weighted mean within each piece alone.
+    The mean over the pieces is weighted by how many targets count in each, so a loss that weighs
+    its classes has its weighted mean within each piece only.
 
     Parameters
     ----------
     model : Chain
     loss, batches
-        As in `fit`; here `batches` are the batches themselves.
+        As in `fit`, except that `batches` are the batches themselves.
     chunk : int or None
-        None reads each batch at once.
+        The number of steps of time to run at once; None means all steps of a batch.
 
     Raises
     ------
@@ -244,19 +271,17 @@ def evaluate(
     return total / count
 
 
-def _pieces(
-    model: Any, batches: Batches, tbptt: tuple[int, int] | None, run: Run
-) -> Iterator[tuple[int, int, Piece]]:
-    """Epoch, number in it, and piece, from where the run stands on, without end."""
+def _pieces(run: Run, batches: Batches) -> Iterator[tuple[int, int, Piece]]:
+    """Yield epoch, number in it, and piece, from the position of the run on, without end."""
 
     def made() -> Iterator[tuple[int, int, Piece]]:
         epoch, skip = run.epoch, run.piece
         while not run.reason:
             number = 0
             for batch in batches(epoch):
-                for piece in _cut(model, batch, tbptt):
+                for piece in _cut(run.working, batch, run.plan.tbptt):
                     if number >= skip:
-                        yield epoch, number, _put(model, piece)
+                        yield epoch, number, _put(run.working, piece)
                     number += 1
             if not number:
                 raise ValueError(f"batches({epoch}) gave nothing to learn from")
@@ -265,8 +290,8 @@ def _pieces(
     return ahead(made())
 
 
-def _cut(model: Any, item: Any, tbptt: tuple[int, int] | None) -> Iterable[Piece]:
-    """The pieces of a batch in the layout of the model; one where it has one result a row."""
+def _cut(model: Chain, item: object, tbptt: tuple[int, int] | None) -> Iterable[Piece]:
+    """Cut a batch in the layout of the model; it is one piece if a sequence has one result."""
     each_step = not any(isinstance(layer, Last) for layer in model.layers)
     rank = 2 if isinstance(model.layers[0], Embedding) else 3
     batch = arranged(item, model.batch_first, rank, each_step)
@@ -280,8 +305,8 @@ def _cut(model: Any, item: Any, tbptt: tuple[int, int] | None) -> Iterable[Piece
     return [whole(batch)]
 
 
-def _put(model: Any, piece: Piece) -> Piece:
-    """The piece on the model's device; its indices are looked at while they are on the host."""
+def _put(model: Chain, piece: Piece) -> Piece:
+    """Copy a piece to the model's device; indices are checked while they are on the host."""
     x, target, mask, lengths, batch_first = piece.batch
     put, first = model.backend.put, model.layers[0]
     if isinstance(first, Embedding):
@@ -299,13 +324,13 @@ def _put(model: Any, piece: Piece) -> Piece:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], str]]:
-    """What returns "interrupted" after Ctrl-C, so that a step is never left half done."""
+    """Give a function that returns "interrupted" after Ctrl-C, which ends no step half done."""
     pressed: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: ""
         return
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: object) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
@@ -318,7 +343,8 @@ def _interrupts() -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def _bar(bar: Any, ends: tuple[Any, Any, Any], run: Run) -> Iterator[Callable[[], None]]:
+def _progress(bar: bool | Shown, run: Run) -> Iterator[Callable[[], None]]:
+    """Give a function that shows the progress after an update."""
     if not bar:
         yield lambda: None
         return
@@ -327,22 +353,13 @@ def _bar(bar: Any, ends: tuple[Any, Any, Any], run: Run) -> Iterator[Callable[[]
     except ImportError as e:
         raise ImportError('the progress bar needs tqdm: pip install "gru-any[train]"') from e
     text = bar if callable(bar) else lambda record: {"loss": f"{record['loss']:.4g}"}
-    with tqdm(total=ends[0], initial=run.step, unit="step", mininterval=0.5) as shown:
+    steps = run.plan.steps
+    with tqdm(total=steps, initial=run.step, unit="step", mininterval=0.5) as shown:
 
         def show() -> None:
             if run.news:
                 shown.set_postfix(text(run.news), refresh=False)
-            shown.total = _expected(run, *ends)
+            shown.total = run.expected()
             shown.update()
 
         yield show
-
-
-def _expected(run: Run, steps: int | None, epochs: int | None, minutes: float | None) -> int | None:
-    """How many steps the run will have, judged by how far it is; None where that is not known."""
-    done = max(
-        run.step / (steps or math.inf),
-        run.epoch / (epochs or math.inf),
-        run.elapsed() / (60 * (minutes or math.inf)),
-    )
-    return max(run.step, round(run.step / done)) if done else None

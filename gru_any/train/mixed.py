@@ -1,29 +1,30 @@
-"""Mixed precision: storage in half precision, weights in float32, a loss scale that sets itself.
+"""Mixed precision: storage in half precision, weights in float32, a dynamic loss scale.
 
 Half precision loses small numbers (float16 those below 6e-8). So dL/dy is multiplied by a scale
 before it is stored, and the gradients are divided by it in float32 (Micikevicius et al. 2018). A
-step whose gradient overflows changes nothing but the scale, which it halves; after GROWTH good ones
-in a row the scale doubles. Scale and verdict live on the device, and nothing is read back.
+step whose gradient overflows leaves the weights alone and halves the scale; after GROWTH finite
+steps in a row the scale doubles. All of it stays on the device; nothing is read back.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from ..nn.chain import Chain
+from ..typing import Array, Arrays, Loss
 from .optim import Optimizer
 
 START, GROWTH = 2.0**16, 2000.0
 
 
 class Mixed:
-    """A model with float32 weights, and its twin in half precision that does the work.
+    """A model with float32 weights, and its twin in half precision that computes.
 
-    scale, good : arrays without axes, of float32, on the device
-        The loss scale, and how many good steps it has had.
+    scale, good : 0-d arrays of float32, on the device
+        The loss scale, and how many steps in a row had finite gradients with it.
     """
 
-    def __init__(self, model: Any, dtype: str) -> None:
+    def __init__(self, model: Chain, dtype: str) -> None:
         if dtype not in ("float16", "bfloat16") or model.dtype != "float32":
             raise ValueError(
                 f"mixed is {dtype!r} and the model {model.dtype}, expected float16 or bfloat16 and "
@@ -33,21 +34,27 @@ class Mixed:
         self.put(START, 0.0)
 
     def put(self, scale: float, good: float) -> None:
-        """Set the scale and its count, and give the twin the model's weights."""
-        self.scale, self.good = (self.model.backend.put(np.float32(v)) for v in (scale, good))
+        """Set the scale and its count, and copy the model's weights to the twin."""
+        put = self.model.backend.put
+        self.scale, self.good = (put(np.asarray(v, "float32")) for v in (scale, good))
         self._refresh()
 
     def gradient(
-        self, loss: Callable[..., Any], y: Any, target: Any, mask: Any, pullback: Any
-    ) -> tuple[Any, dict[str, Any]]:
+        self,
+        loss: Loss,
+        y: Array,
+        target: Array,
+        mask: Array | None,
+        pullback: Callable[[Array], tuple[Arrays, Array, list[Array]]],
+    ) -> tuple[Array, dict[str, Array]]:
         """Return the loss in float32, and float32 gradients from the scaled backward pass."""
         xp = self.model.backend.xp
         value, dy = loss(xp.astype(y, xp.float32), target, mask=mask)
         grads, _, _ = pullback(xp.astype(dy * self.scale, y.dtype))
         return value, {name: xp.astype(g, xp.float32) / self.scale for name, g in grads.items()}
 
-    def update(self, optimiser: Optimizer, grads: Any, norm: Any) -> Any:
-        """Change the weights where the norm is finite, and the scale -> 1.0 where they were."""
+    def update(self, optimiser: Optimizer, grads: Arrays, norm: Array) -> Array:
+        """Update the scale, and the weights if the norm is finite; return 1.0 if so, else 0.0."""
         xp = self.model.backend.xp
         finite = xp.asarray(xp.isfinite(norm))  # NumPy would make it a scalar
         optimiser.step(self.model.params, grads, finite)
@@ -59,7 +66,7 @@ class Mixed:
         self._refresh()
         return xp.astype(finite, xp.float32)
 
-    def _one(self) -> Any:
+    def _one(self) -> Array:
         return self.model.backend.xp.ones_like(self.scale)
 
     def _refresh(self) -> None:

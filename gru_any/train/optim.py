@@ -3,83 +3,89 @@
     opt = Adam(params, lr=1e-3)
     opt.step(params, grads)
 
-params and grads are dicts name -> array. Everything stays on the device; `opt.lr` may be written
+params and grads are dicts name -> array. Everything stays on the device; `opt.lr` may be assigned
 between steps. The arithmetic runs in the dtype of each parameter, as in PyTorch.
 
-An optimiser changes the parameters it was made with and no others, so those left out are frozen.
-Several groups of parameters may each have their own settings:
+An optimiser changes only the parameters it was made with; those left out are frozen. Groups of
+parameters may each have their own settings:
 
     opt = AdamW([{"params": matrices}, {"params": biases, "lr": 1e-4, "weight_decay": 0.0}])
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from .. import arguments
 from ..backend import of, plain_name
 from ..errors import ShapeError
 from ..nn.params import refuse_shared
+from ..typing import Array, Arrays, Namespace
+
+Parameters: TypeAlias = Arrays | Sequence[Mapping[str, Any]]  # or groups of them, with settings
+Settings: TypeAlias = SimpleNamespace  # all settings of a group, as attributes
 
 
-def _betas(name: str, value: Any) -> tuple[float, float]:
+def _betas(name: str, value: object) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} is {value!r}, expected two numbers from 0 up to below 1")
     b1, b2 = (arguments.number(f"{name}[{i}]", beta, below=1) for i, beta in enumerate(value))
     return b1, b2
 
 
-# the settings of the optimisers, and how each is checked whenever it is written
-SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+# the settings of the optimisers, and how each is checked whenever it is assigned
+SETTINGS: dict[str, Callable[[str, object], object]] = {
     **dict.fromkeys(("lr", "weight_decay", "momentum", "dampening", "eps"), arguments.number),
     **dict.fromkeys(("nesterov", "centered", "amsgrad"), arguments.flag),
     "alpha": partial(arguments.number, below=1),
     "betas": _betas,
 }
 
-# of these, whether they are 0 decides which arrays the optimiser keeps
+# whether these are 0 decides which arrays the optimiser keeps
 FIXED = ("momentum", "nesterov", "centered", "amsgrad")
 
 
 class Group(NamedTuple):
-    """The names of some parameters, and the settings in which they differ from the others."""
+    """The names of some parameters, and the settings that are their own."""
 
     names: tuple[str, ...]
     own: dict[str, Any]
 
 
 class Optimizer:
-    """What the optimisers share: a learning rate, a step, and a state that can be stored.
+    """The base of the optimisers: a learning rate, a step, and a state that can be stored.
 
     Attributes
     ----------
     lr : float
-        The learning rate of all groups without one of their own. Those with one keep their
-        proportion to it: where lr is halved, so are they.
+        The learning rate of all groups without one of their own. The rates of other groups keep
+        their proportion to it: if lr is halved, so are they.
     first_rate : float
-        The lr it was made with.
+        The initial lr.
     names : tuple of str
         The parameters that a step changes.
     """
 
-    def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
+    def __init__(self, params: Parameters, lr: float, weight_decay: float) -> None:
         self.lr, self.weight_decay = lr, weight_decay
         self.first_rate = self.lr
         arrays, self._groups = _grouped(params, self._own())
         self.names = tuple(arrays)
         refuse_shared(arrays)
-        self.count: Any = 0  # steps; an array without axes once a step was told what is finite
+        self.count: Array = 0  # of steps; a 0-d array after a step that was given `finite`
         self._like = {k: (type(p), of(p), p.dtype, tuple(p.shape)) for k, p in arrays.items()}
-        self._slots: dict[str, Any] = {}
-        for names, o in self._settled():
+        self._slots: dict[str, Array] = {}
+        for names, group in self._resolved():
             for name in names:
                 p = arrays[name]
-                self._accept(o, name, p)
-                self._slots |= {f"{s}.{name}": of(p).xp.zeros_like(p) for s in self._kept(o)}
+                self._accept(group, name, p)
+                self._slots |= {
+                    f"{s}.{name}": of(p).xp.zeros_like(p) for s in self._slot_names(group)
+                }
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in SETTINGS:
             value = SETTINGS[name](name, value)
             if "_slots" in vars(self) and name in FIXED and bool(value) != bool(vars(self)[name]):
@@ -94,72 +100,72 @@ class Optimizer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was made with, fit for JSON: its arguments, and names and own ones of groups."""
+        """The arguments, and the names and own settings of each group, in a form fit for JSON."""
         groups = [[list(group.names), group.own] for group in self._groups]
         return {**self._own(), "groups": groups}
 
-    def _settled(self) -> Iterator[tuple[tuple[str, ...], Any]]:
-        """The names of each group, and all its settings as attributes."""
+    def _resolved(self) -> Iterator[tuple[tuple[str, ...], Settings]]:
+        """Yield the names of each group, and all its settings as attributes."""
         for names, own in self._groups:
-            o = SimpleNamespace(**{**self._own(), **own})
+            group = SimpleNamespace(**{**self._own(), **own})
             if "lr" in own and self.lr != self.first_rate:
                 if not self.first_rate:
                     raise ValueError(
                         "lr was 0 and was changed, so a group's own lr has no proportion to it: "
                         "make the optimiser with an lr above 0"
                     )
-                o.lr = own["lr"] * (self.lr / self.first_rate)
-            yield names, o
+                group.lr = own["lr"] * (self.lr / self.first_rate)
+            yield names, group
 
-    def _accept(self, o: Any, name: str, p: Any) -> None:
-        """Raise where the settings of a group do not fit together, or not this parameter."""
+    def _accept(self, group: Settings, name: str, p: Array) -> None:
+        """Raise if the settings of a group do not fit together or do not fit this parameter."""
 
-    def _kept(self, o: Any) -> tuple[str, ...]:
-        """The arrays kept for each parameter."""
+    def _slot_names(self, group: Settings) -> tuple[str, ...]:
+        """Return the names of the arrays kept for each parameter."""
         raise NotImplementedError
 
-    def _update(self, xp: Any, name: str, p: Any, g: Any, o: Any) -> Any:
-        """What is taken off the parameter."""
+    def _update(self, xp: Namespace, name: str, p: Array, g: Array, group: Settings) -> Array:
+        """Return what is subtracted from the parameter."""
         raise NotImplementedError
 
     def step(
-        self, params: MutableMapping[str, Any], grads: Mapping[str, Any], finite: Any = None
+        self, params: MutableMapping[str, Array], grads: Arrays, finite: Array | None = None
     ) -> None:
-        """Change the parameters by their gradients, in place where the library can.
+        """Update the parameters by their gradients, in place if the library can.
 
-        Parameters and gradients that this optimiser was not made with stay as they are.
+        Parameters that this optimiser was not made with do not change.
 
-        finite : array of bool without axes, or None
-            Where it is False, neither parameters nor state change; it stays on the device. The
-            entries of params are replaced then.
+        finite : 0-d array of bool, or None
+            If it is False, neither parameters nor state change; it stays on the device. If it is
+            given, the entries of params are replaced.
 
         Raises
         ------
         KeyError
             A parameter or a gradient is missing, or a gradient has no parameter.
         ValueError
-            A parameter or a gradient has another shape than the optimiser was made with; or one
-            array stands under two names.
+            A parameter or a gradient has another shape than the optimiser was made with; or two
+            names have the same array.
         TypeError
-            One is no array, or has another dtype.
+            One is not an array, or has another dtype.
         """
         self._check(params, grads)
         self.count = self.count + (1 if finite is None else _float(finite))
-        for names, o in self._settled():
+        for names, group in self._resolved():
             for name in names:
                 p, g = params[name], grads[name]
                 xp = of(p, g).xp
                 if finite is None:
-                    p -= self._update(xp, name, p, g, o)
+                    p -= self._update(xp, name, p, g, group)
                     params[name] = p
                     continue
-                slots = [f"{slot}.{name}" for slot in self._kept(o)]
+                slots = [f"{slot}.{name}" for slot in self._slot_names(group)]
                 before = {k: xp.asarray(self._slots[k], copy=True) for k in slots}
-                params[name] = xp.where(finite, p - self._update(xp, name, p, g, o), p)
+                params[name] = xp.where(finite, p - self._update(xp, name, p, g, group), p)
                 for k in slots:
                     self._slots[k] = xp.where(finite, self._slots[k], before[k])
 
-    def _check(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> None:
+    def _check(self, params: Arrays, grads: Arrays) -> None:
         ours, known = set(self.names), set(params)
         if lost := ours - known:
             raise KeyError(f"params: missing {sorted(lost)}, which the optimiser was made with")
@@ -178,7 +184,7 @@ class Optimizer:
 
     @property
     def state(self) -> dict[str, Any]:
-        """A copy: the number of steps, "count", and arrays by names such as "m.weight_ih_l0"."""
+        """A copy of the number of steps, "count", and of arrays such as "m.weight_ih_l0"."""
         copies = {name: of(v).xp.asarray(v, copy=True) for name, v in self._slots.items()}
         return {"count": int(self.count), **copies}
 
@@ -200,16 +206,16 @@ class Optimizer:
             for name, array in self._slots.items()
         }
 
-    def _average(self, slot: str, name: str, rate: float, v: Any) -> Any:
-        """Move the running average of v a little: avg <- rate * avg + (1 - rate) * v."""
+    def _average(self, slot: str, name: str, rate: float, v: Array) -> Array:
+        """Update the running average of v: avg <- rate * avg + (1 - rate) * v."""
         avg = self._slots[f"{slot}.{name}"]
         avg *= rate
         avg += (1 - rate) * v
         self._slots[f"{slot}.{name}"] = avg
         return avg
 
-    def _decayed(self, p: Any, g: Any, o: Any) -> Any:
-        return g + o.weight_decay * p if o.weight_decay else g
+    def _decayed(self, p: Array, g: Array, group: Settings) -> Array:
+        return g + group.weight_decay * p if group.weight_decay else g
 
 
 class SGD(Optimizer):
@@ -228,7 +234,7 @@ class SGD(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Parameters,
         lr: float = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -238,25 +244,25 @@ class SGD(Optimizer):
         self.momentum, self.dampening, self.nesterov = momentum, dampening, nesterov
         super().__init__(params, lr, weight_decay)
 
-    def _accept(self, o: Any, name: str, p: Any) -> None:
-        if o.nesterov and (o.momentum <= 0 or o.dampening != 0):
+    def _accept(self, group: Settings, name: str, p: Array) -> None:
+        if group.nesterov and (group.momentum <= 0 or group.dampening != 0):
             raise ValueError("nesterov=True needs momentum above 0 and dampening=0")
 
-    def _kept(self, o: Any) -> tuple[str, ...]:
-        return ("b",) if o.momentum else ()
+    def _slot_names(self, group: Settings) -> tuple[str, ...]:
+        return ("b",) if group.momentum else ()
 
-    def _update(self, xp: Any, name: str, p: Any, g: Any, o: Any) -> Any:
-        g = self._decayed(p, g, o)
-        if o.momentum:
+    def _update(self, xp: Namespace, name: str, p: Array, g: Array, group: Settings) -> Array:
+        g = self._decayed(p, g, group)
+        if group.momentum:
             b = self._slots[f"b.{name}"]
-            b *= o.momentum
-            b += (1 - o.dampening * self._later(xp)) * g
+            b *= group.momentum
+            b += (1 - group.dampening * self._later(xp)) * g
             self._slots[f"b.{name}"] = b
-            g = g + o.momentum * b if o.nesterov else b
-        return o.lr * g
+            g = g + group.momentum * b if group.nesterov else b
+        return group.lr * g
 
-    def _later(self, xp: Any) -> Any:
-        """0 in the first step, then 1."""
+    def _later(self, xp: Namespace) -> Array:
+        """Return 0 in the first step, then 1."""
         later = self.count > 1
         return later if isinstance(later, bool) else xp.astype(xp.asarray(later), xp.float32)
 
@@ -278,7 +284,7 @@ class RMSprop(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Parameters,
         lr: float = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
@@ -289,25 +295,25 @@ class RMSprop(Optimizer):
         self.alpha, self.eps, self.momentum, self.centered = alpha, eps, momentum, centered
         super().__init__(params, lr, weight_decay)
 
-    def _accept(self, o: Any, name: str, p: Any) -> None:
-        _refuse_lost(o.eps, name, p)
+    def _accept(self, group: Settings, name: str, p: Array) -> None:
+        _refuse_lost(group.eps, name, p)
 
-    def _kept(self, o: Any) -> tuple[str, ...]:
-        return ("v", *(["m"] if o.centered else []), *(["b"] if o.momentum else []))
+    def _slot_names(self, group: Settings) -> tuple[str, ...]:
+        return ("v", *(["m"] if group.centered else []), *(["b"] if group.momentum else []))
 
-    def _update(self, xp: Any, name: str, p: Any, g: Any, o: Any) -> Any:
-        g = self._decayed(p, g, o)
-        v = self._average("v", name, o.alpha, g * g)
-        if o.centered:
-            m = self._average("m", name, o.alpha, g)
+    def _update(self, xp: Namespace, name: str, p: Array, g: Array, group: Settings) -> Array:
+        g = self._decayed(p, g, group)
+        v = self._average("v", name, group.alpha, g * g)
+        if group.centered:
+            m = self._average("m", name, group.alpha, g)
             v = xp.maximum(v - m * m, xp.zeros_like(v))  # rounding can bring it below 0
-        u = g / (xp.sqrt(v) + o.eps)
-        if o.momentum:
+        u = g / (xp.sqrt(v) + group.eps)
+        if group.momentum:
             b = self._slots[f"b.{name}"]
-            b *= o.momentum
+            b *= group.momentum
             b += u
             self._slots[f"b.{name}"] = u = b
-        return o.lr * u
+        return group.lr * u
 
 
 class Adam(Optimizer):
@@ -339,7 +345,7 @@ class Adam(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Parameters,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -349,29 +355,29 @@ class Adam(Optimizer):
         self.betas, self.eps, self.amsgrad = betas, eps, amsgrad
         super().__init__(params, lr, weight_decay)
 
-    def _accept(self, o: Any, name: str, p: Any) -> None:
-        _refuse_lost(o.eps, name, p)
+    def _accept(self, group: Settings, name: str, p: Array) -> None:
+        _refuse_lost(group.eps, name, p)
 
-    def _kept(self, o: Any) -> tuple[str, ...]:
-        return ("m", "v", "vmax") if o.amsgrad else ("m", "v")
+    def _slot_names(self, group: Settings) -> tuple[str, ...]:
+        return ("m", "v", "vmax") if group.amsgrad else ("m", "v")
 
-    def _update(self, xp: Any, name: str, p: Any, g: Any, o: Any) -> Any:
-        g = self._decayed(p, g, o)
-        b1, b2 = o.betas
+    def _update(self, xp: Namespace, name: str, p: Array, g: Array, group: Settings) -> Array:
+        g = self._decayed(p, g, group)
+        b1, b2 = group.betas
         m = self._average("m", name, b1, g)
         v = self._average("v", name, b2, g * g)
-        if o.amsgrad:
+        if group.amsgrad:
             v = xp.maximum(self._slots[f"vmax.{name}"], v)
             self._slots[f"vmax.{name}"] = v
         root = xp.sqrt(v)
-        root /= self._reached(xp, b2) ** 0.5
-        root += o.eps
+        root /= self._correction(xp, b2) ** 0.5
+        root += group.eps
         update = m / root
-        update *= o.lr / self._reached(xp, b1)
+        update *= group.lr / self._correction(xp, b1)
         return update
 
-    def _reached(self, xp: Any, beta: float) -> Any:
-        """1 - beta^t: how far a running average of t terms has come from 0."""
+    def _correction(self, xp: Namespace, beta: float) -> Array:
+        """Return 1 - beta^t, the bias correction of a running average of t terms."""
         if beta == 0:
             return 1.0
         if isinstance(self.count, int):
@@ -387,7 +393,7 @@ class AdamW(Adam):
 
     def __init__(
         self,
-        params: Any,
+        params: Parameters,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -396,18 +402,18 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
 
-    def _decayed(self, p: Any, g: Any, o: Any) -> Any:
+    def _decayed(self, p: Array, g: Array, group: Settings) -> Array:
         return g
 
-    def _update(self, xp: Any, name: str, p: Any, g: Any, o: Any) -> Any:
-        return super()._update(xp, name, p, g, o) + (o.lr * o.weight_decay) * p
+    def _update(self, xp: Namespace, name: str, p: Array, g: Array, group: Settings) -> Array:
+        return super()._update(xp, name, p, g, group) + (group.lr * group.weight_decay) * p
 
 
-def clip_by_global_norm(grads: MutableMapping[str, Any], max_norm: float) -> Any:
+def clip_by_global_norm(grads: MutableMapping[str, Array], max_norm: float) -> Array:
     """Scale all gradients by one factor, so that their common norm is at most `max_norm`.
 
-    Returns the norm before, a number without axes on the device. In place where the library can;
-    by PyTorch's definition, with the factor max_norm / (norm + 1e-6).
+    Returns the norm before scaling, a 0-d array on the device. In place if the library can; by
+    PyTorch's definition, with the factor max_norm / (norm + 1e-6).
 
     Examples
     --------
@@ -423,7 +429,7 @@ def clip_by_global_norm(grads: MutableMapping[str, Any], max_norm: float) -> Any
         raise ValueError("grads is empty")
     _check_gradients(grads)
     xp = of(*grads.values()).xp
-    squares = [_wide(xp, g) for g in grads.values()]
+    squares = [_upcast(xp, g) for g in grads.values()]
     norm = xp.sqrt(xp.sum(xp.stack([xp.sum(g * g) for g in squares])))
     factor = xp.where(norm + 1e-6 > max_norm, max_norm / (norm + 1e-6), xp.ones_like(norm))
     for name, g in grads.items():
@@ -431,8 +437,8 @@ def clip_by_global_norm(grads: MutableMapping[str, Any], max_norm: float) -> Any
     return norm
 
 
-def clip_by_value(grads: MutableMapping[str, Any], limit: float) -> None:
-    """Cut every number of the gradients to -limit..limit, in place where the library can."""
+def clip_by_value(grads: MutableMapping[str, Array], limit: float) -> None:
+    """Clip every element of the gradients to -limit..limit, in place if the library can."""
     limit = arguments.number("limit", limit, above=True)
     _check_gradients(grads)
     for name, g in grads.items():
@@ -443,8 +449,10 @@ def clip_by_value(grads: MutableMapping[str, Any], limit: float) -> None:
             grads[name] = cut
 
 
-def _grouped(params: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Group]]:
-    """All arrays by name, and the groups they are given in."""
+def _grouped(
+    params: Parameters, settings: Mapping[str, object]
+) -> tuple[dict[str, Array], list[Group]]:
+    """Return all arrays by name, and the groups they are given in."""
     given = [{"params": params}] if isinstance(params, Mapping) else params
     if not isinstance(given, (list, tuple)) or not all(
         isinstance(g, Mapping) and isinstance(g.get("params"), Mapping) for g in given
@@ -453,7 +461,7 @@ def _grouped(params: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], lis
             f"params is a {type(params).__name__}, expected a mapping name -> array such as "
             'model.params, or a list of groups such as {"params": a mapping, "lr": 1e-4}'
         )
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Array] = {}
     groups = []
     for i, group in enumerate(given):
         own = {name: value for name, value in group.items() if name != "params"}
@@ -471,8 +479,8 @@ def _grouped(params: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], lis
     return arrays, groups
 
 
-def _check_array(what: str, array: Any) -> None:
-    """Raise TypeError where it is no floating array."""
+def _check_array(what: str, array: Array) -> None:
+    """Raise TypeError unless it is an array of real floating numbers."""
     try:
         home = of(array)
     except TypeError:
@@ -483,7 +491,7 @@ def _check_array(what: str, array: Any) -> None:
     home.check(what, array, plain_name(array.dtype))
 
 
-def _check_gradients(grads: Mapping[str, Any]) -> None:
+def _check_gradients(grads: Arrays) -> None:
     if not isinstance(grads, Mapping):
         raise TypeError(f"grads is a {type(grads).__name__}, expected a mapping name -> array")
     seen = set()
@@ -495,13 +503,13 @@ def _check_gradients(grads: Mapping[str, Any]) -> None:
     refuse_shared(grads, "grads")
 
 
-def _float(finite: Any) -> Any:
+def _float(finite: Array) -> Array:
     xp = of(finite).xp
     return xp.astype(finite, xp.float32)
 
 
-def _refuse_lost(eps: float, name: str, p: Any) -> None:
-    """Raise where eps is 0 in the dtype of a parameter: a gradient of 0 would become NaN."""
+def _refuse_lost(eps: float, name: str, p: Array) -> None:
+    """Raise if eps is 0 in the dtype of a parameter, so that a gradient of 0 would become NaN."""
     if 0 < eps <= 2.0**-25 and of(p).xp.finfo(p.dtype).smallest_normal > 1e-6:
         raise ValueError(
             f"eps is {eps}, which is 0 in {name}'s dtype {p.dtype}: take 1e-4, or keep "
@@ -509,6 +517,6 @@ def _refuse_lost(eps: float, name: str, p: Any) -> None:
         )
 
 
-def _wide(xp: Any, g: Any) -> Any:
-    """Half precision as float32: a sum of squares would overflow."""
+def _upcast(xp: Namespace, g: Array) -> Array:
+    """Cast half precision to float32, since a sum of squares would overflow."""
     return xp.astype(g, xp.float32) if xp.finfo(g.dtype).bits == 16 else g

@@ -1,30 +1,33 @@
-"""Checkpoints of a training run: all that decides how it goes on, in one file, written whole.
+"""Checkpoints of a training run: one file holds all that decides how the run goes on.
 
-A folder holds the newest checkpoint and the one before it. Each carries a digest of its contents;
-where the newest is damaged it is put aside, and the one before is taken.
+A folder holds the newest checkpoint and the one before it; each is written atomically and carries
+a digest of its contents. If the newest is damaged, it is renamed, and the one before is used.
 """
 
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..checkpoint import NAMES, digest
 from ..checkpoint import RUN_FORMAT as FORMAT
 from ..files import clear_temporaries, settle, write_atomically
+from ..typing import HostArray
 
+Header: TypeAlias = dict[str, Any]  # as JSON
 ASIDE = "checkpoint.damaged.safetensors"
 
 
 class DamagedError(ValueError):
-    """A file is not what was written."""
+    """The contents of a file are not those that were written."""
 
 
-def store(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Write a checkpoint; the one that was newest is kept as the one before.
+def store(folder: Path, header: Header, arrays: Mapping[str, HostArray]) -> None:
+    """Write a checkpoint, and keep the one that was the newest as the one before.
 
     Raises
     ------
@@ -49,13 +52,13 @@ def store(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -
     settle(folder)
 
 
-def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Read the newest checkpoint that is whole; None where there is none at all.
+def restore(folder: Path) -> tuple[Header, dict[str, HostArray]] | None:
+    """Read the newest checkpoint that is not damaged; return None if there is no checkpoint.
 
     Raises
     ------
     ValueError
-        There are some, and none can be used; or the newest is of a newer version.
+        There are checkpoints, and none can be used; or the newest is of a newer version.
     """
     problems = []
     clear_temporaries(folder)
@@ -67,7 +70,7 @@ def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None
                 problems.append(str(e))
                 continue
             if problems:
-                os.replace(folder / NAMES[0], folder / ASIDE)  # lest it take this one's place
+                os.replace(folder / NAMES[0], folder / ASIDE)  # or it would become the one before
                 print(f"gru_any: {problems[0]}; going on from {folder / name}", file=sys.stderr)
             return found
     if problems:
@@ -75,7 +78,7 @@ def restore(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None
     return None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: Path) -> tuple[Header, dict[str, HostArray]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -98,9 +101,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return header, arrays
 
 
-def refuse_changes(kept: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise ValueError naming the settings that differ from the checkpoint's."""
-    given = json.loads(json.dumps(given))
+def refuse_changes(kept: Mapping[str, object], given: Mapping[str, object]) -> None:
+    """Raise ValueError if settings differ from the checkpoint's; the text names them."""
+    given = json.loads(json.dumps({**given}))
     changed = [
         f"{name} was {kept.get(name)!r} and is now {given.get(name)!r}"
         for name in sorted(set(kept) | set(given))
@@ -113,8 +116,8 @@ def refuse_changes(kept: dict[str, Any], given: dict[str, Any]) -> None:
         )
 
 
-def tell_differences(kept: dict[str, Any], now: dict[str, Any]) -> None:
-    """Say on stderr what may change numbers in the last bits since the checkpoint."""
+def tell_differences(kept: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Report on stderr what has changed since the checkpoint and may change the last bits."""
     for name in sorted(set(kept) | set(now)):
         if kept.get(name) != now.get(name):
             print(

@@ -1,23 +1,27 @@
-"""A training run: all that changes while it goes on, and how it is kept and taken up again."""
+"""A training run: all that changes while it goes on, and how it is saved and resumed."""
 
 import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..backend import environment, to_numpy
 from ..checkpoint import describe
+from ..nn.chain import Chain
 from ..nn.params import refuse_shared
+from ..typing import Array, Arrays, HostArray, Loss
+from ..typing import Path as PathLike
 from . import resume
 from .data import Piece, in_time
-from .history import History, Log
+from .history import History, Log, Record
 from .mixed import Mixed
 from .optim import Optimizer, clip_by_global_norm
+from .schedules import Schedule
 
 GATES = ("r", "z", "n")
 NUMBERS = (
@@ -27,38 +31,48 @@ NUMBERS = (
 ENDS = ("steps", "epochs", "minutes", "patience")  # a run may go on with other ones
 
 
-class Run:
-    """Where a run stands. See `train.fit` for the terms."""
+class Plan(NamedTuple):
+    """The arguments of `fit` that decide how a run goes."""
 
-    def __init__(
-        self,
-        model: Any,
-        optimiser: Optimizer,
-        seed: int,
-        average: float | None,
-        mixed: str | None = None,
-    ) -> None:
-        self.model, self.optimiser, self.decay = model, optimiser, average
+    steps: int | None
+    epochs: int | None
+    minutes: float | None
+    tbptt: tuple[int, int] | None
+    accumulate: int
+    clip: float | None
+    validate_every: int | None
+    patience: int | None
+    average: float | None
+    mixed: str | None
+    seed: int
+    log_every: int
+
+
+class Run:
+    """The state of a run. See `train.fit` for the terms."""
+
+    def __init__(self, model: Chain, optimiser: Optimizer, plan: Plan) -> None:
+        self.model, self.optimiser, self.plan = model, optimiser, plan
         _tell_frozen(model.params, optimiser.names)
-        self.mixed = Mixed(model, mixed) if mixed else None
-        self.working = self.mixed.twin if self.mixed else model
-        self.rng = np.random.default_rng(seed)
+        self.mixed = Mixed(model, plan.mixed) if plan.mixed else None
+        self.working: Chain = self.mixed.twin if self.mixed else model
+        self.rng = np.random.default_rng(plan.seed)
         self.step = self.epoch = self.piece = self.since = 0
         self.validated, self.seconds, self.reason = -1, 0.0, ""
         self.best: float | None = None
         self.losses: list[float] = []  # of validation
-        self.state: list[Any] = []
-        self.averaged = self._copy() if average else {}
-        self.lowest: dict[str, Any] = {}  # the weights with the lowest loss
-        self.closing: dict[str, Any] | None = None  # the record of the validation at the end
-        self.grads: dict[str, Any] = {}
-        self.pending, self.counted = 0, 0.0  # grads is the mean of so many, over so many targets
-        self.sums: list[Any] = [0.0, 0.0]  # of loss and norm since the last record, and how many
-        self.counts: list[Any] = [0, 0]
-        self.rated: list[Any] | None = None  # what the schedule was asked last, and its answer
-        self.spoiled: dict[str, Any] = {}  # on a device: the first gradient that is not finite,
-        self.spoiled_at = model.backend.put(np.float32(0))  # and its step
-        self.news: dict[str, Any] = {}  # the last record
+        self.state: list[Array] = []
+        self.averaged = self._copy() if plan.average else {}
+        self.lowest: dict[str, Array] = {}  # the weights with the lowest validation loss
+        self.closing: Record | None = None  # of the validation at the end
+        self.grads: dict[str, Array] = {}  # the mean of `pending` gradients,
+        self.pending, self.counted = 0, 0.0  # over `counted` targets
+        self.sums: list[Array] = [0.0, 0.0]  # of loss and norm since the last record,
+        self.counts: list[Array] = [0, 0]  # and how many
+        self.rated: list[Any] | None = None  # the last arguments of the schedule, and its rate
+        self.spoiled: dict[str, Array] = {}  # on a device: the first gradient that is not finite,
+        self.spoiled_at = model.backend.put(np.zeros((), "float32"))  # and its step
+        self.news: Record = {}  # the last record
         self.folder: Path | None = None
         self.settings: dict[str, Any] = {}
         self.log = Log(None, [])
@@ -66,14 +80,14 @@ class Run:
 
     # one step ------------------------------------------------------------------------------------
 
-    def rate(self, schedule: Callable[..., float] | None) -> None:
+    def rate(self, schedule: Schedule | None) -> None:
         """Set the learning rate of the next step."""
         if schedule:
             self.optimiser.lr = schedule(self.step, self.losses)
             self.rated = [self.step, len(self.losses), self.optimiser.lr]
 
-    def add_gradient(self, loss: Callable[..., Any], piece: Piece) -> None:
-        """Forward and back over one piece, from the state that the piece before left."""
+    def add_gradient(self, loss: Loss, piece: Piece) -> None:
+        """Run one piece forward and backward, from the final state of the piece before."""
         x, target, mask, lengths, batch_first = piece.batch
         state = None if piece.first else self.state
         (y, after), pullback = self.working.vjp(x, state, lengths, rng=self.rng)
@@ -88,17 +102,17 @@ class Run:
             _, after = self.working(begun, state, shorter)
         self.state = after
         self.counted += piece.counted
-        if self.pending:  # the mean over all targets, as if they had been one batch
+        if self.pending:  # the mean over all targets, as in one batch of all pieces
             share = piece.counted / (self.counted or 1.0)
             grads = {k: self.grads[k] + share * (g - self.grads[k]) for k, g in grads.items()}
         self.grads = grads
         self.pending += 1
         self._add(0, value * piece.counted, piece.counted)
 
-    def update(self, clip: float | None) -> None:
-        """Change the weights by the mean of the gradients, but those that are frozen."""
+    def update(self) -> None:
+        """Update the weights that are not frozen by the mean of the gradients."""
         grads = {name: self.grads[name] for name in self.optimiser.names}
-        norm = clip_by_global_norm(grads, math.inf if clip is None else clip)
+        norm = clip_by_global_norm(grads, math.inf if self.plan.clip is None else self.plan.clip)
         if self.mixed:
             done = self.mixed.update(self.optimiser, grads, norm)
             norm = self.model.backend.xp.where(done > 0, norm, 0 * done)
@@ -109,17 +123,17 @@ class Run:
         self.grads, self.pending, self.counted, self.news = {}, 0, 0.0, {}
         self.step += 1
         self._add(1, norm, done)
-        if self.decay:
-            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        if self.plan.average:
+            decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
             for name, average in self.averaged.items():
                 self.averaged[name] = average * decay + (1 - decay) * self.model.params[name]
 
-    def quiet(self) -> Any:
-        """Overflow is no news where a scale is found by it."""
+    def quiet(self) -> AbstractContextManager[object]:
+        """Silence NumPy's warnings in mixed precision, where the scale is found by overflows."""
         return np.errstate(all="ignore") if self.mixed else nullcontext()
 
-    def _watch(self, grads: dict[str, Any], norm: Any) -> None:
-        """Stop at what is not finite; on a device keep the first such gradient for `_check`."""
+    def _watch(self, grads: dict[str, Array], norm: Array) -> None:
+        """Stop where a gradient is not finite; on a device keep the first one for `_check`."""
         backend, step = self.model.backend, self.step + 1
         if backend.host:
             for what, number in (("gradient", norm), ("loss", self.sums[0])):
@@ -132,7 +146,7 @@ class Run:
         self.spoiled_at = xp.where(first, xp.full_like(self.spoiled_at, step), self.spoiled_at)
 
     def _check(self) -> None:
-        """Stop where something was not finite since the last record. Waits for the device."""
+        """Stop if anything was not finite since the last record. Waits for the device."""
         if step := int(self.spoiled_at):
             raise FloatingPointError(_not_finite(step, "gradient", self.spoiled))
         if not all(math.isfinite(float(s)) for s in self.sums):
@@ -143,11 +157,11 @@ class Run:
                 "loss scale: lower the learning rate, or train without mixed"
             )
 
-    def _add(self, i: int, value: Any, count: Any = 1) -> None:
+    def _add(self, i: int, value: Array, count: Array) -> None:
         self.sums[i], self.counts[i] = self.sums[i] + value, self.counts[i] + count
 
     def record(self) -> None:
-        """Write a line of the log: the means since the last. Waits for the device."""
+        """Write a record with the means since the last one. Waits for the device."""
         self._check()
         loss, norm = (
             float(s) / (float(n) or 1.0) for s, n in zip(self.sums, self.counts, strict=True)
@@ -156,7 +170,7 @@ class Run:
         more = {"scale": float(self.mixed.scale)} if self.mixed else {}
         self.news = self._write(loss=loss, rate=self.optimiser.lr, norm=norm, **more)
 
-    def _write(self, **values: float) -> dict[str, Any]:
+    def _write(self, **values: float) -> Record:
         line = {"step": self.step, "epoch": self.epoch, **values, "seconds": self.elapsed()}
         self.log.write(line)
         return line
@@ -164,7 +178,7 @@ class Run:
     # validation and the end ----------------------------------------------------------------------
 
     def validate(self, valid: Callable[[], float]) -> None:
-        """Ask for the validation loss, with the averaged weights if there are some."""
+        """Compute and record the validation loss, with the averaged weights if there are some."""
         loss = self._validation(valid)
         self._judge(loss)
         self._write(valid=loss)
@@ -181,7 +195,7 @@ class Run:
         return loss
 
     def _judge(self, loss: float) -> None:
-        """Take note of a validation loss of the present weights."""
+        """Take a validation loss of the current weights into account."""
         if self.best is None or loss < self.best:
             self.best, self.since = loss, 0
             self.lowest = {k: self._fresh(w) for k, w in self.averaged.items()} or self._copy()
@@ -190,21 +204,31 @@ class Run:
         self.losses.append(loss)
         self.validated = self.step
 
-    def ended(
-        self, steps: int | None, epochs: int | None, minutes: float | None, patience: int | None
-    ) -> str:
-        """Why the run is at its end, or nothing."""
-        if (steps or math.inf) <= self.step or (epochs or math.inf) <= self.epoch:
+    def ended(self) -> str:
+        """Return why the run is at its end, or an empty string."""
+        plan = self.plan
+        if (plan.steps or math.inf) <= self.step or (plan.epochs or math.inf) <= self.epoch:
             return "done"
-        if patience is not None and self.since > patience:
+        if plan.patience is not None and self.since > plan.patience:
             return "patience"
-        return "minutes" if minutes is not None and self.elapsed() >= 60 * minutes else ""
+        over = plan.minutes is not None and self.elapsed() >= 60 * plan.minutes
+        return "minutes" if over else ""
+
+    def expected(self) -> int | None:
+        """Estimate how many steps the run will have, from its progress; None if that is unknown."""
+        steps, epochs, minutes = self.plan[:3]
+        done = max(
+            self.step / (steps or math.inf),
+            self.epoch / (epochs or math.inf),
+            self.elapsed() / (60 * (minutes or math.inf)),
+        )
+        return max(self.step, round(self.step / done)) if done else None
 
     def close(self, valid: Callable[[], float] | None) -> History:
-        """Keep the run, and give the best weights back.
+        """Save the run, and put the best weights into the model.
 
-        What a validation at the end finds is kept apart, since a run that goes on with another end
-        would not have had it.
+        The record of a validation at the end is stored apart from the others, since a run that goes
+        on with another end would not have had it.
         """
         if self.reason != "finished":
             if valid and self.reason != "interrupted" and self.validated < self.step:
@@ -217,42 +241,38 @@ class Run:
         return History(self.log.records, self.reason, self.best)
 
     def _tell_pending(self) -> None:
-        """Say where gradients were computed and the run ended before their update."""
+        """Report gradients that were computed, and not used before the run ended."""
         if self.pending:
             kept = "" if self.folder is None else "; a run that goes on in this folder has them"
             print(
                 f"gru_any: the last {self.pending} gradients came to no update, which takes "
-                f"{self.settings['accumulate']}{kept}",
+                f"{self.plan.accumulate}{kept}",
                 file=sys.stderr,
             )
 
     def elapsed(self) -> float:
-        """Seconds of training, those before an interruption included."""
+        """Return the seconds of training, including those before an interruption."""
         return self.seconds + time.monotonic() - self.clock
 
-    def _copy(self) -> dict[str, Any]:
-        """Copies of what the optimiser changes."""
+    def _copy(self) -> dict[str, Array]:
+        """Copy the weights that the optimiser changes."""
         return {name: self._fresh(self.model.params[name]) for name in self.optimiser.names}
 
-    def _fresh(self, w: Any) -> Any:
+    def _fresh(self, w: Array) -> Array:
         return self.model.backend.xp.asarray(w, copy=True)
 
-    def _put_in(self, weights: dict[str, Any]) -> None:
+    def _put_in(self, weights: Arrays) -> None:
         for name, w in weights.items():
             self.model.params[name] = w
 
-    # kept, and taken up again --------------------------------------------------------------------
+    # saved, and resumed --------------------------------------------------------------------------
 
     def open(
-        self,
-        out: Any,
-        arguments: dict[str, Any],
-        settings: dict[str, Any],
-        schedule: Callable[..., float] | None = None,
+        self, out: PathLike | None, settings: dict[str, object], schedule: Schedule | None
     ) -> None:
-        """Take up the run that the folder `out` holds, or begin it there.
+        """Resume the run that the folder `out` holds, or start one there.
 
-        arguments: those of `fit` that decide the numbers; settings: what else does.
+        settings : what decides the numbers beside the plan
         """
         numbers = self.optimiser.settings
         if schedule:  # which has changed lr, where this optimiser has been in a run before
@@ -260,7 +280,8 @@ class Run:
         if numbers["groups"] == [[list(self.model.params), {}]]:
             del numbers["groups"]
         name = type(self.optimiser).__name__
-        arguments = {"model": repr(self.model), "optimiser": name, **numbers, **arguments}
+        arguments = {"model": repr(self.model), "optimiser": name, **numbers}
+        arguments |= self.plan._asdict()
         if twice := set(arguments) & set(settings):
             raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
         self.settings = {**arguments, **settings}
@@ -274,7 +295,7 @@ class Run:
             kept, now = header["settings"], {name: self.settings[name] for name in ENDS}
             resume.refuse_changes({**kept, **now}, self.settings)
             resume.tell_differences(header["environment"], environment(self.model.backend))
-            self._take_up({"closing": None, "pending": 0, "counted": 0.0, **header}, arrays)
+            self._resume({"closing": None, "pending": 0, "counted": 0.0, **header}, arrays)
             changes = [f"{k} was {kept.get(k)} and is now {v}" for k, v in now.items()
                        if kept.get(k) != v]  # fmt: skip
             self._tell(changes)
@@ -282,14 +303,12 @@ class Run:
         self.log = Log(self.folder / "log.jsonl", self.log.records)
 
     def _tell(self, changes: list[str]) -> None:
-        """Decide whether the run goes on, and say so."""
-        steps, epochs, _, _ = ends = [self.settings[name] for name in ENDS]
+        """Decide whether the run goes on, and report it."""
         over = self.reason not in ("", "interrupted")
-        beyond = self.step > (steps or math.inf) or (self.epoch, self.piece) > (
-            epochs or math.inf, 0,
-        )  # fmt: skip
+        beyond = self.step > (self.plan.steps or math.inf)
+        beyond |= (self.epoch, self.piece) > (self.plan.epochs or math.inf, 0)
         why = f" ({'; '.join(changes)})" if changes else ""
-        if beyond or (over and self.ended(*ends)):
+        if beyond or (over and self.ended()):
             told = f"is finished ({self.step} steps)" if over else f"has {self.step} steps"
             self.reason, told = "finished", f"{told}{why}; nothing is changed"
             self.log.records = [*self.log.records, *([self.closing] if self.closing else [])]
@@ -298,10 +317,10 @@ class Run:
             told = f"goes on after step {self.step}{why}"
         print(f"gru_any: the run in {self.folder} {told}", file=sys.stderr)
 
-    def _same_schedule(self, schedule: Callable[..., float] | None, other_end: bool) -> None:
-        """Ask the schedule again what it was asked last: a function cannot be compared itself.
+    def _same_schedule(self, schedule: Schedule | None, other_end: bool) -> None:
+        """Check that the schedule still gives the last rate, since functions cannot be compared.
 
-        One that reaches up to the end of the run changes with it, and is told of then.
+        Where the run has another end, a schedule that depends on the end is reported, not refused.
         """
         step, count, rate = self.rated or (0, 0, None)
         now = float(schedule(step, self.losses[:count])) if schedule and self.rated else None
@@ -321,8 +340,8 @@ class Run:
             )
 
     def save(self) -> None:
-        """Write a checkpoint, where there is a folder."""
-        self._check()  # never a checkpoint of weights that are lost
+        """Write a checkpoint, if there is a folder."""
+        self._check()  # weights that are not finite are never saved
         if self.folder is None:
             return
         self.seconds, self.clock = self.elapsed(), time.monotonic()
@@ -347,8 +366,9 @@ class Run:
         arrays = {f"{g}/{k}": to_numpy(v) for g, part in groups.items() for k, v in part.items()}
         resume.store(self.folder, header, arrays)
 
-    def _take_up(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        backend, groups = self.model.backend, {}  # type: ignore[var-annotated]
+    def _resume(self, header: resume.Header, arrays: dict[str, HostArray]) -> None:
+        backend = self.model.backend
+        groups: dict[str, dict[str, Array]] = {}
         for name, array in arrays.items():
             group, _, key = name.partition("/")
             dtype = (self.working if group == "state" else self.model).dtype
@@ -369,8 +389,8 @@ class Run:
         self.log.records = header["records"]
 
 
-def _tell_frozen(params: Any, names: tuple[str, ...]) -> None:
-    """Say which parameters the optimiser does not hold, so that none is forgotten by mistake."""
+def _tell_frozen(params: Arrays, names: tuple[str, ...]) -> None:
+    """Report which parameters the optimiser does not hold, so that none is forgotten by mistake."""
     refuse_shared(params)
     if unknown := set(names) - set(params):
         raise KeyError(f"the optimiser holds {sorted(unknown)}, which the model does not have")
@@ -382,8 +402,8 @@ def _tell_frozen(params: Any, names: tuple[str, ...]) -> None:
         )
 
 
-def _not_finite(step: int, what: str, arrays: dict[str, Any]) -> str:
-    """The words for it: the first array that is not finite, and which gates' part of it."""
+def _not_finite(step: int, what: str, arrays: dict[str, Array]) -> str:
+    """Describe the first array that is not finite, and which gates' part of it."""
     where = ", though parameters and gradients are"
     for name, array in arrays.items():
         wrong = ~np.isfinite(to_numpy(array))

@@ -3,7 +3,7 @@
 schedule = warm_up(100, cosine(4e-3, 2000))
 rate = schedule(step, losses)
 
-Each checks its numbers when it is made, and raises ValueError or TypeError before a step is.
+Each function checks its arguments when it is called, and raises ValueError or TypeError.
 """
 
 import math
@@ -15,13 +15,13 @@ Schedule = Callable[..., float]
 
 
 def constant(rate: float) -> Schedule:
-    """Always the same."""
+    """Return a constant rate."""
     rate = number("rate", rate)
     return lambda step, losses=(): rate
 
 
 def cosine(rate: float, steps: int, last: float = 0.0) -> Schedule:
-    """From `rate` down to `last` along half a cosine (Loshchilov and Hutter 2017)."""
+    """Fall from `rate` to `last` along half a cosine (Loshchilov and Hutter 2017)."""
     rate, last, steps = number("rate", rate), number("last", last), size("steps", steps)
 
     def schedule(step: int, losses: Sequence[float] = ()) -> float:
@@ -32,13 +32,16 @@ def cosine(rate: float, steps: int, last: float = 0.0) -> Schedule:
 
 
 def stepwise(rate: float, every: int, factor: float = 0.5) -> Schedule:
-    """Times `factor` every so many steps."""
+    """Multiply the rate by `factor` every so many steps."""
     rate, factor, every = number("rate", rate), number("factor", factor), size("every", every)
     return lambda step, losses=(): rate * factor ** (step // every)
 
 
 def plateau(rate: float, patience: int, factor: float = 0.5, last: float = 0.0) -> Schedule:
-    """Times `factor` whenever the loss found no new minimum in more than `patience` validations."""
+    """Multiply the rate by `factor` when the loss has had no new minimum for too long.
+
+    That is, after more than `patience` validations.
+    """
     rate, last = number("rate", rate), number("last", last)
     patience, factor = size("patience", patience, 0), number("factor", factor, below=1)
 
@@ -54,7 +57,7 @@ def plateau(rate: float, patience: int, factor: float = 0.5, last: float = 0.0) 
 
 
 def warm_up(steps: int, then: Schedule) -> Schedule:
-    """Rise in a straight line over the first steps to what `then` gives.
+    """Rise linearly over the first steps to the rate of `then`.
 
     Examples
     --------

@@ -1,23 +1,27 @@
 """Would weights of 8 bits pay? Size, loss and speed, of a model that train_text.py left.
 
-    python scripts/train_text.py && python scripts/int8.py out/text
+    python scripts/train_text.py && python scripts/benchmarks/int8.py out/text
 
 Each row of each matrix is rounded to 127 steps either way of its own largest number; biases stay.
 """
 
 import argparse
 import math
+import sys
 import timeit
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stream_text import load
-from train_text import read, split
 
 from gru_any import softmax_cross_entropy
 from gru_any.train.data import streams
 from gru_any.train.loop import evaluate
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the scripts of the folder above
+
+from stream_text import load
+from train_text import read, split
 
 
 def rounded(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

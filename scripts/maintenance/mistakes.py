@@ -1,6 +1,6 @@
 """What a wrong backward step does: the four mistakes of learners' derivations, and two controls.
 
-    python scripts/mistakes.py --picture docs/mistakes.png
+    python scripts/maintenance/mistakes.py --picture docs/mistakes.png
 
 The wrong steps are those of `wrong_steps.py`. Printed are what `gradcheck` says of each, the error
 of the gradient on `demo_sequence.py` before training and after it, the loss that training with the
@@ -9,11 +9,11 @@ wrong gradient reaches there, and what a small character model trained with it i
 
 import argparse
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import train_text
-from demo_sequence import HIDDEN, INPUT, ITERATIONS, RATE, TARGETS
 from tqdm import tqdm
 from wrong_steps import AFTER, BEFORE, Mistake, made
 
@@ -22,6 +22,11 @@ from gru_any.inspect.gradcheck import GradientError
 from gru_any.train.data import streams
 from gru_any.train.loop import evaluate, fit
 from gru_any.train.schedules import cosine
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the scripts of the folder above
+
+import train_text
+from demo_sequence import HIDDEN, INPUT, ITERATIONS, RATE, TARGETS
 
 BLACK, ORANGE = "#000000", "#e69f00"  # told apart by the colour-blind, and in grey
 

@@ -1,8 +1,8 @@
 """The recipes of this folder on PyTorch: steps per second, and the final figures side by side.
 
-    python scripts/compare_torch.py text
-    python scripts/compare_torch.py music --data nottingham.npz --threads 2
-    python scripts/compare_torch.py long --task copy --length 600 --final
+    python scripts/benchmarks/compare_torch.py text
+    python scripts/benchmarks/compare_torch.py music --data nottingham.npz --threads 2
+    python scripts/benchmarks/compare_torch.py long --task copy --length 600 --final
 
 What follows the name are the arguments of train_NAME.py. Two processes take turns, each with its
 own library: a turn is so many updates from the start of the data, and the first is left out. The
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from contenders import threads_of
@@ -31,6 +32,8 @@ from on_torch import back, fit_torch, of_keys, of_sequences, of_sums, of_symbols
 
 from gru_any import Chain
 from gru_any.train.loop import evaluate, fit
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the scripts of the folder above
 
 ANSWER = "answer: "
 

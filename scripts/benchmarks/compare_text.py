@@ -5,6 +5,10 @@ text repeats itself). PyTorch on the same recipe: compare_torch.py.
 """
 
 import lzma
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the scripts of the folder above
 
 from train_text import parse, read
 

@@ -1,6 +1,6 @@
 """Time and memory against the length T: one layer, 8 rows, 32 inputs, 64 hidden units.
 
-    python scripts/length.py
+    python scripts/benchmarks/length.py
 
 For inference, training, and training with recompute="sqrt": the milliseconds of a call, and the
 most memory that stood at once in NumPy's arrays beyond inputs and outputs (tracemalloc, warm).

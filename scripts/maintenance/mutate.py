@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EQUATIONS = "gru_any/equations.py"
 PYTEST = ["pytest", "-qx", "-n0", "-p", "no:cacheprovider", "--hypothesis-profile=noticed"]
 TESTS = ["tests/test_sequences.py", "-k", "by_hand or ragged_batch"]
