@@ -370,10 +370,10 @@ def test_plans_are_few_and_can_be_let_go_of(take, monkeypatch):
     _, device = pair(input_size=3, hidden_size=4)
     for B in (1, 2, 3, 4, 5, 1):
         device(asarray(np.zeros((3, B, 3), "f4"), like=device))
-    lane = runner(device.backend).lanes[0]
-    assert len(lane.plans) == 3
+    workspace = runner(device.backend).workspaces[0]
+    assert len(workspace.plans) == 3
     run.forget(device.backend)
-    assert not lane.plans
+    assert not workspace.plans
     run.forget(NUMPY)
 
 

@@ -1,4 +1,4 @@
-"""Blocks of steps on a device: a plan for each shape, and the lanes in which plans take turns."""
+"""Blocks of steps on a device: a plan for each shape, and the workspaces that plans share."""
 
 import threading
 import warnings
@@ -11,7 +11,7 @@ from typing import Any
 from ...codegen.schedule import NARROW, STATE, Gemm
 from .walk import Walk
 
-PLANS = 32  # that a lane keeps
+PLANS = 32  # that a workspace keeps
 THREADS = 256  # of a block, at most
 
 
@@ -115,8 +115,8 @@ def _recorded(ops: Any, steps: Callable[[], None]) -> Any:
         return None
 
 
-class Lane:
-    """Plans that share a workspace for products, and therefore take turns."""
+class Workspace:
+    """The memory of one stream's products, and the plans that use it, one at a time."""
 
     def __init__(self, ops: Any, precision: str) -> None:
         self.ops, self.precision, self.lock = ops, precision, threading.RLock()
@@ -130,8 +130,8 @@ class Lane:
         return self.ops.blas(self.precision)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Alone in this lane, and on the device after all that was asked of it before."""
+    def locked(self) -> Iterator[None]:
+        """Hold the lock; on the device, wait for what used this workspace before."""
         with self.lock:
             stream = self.ops.stream()
             if self.done is not None and stream != self.stream:

@@ -63,8 +63,8 @@ class CUDA(Calls):
     def _product(self, left: Any, right: Any) -> Any:
         if right.dtype != left.dtype:  # states, beside halves
             right = self.xp.astype(right, left.dtype)
-        with self.turn():
-            return multiply(self.ops, self.lane.blas, left, right)
+        with self.locked():
+            return multiply(self.ops, self.workspace.blas, left, right)
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         a = super().affine(x, W, None)
@@ -131,12 +131,12 @@ class CUDA(Calls):
             return self._on_the_whole_device(walk, arrays, mask, state, U, order, shift)
         if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
             return self._all_at_once(walk, arrays, mask, state, U, order, shift)
-        lane, sizes, walk = self.lane, state.shape, walk.narrow
-        make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
-        if self.once:
+        workspace, sizes, walk = self.workspace, state.shape, walk.narrow
+        make = partial(Plan, self.ops, workspace.blas, walk, sizes, order, shift)
+        if self.context.exclusive:
             return make()(arrays, mask, state, U)
-        with self.turn():
-            return lane.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
+        with self.locked():
+            return workspace.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
 
     def _all_at_once(
         self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
@@ -166,7 +166,7 @@ class CUDA(Calls):
         numbers += [self.ops.pointer(v) for v in (U, state, last, counter, *shared)]
         numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
         size = shared_by_all(walk, B, H, own) * state.itemsize
-        with self.turn():
+        with self.locked():
             kernel = whole_kernel(walk, B, H, own)
             self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last
