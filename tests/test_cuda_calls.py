@@ -159,7 +159,7 @@ def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
         found += [training(device, arrays, lengths=lengths) for _ in range(3)]
         [[made]] = device._run.graphs.kept.values()
         [[back]] = made.backward.kept.values()
-        assert [len(r.graph.recorder.joined) for r in (made, back)] == [streams, streams]
+        assert [len(r.graph.capture.streams) for r in (made, back)] == [streams, streams]
     for other in found[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
 

@@ -16,7 +16,7 @@ from gru_any.codegen.schedule import Gemm
 from gru_any.nn import sweep
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda import memory
-from gru_any.testing.fake_cuda.memory import DONE, StreamError, do
+from gru_any.testing.fake_cuda.memory import CLOCKS, StreamError, enqueue
 from gru_any.testing.fake_cuda.ops import Event, Ops
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -157,10 +157,10 @@ def test_swapped_streams(monkeypatch):
         event = Event()
 
         def mark():
-            event.update(DONE.get(0, {}))
+            event.update(CLOCKS.get(0, {}))
 
-        event.recorder = memory.recording()
-        do(mark)
+        event.capture = memory.capturing()
+        enqueue(mark)
         return event
 
     monkeypatch.setattr(Ops, "on", wrong)
@@ -244,7 +244,7 @@ def test_a_buffer_that_two_layers_use_at_the_same_time(monkeypatch):
     right, made = runner.Plan, {}
 
     def wrong(ops, blas, walk, *shape):
-        if memory.recording() is None:
+        if memory.capturing() is None:
             return right(ops, blas, walk, *shape)
         return made.setdefault((walk, *map(str, shape)), right(ops, blas, walk, *shape))
 

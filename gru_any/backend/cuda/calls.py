@@ -43,7 +43,7 @@ class Calls(Plain):
     ) -> None:
         super().__init__(xp, device)
         self.ops, self.way, self.context = ops, way, Context()
-        ops.records = way != "eager"
+        ops.captures = way != "eager"
         self.workspaces = [Workspace(ops, precision) for _ in range(STREAMS)]
         self.graphs = GraphCache()
 

@@ -50,7 +50,7 @@ class Plan:
 
     def _run(self) -> None:
         self.runs += 1
-        if self.graph is None and self.runs > 1 and self.ops.records:
+        if self.graph is None and self.runs > 1 and self.ops.captures:
             self.graph = _recorded(self.ops, self.steps)
         if self.graph is None:
             self.steps()
@@ -104,9 +104,9 @@ def place(ops: Any, array: Any) -> tuple[int, int, int]:
 def _recorded(ops: Any, steps: Callable[[], None]) -> Any:
     """The steps as a graph; None where the device refuses, which is told once."""
     try:
-        return ops.record(steps)
+        return ops.capture(steps)
     except (RuntimeError, NotImplementedError) as e:
-        ops.records = False
+        ops.captures = False
         warnings.warn(
             f"gru_any: CUDA refused to record the steps, which now run one by one, slower ({e})",
             RuntimeWarning,

@@ -79,7 +79,7 @@ class CapturedCall:
         self.fill(arrays)
         function(self.inputs)  # or a kernel might have to be compiled during the capture
         with ops.memory(self.pool):
-            self.graph = ops.record(launches)
+            self.graph = ops.capture(launches)
 
     def __del__(self) -> None:
         """Free the pool's memory: a CuPy pool that is destroyed leaks what it still holds."""

@@ -34,7 +34,7 @@ class CUDA(Calls):
         """Return the path that a block of this size takes, and why not a faster one."""
         if self.way == "eager":
             return "eager", "GRU_ANY_CUDA is set to eager"
-        if not self.ops.records:
+        if not self.ops.captures:
             return "eager", "CUDA refused to record a graph in this process"
         if self.way == "blocks":
             return "blocks", "GRU_ANY_CUDA is set to blocks"
@@ -177,7 +177,7 @@ class CUDA(Calls):
 
 def runner_on(backend: Any, way: str, precision: str) -> CUDA:
     """Return the runner of a library that has registered its operations."""
-    ops = importlib.import_module(OPERATIONS[backend.name]).Ops()
+    ops = importlib.import_module(OPERATIONS[backend.name]).operations()
     return CUDA(backend.xp, backend.device, ops, way, precision)
 
 
