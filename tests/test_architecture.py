@@ -80,7 +80,7 @@ LAYERS = [
     {"backend/reductions", "backend/transfer"},
     {"backend/libraries", "backend/reference"},
     {"backend/contract"},
-    {"backend/cuda/device"},
+    {"backend/cuda/device", "backend/cuda/operations"},
     {"arguments", "errors", "files", "version"},
     {"codegen", "inspect/formulas"},
     {"typing"},

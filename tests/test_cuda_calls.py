@@ -86,7 +86,7 @@ def test_a_call_is_one_replay(settings):
             assert count["replays"] - before == 2
         assert_near([y, h_n, *flat(results)], training(host, arrays), 4e-6)
         del pullback
-    assert runner(device.backend).recordings.made == 1
+    assert runner(device.backend).graphs.captures == 1
     before = count["replays"]
     for _ in range(2):
         found = device(x, h0), device.last(x, h0)
@@ -106,7 +106,7 @@ def test_the_pullback_of_the_step_before():
         if seed > 3:
             assert count["replays"] - before == 2
         assert_near(found, training(host, arrays))
-    assert runner(device.backend).recordings.made == 2
+    assert runner(device.backend).graphs.captures == 2
 
 
 def test_what_is_lent_stays_as_it_is():
@@ -117,14 +117,14 @@ def test_what_is_lent_stays_as_it_is():
         arrays = batch(host, seed=seed)
         x, h0, dy, dh = (asarray(v, like=device) for v in arrays)
         steps.append((arrays, dy, dh, *device.vjp(x, h0)))
-    assert [isinstance(step[4]._tapes, recording.Loan) for step in steps] == [0, 1, 1, 0, 0]
+    assert [isinstance(step[4]._tapes, recording.Lease) for step in steps] == [0, 1, 1, 0, 0]
     for _ in range(2):
         for arrays, dy, dh, outputs, pullback in reversed(steps):
             assert_near([*outputs, *flat(pullback(dy, dh))], training(host, arrays))
-    lent = [r for copies in runner(device.backend).recordings.kept.values() for r in copies]
-    assert [r.lent for r in lent] == [True, True]
+    lent = [r for copies in runner(device.backend).graphs.kept.values() for r in copies]
+    assert [r.leased for r in lent] == [True, True]
     del steps, outputs, pullback
-    assert [r.lent for r in lent] == [False, False]
+    assert [r.leased for r in lent] == [False, False]
 
 
 def test_every_option_beside_a_recording():
@@ -144,7 +144,7 @@ def test_every_option_beside_a_recording():
         assert_near([pullback.taps(dy, dh)], [expected.taps(*arrays[2:])])
         assert_near(device.taps(x, h0, lengths).values(), host.taps(*arrays[:2], lengths).values())
         del pullback
-    assert runner(device.backend).recordings.made == 2  # with a mask and without one
+    assert runner(device.backend).graphs.captures == 2  # with a mask and without one
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -157,9 +157,9 @@ def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
         monkeypatch.setattr(calls, "IDLE", idle)
         run._runner.cache_clear()
         found += [training(device, arrays, lengths=lengths) for _ in range(3)]
-        [[made]] = device._run.recordings.kept.values()
-        [[back]] = made.back.kept.values()
-        assert [len(r.graph.recorder.joined) for r in (made, back)] == [streams, streams]
+        [[made]] = device._run.graphs.kept.values()
+        [[back]] = made.backward.kept.values()
+        assert [len(r.graph.capture.streams) for r in (made, back)] == [streams, streams]
     for other in found[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -205,7 +205,7 @@ def test_weights_and_equations_of_the_moment():
             else:
                 gru.params["weight_hh_l0"] = gru.params["weight_hh_l0"] + 0.1
         assert_near(training(device, arrays), training(host, arrays))
-    assert runner(device.backend).recordings.made == 1
+    assert runner(device.backend).graphs.captures == 1
     other = GRU(3, 5, reset_after=True, seed=1)
     for _ in range(3):
         assert_near(training(other.to(HOST), arrays), training(other, arrays))
@@ -222,7 +222,7 @@ def test_no_steps_and_no_rows():
             assert (y.shape, h_n.shape) == ((T, B, 5), (2, B, 5))
             assert (dx.shape, dh0.shape) == ((T, B, 3), (2, B, 5))
             assert all(np.all(to_numpy(g) == 0) for g in grads.values())
-    assert not device._run.recordings.kept
+    assert not device._run.graphs.kept
 
 
 # how many ----------------------------------------------------------------------------------------
@@ -235,15 +235,15 @@ def test_recordings_are_few_and_can_be_let_go_of(monkeypatch):
         x = asarray(np.zeros((3, B, 3), "f4"), like=device)
         for _ in range(3):
             device(x)
-    found = runner(device.backend).recordings
-    assert (len(found.kept), found.made) == (2, 2)  # more have to be earned
+    found = runner(device.backend).graphs
+    assert (len(found.kept), found.captures) == (2, 2)  # more have to be earned
     monkeypatch.setattr(recording, "PAID", 4)
     x = asarray(np.zeros((3, 3, 3), "f4"), like=device)
     device(x)
-    assert (len(found.kept), found.made) == (2, 3)
+    assert (len(found.kept), found.captures) == (2, 3)
     known = [weakref.ref(r) for copies in found.kept.values() for r in copies]
     run.forget(device.backend)
-    assert not runner(device.backend).recordings.kept
+    assert not runner(device.backend).graphs.kept
     del found
     assert [ref() for ref in known] == [None, None]
 
@@ -286,7 +286,7 @@ def test_a_call_that_is_too_long_is_recorded_by_blocks(monkeypatch):
     arrays = batch(host)
     for _ in range(3):
         assert_near(training(device, arrays), training(host, arrays))
-    assert not runner(device.backend).recordings.kept
+    assert not runner(device.backend).graphs.kept
     assert "12 steps" in explain(device, (6, 4, 3))
     assert "replayed as one recording" in explain(device, (5, 4, 3))
     assert "replayed as one recording" in explain(device)

@@ -16,7 +16,7 @@ from gru_any.codegen.schedule import Gemm
 from gru_any.nn import sweep
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda import memory
-from gru_any.testing.fake_cuda.memory import DONE, StreamError, do
+from gru_any.testing.fake_cuda.memory import CLOCKS, StreamError, enqueue
 from gru_any.testing.fake_cuda.ops import Event, Ops
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -157,10 +157,10 @@ def test_swapped_streams(monkeypatch):
         event = Event()
 
         def mark():
-            event.update(DONE.get(0, {}))
+            event.update(CLOCKS.get(0, {}))
 
-        event.recorder = memory.recording()
-        do(mark)
+        event.capture = memory.capturing()
+        enqueue(mark)
         return event
 
     monkeypatch.setattr(Ops, "on", wrong)
@@ -168,18 +168,18 @@ def test_swapped_streams(monkeypatch):
     assert noticed() == "StreamError"
 
 
-def test_a_lane_without_turns(monkeypatch):
+def test_a_workspace_without_its_lock(monkeypatch):
     """Two streams use the buffers of one plan."""
 
     @contextmanager
-    def turn(self):
+    def unlocked(self):
         yield
 
     gru = GRU(3, 5, seed=0, backend=fake.__name__)
     x, ops = fake.asarray(np.ones((6, 4, 3), "f4")), Ops()
     for right in (True, False):
         if not right:
-            monkeypatch.setattr(plan.Lane, "turn", turn)
+            monkeypatch.setattr(plan.Workspace, "locked", unlocked)
         ready = ops.event()
         with ops.on(3):
             ops.wait(ready)
@@ -209,7 +209,7 @@ def layers(monkeypatch):
             good += [np.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*pairs, strict=True)]
     except AssertionError as e:
         return type(e).__name__
-    assert device._run.recordings.kept
+    assert device._run.graphs.kept
     return not all(good)
 
 
@@ -232,9 +232,9 @@ def test_a_layer_that_does_not_wait_for_the_one_below(monkeypatch):
 
 
 def test_an_end_that_nobody_waits_for(monkeypatch):
-    right = calls.Calls._in_lane
+    right = calls.Calls._on_stream
     monkeypatch.setattr(
-        calls.Calls, "_in_lane", lambda self, n, start, _: right(self, n, start, [])
+        calls.Calls, "_on_stream", lambda self, n, start, _: right(self, n, start, [])
     )
     assert layers(monkeypatch) == "StreamError"
 
@@ -244,7 +244,7 @@ def test_a_buffer_that_two_layers_use_at_the_same_time(monkeypatch):
     right, made = runner.Plan, {}
 
     def wrong(ops, blas, walk, *shape):
-        if memory.recording() is None:
+        if memory.capturing() is None:
             return right(ops, blas, walk, *shape)
         return made.setdefault((walk, *map(str, shape)), right(ops, blas, walk, *shape))
 
@@ -253,24 +253,24 @@ def test_a_buffer_that_two_layers_use_at_the_same_time(monkeypatch):
 
 
 def test_a_recording_that_is_lent_twice(monkeypatch):
-    monkeypatch.setattr(recording.Loan, "__init__", lambda self, r: setattr(self, "recording", r))
+    monkeypatch.setattr(recording.Lease, "__init__", lambda self, r: setattr(self, "call", r))
     assert layers(monkeypatch)
 
 
 def test_inputs_of_the_call_before(monkeypatch):
-    right = recording.Recording.fill
+    right = recording.CapturedCall.fill
 
     def wrong(self, arrays):
         if not hasattr(self, "graph"):
             right(self, arrays)
 
-    monkeypatch.setattr(recording.Recording, "fill", wrong)
+    monkeypatch.setattr(recording.CapturedCall, "fill", wrong)
     assert layers(monkeypatch)
 
 
 def test_results_that_are_not_copied_out(monkeypatch):
     monkeypatch.setattr(
-        recording.Recording, "__call__",
+        recording.CapturedCall, "__call__",
         lambda self, arrays: (self.fill(arrays), self.graph.launch(), self.results)[2],
     )  # fmt: skip
     gru = GRU(3, 5, seed=0, backend=fake.__name__)

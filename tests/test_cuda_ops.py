@@ -146,7 +146,7 @@ def test_without_cublas_it_says_what_to_install(monkeypatch):
 
 
 def test_recording_ends_whatever_happens(cupy):
-    assert Ops(cupy).record(lambda: cupy.calls.append("launch")) == "graph"
+    assert Ops(cupy).capture(lambda: cupy.calls.append("launch")) == "graph"
     assert cupy.calls == ["begin", "launch", "end"]
     cupy.calls.clear()
 
@@ -155,7 +155,7 @@ def test_recording_ends_whatever_happens(cupy):
 
     ops = Ops(cupy)
     with ops.on(1), pytest.raises(RuntimeError, match="Unsupported"):
-        ops.record(fails)
+        ops.capture(fails)
     assert cupy.calls == ["begin", "end"]
     assert not vars(ops._streams)  # a stream that was forked into may still be recorded
 
@@ -167,7 +167,7 @@ def test_a_recording_that_is_refused_as_it_ends(cupy, monkeypatch):
     monkeypatch.setattr(cupy.cuda.Stream, "end_capture", end_capture)
     ops = Ops(cupy)
     with ops.on(1), pytest.raises(RuntimeError, match="Unjoined"):
-        ops.record(list)
+        ops.capture(list)
     assert not vars(ops._streams)
 
 

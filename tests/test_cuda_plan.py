@@ -17,7 +17,7 @@ from gru_any.backend.cuda import plan, walk
 from gru_any.backend.reference import Plain
 from gru_any.codegen.schedule import Gemm
 from gru_any.testing.fake_cuda import array as fake
-from gru_any.testing.fake_cuda.memory import StreamError, count, do
+from gru_any.testing.fake_cuda.memory import StreamError, count, enqueue
 from gru_any.testing.fake_cuda.ops import Ops, gemm
 from gru_any.train.data import Batch
 from gru_any.train.loop import fit
@@ -175,7 +175,7 @@ def test_halves_stay_halves_and_sums_are_float32(after, precision, monkeypatch):
     def products(self, precision):
         def call(*arguments):
             asked.append(arguments[-1])
-            do(partial(gemm, *arguments))
+            enqueue(partial(gemm, *arguments))
 
         return call
 
@@ -361,7 +361,7 @@ def test_memory_that_was_let_go_of_is_nan_and_nothing_is_made_while_recording():
     assert np.isnan(y.get()).all()
     for call in (lambda: fake.empty(3, dtype="f4"), lambda: y + 1.0, y.get):
         with pytest.raises(RuntimeError, match="while launches are recorded"):
-            Ops().record(call)
+            Ops().capture(call)
 
 
 def test_plans_are_few_and_can_be_let_go_of(take, monkeypatch):
@@ -370,16 +370,16 @@ def test_plans_are_few_and_can_be_let_go_of(take, monkeypatch):
     _, device = pair(input_size=3, hidden_size=4)
     for B in (1, 2, 3, 4, 5, 1):
         device(asarray(np.zeros((3, B, 3), "f4"), like=device))
-    lane = runner(device.backend).lanes[0]
-    assert len(lane.plans) == 3
+    workspace = runner(device.backend).workspaces[0]
+    assert len(workspace.plans) == 3
     run.forget(device.backend)
-    assert not lane.plans
+    assert not workspace.plans
     run.forget(NUMPY)
 
 
 def test_a_device_that_refuses_to_record(monkeypatch):
     """The right numbers all the same; each kind of recording is told once."""
-    monkeypatch.setattr(Ops, "record", refuse)
+    monkeypatch.setattr(Ops, "capture", refuse)
     host, device = pair(input_size=3, hidden_size=5)
     arrays = batch(host, 9, 4, 0)
     everything(device, *arrays)
@@ -392,7 +392,7 @@ def test_a_device_that_refuses_to_record(monkeypatch):
     assert run.path(device.backend, 5)[0] == "eager"
 
 
-def refuse(self, steps):
+def refuse(self, launches):
     raise RuntimeError("cudaErrorStreamCaptureUnsupported")
 
 
@@ -455,7 +455,7 @@ def test_tf32_is_asked_for_in_every_product(after, monkeypatch):
     def products(self, precision):
         def call(*arguments):
             asked.append(precision)
-            do(partial(gemm, *arguments))
+            enqueue(partial(gemm, *arguments))
 
         return call
 

@@ -109,16 +109,23 @@ class Memory(Protocol):
         """Return an array to be filled block by block."""
 
 
+class Movable(Protocol):
+    """Runs on a runner, and can be moved to another."""
+
+    def on(self, run: "Runner") -> "Movable":
+        """Return the same on this runner."""
+
+
 class Schedules(Protocol):
     """Decides which calls run at once, and which are captured and replayed."""
 
-    def concurrent(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
-        """Call functions that do not depend on one another."""
+    def concurrent(self, calls: Sequence[Callable[["Runner"], Result]]) -> list[Result]:
+        """Call functions that do not depend on one another, each with its runner."""
 
     def pipeline(
-        self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
+        self, calls: Sequence[Callable[["Runner", Any], Any]], x: Any, overlap: int | None = None
     ) -> Any:
-        """Call each function on the result of the one before."""
+        """Call each function with its runner, on the result of the one before."""
 
     def unmasked_prefix(self, steps: int) -> int:
         """Return how many leading steps run without a mask."""
@@ -126,12 +133,13 @@ class Schedules(Protocol):
     def run_graph(
         self,
         function: Callable[..., tuple[Any, Any]],
+        owner: Movable,
         static: tuple[Any, ...],
         arrays: Any,
         steps: int | None = None,
         tape: Any = None,
     ) -> tuple[Any, Any]:
-        """Return function(*static, arrays[, tape])."""
+        """Return function(owner.on(runner), *static, arrays[, tape])."""
 
 
 class Runner(Scans, Products, Memory, Schedules, Protocol):

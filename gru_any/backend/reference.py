@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .contract import Movable, Output, Result, Runner
+
 
 class Plain:
     """Runs blocks of steps on the namespace `xp`."""
@@ -112,20 +114,24 @@ class Plain:
             gs.reverse()
         return self._stack(parts), dh, xp.stack(gs) if taps else None
 
-    def concurrent(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Call functions that do not depend on one another, and return their results."""
-        return [call() for call in calls]
+    def concurrent(self, calls: Sequence[Callable[[Runner], Result]]) -> list[Result]:
+        """Call functions that do not depend on one another, and return their results.
+
+        Each is given the runner that it must use.
+        """
+        return [call(self) for call in calls]
 
     def pipeline(
-        self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
+        self, calls: Sequence[Callable[[Runner, Any], Any]], x: Any, overlap: int | None = None
     ) -> Any:
         """Call each function on the result of the one before, the first on x.
 
+        Each is given the runner that it must use.
         overlap: None, or the number of elements of a state where a call may begin with a block of
         steps as soon as the call before it has finished that block.
         """
         for call in calls:
-            x = call(x)
+            x = call(self, x)
         return x
 
     def unmasked_prefix(self, steps: int) -> int:
@@ -133,14 +139,20 @@ class Plain:
         return steps
 
     def run_graph(
-        self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
+        self,
+        function: Callable[..., tuple[Any, Any]],
+        owner: Movable,
+        static: tuple[Any, ...],
+        arrays: Any,
+        steps: int | None = None,
+        tape: Any = None,
     ) -> tuple[Any, Any]:
-        """Return function(*static, arrays[, tape]): its results, and the residuals as a tape.
+        """Return function(owner.on(runner), *static, arrays[, tape]): its results, and a tape.
 
-        A device may capture the call and replay it, since nothing but `static` and the arrays
-        enters it. steps: how many it has, all layers counted; None: it must not be captured.
+        A device may capture the call and replay it, since nothing but `owner`, `static` and the
+        arrays enters it. steps: how many it has, all layers counted; None: it must not be captured.
         """
-        return function(*static, arrays, *(() if tape is None else (tape,)))
+        return function(owner.on(self), *static, arrays, *(() if tape is None else (tape,)))
 
     def as_matrix(self, v: Any) -> Any:
         """Reshape v (..., N) to a matrix (rows, N)."""
@@ -172,7 +184,7 @@ class Plain:
         """Return `v` without a reference to the larger array that it is a view of."""
         return v
 
-    def output(self, shape: tuple[int, ...], dtype: Any) -> "_Output":
+    def output(self, shape: tuple[int, ...], dtype: Any) -> Output:
         """Return an object that collects blocks of steps into an array of this shape."""
         return _Output(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
 

@@ -366,8 +366,8 @@ class GRU(Layer):
         """Return (y, h_n), and the residuals as the backend keeps them."""
         stack, T = self._stack_for(entry), entry.x.shape[0]
         given, full = self._given(entry, rng)
-        static = (stack, full, keep, self._segment(T), outputs)
-        return stack.run.run_graph(Stack.forward, static, given, self._steps_of(entry))
+        static = (full, keep, self._segment(T), outputs)
+        return stack.run.run_graph(Stack.forward, stack, static, given, self._steps_of(entry))
 
     def _steps_of(self, entry: Call) -> int:
         """How many steps a call has, all layers and directions together."""

@@ -42,10 +42,10 @@ class Pullback:
         given, stack = self._enter(dy, dh_n), gru._stack_for(entry)
         if taps is None:
             steps = gru._steps_of(entry)
-            found, _ = stack.run.run_graph(Stack.backward, (stack,), given, steps, self._tapes)
+            found, _ = stack.run.run_graph(Stack.backward, stack, (), given, steps, self._tapes)
         else:
             back = partial(Stack.backward, taps=taps)
-            found, _ = stack.run.run_graph(back, (stack,), given, None, self._tapes)
+            found, _ = stack.run.run_graph(back, stack, (), given, None, self._tapes)
         grads, dx, dh0 = found
         dx, dh0 = gru._leave(entry, dx, dh0)
         return {name: grads[name] for name in gru.params}, dx, dh0

@@ -6,6 +6,7 @@ So a device can record a whole call and replay it over other arrays.
 from functools import partial
 from typing import Any, NamedTuple
 
+from ..backend.contract import Runner
 from ..equations import Variant
 from .sweep import Padding, Sweep, Weights
 from .weights import weights
@@ -55,6 +56,10 @@ class Stack(NamedTuple):
     dtype: Any
     stored: Any
 
+    def on(self, run: Runner) -> "Stack":
+        """Return the stack on another runner."""
+        return self if run is self.run else self._replace(run=run)
+
     def forward(
         self, full: int, keep: bool, segment: int | None, outputs: bool, given: ForwardInputs
     ) -> tuple[Any, list[LayerTape]]:
@@ -67,9 +72,9 @@ class Stack(NamedTuple):
         states: list[Any] = []
         tapes: list[LayerTape] = []
 
-        def through(layer: int, x: Any) -> Any:
+        def through(layer: int, run: Runner, x: Any) -> Any:
             wanted = outputs or layer + 1 < self.layers
-            y, hs, tape = self._layer(layer, given, padding, x, keep, segment, wanted)
+            y, hs, tape = self._layer(run, layer, given, padding, x, keep, segment, wanted)
             states.extend(hs)
             if keep:
                 tapes.append(tape)
@@ -89,8 +94,8 @@ class Stack(NamedTuple):
         grads: dict[str, Any] = {}
         dh0: list[Any] = []
 
-        def back(layer: int, dy: Any) -> Any:
-            dx, of_states = self._layer_back(layer, tapes[layer], dy, given.dh_n, grads, taps)
+        def back(layer: int, run: Runner, dy: Any) -> Any:
+            dx, of_states = self._layer_back(run, layer, tapes[layer], dy, given.dh_n, grads, taps)
             dh0[:0] = of_states
             return dx
 
@@ -115,6 +120,7 @@ class Stack(NamedTuple):
 
     def _layer(
         self,
+        run: Runner,
         layer: int,
         given: ForwardInputs,
         padding: Any,
@@ -127,11 +133,12 @@ class Stack(NamedTuple):
         mask, D = given.masks[layer], len(self.suffixes)
         x = x if mask is None else x * mask
         sweeps = [self.sweep(given.params, layer, suffix, padding) for suffix in self.suffixes]
-        calls = [
-            partial(sweep.forward, x, given.h0[layer * D + d, :, :], keep, segment, wanted)
-            for d, sweep in enumerate(sweeps)
-        ]
-        found = self.run.concurrent(calls)
+
+        def forward(sweep: Sweep, h0: Any, run: Runner) -> Any:
+            return sweep.on(run).forward(x, h0, keep, segment, wanted)
+
+        h0 = [given.h0[layer * D + d, :, :] for d in range(D)]
+        found = run.concurrent([partial(forward, *pair) for pair in zip(sweeps, h0, strict=True)])
         y = found[0][0]
         if D == 2 and wanted:
             y = self.run.xp.concat([y, found[1][0]], axis=-1)
@@ -139,16 +146,20 @@ class Stack(NamedTuple):
         return y, [h for _, h, _ in found], LayerTape(x, mask, pairs)
 
     def _layer_back(
-        self, layer: int, tape: LayerTape, dy: Any, dh_n: Any, grads: Any, taps: Any
+        self, run: Runner, layer: int, tape: LayerTape, dy: Any, dh_n: Any, grads: Any, taps: Any
     ) -> Any:
         """Through one layer: dL/d of its outputs -> of its inputs, and of its first states."""
         D, H, total, dh0, calls = len(tape.sweeps), dh_n.shape[-1], None, [], []
+
+        def backward(sweep: Sweep, kept: Any, dy: Any, dh: Any, taps: Any, run: Runner) -> Any:
+            return sweep.on(run).backward(tape.x, kept, dy, dh, taps)
+
         for d, (sweep, kept) in enumerate(tape.sweeps):
             part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
             tap = None if taps is None else taps[layer * D + d]
             dh = dh_n[layer * D + d, :, :]
-            calls.append(partial(sweep.backward, tape.x, kept, part, dh, tap))
-        for d, (dx, dh, of_weights) in enumerate(self.run.concurrent(calls)):
+            calls.append(partial(backward, sweep, kept, part, dh, tap))
+        for d, (dx, dh, of_weights) in enumerate(run.concurrent(calls)):
             names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
             for name, grad in zip(names, of_weights, strict=False):
                 grads[f"{name}_l{layer}{self.suffixes[d]}"] = self._stored(grad)

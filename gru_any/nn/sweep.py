@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..backend.contract import Runner
+
 STEPS = 64  # of a block, at least; there is no more in memory at once, however large T is
 ROWS = 256  # of a block, over all steps, at least: enough for efficient products
 
@@ -92,6 +94,10 @@ class Sweep(NamedTuple):
     padding: Padding | None
     reverse: bool
     dtype: Any
+
+    def on(self, run: Runner) -> "Sweep":
+        """Return the sweep on another runner."""
+        return self if run is self.run else self._replace(run=run)
 
     def forward(
         self, x: Any, h: Any, keep: bool = False, segment: int | None = None, outputs: bool = True

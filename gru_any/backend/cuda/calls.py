@@ -1,20 +1,35 @@
 """How calls are scheduled on a device: on several streams, and captured as CUDA graphs."""
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+from ...typing import Array, Device, DType, Namespace, Shape
+from ..contract import Movable, Output, Result, Runner
 from ..cpu.numpy_runner import Filled
 from ..reference import Plain
-from .plan import Lane
-from .recording import Loan, Recording, Recordings, leaves, signature
+from .plan import Workspace
+from .recording import CapturedCall, GraphCache, Lease, leaves, signature
 
-LANES = 2  # that may run at the same time: the two directions of a layer, or two layers
-STEPS = 2048  # of a recording, layers and directions counted: it has a few launches for each
-IDLE = 64 * 512  # numbers of a state up to which one layer leaves most of a device idle
+STREAMS = 2  # that may run at the same time: the two directions of a layer, or two layers
+STEPS = 2048  # of a captured call, layers and directions counted: each has a few launches
+IDLE = 64 * 512  # elements of a state up to which one layer leaves most of a device idle
+
+
+class Context(NamedTuple):
+    """How the calls of a runner run.
+
+    stream: the number of their stream, whose workspace they use.
+    exclusive: they hold all workspaces, and use each plan only once.
+    overlapped: their outputs are read by another stream, block by block.
+    """
+
+    stream: int = 0
+    exclusive: bool = False
+    overlapped: bool = False
 
 
 class Calls(Plain):
@@ -23,50 +38,52 @@ class Calls(Plain):
     way: as for `CUDA`; precision: of products in float32, "full" or "tf32".
     """
 
-    def __init__(self, xp: Any, device: Any, ops: Any, way: str, precision: str = "full") -> None:
+    def __init__(
+        self, xp: Namespace, device: Device, ops: Any, way: str, precision: str = "full"
+    ) -> None:
         super().__init__(xp, device)
-        self.ops, self.way = ops, way
-        ops.records = way != "eager"
-        self.whole_calls = way not in ("eager", "blocks")
-        self.lanes, self.precision = [Lane(ops, precision) for _ in range(LANES)], precision
-        self.recordings = Recordings()
-        self._local = threading.local()  # lane, once, overlap
-
-    # at the same time ----------------------------------------------------------------------------
+        self.ops, self.way, self.context = ops, way, Context()
+        ops.captures = way != "eager"
+        self.workspaces = [Workspace(ops, precision) for _ in range(STREAMS)]
+        self.graphs = GraphCache()
 
     @property
-    def lane(self) -> Lane:
-        """The lane that this thread is in."""
-        return self.lanes[getattr(self._local, "lane", 0)]
+    def whole_calls(self) -> bool:
+        """Whether calls are captured as a whole."""
+        return self.way not in ("eager", "blocks") and not self.graphs.refused
+
+    # on several streams --------------------------------------------------------------------------
+
+    def _within(self, context: Context) -> Self:
+        """Return this runner with another context."""
+        run = copy(self)
+        run.context = context
+        return run
 
     @property
-    def once(self) -> bool:
-        """Whether this thread holds all lanes, with plans that are used only once."""
-        return getattr(self._local, "once", False)
+    def workspace(self) -> Workspace:
+        """The workspace of this runner's stream."""
+        return self.workspaces[self.context.stream]
 
-    def turn(self) -> Any:
-        """Hold the lock of the lane."""
-        return nullcontext() if self.once else self.lane.turn()
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the lock of the workspace."""
+        return nullcontext() if self.context.exclusive else self.workspace.locked()
 
     @contextmanager
-    def _in_lane(self, n: int, start: Any, ends: list[Any]) -> Iterator[None]:
-        """Enter the stream of lane n after the event `start`, and append its end to `ends`.
+    def _on_stream(self, n: int, start: Any, ends: list[Any]) -> Iterator[Self]:
+        """Enter stream n after the event `start`, and append its end to `ends`.
 
-        Lane 0 is the current stream.
+        Gives the runner for that stream. Stream 0 is the current one.
         """
         if n == 0:
-            yield
+            yield self
             return
-        self._local.lane = n
-        try:
-            with self.ops.on(n):
-                self.ops.wait(start)
-                yield
-                ends.append(self.ops.event())
-        finally:
-            self._local.lane = 0
+        with self.ops.on(n):
+            self.ops.wait(start)
+            yield self._within(self.context._replace(stream=n))
+            ends.append(self.ops.event())
 
-    def concurrent(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    def concurrent(self, calls: Sequence[Callable[[Runner], Result]]) -> list[Result]:
         """Run the first call on the current stream, each other one on a stream of its own."""
         # two kernels of the whole device would wait for each other's multiprocessors
         if self.way == "whole" or len(calls) == 1:
@@ -74,14 +91,14 @@ class Calls(Plain):
         start, results = self.ops.event(), []
         ends: list[Any] = []
         for n, call in enumerate(calls):
-            with self._in_lane(n % LANES, start, ends):
-                results.append(call())
+            with self._on_stream(n % STREAMS, start, ends) as run:
+                results.append(call(run))
         for end in ends:
             self.ops.wait(end)
         return results
 
     def pipeline(
-        self, calls: Sequence[Callable[[Any], Any]], x: Any, overlap: int | None = None
+        self, calls: Sequence[Callable[[Runner, Any], Any]], x: Any, overlap: int | None = None
     ) -> Any:
         """Run layers as a wavefront, where a single layer would leave most of the device idle."""
         alone = overlap is None or overlap > IDLE or len(calls) == 1
@@ -89,13 +106,10 @@ class Calls(Plain):
             return super().pipeline(calls, x)
         start, passed = self.ops.event(), [x]  # kept alive until all streams have finished
         ends: list[Any] = []
-        self._local.overlap = True
-        try:
-            for n, call in enumerate(calls):
-                with self._in_lane(n % LANES, start, ends):
-                    passed.append(call(passed[-1]))
-        finally:
-            self._local.overlap = False
+        overlapped = self._within(self.context._replace(overlapped=True))
+        for n, call in enumerate(calls):
+            with overlapped._on_stream(n % STREAMS, start, ends) as run:
+                passed.append(call(run, passed[-1]))
         for end in ends:
             self.ops.wait(end)
         for v in passed:
@@ -112,68 +126,70 @@ class Calls(Plain):
             out.put(slice(start, start + piece.shape[0]), piece)
         return out.array()
 
-    def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        if getattr(self._local, "overlap", False):
+    def output(self, shape: Shape, dtype: DType) -> Output:
+        if self.context.overlapped:
             return Arriving(self.ops, shape, dtype)
         return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
 
-    # recorded ------------------------------------------------------------------------------------
+    # captured ------------------------------------------------------------------------------------
 
     def unmasked_prefix(self, steps: int) -> int:
         """Return 0 where calls are captured, so that one graph serves all lengths."""
         return 0 if self.whole_calls else steps
 
     def run_graph(
-        self, function: Any, static: Any, arrays: Any, steps: int | None = None, tape: Any = None
+        self,
+        function: Callable[..., tuple[Any, Any]],
+        owner: Movable,
+        static: tuple[Any, ...],
+        arrays: Any,
+        steps: int | None = None,
+        tape: Any = None,
     ) -> tuple[Any, Any]:
         """Run the call; from the second call of a shape on, capture it and replay it."""
-        loan = tape if isinstance(tape, Loan) else None
-        tape = loan.recording.tape if loan else tape
-        run = partial(super().run_graph, function, static, tape=tape)
-        if not loan and (tape is not None or not self._recordable(arrays, steps)):
-            return run(arrays)
-        with self._alone():
-            found = None
-            if self._recordable(arrays, steps):
-                key = (function, static, signature(arrays))
-                recordings = loan.recording.back if loan else self.recordings
-                if recordings.first(key):  # it compiles all there is to compile
-                    with self._once():
-                        return run(arrays)
-                found = recordings.find(key, lambda: self._recorded(run, arrays))
-            if found is None:
-                return run(arrays)
-            results = found(arrays)
-            return results, None if loan else Loan(found)
+        lease = tape if isinstance(tape, Lease) else None
+        tape = lease.call.tape if lease else tape
 
-    def _recordable(self, arrays: Any, steps: int | None) -> bool:
+        def launch(run: Calls, arrays: Any) -> tuple[Any, Any]:
+            return Plain.run_graph(run, function, owner, static, arrays, tape=tape)
+
+        capturable = self._capturable(arrays, steps)
+        if not lease and (tape is not None or not capturable):
+            return launch(self, arrays)
+        with self._all_locked():
+            if not capturable:
+                return launch(self, arrays)
+            apart = partial(launch, self._within(self.context._replace(exclusive=True)))
+            cache = lease.call.backward if lease else self.graphs
+            key = (function, owner, static, signature(arrays))
+            if cache.first(key):  # this run compiles all there is to compile
+                return apart(arrays)
+            found = cache.find(key, lambda: self._captured(apart, arrays))
+            if found is None:
+                return launch(self, arrays)
+            return found(arrays), None if lease else Lease(found)
+
+    def _capturable(self, arrays: Any, steps: int | None) -> bool:
         found = [v for v in leaves(arrays) if v is not None]
         sizes = all(v.size and v.dtype.kind != "c" for v in found)
         return self.whole_calls and steps is not None and steps <= STEPS and sizes
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the locks of all lanes, since a captured call uses the workspaces of each."""
-        with ExitStack() as turns:
-            for lane in self.lanes:
-                turns.enter_context(lane.turn())
+    def _all_locked(self) -> Iterator[None]:
+        """Hold the locks of all workspaces, since a captured call uses each of them."""
+        with ExitStack() as locks:
+            for workspace in self.workspaces:
+                locks.enter_context(workspace.locked())
             yield
 
-    @contextmanager
-    def _once(self) -> Iterator[None]:
-        self._local.once = True
-        try:
-            yield
-        finally:
-            self._local.once = False
-
-    def _recorded(self, run: Any, arrays: Any) -> Recording | None:
+    def _captured(
+        self, function: Callable[[Any], tuple[Any, Any]], arrays: Any
+    ) -> CapturedCall | None:
         """Capture the call; None where the device refuses, with one warning per process."""
         try:
-            with self._once():
-                return Recording(self.ops, run, arrays)
+            return CapturedCall(self.ops, function, arrays)
         except (RuntimeError, NotImplementedError, MemoryError) as e:
-            self.whole_calls = False
+            self.graphs.refused = True
             warnings.warn(
                 "gru_any: CUDA refused to record a whole call; blocks of steps are recorded "
                 f"one by one, slower ({e})",
@@ -198,31 +214,31 @@ class Calls(Plain):
 
     def forget(self) -> None:
         """Release all plans, captured calls and their memory, once the device has finished them."""
-        with self._alone():
+        with self._all_locked():
             self.ops.synchronize()
-            self.recordings = Recordings()
-            for lane in self.lanes:
-                lane.plans.clear()
+            self.graphs.clear()
+            for workspace in self.workspaces:
+                workspace.plans.clear()
 
 
 class Arriving:
     """The blocks of an array that one stream computes; other streams wait for each block."""
 
-    def __init__(self, ops: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, ops: Any, shape: Shape, dtype: DType) -> None:
         self.ops, self.shape, self.dtype = ops, shape, dtype
-        self.pieces: dict[int, Any] = {}
+        self.pieces: dict[int, Array] = {}
         self.events: dict[int, Any] = {}
 
-    def put(self, block: slice, piece: Any) -> None:
+    def put(self, block: slice, piece: Array) -> None:
         """Add a block, with an event that marks its completion."""
         self.pieces[block.start] = piece
         self.events[block.start] = self.ops.event()
 
-    def array(self) -> Any:
+    def array(self) -> Self:
         """Return itself, to be read block by block."""
         return self
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: tuple[Any, ...]) -> Array:
         start = key[0].start
         if start in self.events:
             self.ops.wait(self.events[start])

@@ -1,4 +1,4 @@
-"""Blocks of steps on a device: a plan for each shape, and the lanes in which plans take turns."""
+"""Blocks of steps on a device: a plan for each shape, and the workspaces that plans share."""
 
 import threading
 import warnings
@@ -11,7 +11,7 @@ from typing import Any
 from ...codegen.schedule import NARROW, STATE, Gemm
 from .walk import Walk
 
-PLANS = 32  # that a lane keeps
+PLANS = 32  # that a workspace keeps
 THREADS = 256  # of a block, at most
 
 
@@ -50,7 +50,7 @@ class Plan:
 
     def _run(self) -> None:
         self.runs += 1
-        if self.graph is None and self.runs > 1 and self.ops.records:
+        if self.graph is None and self.runs > 1 and self.ops.captures:
             self.graph = _recorded(self.ops, self.steps)
         if self.graph is None:
             self.steps()
@@ -104,9 +104,9 @@ def place(ops: Any, array: Any) -> tuple[int, int, int]:
 def _recorded(ops: Any, steps: Callable[[], None]) -> Any:
     """The steps as a graph; None where the device refuses, which is told once."""
     try:
-        return ops.record(steps)
+        return ops.capture(steps)
     except (RuntimeError, NotImplementedError) as e:
-        ops.records = False
+        ops.captures = False
         warnings.warn(
             f"gru_any: CUDA refused to record the steps, which now run one by one, slower ({e})",
             RuntimeWarning,
@@ -115,8 +115,8 @@ def _recorded(ops: Any, steps: Callable[[], None]) -> Any:
         return None
 
 
-class Lane:
-    """Plans that share a workspace for products, and therefore take turns."""
+class Workspace:
+    """The memory of one stream's products, and the plans that use it, one at a time."""
 
     def __init__(self, ops: Any, precision: str) -> None:
         self.ops, self.precision, self.lock = ops, precision, threading.RLock()
@@ -130,8 +130,8 @@ class Lane:
         return self.ops.blas(self.precision)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Alone in this lane, and on the device after all that was asked of it before."""
+    def locked(self) -> Iterator[None]:
+        """Hold the lock; on the device, wait for what used this workspace before."""
         with self.lock:
             stream = self.ops.stream()
             if self.done is not None and stream != self.stream:

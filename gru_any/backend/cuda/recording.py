@@ -1,16 +1,35 @@
-"""Whole calls on a device: a function of arrays, recorded once for each shape and replayed.
+"""Whole calls as CUDA graphs: captured once for each shape, replayed from then on.
 
-A recording owns all its memory: what it is given is copied in, and its results are copied out. What
-it keeps for the backward pass stays in place, so it is leased until nothing refers to that.
+    call of a key = (function, stack, static arguments, shapes and dtypes)
+
+    first time     launch by launch, which compiles every kernel
+    second time    capture it, in a pool of memory that nothing else uses:
+
+                     arguments --copy--> inputs ==[ launches ]==> results, tape
+
+    from then on   copy the arguments in; replay the graph; copy the results out
+
+What a forward call keeps for its backward pass, the tape, is not copied. It stays in the pool, and
+the captured call is leased to the caller:
+
+    GraphCache --key--> CapturedCall (forward): inputs, graph, results, tape
+                            |      ^
+                            |      +---- Lease, held by the pullback in place of the tape
+                            |            while it lives, no other forward call replays this graph
+                            v
+                        .backward: a GraphCache, whose graphs read the tape where it lies
+
+Another forward call of this key captures a second copy meanwhile; when both are leased, it runs
+block by block. When the pullback is deleted, its lease ends, and the captured call is free again.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
-PLANS = 8  # shapes of which recordings are kept
-COPIES = 2  # recordings of one shape: a loop often keeps its last pullback during the next forward
-PAID = 32  # calls that make up for one recording, if there are many shapes
+PLANS = 8  # shapes of which captured calls are kept
+COPIES = 2  # of one shape: a loop often keeps its last pullback during the next forward
+PAID = 32  # calls that pay for another capture, if there are many shapes
 SEEN = 1024  # shapes that are remembered
 
 
@@ -42,22 +61,25 @@ def signature(arrays: Any) -> Hashable:
     return tuple(None if v is None else (tuple(v.shape), str(v.dtype)) for v in leaves(arrays))
 
 
-class Recording:
-    """The captured launches of a function, over arrays of its own."""
+class CapturedCall:
+    """The captured launches of a function, over arrays of its own.
 
-    def __init__(self, ops: Any, function: Callable[[Any], Any], arrays: Any) -> None:
-        self.ops, self.lent, self.back = ops, False, Recordings()
+    leased: whether a caller may still read the tape; backward: captured calls that read it.
+    """
+
+    def __init__(self, ops: Any, function: Callable[[Any], tuple[Any, Any]], arrays: Any) -> None:
+        self.ops, self.leased, self.backward = ops, False, GraphCache()
         self.pool = ops.pool()
         with ops.memory(self.pool):
-            self.given = mapped(lambda v: ops.empty(tuple(v.shape), str(v.dtype)), arrays)
+            self.inputs = mapped(lambda v: ops.empty(tuple(v.shape), str(v.dtype)), arrays)
 
-        def steps() -> None:
-            self.results, self.tape = function(self.given)
+        def launches() -> None:
+            self.results, self.tape = function(self.inputs)
 
         self.fill(arrays)
-        function(self.given)  # or a kernel might have to be compiled while launches are recorded
+        function(self.inputs)  # or a kernel might have to be compiled during the capture
         with ops.memory(self.pool):
-            self.graph = ops.record(steps)
+            self.graph = ops.capture(launches)
 
     def __del__(self) -> None:
         """Free the pool's memory: a CuPy pool that is destroyed leaks what it still holds."""
@@ -66,38 +88,47 @@ class Recording:
         pool.free_all_blocks()
 
     def fill(self, arrays: Any) -> None:
-        """Copy the inputs into the recording's own arrays."""
-        for mine, new in zip(leaves(self.given), leaves(arrays), strict=True):
+        """Copy the arguments into the inputs."""
+        for mine, new in zip(leaves(self.inputs), leaves(arrays), strict=True):
             if mine is not None:
                 mine[...] = new
 
     def __call__(self, arrays: Any) -> Any:
-        """Replay it on these inputs, and return copies of the results."""
+        """Replay the call on these arguments, and return copies of the results."""
         self.fill(arrays)
         self.graph.launch()
         return mapped(self.ops.copy, self.results)
 
 
-class Loan:
-    """The tape of a recording, which nobody else may replay until this is released."""
+class Lease:
+    """Keeps a captured call, and the tape in its memory, from being replayed by others."""
 
-    def __init__(self, recording: Recording) -> None:
-        self.recording, recording.lent = recording, True
+    def __init__(self, call: CapturedCall) -> None:
+        self.call, call.leased = call, True
 
     def __del__(self) -> None:
-        self.recording.lent = False
+        self.call.leased = False
 
 
-class Recordings:
-    """A cache of recordings, least recently used dropped first."""
+class GraphCache:
+    """The captured calls of the keys used last.
+
+    refused: whether the device refused a capture; captures: how many were tried; calls: how many
+    calls there were.
+    """
 
     def __init__(self) -> None:
-        self.kept: OrderedDict[Hashable, list[Recording]] = OrderedDict()
+        self.refused = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Release all of them."""
+        self.kept: OrderedDict[Hashable, list[CapturedCall]] = OrderedDict()
         self.seen: set[Hashable] = set()
-        self.made = self.calls = 0
+        self.captures = self.calls = 0
 
     def first(self, key: Hashable) -> bool:
-        """Whether this key is new."""
+        """Count a call, and return whether its key is new."""
         self.calls += 1
         if key in self.seen:
             return False
@@ -106,13 +137,15 @@ class Recordings:
         self.seen.add(key)
         return True
 
-    def find(self, key: Hashable, make: Callable[[], Recording | None]) -> Recording | None:
-        """Return a recording that is not leased, made if need be; None where none can be made."""
+    def find(
+        self, key: Hashable, capture: Callable[[], CapturedCall | None]
+    ) -> CapturedCall | None:
+        """Return one that is not leased, captured if need be; None where there can be none."""
         copies = self.kept.get(key, [])
-        found = next((recording for recording in copies if not recording.lent), None)
-        if found is None and len(copies) < COPIES and self.made < PLANS + self.calls // PAID:
-            found = make()
-            self.made += 1
+        found = next((call for call in copies if not call.leased), None)
+        if found is None and len(copies) < COPIES and self.captures < PLANS + self.calls // PAID:
+            found = capture()
+            self.captures += 1
             copies = copies if found is None else [*copies, found]
         if found is not None:
             self.kept[key] = copies

@@ -34,7 +34,7 @@ class CUDA(Calls):
         """Return the path that a block of this size takes, and why not a faster one."""
         if self.way == "eager":
             return "eager", "GRU_ANY_CUDA is set to eager"
-        if not self.ops.records:
+        if not self.ops.captures:
             return "eager", "CUDA refused to record a graph in this process"
         if self.way == "blocks":
             return "blocks", "GRU_ANY_CUDA is set to blocks"
@@ -70,8 +70,8 @@ class CUDA(Calls):
             return
         if right.dtype != left.dtype:  # states, beside halves
             right = self.xp.astype(right, left.dtype)
-        with self.turn():
-            multiply(self.ops, self.lane.blas, left, right, out)
+        with self.locked():
+            multiply(self.ops, self.workspace.blas, left, right, out)
 
     def row_sum(self, v: Any) -> Any:
         return v.sum(axis=0, dtype="float32") if v.itemsize == 2 else v.sum(axis=0)
@@ -148,12 +148,12 @@ class CUDA(Calls):
             return self._on_the_whole_device(walk, arrays, mask, state, U, order, shift)
         if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
             return self._all_at_once(walk, arrays, mask, state, U, order, shift)
-        lane, sizes, walk = self.lane, state.shape, walk.narrow
-        make = partial(Plan, self.ops, lane.blas, walk, sizes, order, shift)
-        if self.once:
+        workspace, sizes, walk = self.workspace, state.shape, walk.narrow
+        make = partial(Plan, self.ops, workspace.blas, walk, sizes, order, shift)
+        if self.context.exclusive:
             return make()(arrays, mask, state, U)
-        with self.turn():
-            return lane.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
+        with self.locked():
+            return workspace.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
 
     def _all_at_once(
         self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
@@ -183,7 +183,7 @@ class CUDA(Calls):
         numbers += [self.ops.pointer(v) for v in (U, state, last, counter, *shared)]
         numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
         size = shared_by_all(walk, B, H, own) * state.itemsize
-        with self.turn():
+        with self.locked():
             kernel = whole_kernel(walk, B, H, own)
             self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last
@@ -194,7 +194,7 @@ class CUDA(Calls):
 
 def runner_on(backend: Any, way: str, precision: str) -> CUDA:
     """Return the runner of a library that has registered its operations."""
-    ops = importlib.import_module(OPERATIONS[backend.name]).Ops()
+    ops = importlib.import_module(OPERATIONS[backend.name]).operations()
     return CUDA(backend.xp, backend.device, ops, way, precision)
 
 

@@ -1,30 +1,42 @@
-"""An array library on a CUDA device that the host plays: for checks without a device.
+"""The arrays and functions of the fake device: a namespace of the array API standard.
 
-It is as strict as CuPy: nothing becomes an array of NumPy unasked, and what has to wait for the
-device is counted (`count`). See memory.py for what else is checked.
+It is as strict as CuPy: nothing becomes a NumPy array without `get()`, and `count` counts whatever
+has to wait for the device. See memory.py for what else is checked.
 """
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from ...backend.cuda.device import OPERATIONS
-from .memory import Cell, cell_of, count, do, new, recording, unowned, use, wait
+from ...typing import DType, HostArray
+from .memory import (
+    Allocation,
+    access,
+    allocate,
+    allocation_of,
+    capturing,
+    count,
+    enqueue,
+    wait,
+    weak,
+)
 
 DEVICE = "host"
 OPERATIONS[__name__] = "gru_any.testing.fake_cuda.ops"
 
 
 class Array(NDArrayOperatorsMixin):
-    """An array of this library; it never becomes one of NumPy unasked."""
+    """An array of the fake device. host: the NumPy array in its memory."""
 
     __array_priority__ = 100
     device = DEVICE
 
-    def __init__(self, host: np.ndarray) -> None:
+    def __init__(self, host: HostArray) -> None:
         self.host = host
 
     dtype = property(lambda self: self.host.dtype)
@@ -36,42 +48,50 @@ class Array(NDArrayOperatorsMixin):
     size = property(lambda self: self.host.size)
     T = property(lambda self: Array(self.host.T))
 
-    def __array_namespace__(self, api_version: Any = None) -> Any:
+    def __array_namespace__(self, api_version: str | None = None) -> object:
         return sys.modules[__name__]
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        if ufunc is np.matmul and recording() is not None:
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: object, **kwargs: object
+    ) -> object:
+        if ufunc is np.matmul and capturing() is not None:
             raise NotImplementedError("CuPy refuses cuBLAS while launches are recorded")
-        return _computed(getattr(ufunc, method), inputs, kwargs)
+        return _call(getattr(ufunc, method), inputs, kwargs)
 
-    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return _computed(function, args, kwargs)
+    def __array_function__(
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: Sequence[Any],
+        kwargs: Mapping[str, object],
+    ) -> object:
+        return _call(function, args, kwargs)
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+    def __array__(self, dtype: object = None, copy: object = None) -> Never:
         raise TypeError("implicit conversion to a NumPy array is not allowed; use get()")
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: object) -> Any:
         masks = [k for k in (key if isinstance(key, tuple) else (key,)) if isinstance(k, Array)]
         if any(mask.dtype.kind == "b" for mask in masks):
-            wait()  # for how many there are
-        return _computed(lambda v, k: v[k], (self, key), {})
+            wait()  # the host has to know how many elements there are
+        return _call(lambda v, k: v[k], (self, key), {})
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        def put(out: Any, value: Any) -> None:
+    def __setitem__(self, key: Any, value: object) -> None:
+        def assign(out: HostArray, value: HostArray) -> None:
             out[key] = value
 
-        _computed(put, (self, value), {}, [self])
+        _call(assign, (self, value), {}, [self])
 
-    def sum(self, **options: Any) -> Any:
-        """As the namespace's."""
-        return np.sum(self, **options)
+    def sum(self, **options: object) -> Any:
+        """Sum the elements, like the function of the namespace."""
+        return np.sum(self, **options)  # type: ignore[call-overload]
 
     def __len__(self) -> int:
         return len(self.host)
 
-    def get(self) -> np.ndarray:
-        """A copy on the host, which waits."""
-        use([_known(self)], [])
+    def get(self) -> HostArray:
+        """Return a copy on the host, which waits for it."""
+        access([_allocation(self)], [])
         wait()
         return self.host.copy()
 
@@ -87,116 +107,136 @@ class Array(NDArrayOperatorsMixin):
     __index__ = __int__
 
 
-def _known(array: Array) -> Cell:
-    cell = cell_of(array.host)
-    assert cell is not None
-    return cell
+def _allocation(array: Array) -> Allocation:
+    found = allocation_of(array.host)
+    assert found is not None
+    return found
 
 
-def _computed(function: Any, args: Any, kwargs: Any, written: Any = ()) -> Any:
-    """Call a function of NumPy; what is new in its result gets memory of this device."""
-    if recording() is None:
-        return _done(function, args, kwargs, written)
+def _call(
+    function: Callable[..., object],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    written: Sequence[Array] = (),
+) -> Any:
+    """Call a function of NumPy, and put new arrays of its result into memory of this device."""
+    if capturing() is None:
+        return _checked(function, args, kwargs, written)
     if function in (np.concatenate, np.stack) and len(args[0]) > 8:
         raise RuntimeError("CuPy copies from the host while launches are recorded")
     with np.errstate(all="ignore"):  # nothing has a value yet
-        return _done(function, args, kwargs, written)
+        return _checked(function, args, kwargs, written)
 
 
-def _done(function: Any, args: Any, kwargs: Any, written: Any) -> Any:
+def _checked(
+    function: Callable[..., object],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    written: Sequence[Array],
+) -> Any:
     read: list[Array] = []
-    call = partial(function, *_bare(args, read), **_bare(kwargs, read))
-    # a recording must not keep alive what it works on
-    again = partial(function, *_bare(args, [], unowned), **_bare(kwargs, [], unowned))
-    cells, out = [_known(a) for a in read], [*written, *(kwargs.get("out") or ())]
+    call = partial(function, *_unwrap(args, read), **_unwrap(kwargs, read))
+    # a capture must not keep alive what it works on
+    again = partial(function, *_unwrap(args, [], weak), **_unwrap(kwargs, [], weak))
+    sources, out = [_allocation(a) for a in read], [*written, *(kwargs.get("out") or ())]
     if out:
-        _write(again, cells, [_known(a) for a in out])
+        _enqueue(again, sources, [_allocation(a) for a in out])
         return out[0] if kwargs.get("out") else None
     result = call()
-    several = isinstance(result, (tuple, list))
-    results = [_wrapped(r) for r in (result if several else [result])]
-    for n, (array, is_new) in enumerate(results):
+    if not isinstance(result, (tuple, list)):
+        array, is_new = _wrap(result)
         if is_new:
-            _fill(array, partial(_entry, again, n if several else None), cells)
-    found = [array for array, _ in results]
-    return type(result)(found) if several else found[0]
+            _fill(array, again, sources)
+        return array
+    wrapped = [_wrap(r) for r in result]
+    for n, (array, is_new) in enumerate(wrapped):
+        if is_new:
+            _fill(array, partial(_item, again, n), sources)
+    return type(result)(array for array, _ in wrapped)
 
 
-def _entry(call: Any, n: int | None) -> Any:
-    return call() if n is None else call()[n]
+def _item(call: Callable[[], Any], n: int) -> HostArray:
+    item: HostArray = call()[n]
+    return item
 
 
-def _write(call: Any, read: list[Cell], written: list[Cell]) -> None:
+def _enqueue(call: Callable[[], object], read: list[Allocation], written: list[Allocation]) -> None:
     def action() -> None:
-        use(read, written)
+        access(read, written)
         call()
 
-    do(action)
+    enqueue(action)
 
 
-def _fill(array: Array, value: Any, read: list[Cell]) -> None:
-    host = unowned(array.host)
+def _fill(array: Array, value: Callable[[], Any], read: list[Allocation]) -> None:
+    host = weak(array.host)
 
-    def put() -> None:
+    def assign() -> None:
         host[...] = value()
 
-    _write(put, read, [_known(array)])
+    _enqueue(assign, read, [_allocation(array)])
 
 
-def _wrapped(result: Any) -> tuple[Any, bool]:
-    """A result as an array of this device, and whether it needs to be filled."""
+def _wrap(result: object) -> tuple[Any, bool]:
+    """Return a result as an array of this device, and whether that has to be filled."""
     if not isinstance(result, (np.ndarray, np.generic)):
         return result, False
-    if cell_of(result) is not None:  # a view
+    if allocation_of(result) is not None:  # a view
         return Array(np.asarray(result)), False
-    return Array(new(result.shape, result.dtype)), True
+    return Array(allocate(result.shape, result.dtype)), True
 
 
-def _bare(v: Any, read: list[Array], taken: Any = lambda host: host) -> Any:
-    """The same with NumPy's arrays; those of ours go to the list."""
+def _unwrap(
+    v: object, read: list[Array], view: Callable[[HostArray], HostArray] = lambda host: host
+) -> Any:
+    """Return nested arguments with NumPy arrays in place of ours, which are appended to `read`."""
     if isinstance(v, Array):
         read.append(v)
-        return taken(v.host)
+        return view(v.host)
     if isinstance(v, (tuple, list)):
-        return type(v)(_bare(w, read, taken) for w in v)
+        return type(v)(_unwrap(w, read, view) for w in v)
     if isinstance(v, dict):
-        return {k: _bare(w, read, taken) for k, w in v.items()}
+        return {k: _unwrap(w, read, view) for k, w in v.items()}
     if isinstance(v, np.ndarray):
         raise TypeError("an array of NumPy among those of the device")
     return v
 
 
-def asarray(v: Any, dtype: Any = None, device: Any = None, copy: Any = None) -> Array:
-    """As the standard says; from the host too, which does not wait."""
+def asarray(v: object, dtype: DType = None, device: object = None, copy: object = None) -> Array:
+    """Convert to an array of this device, as the standard says; the host does not wait."""
     if isinstance(v, Array):
         dtype = dtype or v.dtype
-        return v if not copy and v.dtype == dtype else _computed(np.array, (v,), {"dtype": dtype})
+        converted: Array = v
+        if copy or v.dtype != dtype:
+            converted = _call(np.array, (v,), {"dtype": dtype})
+        return converted
     host = np.asarray(v, dtype=dtype)
-    if recording() is not None:
+    if capturing() is not None:
         raise RuntimeError("a copy from the host while launches are recorded")
     count["copies"] += 1
     count["bytes copied"] += host.nbytes
-    array = Array(new(host.shape, host.dtype))
+    return _filled(host)
+
+
+def _filled(host: HostArray) -> Array:
+    array = Array(allocate(host.shape, host.dtype))
     _fill(array, lambda: host, [])
     return array
 
 
-def astype(v: Array, dtype: Any, copy: bool = True) -> Array:
-    """As the standard says."""
+def astype(v: Array, dtype: DType, copy: bool = True) -> Array:
+    """Convert to a dtype, as the standard says."""
     return asarray(v, dtype=dtype, copy=copy)
 
 
 def ascontiguousarray(v: Array) -> Array:
     """Return a C-contiguous array, like NumPy."""
-    return v if v.host.flags.c_contiguous else _computed(np.array, (v,), {"order": "C"})
+    return v if v.host.flags.c_contiguous else asarray(v, copy=True)
 
 
-def _made(name: str, *args: Any, device: Any = None, **kwargs: Any) -> Array:
+def _made(name: str, *args: object, device: object = None, **kwargs: object) -> Array:
     result = getattr(np, name)(*args, **kwargs)
-    array = Array(new(result.shape, result.dtype))
-    if name != "empty":
-        _fill(array, lambda: result, [])
-    return array
+    return Array(allocate(result.shape, result.dtype)) if name == "empty" else _filled(result)
 
 
 MAKERS = ("empty", "zeros", "ones", "full", "arange", "eye", "linspace")

@@ -1,184 +1,196 @@
-"""Memory and streams of the device that the host plays, stricter than those of a device.
+"""The memory and the streams of the fake device, and the checker that watches both.
 
-What one stream does to memory that another used, without having waited for it, is an error; so is
-making an array while launches are recorded, but in memory of the recording's own. Memory that is
-released becomes NaN and is reused.
+Every stream has a vector clock, which says how many operations of each other stream are known to
+have finished. Every allocation keeps the clocks of its last accesses. An access that is not ordered
+after those it conflicts with raises `StreamError`, although the host ran both one after the other.
+
+Freed memory becomes NaN and is reused. During a capture, new arrays must come from a pool.
 """
 
 import threading
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable
-from itertools import count as numbers
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import count as integers
+from typing import TypeAlias
 
 import numpy as np
 
+from ...typing import DType, HostArray, Shape
+
+Stream: TypeAlias = Hashable  # a stream's name
+Clock: TypeAlias = dict[Stream, int]  # how many operations of each stream have finished
+
 count: Counter[str] = Counter()  # "waits", "launches", "replays", "products", "copies"
-# of each thread: the stream it works on; what it records; the pool of new arrays; what it replays
+# of each thread: `stream`, the current one; `capture`, which takes what is enqueued; `pool` of new
+# arrays; `touched`, what a replay has read and written
 local = threading.local()
 LOCK = threading.RLock()
 
 
 class StreamError(AssertionError):
-    """Two streams use the same memory and neither waited, or memory is used that is not there."""
+    """Two streams access the same memory and neither waited, or an access is outside of memory."""
 
 
-class Recorder:
-    """Actions in the order they were asked for, each with its stream; nothing is done yet."""
+class Capture:
+    """Captured actions in order, each with its stream. Nothing runs until the replay."""
 
     def __init__(self) -> None:
-        self.origin = ("recorded", next(_serial))
-        self.joined = {self.origin}  # the streams that take part
-        self.actions: list[tuple[Any, Callable[[], None]]] = []
+        self.origin = ("captured", next(_serial))
+        self.streams: set[Stream] = {self.origin}  # that take part
+        self.actions: list[tuple[Stream, Callable[[], None]]] = []
 
     def add(self, action: Callable[[], None]) -> None:
-        """On the current stream."""
-        if stream() not in self.joined:
-            raise StreamError(f"stream {stream()} takes no part in the recording")
-        self.actions.append((stream(), action))
+        """Append an action of the current stream."""
+        if current_stream() not in self.streams:
+            raise StreamError(f"stream {current_stream()} takes no part in the capture")
+        self.actions.append((current_stream(), action))
 
 
-_serial = numbers()
+_serial = integers()
 
 
-def recording() -> Recorder | None:
-    """What this thread records; None where it records nothing."""
-    return getattr(local, "recorder", None)
+def capturing() -> Capture | None:
+    """Return the capture of this thread, None where there is none."""
+    return getattr(local, "capture", None)
 
 
-def do(action: Callable[[], None]) -> None:
-    """Now, or whenever what is recorded is replayed."""
-    recorder = recording()
-    if recorder is None:
+def enqueue(action: Callable[[], None]) -> None:
+    """Run the action now, or whenever the capture of this thread is replayed."""
+    capture = capturing()
+    if capture is None:
         action()
     else:
-        recorder.add(action)
+        capture.add(action)
 
 
-# streams: what each knows to be done, as one number of each stream --------------------------------
+# streams -----------------------------------------------------------------------------------------
 
-DONE: dict[Any, dict[Any, int]] = {"host": {}}
-
-
-def stream() -> Any:
-    """What this thread's current stream is called."""
-    return getattr(local, "stream", 0)
+CLOCKS: dict[Stream, Clock] = {"host": {}}
 
 
-def learn(who: Any, known: dict[Any, int]) -> None:
-    """A stream, or the host, knows from now on what is known there."""
-    mine = DONE.setdefault(who, {})
+def current_stream() -> Stream:
+    """Return the name of this thread's current stream."""
+    name: Stream = getattr(local, "stream", 0)
+    return name
+
+
+def learn(stream: Stream, known: Mapping[Stream, int]) -> None:
+    """Merge what is known to have finished into the clock of a stream, or of the host."""
+    mine = CLOCKS.setdefault(stream, {})
     for other, n in known.items():
         mine[other] = max(mine.get(other, 0), n)
 
 
 def wait() -> None:
-    """The host waits for the current stream."""
-    if recording() is not None:
+    """Let the host wait for the current stream."""
+    if capturing() is not None:
         raise RuntimeError("the host waits while launches are recorded")
     count["waits"] += 1
-    learn("host", DONE.get(stream(), {}))
+    learn("host", CLOCKS.get(current_stream(), {}))
 
 
-def use(read: list["Cell"], written: list["Cell"]) -> None:
-    """The current stream does something to memory."""
+def access(read: Sequence["Allocation"], written: Sequence["Allocation"]) -> None:
+    """Check and note one operation of the current stream."""
     with LOCK:
-        me = stream()
-        learn(me, DONE["host"])
-        known = DONE[me]
-        known[me] = known.get(me, 0) + 1
-        for cell in (*read, *written):
-            if not cell.live:
-                raise StreamError("memory is used that was given back")
-        _mark(me, read, written)
+        stream = current_stream()
+        learn(stream, CLOCKS["host"])
+        _tick(stream)
+        if not all(allocation.live for allocation in (*read, *written)):
+            raise StreamError("memory is used that was given back")
+        _check_and_note(stream, read, written)
         touched = getattr(local, "touched", None)
         if touched:
             touched[0].update(read)
             touched[1].update(written)
 
 
-def _mark(me: Any, read: Any, written: Any) -> None:
-    """What a stream read and wrote, now that it has seen all that it needs."""
-    known = DONE[me]
-    for cell in (*read, *written):
-        _require(known, cell.written)
-    for cell in written:
-        _require(known, cell.read)
-        cell.written, cell.read = {me: known[me]}, {}
-    for cell in read:
-        cell.read[me] = known[me]
+def _tick(stream: Stream) -> None:
+    CLOCKS[stream][stream] = CLOCKS[stream].get(stream, 0) + 1
 
 
-def _require(known: dict[Any, int], used: dict[Any, int]) -> None:
-    for other, n in used.items():
+def _check_and_note(
+    stream: Stream, read: Iterable["Allocation"], written: Iterable["Allocation"]
+) -> None:
+    known = CLOCKS[stream]
+    for allocation in (*read, *written):
+        _check_order(known, allocation.written)
+    for allocation in written:
+        _check_order(known, allocation.read)
+        allocation.written, allocation.read = {stream: known[stream]}, {}
+    for allocation in read:
+        allocation.read[stream] = known[stream]
+
+
+def _check_order(known: Clock, accesses: Clock) -> None:
+    for other, n in accesses.items():
         if known.get(other, 0) < n:
-            raise StreamError(f"stream {stream()} did not wait for stream {other}")
+            raise StreamError(f"stream {current_stream()} did not wait for stream {other}")
 
 
-def replay(recorder: Recorder) -> None:
-    """Do what was recorded, each action on a stream of this replay; all end in the first of them.
+def replay(capture: Capture) -> None:
+    """Run the captured actions, each on a stream of this replay; all join the first of them.
 
-    To others it is as if the current stream had done everything.
+    To everything else it is one operation of the current stream.
     """
-    me, mine = stream(), next(_serial)
+    stream, serial = current_stream(), next(_serial)
     with LOCK:
-        learn((mine, recorder.origin), DONE["host"])
-        learn((mine, recorder.origin), DONE.get(me, {}))
-    read: set[Cell] = set()
-    written: set[Cell] = set()
+        learn((serial, capture.origin), CLOCKS["host"])
+        learn((serial, capture.origin), CLOCKS.get(stream, {}))
+    read: set[Allocation] = set()
+    written: set[Allocation] = set()
     local.touched = read, written
     try:
-        for name, action in recorder.actions:
-            local.stream = (mine, name)
+        for name, action in capture.actions:
+            local.stream = (serial, name)
             action()
     finally:
-        local.stream, local.touched = me, None
+        local.stream, local.touched = stream, None
     with LOCK:
-        learn(me, DONE[(mine, recorder.origin)])
-        known = DONE[me]
-        known[me] = known.get(me, 0) + 1
-        _mark(me, read - written, written)
-        for name in {(mine, name) for name in recorder.joined}:
-            DONE.pop(name, None)
-            known.pop(name, None)
-            for cell in read - written:
-                cell.read.pop(name, None)
+        learn(stream, CLOCKS[(serial, capture.origin)])
+        _tick(stream)
+        _check_and_note(stream, read - written, written)
+        for name in capture.streams:
+            CLOCKS.pop((serial, name), None)
+            CLOCKS[stream].pop((serial, name), None)
+            for allocation in read - written:
+                allocation.read.pop((serial, name), None)
 
 
 # memory ------------------------------------------------------------------------------------------
 
 
-class Cell:
-    """A piece of memory and who used it last; it is lent again, never returned to the system."""
+class Allocation:
+    """A piece of memory and its last accesses. It is reused, never returned to the system."""
 
     def __init__(self, size: int) -> None:
         self.bytes, self.live = np.full(size, 255, np.uint8), False
         self.address, self.size = self.bytes.ctypes.data, size
-        self.written: dict[Any, int] = {}
-        self.read: dict[Any, int] = {}
+        self.written: Clock = {}
+        self.read: Clock = {}
 
-    def lend(self) -> None:
-        """Somebody owns it."""
+    def take(self) -> None:
+        """Mark it as owned by an array."""
         self.live = True
 
-    def give_back(self) -> None:
-        """Nobody owns it any more."""
-        self.bytes.fill(255)  # NaN in every floating dtype
+    def free(self) -> None:
+        """Mark it as owned by nobody, and fill it with NaN, whatever the floating dtype."""
+        self.bytes.fill(255)
         self.live = False
 
 
-class Pool(dict[tuple[Any, int], list[Cell]]):
-    """Spare cells: of a stream, of a size. kept: how many were not returned to the system."""
+class Pool(dict[tuple[Stream, int], list[Allocation]]):
+    """The free allocations of each stream and size. kept: how many the pool holds in all."""
 
     kept = 0
 
     def free_all_blocks(self) -> None:
-        """Return the spare ones to the system, as CuPy's; there, others are lost with the pool."""
+        """Return the free ones to the system, as CuPy does; the others are lost with the pool."""
         with LOCK:
-            for cell in (cell for cells in self.values() for cell in cells):
-                del _cells[cell.address], _addresses[bisect_left(_addresses, cell.address)]
-                self.kept -= 1
+            for free in self.values():
+                for address in (allocation.address for allocation in free):
+                    del _allocations[address], _addresses[bisect_left(_addresses, address)]
+                self.kept -= len(free)
             self.clear()
 
 
@@ -186,67 +198,67 @@ _pool = Pool()
 
 
 class _Owner:
-    """Gives its cell back when nothing refers to it any more."""
+    """The base of an array: frees its allocation when no view refers to it any more."""
 
-    def __init__(self, cell: Cell, shape: tuple[int, ...], dtype: Any, pool: Any) -> None:
-        self.cell, self.stream, self.pool = cell, stream(), pool  # at exit, names go first
-        self.recorder: Any = recording()
+    def __init__(self, allocation: Allocation, shape: Shape, dtype: DType, pool: Pool) -> None:
+        self.allocation, self.stream = allocation, current_stream()
+        self.pool, self.capture = pool, capturing()  # at exit, the module's names go first
         self.__array_interface__ = {
             "shape": shape,
             "typestr": f"|V{np.dtype(dtype).itemsize}",
-            "data": (cell.address, False),
+            "data": (allocation.address, False),
             "version": 3,
         }
 
     def __del__(self) -> None:
-        recorder = getattr(local, "recorder", None)
-        if recorder is not None and recorder is self.recorder:
-            recorder.actions.append((self.stream, self.cell.give_back))
+        capture: Capture | None = getattr(local, "capture", None)
+        if capture and capture is self.capture:
+            capture.actions.append((self.stream, self.allocation.free))
         else:
-            self.cell.give_back()
-        self.pool.setdefault((self.stream, self.cell.size), []).append(self.cell)
+            self.allocation.free()
+        self.pool.setdefault((self.stream, self.allocation.size), []).append(self.allocation)
 
 
-_cells: dict[int, Cell] = {}
-_addresses: list[int] = []
+_allocations: dict[int, Allocation] = {}  # by address
+_addresses: list[int] = []  # in order
 
 
-def new(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array in a cell of the current stream."""
+def allocate(shape: Shape, dtype: DType) -> HostArray:
+    """Return an uninitialized array in memory of the current stream."""
     pool = getattr(local, "pool", None)
-    if recording() is not None and pool is None:
+    if capturing() is not None and pool is None:
         raise RuntimeError("an array is made while launches are recorded")
     pool = _pool if pool is None else pool
     size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
     with LOCK:
-        spare = pool.get((stream(), size))
-        cell = spare.pop() if spare else Cell(size)
-        if cell.address not in _cells:
+        free = pool.get((current_stream(), size))
+        allocation = free.pop() if free else Allocation(size)
+        if allocation.address not in _allocations:
             pool.kept += 1
-            _cells[cell.address] = cell
-            _addresses.insert(bisect_right(_addresses, cell.address), cell.address)
-        do(cell.lend)
-        return np.asarray(_Owner(cell, shape, dtype, pool)).view(dtype)
+            _allocations[allocation.address] = allocation
+            _addresses.insert(bisect_right(_addresses, allocation.address), allocation.address)
+        enqueue(allocation.take)
+        return np.asarray(_Owner(allocation, shape, dtype, pool)).view(dtype)
 
 
-def cell_at(address: int) -> Cell | None:
-    """The cell that an address lies in."""
+def allocation_at(address: int) -> Allocation | None:
+    """Return the allocation that an address lies in."""
     n = bisect_right(_addresses, address)
-    cell = _cells[_addresses[n - 1]] if n else None
-    return cell if cell and address < cell.address + cell.size else None
+    found = _allocations[_addresses[n - 1]] if n else None
+    return found if found and address < found.address + found.size else None
 
 
-def cell_of(host: Any) -> Cell | None:
-    """The cell of an array that was made here, or of a view of one."""
+def allocation_of(host: object) -> Allocation | None:
+    """Return the allocation of an array of this device, or of a view of one."""
     while isinstance(host, np.ndarray):
         host = host.base
-    return host.cell if isinstance(host, _Owner) else None
+    return host.allocation if isinstance(host, _Owner) else None
 
 
-def unowned(host: np.ndarray) -> np.ndarray:
-    """While recording the same place in memory, without keeping it from being given back."""
-    cell = cell_of(host)
-    if cell is None or not host.size or recording() is None:
+def weak(host: HostArray) -> HostArray:
+    """During a capture, return a view that does not keep the memory from being freed."""
+    allocation = allocation_of(host)
+    if allocation is None or not host.size or capturing() is None:
         return host
-    offset = host.ctypes.data - cell.address
-    return np.ndarray(host.shape, host.dtype, cell.bytes.data, offset, host.strides)
+    offset = host.ctypes.data - allocation.address
+    return np.ndarray(host.shape, host.dtype, allocation.bytes.data, offset, host.strides)

@@ -1,4 +1,4 @@
-"""What plans are written against (see ops.py), on the device that the host plays.
+"""The operations of the fake device: those of `backend/cuda/operations.py`, on the host.
 
 Kernels are compiled by g++ (see shim.py), and products are NumPy's, on raw memory.
 """
@@ -6,68 +6,71 @@ Kernels are compiled by g++ (see shim.py), and products are NumPy's, on raw memo
 import ctypes
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
+from ...backend.cuda.operations import Blas, Operations
 from ...codegen.cuda_source import Kernel
+from ...typing import HostArray, Shape
 from . import shim
 from .array import Array, asarray
 from .memory import (
-    DONE,
+    CLOCKS,
     LOCK,
-    Cell,
+    Allocation,
+    Capture,
     Pool,
-    Recorder,
+    Stream,
     StreamError,
-    cell_at,
+    access,
+    allocate,
+    allocation_at,
+    capturing,
     count,
-    do,
+    current_stream,
+    enqueue,
     learn,
     local,
-    new,
-    recording,
     replay,
-    stream,
-    use,
     wait,
 )
 
 
 class Graph:
-    """Launches that were recorded."""
+    """A capture that can be replayed."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
 
     def launch(self) -> None:
-        """Replay them."""
-        if recording() is not None:
+        """Replay it."""
+        if capturing() is not None:
             raise RuntimeError("a graph is launched while launches are recorded")
         count["replays"] += 1
-        replay(self.recorder)
+        replay(self.capture)
 
 
-class Event(dict[Any, int]):
-    """What a stream knew to be done. recorder: of the recording that it belongs to."""
+class Event(dict[Stream, int]):
+    """The clock of a stream when the event was recorded. capture: the one that it belongs to."""
 
-    recorder: Recorder | None = None
+    capture: Capture | None = None
 
 
 class Ops:
-    """The handful of operations that plans are written against."""
+    """The operations of the fake device."""
 
-    multiprocessors = 2  # few, so that a block of a test gets several rows
+    multiprocessors = 2  # few, so that a thread block gets several rows in a small test
     shared = 96 * 1024
 
     def __init__(self) -> None:
-        self.records = True
+        self.captures = True
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return Array(new(shape, np.dtype(dtype)))
+    def empty(self, shape: Shape, dtype: str) -> Array:
+        return Array(allocate(shape, np.dtype(dtype)))
 
     def copy(self, array: Array) -> Array:
         return asarray(array, copy=True)
@@ -76,70 +79,75 @@ class Ops:
         return array.host.ctypes.data
 
     def launch(
-        self, kernel: Kernel, grid: tuple[int, int], threads: int, numbers: Any, shared: int = 0
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[int],
+        shared: int = 0,
     ) -> None:
         count["launches"] += 1
-        do(partial(_launch, kernel, (*grid, threads, shared, kernel.barrier), tuple(numbers)))
+        shape = (*grid, threads, shared, kernel.barrier)
+        enqueue(partial(_launch, kernel, shape, tuple(arguments)))
 
-    def blas(self, precision: str) -> Any:
-        return lambda *arguments: do(partial(gemm, *arguments))
+    def blas(self, precision: str) -> Blas:
+        return lambda *arguments: enqueue(partial(gemm, *arguments))
 
-    def stream(self) -> Any:
-        return stream()
+    def stream(self) -> Stream:
+        return current_stream()
 
     def event(self) -> Event:
         event = Event()
-        event.recorder = recording()
+        event.capture = capturing()
 
         def mark() -> None:
             event.clear()
-            event.update(DONE.get(stream(), {}))
+            event.update(CLOCKS.get(current_stream(), {}))
 
-        do(mark)
+        enqueue(mark)
         return event
 
     def wait(self, event: Event) -> None:
-        recorder = recording()
-        if event.recorder is not recorder:
+        capture = capturing()
+        if event.capture is not capture:
             raise RuntimeError("a stream waits for what is on the other side of a recording")
-        if recorder is not None:
-            recorder.joined.add(stream())
+        if capture is not None:
+            capture.streams.add(current_stream())
 
         def known() -> None:
             with LOCK:
-                learn(stream(), event)
+                learn(current_stream(), event)
 
-        do(known)
+        enqueue(known)
 
     @contextmanager
     def on(self, number: int) -> Iterator[None]:
-        before, local.stream = stream(), (threading.get_ident(), number)
+        before, local.stream = current_stream(), (threading.get_ident(), number)
         try:
             yield
         finally:
             local.stream = before
 
     def synchronize(self) -> None:
-        """Wait for all streams."""
         wait()
         with LOCK:
-            for known in list(DONE.values()):
+            for known in list(CLOCKS.values()):
                 learn("host", known)
 
-    def record(self, steps: Callable[[], None]) -> Graph:
-        before, local.recorder = stream(), Recorder()
-        local.stream = local.recorder.origin
+    def capture(self, launches: Callable[[], None]) -> Graph:
+        before, capture = current_stream(), Capture()
+        local.capture, local.stream = capture, capture.origin
         try:
-            steps()
-            return Graph(local.recorder)
+            launches()
+            return Graph(capture)
         finally:
-            local.recorder, local.stream = None, before
+            local.capture, local.stream = None, before
 
     def pool(self) -> Pool:
         return Pool()
 
     @contextmanager
-    def memory(self, pool: Any) -> Iterator[None]:
+    def memory(self, pool: Pool) -> Iterator[None]:
         before, local.pool = getattr(local, "pool", None), pool
         try:
             yield
@@ -147,9 +155,14 @@ class Ops:
             local.pool = before
 
 
+def operations() -> Operations:
+    """Return the operations of the fake device."""
+    return Ops()
+
+
 @cache
 def _signature(kernel: Kernel) -> tuple[list[str], list[tuple[int, bool]]]:
-    """The parameters of a kernel; entries of the table that are arrays, and whether written."""
+    """Return the parameters of a kernel, and (n, is written) for each array in its table."""
     text = kernel.source.partition(f" {kernel.name}(")[2].partition('extern "C"')[0]
     parameters = text.partition(")")[0].split(", ")
     found = re.findall(
@@ -158,29 +171,29 @@ def _signature(kernel: Kernel) -> tuple[list[str], list[tuple[int, bool]]]:
     return parameters, [(int(n), not const) for const, n in found]
 
 
-def _launch(kernel: Kernel, shape: tuple[int, ...], numbers: tuple[int, ...]) -> None:
+def _launch(kernel: Kernel, shape: tuple[int, ...], arguments: tuple[int, ...]) -> None:
     parameters, entries = _signature(kernel)
-    assert len(parameters) == len(numbers), f"{kernel.name} takes {len(parameters)} arguments"
-    read: list[Cell] = []
-    written: list[Cell] = []
-    for parameter, value in zip(parameters, numbers, strict=True):
+    assert len(parameters) == len(arguments), f"{kernel.name} takes {len(parameters)} arguments"
+    read: list[Allocation] = []
+    written: list[Allocation] = []
+    for parameter, value in zip(parameters, arguments, strict=True):
         if "*" in parameter and value:
             (read if parameter.startswith("const ") else written).append(_at(value))
     if parameters[0] == "const long long* table":
-        table = np.frombuffer(_at(numbers[0]).bytes, np.int64)
+        table = np.frombuffer(_at(arguments[0]).bytes, np.int64)
         for n, is_written in entries:
             if table[n]:
                 (written if is_written else read).append(_at(int(table[n])))
-    use(read, written)
-    values = (ctypes.c_longlong * 5)(*shape), (ctypes.c_longlong * len(numbers))(*numbers)
+    access(read, written)
+    values = (ctypes.c_longlong * 5)(*shape), (ctypes.c_longlong * len(arguments))(*arguments)
     getattr(shim.library(kernel.source), f"run_{kernel.name}")(*values)
 
 
-def _at(address: int) -> Cell:
-    cell = cell_at(address)
-    if cell is None:
+def _at(address: int) -> Allocation:
+    found = allocation_at(address)
+    if found is None:
         raise StreamError("a kernel is given an address outside of all memory")
-    return cell
+    return found
 
 
 def gemm(
@@ -198,12 +211,9 @@ def gemm(
     ldc: int,
     dtype: str,
 ) -> None:
-    """C (m, n) = A B + beta C, column by column as in cuBLAS; A and B transposed if said so.
-
-    dtype: of A and B; C is float32 where they are halves.
-    """
+    """Multiply as `Blas` says: C (m, n) = A B + beta C, on matrices stored column by column."""
     count["products"] += 1
-    use([_at(a), _at(b)], [_at(c)])
+    access([_at(a), _at(b)], [_at(c)])
     A = _matrix(a, *((k, m) if transa else (m, k)), lda, dtype)
     B = _matrix(b, *((n, k) if transb else (k, n)), ldb, dtype)
     number = np.result_type(dtype, np.float32)
@@ -213,11 +223,13 @@ def gemm(
     C[...] = product + beta * C if beta else product
 
 
-def _matrix(address: int, rows: int, columns: int, ld: int, dtype: Any) -> Any:
-    """A matrix in memory, column by column; all of it lies within one cell."""
-    cell, size = _at(address), np.dtype(dtype).itemsize
+def _matrix(
+    address: int, rows: int, columns: int, ld: int, dtype: str | np.dtype[Any]
+) -> HostArray:
+    """Return a matrix stored column by column, all of it within one allocation."""
+    allocation, size = _at(address), np.dtype(dtype).itemsize
     assert ld >= rows, "the leading dimension is less than the rows"
     end = address + ((columns - 1) * ld + rows) * size
-    assert end <= cell.address + cell.size, "a matrix goes beyond its memory"
-    start = cell.bytes[address - cell.address : end - cell.address].view(dtype)
+    assert end <= allocation.address + allocation.size, "a matrix goes beyond its memory"
+    start = allocation.bytes[address - allocation.address : end - allocation.address].view(dtype)
     return np.lib.stride_tricks.as_strided(start, (rows, columns), (size, ld * size))
