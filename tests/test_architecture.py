@@ -41,10 +41,12 @@ CONVERT = {
     "keras/hdf5": {"h5py"},
     "torch/__init__": {"torch"},
     "torch/module": {"torch"},
-    "onnx/moves": {"onnx"},
-    "onnx/read": {"onnx"},
-    "onnx/write": {"onnx"},
     "onnx/check": {"onnx"},
+    "onnx/part": {"onnx"},
+    "onnx/read": {"onnx"},
+    "onnx/reshape": {"onnx"},
+    "onnx/walk": {"onnx"},
+    "onnx/write": {"onnx"},
     "onnx/prove": {"onnxruntime"},
 }
 IMPORT = re.compile(r"from gru_any[\w.]* import [\w, ]+")

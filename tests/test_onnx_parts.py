@@ -16,7 +16,7 @@ from gru_any.convert import onnx as convert
 onnx = require("onnx")
 helper, numpy_helper = onnx.helper, onnx.numpy_helper
 INTERNAL = re.compile(
-    r"\b(Atom|Array|Size|Layer|Zeros|Full|Positive|Range|Step|Before|Sum|Product|Function|Cell)\("
+    r"\b(Atom|SymbolicArray|Size|FoundLayer|FirstState|Order|Claim|Zeros|Full|Positive|Range|Step|Before|Sum|Product|Function|Cell)\("
     r"|object at 0x|object has no attribute|<class|NoneType|\bAny\b"
 )
 
@@ -58,7 +58,7 @@ class Graph:
         return name
 
     def x(self, shape=("T", "B", I)):
-        sizes = {"T": T, "B": B}
+        sizes = {"T": T, "B": B, "I": I}
         v = self.rng.standard_normal([sizes.get(s, s) for s in shape]).astype("f4")
         return self.input("x", v, shape)
 
@@ -760,6 +760,57 @@ def test_results_that_no_layer_has(tmp_path, graph, words):
     y, h_n = g.load(tmp_path, end, node="rnn")(read)  # the way out
     close(y, units(Y))
     close(h_n, h)
+
+
+# reshapes to constant lengths --------------------------------------------------------------------
+
+
+def stacked(g, shape):
+    """Two GRUs, the first in both directions; between them a Reshape from (T, B, 2, H)."""
+    Y, _ = g.gru(g.x(), direction="bidirectional", name="rnn/0")
+    turned = g.op("Transpose", Y, perm=[0, 2, 1, 3])
+    return g.gru(g.op("Reshape", turned, g.ints(*shape), name="flat"), 2 * H, name="rnn/1")[1]
+
+
+@pytest.mark.parametrize("shape", [(T, -1, 2 * H), (T, B, -1), (-1, B, 2 * H), (T, B, 2 * H)])
+@pytest.mark.parametrize("node", [None, "rnn"])
+def test_a_constant_in_place_of_a_free_length(tmp_path, shape, node):
+    """With twice the steps and half the rows the graph would mix them."""
+    g = Graph()
+    end = stacked(g, shape)
+    number, name = (T, "T") if T in shape else (B, "B")
+    words = rf"node 'flat' \(Reshape\) gives an axis the constant length {number}, .* '{name}' free"
+    with pytest.raises(ValueError, match=words) as e:
+        g.load(tmp_path, end, node=node)
+    assert ("load(path, node=...)" in str(e.value)) == (node is None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        (("T", "B", I), (0, 0, -1)),
+        (("T", "B", I), (-1, 0, 2 * H)),
+        ((T, "B", I), (T, -1, 2 * H)),
+        (("T", B, I), (-1, B, 2 * H)),
+        ((T, B, I), (T, B, 2 * H)),
+        (("T", "B", I), (T, 0, 2 * H)),  # the graph runs for T = 6 alone
+    ],
+)
+def test_a_constant_that_is_the_length(tmp_path, sizes, shape):
+    g = Graph()
+    Y, _ = g.gru(g.x(sizes), direction="bidirectional")
+    turned = g.op("Transpose", Y, perm=[0, 2, 1, 3])
+    y = g.op("Reshape", turned, g.ints(*shape))
+    ours = g.load(tmp_path, y)
+    (expected,) = g.run(y)
+    close(ours(g.inputs["x"][0])[0], expected)
+
+
+def test_a_constant_that_weights_prove(tmp_path):
+    g = Graph()
+    y = g.op("Squeeze", g.gru(g.op("Reshape", g.x(("T", "B", "I")), g.ints(0, 0, I)))[0], g.ints(1))
+    ours = g.load(tmp_path, y)
+    close(ours(g.inputs["x"][0])[0], g.run(y)[0])
 
 
 # weights -----------------------------------------------------------------------------------------

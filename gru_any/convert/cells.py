@@ -1,9 +1,7 @@
 """A GRU from the weights of its layers and directions, and back."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import numpy as np
+from typing import TypeAlias
 
 from .. import arguments
 from ..backend import to_numpy
@@ -11,21 +9,23 @@ from ..errors import ShapeError
 from ..nn.cell import GRUCell
 from ..nn.gru import GRU
 from ..nn.weights import parameter_shapes
-from .table import Arrays, Table, read, write
+from ..typing import Array, Arrays, HostArray, Shape
+from .table import Cell, Table, read, write
+
+Cells: TypeAlias = Arrays | Iterable[Arrays]  # of one layer, or of several
 
 
-def gru_of(table: Table, cells: Any, bidirectional: bool = False, batch_first: bool = False) -> GRU:
-    """A GRU from the arrays of each layer and direction, forward before reverse.
-
-    cells : a mapping of one layer, or a list of mappings
-    """
+def gru_of(
+    table: Table, cells: Cells, bidirectional: bool = False, batch_first: bool = False
+) -> GRU:
+    """Make a GRU from a library's arrays of each layer and direction, forward before reverse."""
     cells = [cells] if isinstance(cells, Mapping) else list(cells)
     found = [read(table, cell) for cell in cells]
     return assemble(found, table.reset_after, bidirectional, batch_first)
 
 
-def assemble(cells: list[Any], reset_after: bool, bidirectional: bool, batch_first: bool) -> GRU:
-    """A GRU from our arrays for each layer and direction, forward before reverse."""
+def assemble(cells: list[Cell], reset_after: bool, bidirectional: bool, batch_first: bool) -> GRU:
+    """Make a GRU from our arrays of each layer and direction, forward before reverse."""
     bidirectional = arguments.flag("bidirectional", bidirectional)
     batch_first = arguments.flag("batch_first", batch_first)
     dtype = one_dtype(cells)
@@ -56,8 +56,8 @@ def assemble(cells: list[Any], reset_after: bool, bidirectional: bool, batch_fir
     return gru
 
 
-def assemble_cell(arrays: Arrays) -> GRUCell:
-    """A GRUCell with the reset gate after the product, from our arrays."""
+def assemble_cell(arrays: Cell) -> GRUCell:
+    """Make a GRUCell with the reset gate after the product, from our arrays."""
     I, H = _sizes(arrays)
     bias = "bias_ih" in arrays
     _check("", arrays, parameter_shapes(I, H, bias, True))
@@ -67,23 +67,23 @@ def assemble_cell(arrays: Arrays) -> GRUCell:
     return cell
 
 
-def one_dtype(cells: list[Any]) -> str:
-    """The dtype that all arrays have; TypeError where it is not one."""
+def one_dtype(cells: list[Cell]) -> str:
+    """Return the dtype that all arrays have; TypeError where they have several."""
     dtypes = {str(a.dtype) for cell in cells for a in cell.values()}
     if len(dtypes) != 1:
         raise TypeError(f"the arrays are {' and '.join(sorted(dtypes)) or 'none'}: make them one")
     return dtypes.pop()
 
 
-def _sizes(cell: Arrays) -> tuple[int, int]:
-    """I and H, from the matrices of the first cell."""
+def _sizes(cell: Cell) -> tuple[int, int]:
+    """Return I and H, from the matrices of the first cell."""
     for name in ("weight_ih", "weight_hh"):
         if cell[name].ndim != 2:
             raise ShapeError(f"{name} is {cell[name].shape}, expected a matrix, (3H, I) or (3H, H)")
     return cell["weight_ih"].shape[1], cell["weight_hh"].shape[1]
 
 
-def _check(at: str, cell: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check(at: str, cell: Cell, shapes: dict[str, Shape]) -> None:
     """Raise where the arrays of a layer do not fit the first one, before anything is made."""
     if set(cell) != set(shapes):
         where = f"layer {at} has" if at else "the cell has"
@@ -95,13 +95,13 @@ def _check(at: str, cell: Any, shapes: dict[str, tuple[int, ...]]) -> None:
             raise ShapeError(f"{name}{at} is {cell[name].shape}, expected {shape}{after}")
 
 
-def cells_of(table: Table, gru: Any) -> list[dict[str, np.ndarray]]:
-    """The arrays of each layer and direction, forward before reverse."""
+def cells_of(table: Table, gru: GRU) -> list[dict[str, HostArray]]:
+    """Return a library's arrays of each layer and direction, forward before reverse."""
     return [write(table, cell, gru.reset_after) for cell in ours(gru)]
 
 
-def ours(gru: Any) -> list[dict[str, np.ndarray]]:
-    """Our arrays of each layer and direction, forward before reverse."""
+def ours(gru: GRU) -> list[Cell]:
+    """Return our arrays of each layer and direction, forward before reverse."""
     check_gru(gru)
     layers = [f"_l{i}{suffix}" for i in range(gru.num_layers) for suffix in gru.suffixes]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -111,7 +111,7 @@ def ours(gru: Any) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def check_gru(model: Any) -> None:
+def check_gru(model: object) -> None:
     """Raise where the model is no GRU that reads forward."""
     if not isinstance(model, GRU):
         raise TypeError(f"the model is a {type(model).__name__}, expected a GRU")
@@ -123,8 +123,8 @@ def check_gru(model: Any) -> None:
         )
 
 
-def under(arrays: Arrays, prefix: str) -> dict[str, Any]:
-    """The arrays whose names begin with `prefix`, without it; KeyError where there are none."""
+def under(arrays: Arrays, prefix: str) -> dict[str, Array]:
+    """Return the arrays whose names begin with `prefix`, without it; KeyError if there are none."""
     if not isinstance(prefix, str):
         raise TypeError(f"prefix is {prefix!r}, expected a string such as 'encoder.rnn.'")
     found = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
@@ -134,6 +134,6 @@ def under(arrays: Arrays, prefix: str) -> dict[str, Any]:
 
 
 def shown(names: Iterable[str]) -> str:
-    """The first few names, for an error."""
+    """Return the first few names, for an error."""
     names = sorted(map(str, names))
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

@@ -8,10 +8,10 @@ out; ours computes what it does from a state of zeros given to `set_state`.) `NS
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from ..nn.gru import GRU
-from .cells import cells_of, gru_of, under
+from ..typing import Array, Arrays, Path
+from .cells import Cells, cells_of, gru_of, under
 from .files import read_npz, write_npz
 from .table import Table
 
@@ -41,7 +41,7 @@ N_STEP = Table(
 )
 
 
-def from_arrays(arrays: Any, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
+def from_arrays(arrays: Cells, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
     """A GRU from the parameters of a link.
 
     Parameters
@@ -64,7 +64,7 @@ def from_arrays(arrays: Any, *, bidirectional: bool = False, batch_first: bool =
     return gru_of(N_STEP, cells, bidirectional, batch_first)
 
 
-def to_arrays(gru: GRU) -> Any:
+def to_arrays(gru: GRU) -> Arrays | list[dict[str, Array]]:
     """What `from_arrays` takes: of NStepGRU with reset_after, else of links.GRU.
 
     A mapping name -> array; for links.GRU with several layers or directions a list of them. Biases
@@ -77,7 +77,7 @@ def to_arrays(gru: GRU) -> Any:
     return {f"{i}/{name}": a for i, cell in enumerate(cells) for name, a in cell.items()}
 
 
-def load(path: Any, prefix: str = "", *, bidirectional: bool = False) -> GRU:
+def load(path: Path, prefix: str = "", *, bidirectional: bool = False) -> GRU:
     """A GRU from a file that `chainer.serializers.save_npz` wrote.
 
     Parameters
@@ -96,7 +96,7 @@ def load(path: Any, prefix: str = "", *, bidirectional: bool = False) -> GRU:
     return from_arrays(under(read_npz(path), prefix), bidirectional=bidirectional)
 
 
-def save(path: Any, gru: GRU) -> None:
+def save(path: Path, gru: GRU) -> None:
     """Write a file for `chainer.serializers.load_npz`."""
     arrays = to_arrays(gru)
     if not isinstance(arrays, Mapping):

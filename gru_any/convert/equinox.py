@@ -4,14 +4,14 @@ Arrays are `weight_ih`, `weight_hh`, `bias` and `bias_n` of a cell (https://docs
 """
 
 import io
-from pathlib import Path
-from typing import Any
+import pathlib
 
 import numpy as np
 
 from ..files import write_atomically
 from ..nn.gru import GRU
-from .cells import cells_of, gru_of
+from ..typing import HostArray, Path
+from .cells import Cells, cells_of, gru_of
 from .files import read_npy
 from .table import Table
 
@@ -28,7 +28,7 @@ TABLE = Table(
 )
 
 
-def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
+def from_arrays(cells: Cells, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
     """A GRU from the arrays of its cells.
 
     Parameters
@@ -45,18 +45,18 @@ def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = 
     return gru_of(TABLE, cells, bidirectional, batch_first)
 
 
-def to_arrays(gru: GRU) -> list[dict[str, np.ndarray]]:
+def to_arrays(gru: GRU) -> list[dict[str, HostArray]]:
     """The arrays of each cell, in the order `from_arrays` takes; ValueError for reset before."""
     return cells_of(TABLE, gru)
 
 
-def load(path: Any, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
+def load(path: Path, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
     """A GRU from a file that `equinox.tree_serialise_leaves` wrote of a cell, or a list of cells.
 
     The file has no names: a matrix, a matrix, and with bias two vectors, for each cell.
     """
-    arrays: list[np.ndarray] = []
-    size = Path(path).stat().st_size
+    arrays: list[HostArray] = []
+    size = pathlib.Path(path).stat().st_size
     with open(path, "rb") as file:
         while file.tell() < size:
             arrays.append(read_npy(file, f"{path}, array {len(arrays)}", size - file.tell()))
@@ -69,7 +69,7 @@ def load(path: Any, *, bidirectional: bool = False, batch_first: bool = False) -
     return from_arrays(cells, bidirectional=bidirectional, batch_first=batch_first)
 
 
-def save(path: Any, gru: GRU) -> None:
+def save(path: Path, gru: GRU) -> None:
     """Write a file for `equinox.tree_deserialise_leaves(path, like)`.
 
     like : a GRUCell for one layer and direction, else a list of cells

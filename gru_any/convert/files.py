@@ -1,16 +1,18 @@
-"""Arrays in safetensors, npz and npy files. Nothing is allocated before it is known to be there."""
+"""Arrays in safetensors, npz and npy files. No more is allocated than a file holds."""
 
 import io
 import math
+import pathlib
 import zipfile
 import zlib
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from tokenize import TokenError
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..files import write_atomically
+from ..typing import Array, Arrays, HostArray, Path
 
 # how many times a compressed file may grow; numbers that were trained hardly do at all
 GROWTH = 100
@@ -19,13 +21,16 @@ DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1,
 
 
 class Unread(NamedTuple):
-    """In place of an array whose dtype NumPy does not have, so that who asks for it is told."""
+    """Stands for an array of a dtype that NumPy lacks, so that an error can name the dtype."""
 
     dtype: str
 
 
-def read_safetensors(path: Any) -> dict[str, Any]:
-    """Name -> array, of whatever dtype; bfloat16 becomes float32.
+Entry: TypeAlias = dict[str, Any]  # of a safetensors file: "dtype", "shape" and "data"
+
+
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """Read the arrays of a safetensors file by name, of whatever dtype; bfloat16 as float32.
 
     Raises
     ------
@@ -34,14 +39,15 @@ def read_safetensors(path: Any) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, deserialize
 
+    decode: Callable[[bytes], list[tuple[str, Entry]]] = deserialize
     try:
-        entries = deserialize(Path(path).read_bytes())
+        entries = decode(pathlib.Path(path).read_bytes())
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or no safetensors file: {e}") from e
     return {name: _array(entry) for name, entry in entries}
 
 
-def _array(entry: Any) -> Any:
+def _array(entry: Entry) -> HostArray | Unread:
     if entry["dtype"] not in DTYPES:
         return Unread(entry["dtype"])
     flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
@@ -50,25 +56,25 @@ def _array(entry: Any) -> Any:
     return flat.reshape(entry["shape"])
 
 
-def write_safetensors(path: Any, arrays: Any, metadata: dict[str, str] | None = None) -> None:
-    """Write them to one file, whole or not at all."""
+def write_safetensors(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
+    """Write arrays to a safetensors file, whole or not at all."""
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     write_atomically(path, save(arrays, metadata))
 
 
-def read_npz(path: Any) -> dict[str, np.ndarray]:
-    """Name -> array of an npz file, of whatever dtype.
+def read_npz(path: Path) -> dict[str, HostArray]:
+    """Read the arrays of an npz file by name, of whatever dtype.
 
     Raises
     ------
     ValueError
-        The file is damaged or of another kind, holds pickled objects, or promises more numbers
+        The file is damaged or of another kind, holds pickled objects, or promises more elements
         than it has.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
+        with zipfile.ZipFile(io.BytesIO(pathlib.Path(path).read_bytes())) as archive:
             entries = archive.infolist()
             refuse_bomb(path, entries)
             arrays = dict(_members(archive, entries))
@@ -79,26 +85,28 @@ def read_npz(path: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _members(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> Any:
+def _members(
+    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]
+) -> Iterator[tuple[str, HostArray]]:
     for entry in entries:
         with archive.open(entry) as file:
             array = read_npy(file, entry.filename, entry.file_size, whole=True)
         yield entry.filename.removesuffix(".npy"), array
 
 
-def refuse_bomb(path: Any, entries: list[zipfile.ZipInfo]) -> None:
-    """Raise where the parts of a zip file would grow beyond what numbers compress to."""
-    promised, size = sum(entry.file_size for entry in entries), Path(path).stat().st_size
+def refuse_bomb(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Raise where the parts of a zip file would grow to more than weights compressed can."""
+    promised, size = sum(entry.file_size for entry in entries), pathlib.Path(path).stat().st_size
     if promised > GROWTH * size:
         raise ValueError(
             f"{path} promises {promised} bytes in a file of {size}: weights do not compress so well"
         )
 
 
-def read_npy(file: IO[bytes], name: str, size: int, whole: bool = False) -> np.ndarray:
-    """The array that begins here, of at most `size` bytes with its header; never a pickle.
+def read_npy(file: IO[bytes], name: str, size: int, whole: bool = False) -> HostArray:
+    """Read the array that begins here, of at most `size` bytes with its header; never a pickle.
 
-    whole: it must fill `size`.
+    whole: the array must fill `size`.
     """
     form = np.lib.format
     start = file.tell()
@@ -117,8 +125,8 @@ def read_npy(file: IO[bytes], name: str, size: int, whole: bool = False) -> np.n
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
-def write_npz(path: Any, arrays: Any) -> None:
-    """Write them to one file, whole or not at all."""
+def write_npz(path: Path, arrays: Arrays) -> None:
+    """Write arrays to an npz file, whole or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())

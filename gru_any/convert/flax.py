@@ -5,10 +5,11 @@ and one for the state, and no bias beside the second: c_n has no home there
 (https://flax.readthedocs.io).
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from ..nn.gru import GRU
+from ..typing import Array, Arrays
 from .cells import cells_of, gru_of
 from .table import Table
 
@@ -27,7 +28,7 @@ LINEN = Table(
         "hn/kernel": "U_n",
         "hn/bias": "c_n",
     },
-    turned=True,
+    transposed=True,
 )
 NNX = Table(
     "Flax nnx",
@@ -37,13 +38,23 @@ NNX = Table(
         "dense_i/bias": "b_r+c_r b_z+c_z b_n",
         "dense_h/kernel": "U_r U_z U_n",
     },
-    turned=True,
+    transposed=True,
 )
 TABLES = {"linen": LINEN, "nnx": NNX}
 DIRECTIONS = ("forward_rnn", "backward_rnn")
 
+Nested: TypeAlias = dict[str, Any]  # an array, or more of the same, by name
 
-def from_arrays(layers: Any, *, batch_first: bool = True) -> GRU:
+
+@runtime_checkable
+class Tree(Protocol):
+    """Nested mappings of Flax, whose keys are names or paths."""
+
+    def items(self) -> ItemsView[Any, Any]:
+        """Return the keys with what stands under them: arrays or trees."""
+
+
+def from_arrays(layers: Tree | Iterable[Tree], *, batch_first: bool = True) -> GRU:
     """A GRU from the parameters of its layers; x is (B, T, I) unless `batch_first=False`.
 
     Parameters
@@ -58,8 +69,8 @@ def from_arrays(layers: Any, *, batch_first: bool = True) -> GRU:
     KeyError, ValueError, TypeError
         A name is missing or unused; a shape or dtype does not fit.
     """
-    layers = [layers] if hasattr(layers, "items") else layers
-    cells = [[dict(_flat(cell)) for cell in _directions(_weights(layer))] for layer in layers]
+    trees = [layers] if isinstance(layers, Tree) else layers
+    cells = [[dict(_flat(cell)) for cell in _directions(_weights(tree))] for tree in trees]
     if len({len(layer) for layer in cells}) != 1:
         raise ValueError("some layers have two directions and some one: make one GRU of each kind")
     flat = [cell for layer in cells for cell in layer]
@@ -67,7 +78,7 @@ def from_arrays(layers: Any, *, batch_first: bool = True) -> GRU:
     return gru_of(table, flat, len(cells[0]) == 2, batch_first)
 
 
-def to_arrays(gru: GRU, api: str = "linen") -> list[dict[str, Any]]:
+def to_arrays(gru: GRU, api: str = "linen") -> list[Nested]:
     """The parameters of each layer, for an RNN over a GRUCell, or a Bidirectional over two.
 
     Flax always has biases: without them here, they are written as zeros.
@@ -91,8 +102,8 @@ def to_arrays(gru: GRU, api: str = "linen") -> list[dict[str, Any]]:
     return [dict(zip(DIRECTIONS, pair, strict=True)) for pair in pairs]
 
 
-def _directions(layer: Any) -> list[Any]:
-    """The cells of a layer, forward before reverse, out of what is wrapped around them."""
+def _directions(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The cells of a layer, forward before reverse, without the modules around them."""
     if set(layer) == set(DIRECTIONS):
         return [cell for name in DIRECTIONS for cell in _directions(layer[name])]
     inner = list(layer.values())
@@ -101,26 +112,26 @@ def _directions(layer: Any) -> list[Any]:
     return [layer]
 
 
-def _weights(tree: Any) -> dict[str, Any]:
-    """The parameters as nested dicts, without what else Flax keeps in a module or its variables."""
+def _weights(tree: Tree) -> Nested:
+    """The parameters as nested dicts, without what else a module or its variables hold."""
     named = dict(_flat(tree))
     if any(name.startswith("params/") for name in named):
         named = {name: v for name, v in named.items() if name.startswith("params/")}
     return _nested({name: v for name, v in named.items() if "rngs" not in name.split("/")})
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Array]]:
     """Each array by its path, which may be a tuple in a flat state of nnx."""
     for key, value in tree.items():
         name = prefix + ("/".join(map(str, key)) if isinstance(key, tuple) else str(key))
-        if hasattr(value, "items"):
+        if isinstance(value, Tree):
             yield from _flat(value, f"{name}/")
         else:
             yield name, value
 
 
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
+def _nested(flat: Arrays) -> Nested:
+    tree: Nested = {}
     for name, array in flat.items():
         *folders, leaf = name.split("/")
         inner = tree

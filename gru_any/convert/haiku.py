@@ -4,23 +4,21 @@ The equations are those of Chung et al. 2014 (https://dm-haiku.readthedocs.io).
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 
 from ..nn.gru import GRU
-from .cells import cells_of, gru_of
+from ..typing import Arrays, HostArray
+from .cells import Cells, cells_of, gru_of
 from .table import Table
 
 TABLE = Table(
     "Haiku",
     reset_after=False,
     rows={"w_i": "-W_z W_r W_n", "w_h": "-U_z U_r U_n", "b": "-b_z b_r b_n"},
-    turned=True,
+    transposed=True,
 )
 
 
-def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
+def from_arrays(cells: Cells, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
     """A GRU from the parameters of its cores.
 
     Parameters
@@ -38,7 +36,7 @@ def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = 
     return gru_of(TABLE, [_inner(cell) for cell in cells], bidirectional, batch_first)
 
 
-def to_arrays(gru: GRU) -> list[dict[str, np.ndarray]]:
+def to_arrays(gru: GRU) -> list[dict[str, HostArray]]:
     """The parameters of each core, in the order `from_arrays` takes; ValueError for reset after.
 
     Haiku always has a bias: without one here, it is written as zeros.
@@ -46,6 +44,7 @@ def to_arrays(gru: GRU) -> list[dict[str, np.ndarray]]:
     return cells_of(TABLE, gru)
 
 
-def _inner(cell: Any) -> Any:
+def _inner(cell: Arrays) -> Arrays:
+    """Return the arrays of a core, also where they stand under the name of its module."""
     values = list(cell.values())
     return values[0] if len(values) == 1 and isinstance(values[0], Mapping) else cell

@@ -4,12 +4,9 @@ The names are those of a layer's parameters (https://github.com/lmnt-com/haste).
 dropout are settings of training there, and are not weights.
 """
 
-from typing import Any
-
-import numpy as np
-
 from ..nn.gru import GRU
-from .cells import cells_of, gru_of
+from ..typing import HostArray
+from .cells import Cells, cells_of, gru_of
 from .table import Table
 
 TABLE = Table(
@@ -21,11 +18,11 @@ TABLE = Table(
         "bias": "b_z b_r b_n",
         "recurrent_bias": "c_z c_r c_n",
     },
-    turned=True,
+    transposed=True,
 )
 
 
-def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
+def from_arrays(cells: Cells, *, bidirectional: bool = False, batch_first: bool = False) -> GRU:
     """A GRU from the parameters of its layers.
 
     Parameters
@@ -42,7 +39,7 @@ def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = 
     return gru_of(TABLE, cells, bidirectional, batch_first)
 
 
-def to_arrays(gru: GRU) -> list[dict[str, np.ndarray]]:
+def to_arrays(gru: GRU) -> list[dict[str, HostArray]]:
     """The parameters of each layer, as `from_arrays` takes them; ValueError for reset before.
 
     haste always has biases: without them here, they are written as zeros.

@@ -4,13 +4,12 @@ Files are those of `mlx.nn.Module.save_weights`, npz or safetensors
 (https://ml-explore.github.io/mlx).
 """
 
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+import pathlib
+from collections.abc import Iterable
 
 from ..nn.gru import GRU
-from .cells import cells_of, gru_of, under
+from ..typing import HostArray, Path
+from .cells import Cells, cells_of, gru_of, under
 from .files import read_npz, read_safetensors, write_npz, write_safetensors
 from .table import Table
 
@@ -22,7 +21,7 @@ TABLE = Table(
 )
 
 
-def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = True) -> GRU:
+def from_arrays(cells: Cells, *, bidirectional: bool = False, batch_first: bool = True) -> GRU:
     """A GRU from the arrays of its layers; x is (B, T, I), as in MLX, unless `batch_first=False`.
 
     Parameters
@@ -39,12 +38,12 @@ def from_arrays(cells: Any, *, bidirectional: bool = False, batch_first: bool = 
     return gru_of(TABLE, cells, bidirectional, batch_first)
 
 
-def to_arrays(gru: GRU) -> list[dict[str, np.ndarray]]:
+def to_arrays(gru: GRU) -> list[dict[str, HostArray]]:
     """The arrays of each layer, in the order `from_arrays` takes; ValueError for reset before."""
     return cells_of(TABLE, gru)
 
 
-def load(path: Any, prefix: Any = "", *, bidirectional: bool = False) -> GRU:
+def load(path: Path, prefix: str | Iterable[str] = "", *, bidirectional: bool = False) -> GRU:
     """A GRU from a file of MLX.
 
     Parameters
@@ -59,12 +58,12 @@ def load(path: Any, prefix: Any = "", *, bidirectional: bool = False) -> GRU:
     ValueError, KeyError, TypeError
         The file is damaged, or its arrays are not those of a GRU.
     """
-    arrays = read_npz(path) if Path(path).suffix == ".npz" else read_safetensors(path)
+    arrays = read_npz(path) if pathlib.Path(path).suffix == ".npz" else read_safetensors(path)
     prefixes = [prefix] if isinstance(prefix, str) else prefix
     return from_arrays([under(arrays, p) for p in prefixes], bidirectional=bidirectional)
 
 
-def save(path: Any, gru: GRU) -> None:
+def save(path: Path, gru: GRU) -> None:
     """Write a file for `mlx.nn.Module.load_weights`: of a GRU, or of a Sequential of GRUs.
 
     path : str or path, ending in .npz or .safetensors
@@ -76,5 +75,5 @@ def save(path: Any, gru: GRU) -> None:
         for prefix, cell in zip(prefixes, cells, strict=True)
         for name, array in cell.items()
     }
-    write = write_npz if Path(path).suffix == ".npz" else write_safetensors
+    write = write_npz if pathlib.Path(path).suffix == ".npz" else write_safetensors
     write(path, arrays)

@@ -9,19 +9,20 @@ letters of the equations,
     n = tanh(W_n x + b_n + U_n (r * h))          reset before
 
 `-W_z` is the block with its sign changed (sigmoid(-a) = 1 - sigmoid(a), so z and 1 - z change
-places), `b_r+c_r` a bias that stands for both. Blocks are moved, turned and negated bit for bit.
-Where two biases must be added the sum is rounded once, which the logger `gru_any.convert` reports
-at level INFO; written again, they are the sum and 0.
+places), `b_r+c_r` a bias that stands for both. Blocks are moved, transposed and negated bit for
+bit. Where two biases must be added the sum is rounded once, which the logger `gru_any.convert`
+reports at level INFO; written again, they are the sum and 0.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..backend import to_numpy
 from ..errors import ShapeError
+from ..typing import Array, Arrays, HostArray
 
 EQUATIONS = {
     "r": "r = sigmoid(W_r x + b_r + U_r h + c_r)",
@@ -30,33 +31,35 @@ EQUATIONS = {
     False: "n = tanh(W_n x + b_n + U_n (r * h))",
 }
 NAMES = {"W": "weight_ih", "U": "weight_hh", "b": "bias_ih", "c": "bias_hh"}
-Arrays = Mapping[str, Any]
+Cell: TypeAlias = dict[str, HostArray]  # our arrays of one layer in one direction, by name
 
 
 class Table(NamedTuple):
-    """What a library calls the weights of one layer in one direction.
+    """What a library calls the weights of one layer in one direction."""
 
-    library: its name, for errors. rows: array -> its blocks, side by side. turned: its matrices
-    are (in, out) in place of (out, in). bias_optional: without bias, its arrays are left out.
-    """
-
-    library: str
+    library: str  # its name, for errors
     reset_after: bool
-    rows: dict[str, str]
-    turned: bool = False
-    bias_optional: bool = False
+    rows: dict[str, str]  # the name of an array -> its blocks, side by side
+    transposed: bool = False  # whether its matrices are (in, out) in place of (out, in)
+    bias_optional: bool = False  # whether arrays of biases are left out where there is no bias
 
 
-def read(table: Table, arrays: Arrays) -> dict[str, np.ndarray]:
-    """Another library's arrays -> ours: weight_ih, weight_hh, bias_ih, bias_hh (or fewer)."""
+def read(table: Table, arrays: Arrays) -> Cell:
+    """Convert another library's arrays to ours: weight_ih, weight_hh, bias_ih, bias_hh, or fewer.
+
+    Raises
+    ------
+    KeyError, ValueError, TypeError
+        A name is missing or unused; a shape or dtype does not fit.
+    """
     if not isinstance(arrays, Mapping):
         raise TypeError(f"a layer is a {type(arrays).__name__}, expected a mapping name -> array")
     arrays = {name: floating(name, a) for name, a in arrays.items() if a is not None}
     rows = _rows(table, bias=any(_is_bias(table.rows[k]) for k in arrays if k in table.rows))
     check_names(table.library, arrays, rows)
-    blocks: dict[str, np.ndarray] = {}
+    blocks: dict[str, HostArray] = {}
     for name, row in rows.items():
-        blocks.update(_cut(name, arrays[name], row.split(), table.turned))
+        blocks.update(_blocks(name, arrays[name], row.split(), table.transposed))
     _check_shapes(rows, blocks)
     ours = {"weight_ih": _stack(blocks, "W"), "weight_hh": _stack(blocks, "U")}
     if "b_n" in blocks:
@@ -67,16 +70,16 @@ def read(table: Table, arrays: Arrays) -> dict[str, np.ndarray]:
     return ours
 
 
-def _stack(blocks: dict[str, np.ndarray], letter: str) -> np.ndarray:
+def _stack(blocks: dict[str, HostArray], letter: str) -> HostArray:
     return np.concatenate([blocks[f"{letter}_{gate}"] for gate in "rzn"])
 
 
-def write(table: Table, ours: Arrays, reset_after: bool) -> dict[str, np.ndarray]:
-    """Our arrays -> another library's; ValueError names the term that has no home there."""
+def write(table: Table, ours: Cell, reset_after: bool) -> dict[str, HostArray]:
+    """Convert our arrays to another library's; ValueError names a term that has no home there."""
     check_variant(table.library, table.reset_after, reset_after)
     H = ours["weight_hh"].shape[1]
     none = np.zeros(3 * H, ours["weight_hh"].dtype)
-    blocks: dict[str, np.ndarray] = {}
+    blocks: dict[str, HostArray] = {}
     for letter, name in NAMES.items():
         thirds = np.split(ours.get(name, none), 3)
         blocks.update({f"{letter}_{gate}": v for gate, v in zip("rzn", thirds, strict=True)})
@@ -86,7 +89,7 @@ def write(table: Table, ours: Arrays, reset_after: bool) -> dict[str, np.ndarray
 
 
 def check_variant(library: str, theirs: bool, ours: bool) -> None:
-    """Raise ValueError where our reset gate acts at another place than the library's."""
+    """Raise ValueError where our reset gate does not act where the library's does."""
     if ours != theirs:
         term = "r * (U_n h + c_n)" if ours else "U_n (r * h)"
         raise ValueError(
@@ -96,7 +99,7 @@ def check_variant(library: str, theirs: bool, ours: bool) -> None:
 
 
 def _rows(table: Table, bias: bool) -> dict[str, str]:
-    """The rows of a layer with bias or without."""
+    """Return the rows of a layer with bias or without."""
     keep = bias or not table.bias_optional
     return {name: row for name, row in table.rows.items() if keep or not _is_bias(row)}
 
@@ -105,7 +108,7 @@ def _is_bias(row: str) -> bool:
     return row.lstrip("-")[0] in "bc"
 
 
-def check_names(library: str, found: Arrays, wanted: Any) -> None:
+def check_names(library: str, found: Iterable[str], wanted: Iterable[str]) -> None:
     """Raise KeyError where a name is missing or unused."""
     missing, unused = set(wanted) - set(found), set(found) - set(wanted)
     if missing or unused:
@@ -115,33 +118,35 @@ def check_names(library: str, found: Arrays, wanted: Any) -> None:
         )
 
 
-def _cut(name: str, array: Any, row: list[str], turned: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """The blocks of an array, by their names in the equations."""
+def _blocks(
+    name: str, array: HostArray, row: list[str], transposed: bool
+) -> Iterator[tuple[str, HostArray]]:
+    """Yield the blocks of an array, by their names in the equations."""
     rank = 1 if _is_bias(row[0]) else 2
-    if array.ndim != rank or array.shape[-1 if turned else 0] % len(row):
+    if array.ndim != rank or array.shape[-1 if transposed else 0] % len(row):
         raise ShapeError(f"{name} is {array.shape}, expected {rank}-D, in {len(row)} equal parts")
-    array = array.T if turned else array
+    array = array.T if transposed else array
     for term, block in zip(row, np.split(array, len(row)), strict=True):
         yield term.lstrip("-").partition("+")[0], -block if term[0] == "-" else block
 
 
-def _join(table: Table, row: list[str], blocks: dict[str, np.ndarray]) -> np.ndarray:
-    """The array made of these blocks."""
+def _join(table: Table, row: list[str], blocks: dict[str, HostArray]) -> HostArray:
+    """Return the array made of these blocks."""
     parts = []
     for term in row:
         first, _, second = term.lstrip("-").partition("+")
         part = _add(table, blocks[first], blocks[second]) if second else blocks[first]
         parts.append(-part if term[0] == "-" else part)
     whole = np.concatenate(parts)
-    return np.ascontiguousarray(whole.T if table.turned else whole)
+    return np.ascontiguousarray(whole.T if table.transposed else whole)
 
 
 def _terms(rows: str) -> list[str]:
-    """The names of the blocks in these rows."""
+    """Return the names of the blocks in these rows."""
     return rows.replace("+", " ").replace("-", " ").split()
 
 
-def _check_shapes(rows: dict[str, str], blocks: dict[str, np.ndarray]) -> None:
+def _check_shapes(rows: dict[str, str], blocks: dict[str, HostArray]) -> None:
     """Raise where the blocks are not those of one input and one hidden size."""
     H, I = blocks["W_r"].shape
     shapes = {"W": (H, I), "U": (H, H), "b": (H,), "c": (H,)}
@@ -153,7 +158,7 @@ def _check_shapes(rows: dict[str, str], blocks: dict[str, np.ndarray]) -> None:
             )
 
 
-def _refuse_homeless(table: Table, blocks: dict[str, np.ndarray]) -> None:
+def _refuse_homeless(table: Table, blocks: dict[str, HostArray]) -> None:
     homes = _terms(" ".join(table.rows.values()))
     for term, block in blocks.items():
         if term not in homes and block.any():
@@ -161,22 +166,18 @@ def _refuse_homeless(table: Table, blocks: dict[str, np.ndarray]) -> None:
             raise ValueError(f"{term} of {equation} is not 0 and has no home in {table.library}")
 
 
-def _add(table: Table, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """B + c; where one is 0, the other bit for bit."""
+def _add(table: Table, b: HostArray, c: HostArray) -> HostArray:
+    """Return b + c; where one is 0, the other bit for bit."""
     if b.any() and c.any():
-        _log_sum(table)
+        logging.getLogger("gru_any.convert").info(
+            "%s: two biases are added and the sum is rounded once; it goes back as (sum, 0)",
+            table.library,
+        )
     return np.where(c == 0, b, np.where(b == 0, c, b + c))
 
 
-def _log_sum(table: Table) -> None:
-    logging.getLogger("gru_any.convert").info(
-        "%s: two biases are added and the sum is rounded once; it goes back as (sum, 0)",
-        table.library,
-    )
-
-
-def floating(name: str, array: Any) -> np.ndarray:
-    """An array of any library on the host, in this machine's byte order; bfloat16 as float32."""
+def floating(name: str, array: Array) -> HostArray:
+    """Return an array of any library on the host, in native byte order; bfloat16 as float32."""
     dtype = str(getattr(array, "dtype", type(array).__name__)).rpartition(".")[2]
     try:
         host = _on_host(array)
@@ -189,7 +190,7 @@ def floating(name: str, array: Any) -> np.ndarray:
     return host.astype(host.dtype.newbyteorder("="), copy=False)
 
 
-def _on_host(array: Any) -> np.ndarray:
+def _on_host(array: Array) -> HostArray:
     try:
         return to_numpy(array)
     except (TypeError, AttributeError):  # of a library that is no backend here

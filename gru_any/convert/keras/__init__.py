@@ -5,22 +5,21 @@ With reset_after (the default there) the bias is (2, 3H): b on top of c; without
 need h5py (extra `keras`), not Keras (https://keras.io/api).
 """
 
+import pathlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ...arguments import flag
 from ...files import write_atomically
 from ...nn.chain import Chain
 from ...nn.gru import GRU
+from ...nn.params import Layer
+from ...typing import Array, HostArray, Path
 from ..cells import assemble
-from .cells import layer_arrays, read_cell
+from .cells import Model, layer_arrays, read_cell
 
 
 def from_arrays(
-    weights: Sequence[Any],
+    weights: Sequence[Array],
     *,
     bidirectional: bool = False,
     reset_after: bool = True,
@@ -44,10 +43,8 @@ def from_arrays(
     ValueError, TypeError
         A shape or dtype does not fit.
     """
-    bidirectional, reset_after = (
-        flag("bidirectional", bidirectional),
-        flag("reset_after", reset_after),
-    )
+    bidirectional = flag("bidirectional", bidirectional)
+    reset_after = flag("reset_after", reset_after)
     count = 3 if flag("use_bias", use_bias) else 2
     if not weights or len(weights) % count:
         raise ValueError(f"{len(weights)} arrays, expected {count} for each layer and direction")
@@ -56,7 +53,7 @@ def from_arrays(
     return assemble(cells, reset_after, bidirectional, flag("batch_first", batch_first))
 
 
-def to_arrays(model: Any) -> list[np.ndarray]:
+def to_arrays(model: Layer | Chain) -> list[HostArray]:
     """The list that `set_weights` takes: of layers of a GRU, or of a Sequential like the Chain."""
     if not isinstance(model, Chain):
         return layer_arrays(model)
@@ -65,14 +62,14 @@ def to_arrays(model: Any) -> list[np.ndarray]:
 
 
 def load(
-    path: Any,
-    layer: Any = None,
+    path: Path,
+    layer: str | Sequence[str] | None = None,
     *,
     reset_after: bool | None = None,
     go_backwards: bool | None = None,
     activation: str | None = None,
     recurrent_activation: str | None = None,
-) -> Any:
+) -> Model:
     """A model from a file of Keras.
 
     Parameters
@@ -107,10 +104,12 @@ def load(
     """
     from . import read
 
-    names = list(layer) if isinstance(layer, (list, tuple)) else [layer]
-    if layer is not None and not (names and all(isinstance(name, str) for name in names)):
+    names = [layer] if isinstance(layer, str) else layer
+    if names is not None and not (
+        isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names)
+    ):
         raise TypeError(f"layer is {layer!r}, expected a name or a list of names")
-    given: dict[str, Any] = {
+    given: dict[str, bool | str | None] = {
         "reset_after": reset_after,
         "go_backwards": go_backwards,
         "activation": activation,
@@ -119,10 +118,10 @@ def load(
     given = {name: value for name, value in given.items() if value is not None}
     for name in {"reset_after", "go_backwards"} & set(given):
         given[name] = flag(name, given[name])
-    return read.load(path, None if layer is None else names, given)
+    return read.load(path, names and list(names), given)
 
 
-def save(path: Any, model: Any) -> None:
+def save(path: Path, model: Layer | Chain) -> None:
     """Write a GRU or a Chain for Keras 3.
 
     path : `.keras` for `keras.saving.load_model`, or `.weights.h5` for `load_weights` of a
@@ -131,5 +130,5 @@ def save(path: Any, model: Any) -> None:
     """
     from . import write
 
-    make = write.archive if Path(path).suffix == ".keras" else write.weights
+    make = write.archive if pathlib.Path(path).suffix == ".keras" else write.weights
     write_atomically(path, make(model))

@@ -8,17 +8,18 @@ the description of the model in attributes.
 
 import io
 import json
+import pathlib
 import re
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import count, takewhile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ...typing import HostArray, Path
 from ..files import refuse_bomb
 from .hdf5 import Contents, read_hdf5
 
@@ -28,32 +29,29 @@ MODELS = ("Sequential", "Functional", "Model")
 VARS = {"kernel": 0, "embeddings": 0, "recurrent_kernel": 1}
 
 
+Config: TypeAlias = dict[str, Any]  # of a model or a layer, as JSON has it
+Places: TypeAlias = dict[str, str]  # what an array is called -> its path in the file
+
+
 class Part(NamedTuple):
-    """A layer: its class, the arguments that make it, its name and its place in a file of Keras 3.
+    """A layer. Within a model inside of the model, name and place are paths: "encoder/gru"."""
 
-    Of a layer in a model inside of the model both are a path, such as "encoder/gru".
-    """
-
-    kind: str
-    config: dict[str, Any]
+    kind: str  # its class
+    config: dict[str, Any]  # the arguments that make it
     name: str = ""
-    place: str = ""
+    place: str = ""  # in a file of Keras 3
 
 
 class Source(NamedTuple):
-    """A file.
+    """What a file says."""
 
-    description: of the model, or None. groups: in the format of Keras 2 the arrays of each layer,
-    name -> path in `arrays`. idle: places of layers that have no arrays, Dropout and inputs apart.
-    """
-
-    description: Any
-    arrays: dict[str, np.ndarray]
-    groups: dict[str, dict[str, str]] | None
-    idle: list[str]
+    description: Config | None  # of the model
+    arrays: dict[str, HostArray]
+    groups: dict[str, Places] | None  # of each layer, in the format of Keras 2
+    idle: list[str]  # layers without arrays, Dropout and inputs apart
 
 
-def open_file(path: Any) -> Source:
+def open_file(path: Path) -> Source:
     """Read a file of any of the three kinds.
 
     Raises
@@ -61,8 +59,8 @@ def open_file(path: Any) -> Source:
     ValueError
         It is damaged, or none of Keras.
     """
-    content = Path(path).read_bytes()
-    if Path(path).suffix == ".keras" and not content.startswith(b"\x89HDF"):
+    content = pathlib.Path(path).read_bytes()
+    if pathlib.Path(path).suffix == ".keras" and not content.startswith(b"\x89HDF"):
         description, content = _open_archive(path, content)
         return Source(description, _weights(read_hdf5(content, path)), None, [])
     contents = read_hdf5(content, path)
@@ -76,12 +74,12 @@ def open_file(path: Any) -> Source:
 
 
 def _working(layers: Iterable[str]) -> list[str]:
-    """Those of these layers without arrays that do something in a call."""
+    """Leave out layers that have no arrays in any model: Dropout and inputs."""
     return [name for name in layers if not re.match(r"(.*/)?(dropout|input)", name)]
 
 
-def _open_archive(path: Any, content: bytes) -> tuple[Any, bytes]:
-    """The description and the HDF5 file."""
+def _open_archive(path: Path, content: bytes) -> tuple[Config, bytes]:
+    """Return the description and the HDF5 file."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             refuse_bomb(path, archive.infolist())
@@ -93,7 +91,7 @@ def _open_archive(path: Any, content: bytes) -> tuple[Any, bytes]:
         raise ValueError(f"{path}: {e}") from e
 
 
-def _weights(contents: Contents) -> dict[str, np.ndarray]:
+def _weights(contents: Contents) -> dict[str, HostArray]:
     """The arrays of the model, without those of training and of random generators."""
     found = {}
     for path, array in contents.arrays.items():
@@ -105,8 +103,8 @@ def _weights(contents: Contents) -> dict[str, np.ndarray]:
     return found
 
 
-def _older(path: Any, contents: Contents, base: str, names: list[str]) -> Source:
-    """The file of the format of Keras 2."""
+def _older(path: Path, contents: Contents, base: str, names: list[str]) -> Source:
+    """Read a file in the format of Keras 2."""
     groups = {}
     for name in names:
         listed = _listed(contents.attributes.get(base + name, {}), "weight_names")
@@ -133,8 +131,8 @@ def _listed(attributes: dict[str, Any], name: str) -> list[str]:
 # layers ------------------------------------------------------------------------------------------
 
 
-def parts_of(description: Any, name: str = "", place: str = "") -> Iterator[Part]:
-    """The layers of a model and of the models inside of it, but for those that say what goes in."""
+def parts_of(description: Config, name: str = "", place: str = "") -> Iterator[Part]:
+    """Yield the layers of a model and of the models inside of it, without inputs."""
     if description["class_name"] not in MODELS:
         raise ValueError(f"the model is a {description['class_name']}, expected a row of layers")
     parts = [Part(layer["class_name"], dict(layer["config"])) for layer in layers_of(description)]
@@ -147,7 +145,7 @@ def parts_of(description: Any, name: str = "", place: str = "") -> Iterator[Part
             yield part
 
 
-def layers_of(description: Any) -> list[Any]:
+def layers_of(description: Config) -> list[Config]:
     """The descriptions of the layers of a model; early versions of Keras 2 have a bare list."""
     config = description["config"]
     return list(config if isinstance(config, list) else config["layers"])
@@ -165,8 +163,8 @@ def places_of(parts: list[Part]) -> list[str]:
     return places
 
 
-def guessed(source: Source, settings: dict[str, Any]) -> Iterator[Part]:
-    """The layers of a file that holds weights alone, as far as the names of the arrays tell."""
+def guessed(source: Source, settings: Config) -> Iterator[Part]:
+    """Yield the layers of a file of weights alone, as far as the names of the arrays tell."""
     if source.groups is None:
         found = (re.match(r"(?:layers/[^/]+/)+", path) for path in source.arrays)
         places = {m[0].replace("layers/", "").rstrip("/"): None for m in found if m}
@@ -183,15 +181,15 @@ def guessed(source: Source, settings: dict[str, Any]) -> Iterator[Part]:
         elif cells:
             config["use_bias"] = any(k.endswith("/vars/2") for k in keys)
             entries = [{"class_name": "GRUCell", "config": config}] * len(cells)
-            cell: Any = {"class_name": "StackedRNNCells", "config": {"cells": entries}}
+            cell: Config = {"class_name": "StackedRNNCells", "config": {"cells": entries}}
             yield Part("RNN", {**settings, "cell": cell}, place, place)
         else:
             kind = "GRU" if any(k.startswith("cell/vars/") for k in keys) else "layer"
             yield Part(kind, config, place, place)
 
 
-def locate(source: Source, part: Part) -> dict[str, str]:
-    """The arrays of a layer: what Keras 3 calls them inside of the layer -> path in the file."""
+def locate(source: Source, part: Part) -> Places:
+    """Return the paths of a layer's arrays, by what Keras 3 calls them inside of the layer."""
     if source.groups is not None:
         return _locate_older(source.groups, part)
     prefix = "".join(f"layers/{name}/" for name in part.place.split("/"))
@@ -202,10 +200,10 @@ def locate(source: Source, part: Part) -> dict[str, str]:
     }
 
 
-def _locate_older(groups: dict[str, dict[str, str]], part: Part) -> dict[str, str]:
-    """The same from names such as gru/gru_cell/kernel:0."""
+def _locate_older(groups: dict[str, Places], part: Part) -> Places:
+    """Return the same from names such as gru/gru_cell/kernel:0."""
     top, *inner = part.name.split("/")
-    cells: dict[str, dict[str, str]] = {}
+    cells: dict[str, Places] = {}
     for name, path in groups.get(top, {}).items():
         folder, _, leaf = name.removesuffix(":0").rpartition("/")
         if not inner or inner[-1] in folder.split("/"):
@@ -221,7 +219,7 @@ def _locate_older(groups: dict[str, dict[str, str]], part: Part) -> dict[str, st
 
 
 def _prefixes(folders: list[str], part: Part) -> dict[str, str]:
-    """What Keras 3 calls the cells in these folders of a recurrent layer."""
+    """Return what Keras 3 calls the cells in these folders of a recurrent layer."""
     cell = part.config.get("cell", {})
     if len(folders) == 1 and cell.get("class_name") != "StackedRNNCells":
         return {folders[0]: "cell/"}
@@ -237,7 +235,7 @@ def _prefixes(folders: list[str], part: Part) -> dict[str, str]:
 
 
 def _directions(one: str, two: str) -> dict[str, str] | None:
-    """The same of a Bidirectional, whose forward layer Keras names so; None of anything else."""
+    """Return the same for a Bidirectional, whose forward layer is named so; None for others."""
     first, second = set(one.split("/")), set(two.split("/"))
     own = [any(name.startswith("forward_") for name in s) for s in (first - second, second - first)]
     if sorted(own) != [False, True]:

@@ -1,11 +1,19 @@
-"""Arrays in HDF5 files, with h5py (extra `keras`). Nothing is allocated that is not in the file."""
+"""Arrays in HDF5 files, with h5py (extra `keras`). No more is allocated than a file holds."""
+
+from __future__ import annotations  # h5py's classes are known to a type checker alone
 
 import io
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from ...typing import HostArray, Path
+
+if TYPE_CHECKING:
+    from h5py import AttributeManager, Dataset, Group
 
 # how the names of the attributes begin that are read; no other is touched
 KNOWN = ("layer_names", "weight_names", "model_config")
@@ -13,33 +21,33 @@ HEAP = b"GCOL\x01\x00\x00\x00"
 
 
 class Contents(NamedTuple):
-    """What a file holds.
+    """The arrays of a file by path, and the attributes of its groups by path; "" is the file.
 
-    arrays: path -> array. bfloat16 becomes float32; what is not made of numbers is an empty array
-    of its dtype, so that whoever wants it learns what it is. attributes: path of a group, "" the
-    file itself -> its attributes.
+    bfloat16 becomes float32. What is not made of numbers is an empty array of its dtype, so that an
+    error can name the dtype.
     """
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, HostArray]
     attributes: dict[str, dict[str, Any]]
 
 
-def library() -> Any:
+def library() -> ModuleType:
     """Import h5py, or raise ImportError that says how to get it."""
     try:
         import h5py
     except ImportError as e:
         raise ImportError('HDF5 files need h5py: pip install "gru-any[keras]"') from e
-    return h5py
+    module: ModuleType = h5py
+    return module
 
 
-def read_hdf5(content: bytes, name: Any) -> Contents:
+def read_hdf5(content: bytes, name: Path) -> Contents:
     """Read all arrays of a file, and the attributes of its groups.
 
     Raises
     ------
     ValueError
-        The file is damaged or of another kind, holds links to elsewhere, or promises more numbers
+        The file is damaged or of another kind, holds links to elsewhere, or promises more elements
         than it has.
     """
     h5py, arrays, attributes = library(), {}, {}
@@ -84,8 +92,10 @@ def _check_heaps(content: bytes) -> None:
         at = content.find(HEAP, at + len(HEAP))
 
 
-def _items(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Path and item, of all groups and datasets in this file itself."""
+def _items(
+    h5py: ModuleType, group: Group, prefix: str, seen: set[int]
+) -> Iterator[tuple[str, Group | Dataset]]:
+    """Yield path and item of all groups and datasets; refuse links and circles."""
     yield prefix.rstrip("/"), group
     for name in group:
         path = prefix + name
@@ -103,29 +113,29 @@ def _items(h5py: Any, group: Any, prefix: str, seen: set[int]) -> Iterator[tuple
             yield path, item
 
 
-def _attributes(path: str, attributes: Any, size: int) -> dict[str, Any]:
-    """Those of the attributes that are known, which together are no longer than the file."""
+def _attributes(path: str, attributes: AttributeManager, size: int) -> dict[str, Any]:
+    """Return the known attributes; raise where they promise more bytes than the file has."""
     known = {name: attributes.get_id(name) for name in attributes if name.startswith(KNOWN)}
     if sum(math.prod(i.shape) * i.dtype.itemsize for i in known.values()) > size:
         raise ValueError(f"the attributes of {path!r} promise more than {size} bytes")
     return {name: attributes[name] for name in known}
 
 
-def _check_present(h5py: Any, path: str, item: Any) -> None:
-    """Raise where the numbers of a dataset are not in this file, or not all of them."""
+def _check_present(h5py: ModuleType, path: str, item: Dataset) -> None:
+    """Raise where the elements of a dataset are not in this file, or not all of them."""
     if _is_array(h5py, item) and (
         item.is_virtual or item.external or item.id.get_storage_size() < item.nbytes
     ):
         raise ValueError(f"{path} promises {item.shape}, which is not in this file")
 
 
-def _is_array(h5py: Any, item: Any) -> bool:
-    """Whether it is made of numbers; bfloat16 and float8 are opaque bytes to HDF5."""
+def _is_array(h5py: ModuleType, item: Group | Dataset) -> bool:
+    """Whether an item is made of numbers; bfloat16 and float8 are opaque bytes to HDF5."""
     is_data = isinstance(item, h5py.Dataset) and item.shape is not None
     return is_data and (item.dtype.kind in "fciub" or item.dtype.str in ("|V1", "|V2"))
 
 
-def _array(h5py: Any, item: Any) -> np.ndarray:
+def _array(h5py: ModuleType, item: Dataset) -> HostArray:
     if not _is_array(h5py, item):
         return np.empty(0, item.dtype)
     array = np.asarray(item[()])
@@ -134,8 +144,8 @@ def _array(h5py: Any, item: Any) -> np.ndarray:
     return array
 
 
-def write_hdf5(arrays: dict[str, np.ndarray]) -> bytes:
-    """The content of a file with these arrays."""
+def write_hdf5(arrays: dict[str, HostArray]) -> bytes:
+    """Return the content of a file with these arrays."""
     buffer = io.BytesIO()
     with library().File(buffer, "w") as file:
         for path, array in arrays.items():

@@ -4,33 +4,52 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple, TypeAlias
 
 from ... import arguments
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Last, Linear
+from ...typing import HostArray, Path
 from ..cells import assemble
-from ..table import EQUATIONS, check_names, floating
-from .archive import MODELS, Part, Source, guessed, layers_of, locate, open_file, parts_of
-from .cells import read_cell
+from ..table import EQUATIONS, Cell, check_names, floating
+from .archive import (
+    MODELS,
+    Config,
+    Part,
+    Source,
+    guessed,
+    layers_of,
+    locate,
+    open_file,
+    parts_of,
+)
+from .cells import Model, read_cell
 
 RECURRENT = ("GRU", "Bidirectional", "RNN")
 ONE_BY_ONE = 'layer=["...", ...] takes layers by their names'
-Settings = dict[str, Any]
+
+
+Plain: TypeAlias = Linear | Embedding | Dropout
 
 
 class Level(NamedTuple):
-    """One layer of a GRU: the arrays of its directions; way: "forward", "reverse" or "both"."""
+    """One layer of a GRU: our arrays of its directions."""
 
-    cells: list[dict[str, np.ndarray]]
+    cells: list[Cell]
     reset_after: bool
-    way: str
+    direction: str  # "forward", "reverse" or "both"
 
 
-def load(path: Any, names: list[str] | None, settings: Settings) -> Any:
+class Tensor(NamedTuple):
+    """An output of a layer."""
+
+    layer: str
+    call: int  # which call of the layer
+    output: int
+
+
+def load(path: Path, names: list[str] | None, settings: Config) -> Model:
     """See `gru_any.convert.keras.load`."""
     source = open_file(path)
     if source.description is None:
@@ -45,7 +64,7 @@ def load(path: Any, names: list[str] | None, settings: Settings) -> Any:
         raise ValueError(f"{path} holds no model that has a counterpart here: {e}") from e
 
 
-def _of_weights(path: Any, source: Source, names: list[str] | None, settings: Settings) -> Any:
+def _of_weights(path: Path, source: Source, names: list[str] | None, settings: Config) -> Model:
     """The GRU in a file without a description."""
     parts = list(guessed(source, settings))
     known = {part.place: part for part in parts}
@@ -71,7 +90,7 @@ def _chosen(parts: list[Part], names: list[str]) -> list[Part]:
     return [known[name] for name in names]
 
 
-def _named(source: Source, parts: list[Part], settings: Settings) -> Any:
+def _named(source: Source, parts: list[Part], settings: Config) -> Model:
     """One GRU of these layers; a Chain, or one layer, where there are others among them."""
     if not all(part.kind in RECURRENT for part in parts):
         return _row(source, parts, settings, whole=False)
@@ -80,7 +99,7 @@ def _named(source: Source, parts: list[Part], settings: Settings) -> Any:
     )
 
 
-def _arrays(source: Source, part: Part) -> dict[str, np.ndarray]:
+def _arrays(source: Source, part: Part) -> dict[str, HostArray]:
     """The arrays of a layer, all of them floating."""
     if re.search(r"Quantized|_from_|int4|int8|float8", json.dumps(part.config.get("dtype"))):
         raise ValueError(
@@ -93,7 +112,7 @@ def _arrays(source: Source, part: Part) -> dict[str, np.ndarray]:
 # a row of layers ---------------------------------------------------------------------------------
 
 
-def _check_row(parts: list[Part], description: Any) -> None:
+def _check_row(parts: list[Part], description: Config) -> None:
     """Raise where the model is no row of layers, or where a mask is made inside of it."""
     for part in parts:
         if part.kind == "Masking" or part.config.get("mask_zero"):
@@ -104,7 +123,7 @@ def _check_row(parts: list[Part], description: Any) -> None:
     _check_calls(description)
 
 
-def _check_calls(description: Any) -> None:
+def _check_calls(description: Config) -> None:
     """Raise where a layer is not called once, on what the layer before it returned alone."""
     before, functional = None, description["class_name"] != "Sequential"
     for layer in layers_of(description):
@@ -113,38 +132,39 @@ def _check_calls(description: Any) -> None:
         if not functional:
             continue
         calls = layer["inbound_nodes"]
-        found = [(name, output) for name, _, output in _tensors(calls)]
+        found = [(tensor.layer, tensor.output) for tensor in _tensors(calls)]
         if found != ([] if before is None else [(before, 0)]) or len(calls) > 1:
             raise ValueError(
                 f"layer {layer['name']!r} does not follow {before!r} alone: a model that branches "
                 f"has no counterpart; {ONE_BY_ONE}"
             )
         before = layer["name"]
-    if functional and [t[::2] for t in _tensors(description["config"]["output_layers"])] != [
-        [before, 0]
-    ]:
+    if not functional:
+        return
+    ends = _tensors(description["config"]["output_layers"])
+    if [(tensor.layer, tensor.output) for tensor in ends] != [(before, 0)]:
         raise ValueError(f"a model with several outputs has no counterpart; {ONE_BY_ONE}")
 
 
-def _tensors(calls: Any) -> Iterator[list[Any]]:
-    """What calls take, each as [layer, number of its call, number of its output]."""
+def _tensors(calls: object) -> Iterator[Tensor]:
+    """Yield what calls take."""
     if isinstance(calls, dict):
         if "keras_history" in calls:
-            yield list(calls["keras_history"])
+            yield Tensor(*calls["keras_history"])
             return
         calls = list(calls.values())
     elif isinstance(calls, list) and len(calls) > 2 and isinstance(calls[0], str):
-        yield calls[:3]
+        yield Tensor(*calls[:3])
         calls = calls[3:]
     for inner in calls if isinstance(calls, list) else ():
         yield from _tensors(inner)
 
 
-def _row(source: Source, parts: list[Part], settings: Settings, whole: bool) -> Any:
+def _row(source: Source, parts: list[Part], settings: Config, whole: bool) -> Model:
     """A Chain, or its only layer, that computes what the layers do one after the other."""
     arrays = [_arrays(source, part) for part in parts]
     dtype = next((str(a.dtype) for found in arrays for a in found.values()), "float32")
-    layers: list[Any] = []
+    layers: list[GRU | Linear | Embedding | Dropout | Last] = []
     row: list[Level] = []
     for part, found in zip(parts, arrays, strict=True):
         if part.kind not in RECURRENT:
@@ -168,27 +188,28 @@ def _check_all_taken(source: Source, parts: list[Part]) -> None:
         raise ValueError(f"no layer takes the arrays {sorted(unused)}")
 
 
-def _layer(part: Part, arrays: dict[str, np.ndarray], dtype: str, whole: bool) -> Any:
-    """An Embedding, Dropout or Linear layer."""
-    settings: Any = {"dtype": dtype, "backend": "numpy"}
+def _layer(part: Part, arrays: dict[str, HostArray], dtype: str, whole: bool) -> Plain:
+    """An Embedding, Dropout or Linear layer; a warning says what of it is lost."""
     kind, config, prefix = part.kind, part.config, ""
     if kind == "TimeDistributed" and config["layer"]["class_name"] == "Dense":
         kind, config = "Dense", config["layer"]["config"]
         prefix = "layer/" if any(key.startswith("layer/") for key in arrays) else ""
-    layer: Any = None
+    layer: Plain | None = None
     if kind == "Embedding":
         table, *_ = _exactly(part, arrays, ["vars/0"])
-        layer = Embedding(*table.shape, **settings)
+        n, size = table.shape
+        layer = Embedding(n, size, dtype=dtype, backend="numpy")
         layer.load_params({"weight": table})
     elif kind == "Dropout" and not config.get("noise_shape"):
         _exactly(part, arrays, [])
-        layer = Dropout(config["rate"], **settings)
+        layer = Dropout(config["rate"], dtype=dtype, backend="numpy")
     elif kind == "Dense":
         keys = [f"{prefix}vars/{i}" for i in range(1 + _flag(config, "use_bias", True))]
         lost = config.get("activation", "linear") not in ("linear", None)
         found = [] if lost and whole else _exactly(part, arrays, keys)
         if found:
-            layer = Linear(*found[0].shape, bias=len(found) == 2, **settings)
+            I, O = found[0].shape
+            layer = Linear(I, O, bias=len(found) == 2, dtype=dtype, backend="numpy")
             layer.load_params(dict(zip(layer.params, (a.T for a in found), strict=True)))
         part = part._replace(config=config)
     if layer is None:
@@ -203,7 +224,7 @@ def _lost(part: Part) -> str:
     return f"a {part.kind} with {kept} has no counterpart"
 
 
-def _exactly(part: Part, arrays: dict[str, np.ndarray], keys: list[str]) -> list[np.ndarray]:
+def _exactly(part: Part, arrays: dict[str, HostArray], keys: list[str]) -> list[HostArray]:
     """The arrays with these keys; KeyError where one is missing or others are there."""
     if set(arrays) != set(keys):
         raise KeyError(
@@ -237,13 +258,13 @@ def _one_gru(levels: list[Level]) -> GRU:
     if len({level[1:] for level in levels}) != 1:
         raise ValueError("these layers differ in reset_after or direction: load them one by one")
     cells = [cell for level in levels for cell in level.cells]
-    _, after, way = levels[0]
-    gru = assemble(cells, after, way == "both", True)
-    if way != "reverse":
+    _, after, direction = levels[0]
+    gru = assemble(cells, after, direction == "both", True)
+    if direction != "reverse":
         return gru
-    turned = GRU(**gru.settings | {"reverse": True}, backend="numpy", dtype=gru.dtype)
-    turned.load_params({f"{name}_reverse": array for name, array in gru.params.items()})
-    return turned
+    reverse = GRU(**gru.settings | {"reverse": True}, backend="numpy", dtype=gru.dtype)
+    reverse.load_params({f"{name}_reverse": array for name, array in gru.params.items()})
+    return reverse
 
 
 def _sequences(part: Part) -> bool:
@@ -259,14 +280,14 @@ def _sequences(part: Part) -> bool:
     return sequences
 
 
-def _levels(part: Part, arrays: dict[str, np.ndarray], settings: Settings) -> list[Level]:
+def _levels(part: Part, arrays: dict[str, HostArray], settings: Config) -> list[Level]:
     """The layers of a GRU, an RNN of GRUCells, or a Bidirectional of one of them."""
     if part.kind != "Bidirectional":
         backwards = _flag(part.config, "go_backwards", False)
         cells = _cells(part.kind, part.config, settings, backwards)
-        way = "reverse" if backwards else "forward"
+        direction = "reverse" if backwards else "forward"
         found = _read(part, arrays, cells, _places(part.config, len(cells)))
-        return [Level([cell], after, way) for cell, after in found]
+        return [Level([cell], after, direction) for cell, after in found]
     if part.config.get("merge_mode", "concat") != "concat":
         raise ValueError(f"merge_mode {part.config['merge_mode']!r} has no counterpart")
     forward, backward = part.config["layer"], part.config.get("backward_layer")
@@ -277,8 +298,10 @@ def _levels(part: Part, arrays: dict[str, np.ndarray], settings: Settings) -> li
     else:
         cells *= 2
     if len(cells) != 2:
-        raise ValueError("a Bidirectional of several cells reads up one direction first, which "
-                         "has no counterpart")  # fmt: skip
+        raise ValueError(
+            "a Bidirectional of several cells reads up one direction first, which has no "
+            "counterpart"
+        )
     places = ["forward_layer/cell/", "backward_layer/cell/"]
     one, two = _read(part, arrays, cells, places)
     if one[1] != two[1]:
@@ -286,14 +309,14 @@ def _levels(part: Part, arrays: dict[str, np.ndarray], settings: Settings) -> li
     return [Level([one[0], two[0]], one[1], "both")]
 
 
-def _places(config: Settings, count: int) -> list[str]:
+def _places(config: Config, count: int) -> list[str]:
     """Where the cells of a GRU or an RNN are inside of it."""
     if config.get("cell", {}).get("class_name") != "StackedRNNCells":
         return ["cell/"]
     return [f"cell/cells/gru_cell{f'_{i}' if i else ''}/" for i in range(count)]
 
 
-def _cells(kind: str, config: Settings, settings: Settings, backwards: bool) -> list[Settings]:
+def _cells(kind: str, config: Config, settings: Config, backwards: bool) -> list[Config]:
     """The settings of the cells of a GRU or RNN, checked against those given by hand."""
     if _flag(config, "time_major", False):
         raise ValueError("time_major has no home here: x is (B, T, I), save the model without it")
@@ -317,14 +340,14 @@ def _cells(kind: str, config: Settings, settings: Settings, backwards: bool) -> 
     return [settings | cell for cell in cells]
 
 
-def _agree(config: Settings, settings: Settings) -> None:
+def _agree(config: Config, settings: Config) -> None:
     """Raise where a setting given by hand is not the one of the file."""
     for name, value in settings.items():
         if config.get(name, value) != value:
             raise ValueError(f"{name} is {value!r}, but {config[name]!r} in the file")
 
 
-def _check_gates(config: Settings) -> None:
+def _check_gates(config: Config) -> None:
     """Raise where a cell computes something else than ours."""
     after = config.get("reset_after") is not False
     for name, usual, equation in (
@@ -338,8 +361,8 @@ def _check_gates(config: Settings) -> None:
 
 
 def _read(
-    part: Part, arrays: dict[str, np.ndarray], cells: list[Settings], places: list[str]
-) -> list[tuple[dict[str, np.ndarray], bool]]:
+    part: Part, arrays: dict[str, HostArray], cells: list[Config], places: list[str]
+) -> list[tuple[Cell, bool]]:
     """Our arrays of each cell, and whether its reset gate acts after."""
     groups = [
         [f"{place}vars/{i}" for i in range(2 + _flag(cell, "use_bias", True))]
@@ -360,5 +383,5 @@ def _read(
     return found
 
 
-def _flag(config: Settings, name: str, usual: bool) -> bool:
+def _flag(config: Config, name: str, usual: bool) -> bool:
     return arguments.flag(name, config.get(name, usual))

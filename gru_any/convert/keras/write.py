@@ -4,32 +4,31 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
 
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Embedding, Last, Linear
+from ...nn.params import Layer
+from ...typing import HostArray
 from ..cells import ours
-from .archive import Part, places_of
+from .archive import Config, Part, places_of
 from .cells import layer_arrays, write_cell
 from .hdf5 import write_hdf5
 
 CELLS = {1: ("cell/vars",), 2: ("forward_layer/cell/vars", "backward_layer/cell/vars")}
 
 
-def weights(model: Any) -> bytes:
-    """The content of a `.weights.h5`."""
+def weights(model: Layer | Chain) -> bytes:
+    """Return the content of a `.weights.h5`."""
     parts = list(_parts_of(model))
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, HostArray] = {}
     for place, (_, found) in zip(places_of([part for part, _ in parts]), parts, strict=True):
         arrays.update({f"layers/{place}/{name}": array for name, array in found.items()})
     return write_hdf5(arrays)
 
 
-def archive(model: Any) -> bytes:
-    """The content of a `.keras` file."""
+def archive(model: Layer | Chain) -> bytes:
+    """Return the content of a `.keras` file."""
     dtype = model.dtype
     parts = [part for part, _ in _parts_of(model)]
     layers = model.layers if isinstance(model, Chain) else [model]
@@ -53,7 +52,7 @@ def archive(model: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _entry(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+def _entry(kind: str, config: Config) -> Config:
     return {
         "module": "keras.layers",
         "class_name": kind,
@@ -62,7 +61,7 @@ def _entry(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parts_of(model: Any) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
+def _parts_of(model: Layer | Chain) -> Iterator[tuple[Part, dict[str, HostArray]]]:
     """Each Keras layer of a model, with its arrays by their place in the HDF5 file."""
     if isinstance(model, Chain):
         model.params.refuse_untied()
@@ -84,7 +83,7 @@ def _parts_of(model: Any) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
         yield Part(kind, {"name": f"layer_{i}", **config}), found
 
 
-def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
+def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str, HostArray]]]:
     cells = [write_cell(cell, gru.reset_after) for cell in ours(gru)]
     config = {
         "units": gru.hidden_size,

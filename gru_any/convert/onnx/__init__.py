@@ -6,12 +6,16 @@ https://onnx.ai/onnx/operators/onnx__GRU.html. The package onnx comes with
 `pip install "gru-any[onnx]"`.
 """
 
-from typing import Any
+from ...nn.chain import Chain
+from ...nn.gru import GRU
+from ...typing import Device, Path
 
 __all__ = ["load", "save"]
 
 
-def load(path: Any, backend: Any = None, device: Any = None, *, node: str | None = None) -> Any:
+def load(
+    path: Path, backend: object = None, device: Device = None, *, node: str | None = None
+) -> GRU | Chain:
     """Read the GRU or the chain of layers that an ONNX file describes.
 
     The graph is walked node by node, and each value is followed by what its axes mean, so that it
@@ -64,7 +68,7 @@ def load(path: Any, backend: Any = None, device: Any = None, *, node: str | None
     return read(path, backend, device, node)
 
 
-def save(path: Any, model: Any, *, lengths: bool = True) -> None:
+def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
     """Write a GRU or a Chain to an ONNX file, for any T and B.
 
     Inputs are `x`, `lengths` (B,) int32, and the first state; outputs `y` and the last state. They

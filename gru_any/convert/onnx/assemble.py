@@ -1,18 +1,22 @@
-"""From the layers that were found to a model: the outputs, and which nodes are one GRU."""
+"""From the layers in a graph to a model: what its outputs are, and which nodes are one GRU."""
 
 import logging
-from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 from ...backend import select
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Embedding, Last, Linear
-from . import last
-from .axes import Array, Layer, fits, size
+from ...nn.params import Layer
+from ...typing import Device
+from .axes import FoundLayer, SymbolicArray, Value, size, symbolic
+from .last import is_result
+from .walk import Walk
 
 
-def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
+def assemble(walk: Walk, outputs: list[str], backend: object, device: Device) -> GRU | Chain:
     """Make the model that the layers of a walk describe."""
     _find_last(walk, outputs)
     for name in outputs:
@@ -25,41 +29,50 @@ def assemble(walk: Any, outputs: list[str], backend: Any, device: Any) -> Any:
     if len(walk.lengths) > 1:
         names = ", ".join(sorted(repr(n) if n else "nowhere" for n in walk.lengths))
         raise ValueError(f"the GRUs take lengths from {names}, expected the same input for all")
-    _check_first_states(grus)
-    weights = sorted(n for n in walk.unread if walk.values[n].dtype.kind == "f")
-    if weights:
-        raise ValueError(
-            f"no node reads the initializers {', '.join(map(repr, weights))}: if they are weights, "
-            "the graph does not hold all of the model; if not, take them out of the file"
-        )
-    used = {walk.entry, *walk.lengths, *(g.first[0] for g in grus if g.first)}
-    if set(walk.types) - used:
-        raise ValueError(f"the inputs {sorted(set(walk.types) - used)} are used by no layer")
+    _check_first_states(walk, grus)
+    _check_all_used(walk, grus)
     home = {"backend": select(backend, device), "dtype": walk.dtype}
-    layers = [_make(list(group), home) for _, group in groupby(walk.layers, _Kind())]
+    layers = [_make(group, home) for group in _groups(walk.layers)]
     if walk.summed:
         logging.getLogger("gru_any.convert").info(
             "the two biases of ONNX' GRU were added to the one of reset_after=False, and rounded"
         )
-    return layers[0] if len(layers) == 1 else Chain(*layers)
+    first = layers[0]
+    return first if len(layers) == 1 and isinstance(first, GRU) else Chain(*layers)
 
 
-def _find_last(walk: Any, outputs: list[str]) -> None:
+def _check_all_used(walk: Walk, grus: list[FoundLayer]) -> None:
+    """Raise where there are weights or inputs that no layer has."""
+    unread = {n: v for n, v in walk.values.items() if n in walk.unread}
+    weights = [n for n, v in unread.items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+    if weights:
+        raise ValueError(
+            f"no node reads the initializers {', '.join(map(repr, sorted(weights)))}: if they are "
+            "weights, the graph does not hold all of the model; if not, take them out of the file"
+        )
+    used = {walk.entry, *walk.lengths, *(g.first.name for g in grus if g.first)}
+    if set(walk.types) - used:
+        raise ValueError(f"the inputs {sorted(set(walk.types) - used)} are used by no layer")
+
+
+def _find_last(walk: Walk, outputs: list[str]) -> None:
     """Where one output alone is a result and it is the last state, put it out by a layer Last."""
     values = [walk.values[name] for name in outputs]
-    if walk.layers and not any(isinstance(v, Array) and v.kind == "layer" for v in values):
-        results = [name for name in outputs if last.is_result(walk.values[name])]
-        if len(results) == 1 and not last.reason(walk, walk.values[results[0]]):
-            walk.values[results[0]] = last.put(walk, None, walk.values[results[0]])
+    if walk.layers and not any(isinstance(v, SymbolicArray) and v.kind == "layer" for v in values):
+        results = {k: symbolic(v) for k, v in zip(outputs, values, strict=True) if is_result(v)}
+        for name, state in results.items():
+            if len(results) == 1 and not walk.reason_against_last(state):
+                walk.values[name] = walk.add_last(state)
 
 
-def _check_output(walk: Any, name: str, v: Any) -> None:
-    """An output must be what the last layer puts out, or states in their order."""
-    if isinstance(v, Array) and v.order:
+def _check_output(walk: Walk, name: str, v: Value) -> None:
+    """Raise where an output is neither the last layer's nor states in their order."""
+    array = v if isinstance(v, SymbolicArray) else SymbolicArray("constant", None, ())
+    if array.order:
         raise ValueError(f"the rows of the output {name!r} are sorted by their lengths")
-    if isinstance(v, Array) and v.kind == "layer" and v.key == walk.stage and not v.flipped:
+    if array.kind == "layer" and array.key == walk.stage and not array.flipped:
         return
-    rows = walk.rows_of(v) if isinstance(v, Array) and v.kind == "state" else []
+    rows = walk.rows_of(array) if array.kind == "state" else []
     states = list(dict.fromkeys(layer for layer, _ in rows))
     places = [walk.layers.index(g) if g in walk.layers else -1 for g in states]
     whole = [(g, d) for g in states for d in range(1 + g.settings["bidirectional"])]
@@ -72,40 +85,44 @@ def _check_output(walk: Any, name: str, v: Any) -> None:
         layer.last = name
 
 
-def _check_first_states(grus: list[Layer]) -> None:
-    """The GRUs that share an input as first state take its rows in order, none twice."""
-    for name in {g.first[0] for g in grus if g.first}:
-        parts = [g.first for g in grus if g.first and g.first[0] == name]
-        ends = [0, *(stop for _, (_, stop), _ in parts)]
-        axis = parts[0][2]
-        if [start for _, (start, _), _ in parts] != ends[:-1] or not fits(axis, ends[-1]):
+def _check_first_states(walk: Walk, grus: list[FoundLayer]) -> None:
+    """Raise where GRUs that share an input as first state do not take its rows in order."""
+    for name in {g.first.name for g in grus if g.first}:
+        parts = [g.first for g in grus if g.first and g.first.name == name]
+        ends = [0, *(part.rows[1] for part in parts)]
+        axis = parts[0].axis
+        if [part.rows[0] for part in parts] != ends[:-1] or not walk.fits(axis, ends[-1]):
             raise ValueError(
-                f"the GRUs start from rows {[rows for _, rows, _ in parts]} of {name!r}, expected "
+                f"the GRUs start from rows {[part.rows for part in parts]} of {name!r}, expected "
                 f"all {size(axis)} in order"
             )
 
 
-class _Kind:
-    """Number the layers so that those get one number that are one GRU."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.before: Any = None
-
-    def __call__(self, layer: Layer) -> int:
-        mark: Any = None
-        if layer.kind == "GRU":
-            settings = {k: v for k, v in layer.settings.items() if k != "input_size"}
-            mark = (settings, layer.first and layer.first[0], layer.last)
-        if mark is None or mark != self.before:
-            self.number += 1
-        self.before = mark
-        return self.number
+def _groups(layers: list[FoundLayer]) -> list[list[FoundLayer]]:
+    """Put the layers that are one GRU together."""
+    groups: list[list[FoundLayer]] = []
+    for layer in layers:
+        if groups and layer.kind == "GRU" and _marks(groups[-1][-1]) == _marks(layer):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
 
 
-def _make(group: list[Layer], home: dict[str, Any]) -> Any:
-    """One layer of ours from one node, or one GRU from several."""
-    kinds: dict[str, Any] = {"GRU": GRU, "Embedding": Embedding, "Linear": Linear, "Last": Last}
+def _marks(layer: FoundLayer) -> object:
+    """Return what the layers of one GRU have in common."""
+    settings = {k: v for k, v in layer.settings.items() if k != "input_size"}
+    return layer.kind, settings, layer.first and layer.first.name, layer.last
+
+
+def _make(group: list[FoundLayer], home: dict[str, Any]) -> Layer:
+    """Make one layer of ours from one node, or one GRU from several."""
+    kinds: dict[str, type[Any]] = {
+        "GRU": GRU,
+        "Embedding": Embedding,
+        "Linear": Linear,
+        "Last": Last,
+    }
     settings, params = dict(group[0].settings), group[0].params
     if group[0].kind == "GRU":
         settings["num_layers"] = len(group)
@@ -114,6 +131,6 @@ def _make(group: list[Layer], home: dict[str, Any]) -> Any:
             for i, layer in enumerate(group)
             for name, v in layer.params.items()
         }
-    layer = kinds[group[0].kind](**settings, **home)
+    layer: Layer = kinds[group[0].kind](**settings, **home)
     layer.load_params(params)
     return layer

@@ -1,20 +1,28 @@
-"""A file becomes a graph only if it is whole, bounded by its own size, and of plain operators."""
+"""Reading a file as a graph: whole, no larger than it says, and of ONNX' own operators."""
+
+from __future__ import annotations  # protobuf's classes are known to a type checker alone
 
 import math
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
+
+from ...typing import HostArray, Path
+
+if TYPE_CHECKING:
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 OPSETS = range(7, 29)  # the operator GRU means the same in all of them
 LARGEST = 2**31 - 1  # bytes; more does not fit into one protobuf message
 KINDS = ("float16", "float32", "float64", "int32", "int64", "bool")
 
 
-def library() -> Any:
-    """The package onnx."""
+def library() -> ModuleType:
+    """Import the package onnx, or raise ImportError that says how to get it."""
     try:
         import onnx
     except ImportError as e:
@@ -30,7 +38,7 @@ class NodeError(ValueError):
 class Node:
     """One operation of a graph."""
 
-    words: str  # what it is called in messages
+    label: str  # what it is called in messages
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -38,34 +46,34 @@ class Node:
 
     def refuse(self, why: str) -> NoReturn:
         """Raise the error that names this node."""
-        raise NodeError(f"{self.words} {why}")
+        raise NodeError(f"{self.label} {why}")
 
 
 @dataclass(frozen=True)
 class Body:
-    """The graph that a Loop goes through."""
+    """The graph that a Loop repeats."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    constants: tuple[tuple[str, np.ndarray], ...]
+    constants: tuple[tuple[str, HostArray], ...]
     nodes: tuple[Node, ...]
 
 
-def parse(path: Any, choose: Any = None) -> Any:
-    """Read an onnx.GraphProto whose claims about itself are true, or what `choose` takes of it.
+def parse(path: Path, choose: Callable[[GraphProto], GraphProto] | None = None) -> GraphProto:
+    """Read a graph and check what it says of its arrays; `choose` may take a part of it first.
 
     Raises
     ------
     ValueError
         It is damaged, or has functions, operators of other domains or a version not known here.
     """
-    onnx, path = library(), Path(path)
+    onnx, path = library(), pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} is larger than the 2 GB that an ONNX file can have")
     try:
-        model = onnx.load_model(path, load_external_data=False)
+        model: ModelProto = onnx.load_model(path, load_external_data=False)
     except Exception as e:  # protobuf's error, whose class depends on how protobuf was built
         raise ValueError(f"{path} is damaged or no ONNX file: {e}") from e
     if not model.graph.node:
@@ -80,11 +88,14 @@ def parse(path: Any, choose: Any = None) -> Any:
     attributes = [a for node in graph.node for a in node.attribute if a.HasField("t")]
     for tensor in (*graph.initializer, *(a.t for a in attributes)):
         _check_size(tensor, path.parent)
-    _check_form(onnx, model, path)
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as e:
+        raise ValueError(f"{path} does not follow the standard: {e}") from e
     return graph
 
 
-def _refuse_extensions(model: Any) -> None:
+def _refuse_extensions(model: ModelProto) -> None:
     graph = model.graph
     for part, name in (
         (model.functions, "functions"),
@@ -95,45 +106,37 @@ def _refuse_extensions(model: Any) -> None:
             raise ValueError(f"the model has {name}, which this reader does not know")
 
 
-def _check_version(model: Any) -> None:
+def _check_version(model: ModelProto) -> None:
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     if len(versions) != 1 or versions[0] not in OPSETS:
         known = f"{OPSETS[0]} to {OPSETS[-1]}"
         raise ValueError(f"the model has opset {versions}, this reader knows {known}")
 
 
-def _check_order(graph: Any) -> None:
-    """Each node reads what is there before it."""
+def _check_order(graph: GraphProto) -> None:
+    """Raise where a node reads what no node before it makes."""
     made = {""} | {v.name for v in (*graph.input, *graph.initializer)}
     made |= {v.values.name for v in graph.sparse_initializer}
     for node in graph.node:
         for name in node.input:
             if name not in made:
                 raise ValueError(
-                    f"{_words(node)} reads {name!r}, which nothing before it makes: the graph has "
+                    f"{_label(node)} reads {name!r}, which nothing before it makes: the graph has "
                     "a cycle, or its nodes are not in order"
                 )
         made |= set(node.output)
 
 
-def _check_form(onnx: Any, model: Any, path: Path) -> None:
-    """Ask the package onnx whether operators and graph follow the standard."""
-    try:
-        onnx.checker.check_model(str(path))
-    except Exception as e:
-        raise ValueError(f"{path} does not follow the standard: {e}") from e
-
-
-def nodes(graph: Any, folder: Path, nested: bool = True) -> Iterator[Node]:
-    """The operations of a graph, in order. `nested`: a Loop may have a body."""
+def nodes(graph: GraphProto, folder: pathlib.Path, nested: bool = True) -> Iterator[Node]:
+    """Yield the operations of a graph, in order. `nested`: a Loop may have a body."""
     for node in graph.node:
         if node.domain not in ("", "ai.onnx"):
-            raise ValueError(f"{_words(node)} belongs to {node.domain!r}, expected ONNX' operators")
+            raise ValueError(f"{_label(node)} belongs to {node.domain!r}, expected ONNX' operators")
         attributes = {a.name: _attribute(node, a, folder, nested) for a in node.attribute}
-        yield Node(_words(node), node.op_type, (*node.input,), (*node.output,), attributes)
+        yield Node(_label(node), node.op_type, (*node.input,), (*node.output,), attributes)
 
 
-def _body(graph: Any, folder: Path) -> Body:
+def _body(graph: GraphProto, folder: pathlib.Path) -> Body:
     return Body(
         tuple(v.name for v in graph.input),
         tuple(v.name for v in graph.output),
@@ -142,11 +145,13 @@ def _body(graph: Any, folder: Path) -> Body:
     )
 
 
-def _words(node: Any) -> str:
+def _label(node: NodeProto) -> str:
     return f"node {node.name or '/'.join(node.output)!r} ({node.op_type})"
 
 
-def _attribute(node: Any, attribute: Any, folder: Path, nested: bool) -> Any:
+def _attribute(
+    node: NodeProto, attribute: AttributeProto, folder: pathlib.Path, nested: bool
+) -> Any:
     onnx = library()
     if nested and node.op_type == "Loop" and attribute.type == onnx.AttributeProto.GRAPH:
         return _body(attribute.g, folder)
@@ -157,7 +162,7 @@ def _attribute(node: Any, attribute: Any, folder: Path, nested: bool) -> Any:
         getattr(onnx.AttributeProto, k) for k in kinds
     ]:
         raise ValueError(
-            f"{_words(node)} has the attribute {attribute.name!r}, a graph or of a kind that this "
+            f"{_label(node)} has the attribute {attribute.name!r}, a graph or of a kind that this "
             "reader does not know"
         )
     value = onnx.helper.get_attribute_value(attribute)
@@ -169,27 +174,34 @@ def _attribute(node: Any, attribute: Any, folder: Path, nested: bool) -> Any:
 # tensors -----------------------------------------------------------------------------------------
 
 
-def array(tensor: Any, folder: Path) -> np.ndarray:
-    """The array that a TensorProto holds, its size checked first."""
+class External(NamedTuple):
+    """The bytes of a tensor in a file beside the model."""
+
+    file: pathlib.Path
+    offset: int
+    size: int
+
+
+def array(tensor: TensorProto, folder: pathlib.Path) -> HostArray:
+    """Return the array that a tensor holds, its size checked first."""
     source = _check_size(tensor, folder)
     if source is None:
-        return library().numpy_helper.to_array(tensor)
-    file, offset, size = source
-    with open(file, "rb") as data:
-        data.seek(offset)
-        content = data.read(size)
+        return np.asarray(library().numpy_helper.to_array(tensor))
+    with open(source.file, "rb") as data:
+        data.seek(source.offset)
+        content = data.read(source.size)
     return np.frombuffer(content, _dtype(tensor).newbyteorder("<")).reshape(tuple(tensor.dims))
 
 
 def dtype_name(kind: int) -> str:
-    """NumPy's name for a number of TensorProto.DataType."""
+    """Return NumPy's name for a number of TensorProto.DataType."""
     try:
         return str(np.dtype(library().helper.tensor_dtype_to_np_dtype(kind)).name)
     except KeyError:
         return f"of the unknown kind {kind}"
 
 
-def _dtype(tensor: Any) -> np.dtype:
+def _dtype(tensor: TensorProto) -> np.dtype[Any]:
     name = dtype_name(tensor.data_type)
     if name not in KINDS:
         raise ValueError(
@@ -199,8 +211,8 @@ def _dtype(tensor: Any) -> np.dtype:
     return np.dtype(name)
 
 
-def _check_size(tensor: Any, folder: Path) -> tuple[Path, int, int] | None:
-    """Raise where a tensor has another size than it says; -> file, offset, bytes if not inside."""
+def _check_size(tensor: TensorProto, folder: pathlib.Path) -> External | None:
+    """Raise where a tensor has another size than it says; return its place in a second file."""
     onnx, dims, dtype = library(), tuple(tensor.dims), _dtype(tensor)
     count = math.prod(dims)
     if any(d < 0 for d in dims) or tensor.HasField("segment"):
@@ -220,8 +232,8 @@ def _check_size(tensor: Any, folder: Path) -> tuple[Path, int, int] | None:
     return None
 
 
-def _external(tensor: Any, folder: Path, size: int) -> tuple[Path, int, int]:
-    """Where a tensor lies in a file beside the model, and nowhere else."""
+def _external(tensor: TensorProto, folder: pathlib.Path, size: int) -> External:
+    """Return where a tensor lies in a file beside the model; refuse any other place."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     name = where.get("location", "")
     file = folder / name
@@ -241,4 +253,4 @@ def _external(tensor: Any, folder: Path, size: int) -> tuple[Path, int, int]:
             f"the array {tensor.name!r} needs {size} bytes; {name} promises {length} from {offset} "
             f"on and has {file.stat().st_size}"
         )
-    return file, offset, size
+    return External(file, offset, size)

@@ -6,51 +6,54 @@ An Embedding here takes 0 to n - 1 alone, for which this is x.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from .axes import Array
+from ...typing import HostArray
+from .axes import SymbolicArray, Value, symbolic
 from .check import Node
+from .walk import Walk
 
 KINDS = ("shifted", "negative", "natural", "wrapped", "kept")
 
 
-def shift(node: Node, x: Array, n: np.ndarray) -> Array:
-    """X + n."""
+def shift(node: Node, x: SymbolicArray, n: HostArray) -> SymbolicArray:
+    """x + n."""
     return replace(x, kind="shifted", key=(x.key[0], int(n)))
 
 
-def negative(walk: Any, node: Node, x: Any, zero: Any) -> Array:
+def negative(walk: Walk, node: Node, x: Value, zero: Value) -> SymbolicArray:
     """The operator Less: x < 0."""
-    if not isinstance(x, Array) or x.kind not in ("input", "number"):
+    if not isinstance(x, SymbolicArray) or x.kind not in ("input", "number"):
         node.refuse("compares what is no index")
     if not isinstance(zero, np.ndarray) or zero.size != 1 or zero.any():
         node.refuse("compares an index with something else than 0")
     return replace(x, kind="negative", key=(x.key[0], 0))
 
 
-def natural(walk: Any, node: Node, x: Any) -> Array:
+def natural(walk: Walk, node: Node, x: Value) -> SymbolicArray:
     """The operator Not: x >= 0."""
+    x = symbolic(x)
     if x.kind != "negative":
         node.refuse("negates what is not whether an index is negative")
     return replace(x, kind="natural")
 
 
-def choose(walk: Any, node: Node, *factors: Any) -> Array:
+def choose(walk: Walk, node: Node, *factors: Value) -> SymbolicArray:
     """The operator Mul: one of the two terms."""
-    found = {getattr(v, "kind", ""): v for v in factors}
-    if set(found) == {"negative", "shifted"} and len({v.key[0] for v in factors}) == 1:
-        return replace(found["shifted"], kind="wrapped")
-    if set(found) == {"natural", "input"} and len({v.key[0] for v in factors}) == 1:
-        return replace(found["input"], kind="kept")
+    found = {v.kind if isinstance(v, SymbolicArray) else "": v for v in factors}
+    for one, other, kind in (("negative", "shifted", "wrapped"), ("natural", "input", "kept")):
+        if set(found) == {one, other}:
+            term = symbolic(found[other])
+            if term.key[0] == symbolic(found[one]).key[0]:
+                return replace(term, kind=kind)
     return node.refuse("multiplies what no layer does")
 
 
-def whole(walk: Any, node: Node, *terms: Any) -> Array:
-    """The operator Add: the sum of both terms, for which n is kept until the Embedding."""
-    found = {v.kind: v for v in terms}
-    if set(found) != {"wrapped", "kept"} or len({v.key[0] for v in terms}) != 1:
+def whole(walk: Walk, node: Node, *terms: Value) -> SymbolicArray:
+    """The operator Add: the sum of both terms. The Embedding checks that n is its own."""
+    found = {symbolic(v).kind: symbolic(v) for v in terms}
+    if set(found) != {"wrapped", "kept"} or len({v.key[0] for v in found.values()}) != 1:
         node.refuse("adds what is not the two halves of an index")
-    walk.rows = found["wrapped"].key[1]
+    walk.vocabulary = found["wrapped"].key[1]
     return replace(found["kept"], kind="input")

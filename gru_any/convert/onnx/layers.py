@@ -7,20 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from ...typing import HostArray
 from . import index, last, sort, sums
-from .axes import Array, Atom, Layer, size
+from .axes import Atom, FoundLayer, Results, SymbolicArray, Value, size, symbolic
 from .check import Node, dtype_name
-from .directions import COMBINED, combined, cut, join, turn
+from .directions import combined, cut, join, reverse_sequence
 from .gru import empty, gru, keep
 from .loop import loop
+from .reshape import reshape
+from .walk import COMBINED, Walk
 
 
-def embedding(walk: Any, node: Node, table: Any, x: Any) -> Array | None:
+def embedding(walk: Walk, node: Node, table: Value, x: Value) -> SymbolicArray | None:
     """The operator Gather, where it takes rows of a table of weights."""
-    if isinstance(table, Array) and getattr(x, "kind", "") in ("order", "inverse"):
-        return sort.arrange(node, table, x)
-    if isinstance(table, Array) and table.kind == "layer" and np.size(x) == 1:
-        return _picked(walk, node, table, x)
+    if isinstance(table, SymbolicArray):
+        if isinstance(x, SymbolicArray) and x.kind in ("order", "inverse"):
+            return sort.arrange(node, table, x)
+        if table.kind == "layer" and isinstance(x, np.ndarray) and x.size == 1:
+            return _picked(walk, node, table, x)
     if not isinstance(table, np.ndarray) or table.dtype.kind != "f":
         return None
     if node.attributes.get("axis", 0) or walk.stage:
@@ -29,19 +33,19 @@ def embedding(walk: Any, node: Node, table: Any, x: Any) -> Array | None:
     if not walk.types[walk.entry].startswith("int"):
         node.refuse(f"takes rows by an input of dtype {walk.types[walk.entry]}")
     n, width = walk.check_weight(node, "table", table, (-1, -1)).shape
-    if walk.rows not in (None, n):
+    if walk.vocabulary not in (None, n):
         node.refuse(
-            f"counts negative indices from {walk.rows}, expected {n}, the rows of the table"
+            f"counts negative indices from {walk.vocabulary}, expected {n}, the rows of the table"
         )
-    layer = Layer("Embedding", {"n": n, "size": width}, {"weight": table})
+    layer = FoundLayer("Embedding", {"n": n, "size": width}, {"weight": table})
     features = (Atom("embedding", width),)
-    return Array("layer", walk.put_out(node, layer, features), (*x.axes, features))
+    return SymbolicArray("layer", walk.put_out(node, layer, features), (*x.axes, features))
 
 
-def _picked(walk: Any, node: Node, v: Array, at: Any) -> Array | None:
-    """One step, or one of two directions."""
+def _picked(walk: Walk, node: Node, v: SymbolicArray, at: HostArray) -> SymbolicArray | None:
+    """Return one step, or one of two directions."""
     axis = node.attributes.get("axis", 0) % len(v.axes)
-    if not isinstance(at, np.ndarray) or at.dtype.kind != "i":
+    if at.dtype.kind != "i":
         return None
     found = sums.half(v, axis, int(at.flat[0])) if len(v.axes[axis]) == 1 else None
     if found and at.flat[0] in (0, 1) and not at.ndim:
@@ -54,9 +58,9 @@ def _picked(walk: Any, node: Node, v: Array, at: Any) -> Array | None:
     return state.arranged((*state.axes[:axis], *((),) * at.ndim, *state.axes[axis:]))
 
 
-def sliced(walk: Any, node: Node, v: Any, *bounds: Any) -> Array | None:
-    """The operator Slice of one of two directions; else as in `cut`."""
-    given = [*bounds, *[None] * 4][:4]
+def sliced(walk: Walk, node: Node, v: Value, *bounds: Value) -> SymbolicArray | None:
+    """The operator Slice, where it takes one of two directions; else as `cut`."""
+    v, given = symbolic(v), list[Any]([*bounds, *[None] * 4][:4])
     named = (node.attributes.get(k) for k in ("starts", "ends", "axes", "steps"))
     numbers = [n if b is None else b for b, n in zip(given, named, strict=True)]
     plain = [np.ravel(n).tolist() if n is not None and np.size(n) == 1 else None for n in numbers]
@@ -69,36 +73,42 @@ def sliced(walk: Any, node: Node, v: Any, *bounds: Any) -> Array | None:
     return cut(walk, node, v, *bounds)
 
 
-def linear(walk: Any, node: Node, x: Any, W: Any) -> Array:
+def linear(walk: Walk, node: Node, x: Value, W: Value) -> SymbolicArray:
     """The operator MatMul with a constant on the right."""
     x = walk.sequence(node, x)
     W = walk.check_weight(node, "weight", W, (-1, -1))
     walk.check_features(node, x.axes[-1], W.shape[0])
     settings = {"in_features": W.shape[0], "out_features": W.shape[1], "bias": False}
     features = (Atom(f"outputs {len(walk.layers)}", W.shape[1]),)
-    stage = walk.put_out(node, Layer("Linear", settings, {"weight": W.T}), features)
-    return Array("layer", stage, (*x.axes[:-1], features))
+    stage = walk.put_out(node, FoundLayer("Linear", settings, {"weight": W.T}), features)
+    return SymbolicArray("layer", stage, (*x.axes[:-1], features))
 
 
-def gemm(walk: Any, node: Node, x: Any, W: Any, b: Any = None) -> Array:
+def gemm(walk: Walk, node: Node, x: Value, W: Value, b: Value = None) -> SymbolicArray:
     """The operator Gemm without factors."""
     a = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | node.attributes
     if a["alpha"] != 1 or (a["beta"] != 1 and b is not None) or a["transA"]:
         node.refuse(f"has the factors {a}, expected a plain product")
     W = walk.check_weight(node, "weight", W, (-1, -1))
     y = linear(walk, node, x, W.T if a["transB"] else W)
-    return y if b is None else bias(walk, node, y, b)
+    return y if b is None else add(walk, node, y, b)
 
 
-def bias(walk: Any, node: Node, *terms: Any) -> Array:
-    """The operator Add, where it adds the bias of the Linear layer just before."""
+def add(walk: Walk, node: Node, *terms: Value) -> SymbolicArray:
+    """The operator Add of two directions, of parts of an index, or of a bias to a Linear layer."""
     x, b = sorted(terms, key=lambda v: isinstance(v, np.ndarray))
-    if all(getattr(v, "kind", "") in ("half", "layer", "state") for v in terms):
-        return sums.added(walk, node, *terms)
-    if getattr(b, "kind", "") in index.KINDS:
+    kinds = [v.kind if isinstance(v, SymbolicArray) else "" for v in (x, b)]
+    if set(kinds) <= {"half", "layer", "state"}:
+        return sums.added(walk, node, x, b)
+    if kinds[1] in index.KINDS:
         return index.whole(walk, node, x, b)
-    if x.kind == "input" and isinstance(b, np.ndarray) and b.dtype.kind == "i" and b.size == 1:
-        return index.shift(node, x, b)
+    if isinstance(b, np.ndarray) and b.dtype.kind == "i" and b.size == 1 and kinds[0] == "input":
+        return index.shift(node, symbolic(x), b)
+    return _bias(walk, node, x, b)
+
+
+def _bias(walk: Walk, node: Node, x: Value, b: Value) -> SymbolicArray:
+    """Add a bias to the Linear layer just before."""
     x, layer = walk.sequence(node, x), walk.layers[-1] if walk.layers else None
     if not isinstance(b, np.ndarray) or layer is None or layer.kind != "Linear":
         node.refuse("adds what is not the bias of a Linear layer just before")
@@ -111,64 +121,63 @@ def bias(walk: Any, node: Node, *terms: Any) -> Array:
     layer.params["bias"] = np.broadcast_to(b.reshape(-1), (width,))
     layer.settings["bias"] = True
     walk.stage += 1
-    return Array("layer", walk.stage, x.axes)
+    return SymbolicArray("layer", walk.stage, x.axes)
 
 
-def cast(walk: Any, node: Node, v: Any) -> Array:
+def cast(walk: Walk, node: Node, v: Value) -> SymbolicArray:
     """The operator Cast, where it changes nothing."""
-    target = dtype_name(node.attributes["to"])
+    v, target = symbolic(v), dtype_name(node.attributes["to"])
     dtype = walk.types[v.key[0]] if v.kind == "input" else walk.dtype
     if v.kind == "input" and dtype.startswith("int") and target == "float32":
         return replace(v, kind="number")
-    integers = target.startswith("int") and (v.kind in PASSING or dtype.startswith("int"))
+    integers = target.startswith("int") and (v.kind in INTEGERS or dtype.startswith("int"))
     if target != dtype and not integers:
         node.refuse(f"casts from {dtype} to {target}; a model here has one dtype")
     return v
 
 
-def multiply(walk: Any, node: Node, *factors: Any) -> Array:
+def multiply(walk: Walk, node: Node, a: Value, b: Value) -> SymbolicArray:
     """The operator Mul of a sum of directions by a number, or of the parts of an index."""
-    return sums.scaled(walk, node, *factors) or index.choose(walk, node, *factors)
+    return sums.scaled(walk, node, a, b) or index.choose(walk, node, a, b)
 
 
-def divide(walk: Any, node: Node, v: Any, by: Any) -> Array:
+def divide(walk: Walk, node: Node, v: Value, by: Value) -> SymbolicArray:
     """The operator Div of a sum of directions by a number."""
-    number = isinstance(by, np.ndarray) and by.size == 1 and bool(by.all())
-    return (sums.scaled(walk, node, v, np.asarray(1 / by)) if number else None) or node.refuse(
-        COMBINED
-    )
+    if isinstance(by, np.ndarray) and by.size == 1 and by.all():
+        return sums.scaled(walk, node, v, np.asarray(1 / by)) or node.refuse(COMBINED)
+    return node.refuse(COMBINED)
 
 
-def together(walk: Any, node: Node, v: Any, *others: Any) -> Any:
+def sum_or_split(walk: Walk, node: Node, v: Value, *others: Value) -> Results:
     """The operators Sum, Mean, ReduceSum and ReduceMean of two directions, and Split into them."""
     factor = 0.5 if "Mean" in node.op else 1.0
     if node.op.startswith("Reduce") and len(others) < 2:
         return sums.reduced(walk, node, v, others[0] if others else None, factor)
     if node.op in ("Sum", "Mean") and len(others) == 1:
-        return sums.added(walk, node, v, *others, factor)
-    if node.op == "Split" and isinstance(v, Array) and len(node.outputs) == 2:
+        return sums.added(walk, node, v, others[0], factor)
+    if node.op == "Split" and isinstance(v, SymbolicArray) and len(node.outputs) == 2:
         place = node.attributes.get("axis", 0) % len(v.axes)
         width = size(v.axes[place][1:])
-        parts = np.ravel(others[0] if others else node.attributes.get("split", [width] * 2))
+        given: Any = others[0] if others else node.attributes.get("split", [width] * 2)
         halves = [sums.half(v, place, d, kept=True) for d in (0, 1)]
-        if None not in halves and parts.tolist() == [width, width]:
+        if None not in halves and np.ravel(given).tolist() == [width, width]:
             return tuple(halves)
     return combined(walk, node, v, *others)
 
 
-PASSING = (*index.KINDS, *sort.KINDS)  # integers of any kind
-TOGETHER = ("Sum", "Mean", "Split", "ReduceSum", "ReduceMean")
-LAYERS: dict[str, Callable[..., Any]] = {
+INTEGERS = (*index.KINDS, *sort.KINDS)
+LAYERS: dict[str, Callable[..., Results]] = {
     "GRU": gru,
     "Loop": loop,
     "Gather": embedding,
     "MatMul": linear,
     "Gemm": gemm,
-    "Add": bias,
+    "Add": add,
     "Cast": cast,
-    "ReverseSequence": turn,
+    "Reshape": reshape,
+    "ReverseSequence": reverse_sequence,
     "Slice": sliced,
-    **dict.fromkeys(TOGETHER, together),
+    **dict.fromkeys(("Sum", "Mean", "Split", "ReduceSum", "ReduceMean"), sum_or_split),
     **dict.fromkeys(("Max", "ReduceMax"), combined),
     "Concat": join,
     "Equal": empty,

@@ -1,8 +1,4 @@
-"""The operators that move numbers or compute shapes: on constants, shapes, and arrays to come.
-
-A constant is a NumPy array. A shape is one of objects, where an entry is not known before the model
-runs. What the model computes is an `Array` or `Zeros`.
-"""
+"""The operators that move elements or compute shapes, on any value of axes.py."""
 
 import math
 from collections.abc import Callable
@@ -11,28 +7,42 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ROWS, Array, Atom, Axis, AxisError, Full, Positive, Zeros, regroup, size, words
+from ...typing import HostArray
+from .axes import (
+    ROWS,
+    Atom,
+    Axis,
+    Full,
+    Positive,
+    Range,
+    Results,
+    SymbolicArray,
+    Value,
+    Zeros,
+    replaced,
+    shape_text,
+    size,
+    symbolic,
+)  # fmt: skip
 from .check import Node, dtype_name
-from .sort import numbers
-
-Known = dict[str, int]
 
 
-def identity(node: Node, known: Known, v: Any, *rest: Any) -> Any:
+def identity(node: Node, v: Value, *rest: Value) -> Value:
     """The operators Identity and Dropout, which does nothing when a model is run."""
-    if any(r is not None and np.any(r) for r in rest[1:]):  # training_mode
+    off = [r is None or (isinstance(r, np.ndarray) and not r.any()) for r in rest[1:]]
+    if not all(off):  # training_mode
         node.refuse("drops numbers when the model is run")
     return v
 
 
-def cast(node: Node, known: Known, v: Any) -> Any:
+def cast(node: Node, v: Value) -> Value:
     """The operator Cast of constants and shapes; of others the reader knows the kinds."""
     if not isinstance(v, np.ndarray) or v.dtype == object:
         return v
     return v.astype(dtype_name(node.attributes["to"]))
 
 
-def constant(node: Node, known: Known) -> Any:
+def constant(node: Node) -> Value:
     """The operator Constant."""
     (value,) = node.attributes.values()
     if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str)):
@@ -41,88 +51,78 @@ def constant(node: Node, known: Known) -> Any:
     return value if isinstance(value, np.ndarray) else np.asarray(value, "f4" if floats else "i8")
 
 
-def shape(node: Node, known: Known, v: Any) -> Any:
+def shape(node: Node, v: Value) -> HostArray:
     """The operator Shape."""
     if isinstance(v, Zeros):
         node.refuse("asks for the shape of zeros")
-    sizes = v.shape if isinstance(v, np.ndarray) else [size(axis) for axis in v.axes]
-    sizes = list(sizes)[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
-    return _shape(np.array(sizes, dtype=object))
+    sizes = v.shape if isinstance(v, np.ndarray) else [size(axis) for axis in symbolic(v).axes]
+    sizes = sizes[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
+    return _as_integers(np.array(sizes, dtype=object))
 
 
-def _shape(sizes: np.ndarray) -> np.ndarray:
-    """Integers, where all entries are."""
+def _as_integers(sizes: HostArray) -> HostArray:
+    """Return a shape as integers, where all entries are."""
     return sizes.astype(np.int64) if all(isinstance(s, int) for s in sizes.flat) else sizes
 
 
-def transpose(node: Node, known: Known, v: Any) -> Any:
+def transpose(node: Node, v: Value) -> Value:
     """The operator Transpose."""
     if isinstance(v, Zeros):
         return v
-    rank = v.ndim if isinstance(v, np.ndarray) else len(v.axes)
-    perm = node.attributes.get("perm") or range(rank)[::-1]
+    perm = node.attributes.get("perm")
     if isinstance(v, np.ndarray):
-        return np.transpose(v, perm)
-    return v.arranged([v.axes[i] for i in perm])
+        return np.transpose(v, perm or None)
+    axes = symbolic(v).axes
+    return symbolic(v).arranged([axes[i] for i in perm or range(len(axes))[::-1]])
 
 
-def reshape(node: Node, known: Known, v: Any, target: Any) -> Any:
-    """The operator Reshape."""
+def reshape(node: Node, v: Value, target: Value) -> Value:
+    """The operator Reshape of a constant or of zeros; reshape.py has that of other arrays."""
     if isinstance(v, Zeros):
         return v
-    target = list(_constant(node, target).flat)
-    if isinstance(v, np.ndarray):
-        if not all(isinstance(s, (int, np.integer)) for s in target):
-            node.refuse("gives a constant a shape that depends on the batch")
-        copied = not node.attributes.get("allowzero")
-        return v.reshape([v.shape[i] if s == 0 and copied else s for i, s in enumerate(target)])
-    target = [int(s) if isinstance(s, np.integer) else s for s in target]
-    if not node.attributes.get("allowzero"):
-        target = [size(v.axes[i]) if s == 0 else s for i, s in enumerate(target)]
-    try:
-        return v.arranged(regroup(v.axes, target, known))
-    except AxisError:
-        node.refuse(
-            f"joins or cuts axes so that they mean nothing here: "
-            f"{words(v.axes)} to ({', '.join(map(str, target))})"
-        )
+    v, shape = constant_of(node, v), list(constant_of(node, target).flat)
+    if not all(isinstance(s, (int, np.integer)) for s in shape):
+        node.refuse("gives a constant a shape that depends on the batch")
+    copied = not node.attributes.get("allowzero")
+    return v.reshape([v.shape[i] if s == 0 and copied else s for i, s in enumerate(shape)])
 
 
-def squeeze(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
+def squeeze(node: Node, v: Value, axes: Value = None) -> Value:
     """The operator Squeeze."""
     if isinstance(v, Zeros):
         return v
-    axes = _axes(node, axes)
+    places = node.attributes.get("axes") if axes is None else integers_of(node, axes)
     if isinstance(v, np.ndarray):
-        return np.squeeze(v, None if axes is None else tuple(axes))
-    if axes is None:
+        return np.squeeze(v, None if places is None else tuple(places))
+    if places is None:
         node.refuse("squeezes whatever is 1 when the model is run")
-    axes = {a % len(v.axes) for a in axes}
-    if any(size(v.axes[a]) != 1 for a in axes):
-        node.refuse(f"squeezes an axis that is not 1: {words(v.axes)}")
-    return v.arranged([axis for i, axis in enumerate(v.axes) if i not in axes])
+    v = symbolic(v)
+    gone = {a % len(v.axes) for a in places}
+    if any(size(v.axes[a]) != 1 for a in gone):
+        node.refuse(f"squeezes an axis that is not 1: {shape_text(v.axes)}")
+    return v.arranged([axis for i, axis in enumerate(v.axes) if i not in gone])
 
 
-def unsqueeze(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
+def unsqueeze(node: Node, v: Value, axes: Value = None) -> Value:
     """The operator Unsqueeze."""
     if isinstance(v, Zeros):
         return v
-    axes = _axes(node, axes)
+    places = node.attributes["axes"] if axes is None else integers_of(node, axes)
     if isinstance(v, np.ndarray):
-        return np.expand_dims(v, tuple(axes))
-    new: list[Axis] = list(v.axes)
-    for a in sorted(a % (len(v.axes) + len(axes)) for a in axes):
+        return np.expand_dims(v, tuple(places))
+    new = list(symbolic(v).axes)
+    for a in sorted(a % (len(new) + len(places)) for a in places):
         new.insert(a, ())
-    return v.arranged(new)
+    return symbolic(v).arranged(new)
 
 
-def cut(node: Node, known: Known, v: Any, *bounds: Any) -> Any:
+def cut(node: Node, v: Value, *bounds: Value) -> Value:
     """The operator Slice; of the graph's inputs it cuts out rows of a first state."""
     if isinstance(v, Zeros):
         return v
     names = ("starts", "ends", "axes", "steps")
     if bounds:
-        values = (None if b is None else _ints(node, b) for b in bounds)
+        values = (None if b is None else integers_of(node, b) for b in bounds)
         given = dict(zip(names, values, strict=False))
     else:
         given = {k: node.attributes.get(k) for k in names}
@@ -131,34 +131,35 @@ def cut(node: Node, known: Known, v: Any, *bounds: Any) -> Any:
     slices = {a: slice(*bound) for a, *bound in zip(axes, starts, ends, steps, strict=True)}
     if isinstance(v, np.ndarray):
         return v[tuple(slices.get(a, slices.get(a - v.ndim, slice(None))) for a in range(v.ndim))]
+    v = symbolic(v)
     for a, rows in slices.items():
         v = _rows(node, v, a % len(v.axes), rows)
     return v
 
 
-def _rows(node: Node, v: Array, axis: int, rows: slice) -> Array:
+def _rows(node: Node, v: SymbolicArray, axis: int, rows: slice) -> SymbolicArray:
     """Some rows of an input, or the whole of any array."""
     length = size(v.axes[axis])
     if rows.step in (None, 1) and rows.start == 0 and rows.stop >= 2**31 - 1:
         return v
     if not isinstance(length, int) or rows.step not in (None, 1):
-        node.refuse(f"cuts an array along an axis that must stay whole: {words(v.axes)}")
+        node.refuse(f"cuts an array along an axis that must stay whole: {shape_text(v.axes)}")
     start, stop, _ = rows.indices(length)
     if (start, stop) == (0, length):
         return v
     if v.kind == "state" and [atom.name for atom in v.axes[axis]] == [ROWS]:
-        kept = (Atom(ROWS, stop - start),)
-        return replace(v, key=v.key[start:stop], axes=(*v.axes[:axis], kept, *v.axes[axis + 1 :]))
+        axes = replaced(v.axes, axis, (Atom(ROWS, stop - start),))
+        return replace(v, key=v.key[start:stop], axes=axes)
     if v.kind != "input" or axis or v.key[1]:
-        node.refuse(f"cuts an array along an axis that must stay whole: {words(v.axes)}")
+        node.refuse(f"cuts an array along an axis that must stay whole: {shape_text(v.axes)}")
     atom = v.axes[0][0]._replace(size=stop - start)
     return replace(v, key=(v.key[0], (start, stop)), axes=((atom,), *v.axes[1:]))
 
 
-def gather(node: Node, known: Known, v: Any, at: Any) -> Any:
+def gather(node: Node, v: Value, at: Value) -> Value:
     """The operator Gather of a constant, of a shape, or of one row of a first state."""
     axis = node.attributes.get("axis", 0)
-    at = _constant(node, at).astype(np.int64)
+    at = constant_of(node, at).astype(np.int64)
     if isinstance(v, np.ndarray):
         if at.size * v.size > v.shape[axis] * (at.size + v.size):
             node.refuse("makes a larger constant than the file holds")
@@ -167,113 +168,119 @@ def gather(node: Node, known: Known, v: Any, at: Any) -> Any:
         return v
     if at.size != 1:
         node.refuse("picks rows of an array in an order of its own")
+    v = symbolic(v)
     row, axis = int(at.flat[0]), axis % len(v.axes)
     length = size(v.axes[axis])
     if row < 0 and isinstance(length, int):
         row += length
-    v = _rows(node, v, axis, slice(row, row + 1)) if row >= 0 else node.refuse("picks a last step")
+    if row < 0:
+        node.refuse("picks a last step")
+    v = _rows(node, v, axis, slice(row, row + 1))
     if v.kind == "state" and at.ndim == 1:
         return v
-    return v.arranged((*v.axes[:axis], *((),) * at.ndim, *v.axes[axis + 1 :]))
+    return v.arranged(replaced(v.axes, axis, *((),) * at.ndim))
 
 
-def concat(node: Node, known: Known, *values: Any) -> Any:
+def concat(node: Node, *values: Value) -> Value:
     """The operator Concat of constants, shapes, or the states of several GRUs."""
-    axis = node.attributes["axis"]
-    if all(isinstance(v, np.ndarray) for v in values):
-        return np.concatenate(values, axis)
+    constants = [v for v in values if isinstance(v, np.ndarray)]
+    if len(constants) == len(values):
+        return np.concatenate(constants, node.attributes["axis"])
     if all(isinstance(v, Zeros) for v in values):
         return values[0]
-    if not all(isinstance(v, Array) and v.kind == "state" for v in values):
+    states = [v for v in values if isinstance(v, SymbolicArray) and v.kind == "state"]
+    if len(states) < len(values):
         node.refuse("joins arrays that are neither constants nor the states of GRUs")
-    axis %= len(values[0].axes)
-    if len({v.order for v in values}) > 1:
+    return _joined(node, states, node.attributes["axis"] % len(states[0].axes))
+
+
+def _joined(node: Node, states: list[SymbolicArray], axis: int) -> SymbolicArray:
+    """Join states along layers and directions, or along features."""
+    if len({v.order for v in states}) > 1:
         node.refuse("joins states whose rows are in different orders")
-    joined, key = [v.axes[axis] for v in values], sum((v.key for v in values), ())
-    others = [[*map(of_any_layer, (*v.axes[:axis], *v.axes[axis + 1 :]))] for v in values]
-    single, units = all(len(v.key) == 1 for v in values), joined[0][-1:]
+    others = [[of_any_layer(other) for other in replaced(v.axes, axis)] for v in states]
     if any(other != others[0] for other in others):
         node.refuse("joins states whose other axes differ")
+    along, key = [v.axes[axis] for v in states], sum((v.key for v in states), ())
     new: Axis = (Atom(ROWS, len(key)),)
-    if single and all(map(_units, joined)):
-        new = (*new, *units)
-    elif not all([a.name for a in axis] == [ROWS] or (not axis and single) for axis in joined):
+    single = all(len(v.key) == 1 for v in states)
+    if single and all(map(_one_row, along)):
+        new = (*new, along[0][-1])
+    elif not all([a.name for a in old] == [ROWS] or (not old and single) for old in along):
         node.refuse(
             "joins states neither along layers and directions nor along features: along axes of "
-            f"the sizes {words(joined)}"
+            f"the sizes {shape_text(along)}"
         )
-    axes = [() if axis == (Atom(ROWS, 1),) else axis for axis in values[0].axes]
-    axes[axis] = new
-    return replace(values[0], key=key, axes=tuple(axes))
+    axes = tuple(() if old == (Atom(ROWS, 1),) else old for old in states[0].axes)
+    return replace(states[0], key=key, axes=replaced(axes, axis, new))
 
 
-def _units(axis: Axis) -> bool:
+def _one_row(axis: Axis) -> bool:
     """Whether an axis is the features of one row of states."""
     names = [atom.name for atom in axis if atom != Atom(ROWS, 1)]
     return len(names) == 1 and names[0].startswith("units")
 
 
 def of_any_layer(axis: Axis) -> Axis:
-    """An axis, of which it does not matter of which layer the units are."""
+    """Return an axis without the number of the layer whose units it is."""
     return tuple(a._replace(name="units") if a.name.startswith("units") else a for a in axis)
 
 
-def arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator on numbers and shapes."""
+def arithmetic(function: Callable[..., Any]) -> Callable[..., HostArray]:
+    """Return the operator on numbers and shapes that computes this function."""
 
-    def apply(node: Node, known: Known, *values: Any) -> Any:
-        values = tuple(_constant(node, v) for v in values)
-        shape = np.broadcast_shapes(*(v.shape for v in values))
-        if math.prod(shape) > sum(v.size for v in values):
+    def apply(node: Node, *values: Value) -> HostArray:
+        arrays = [constant_of(node, v) for v in values]
+        shape = np.broadcast_shapes(*(v.shape for v in arrays))
+        if math.prod(shape) > sum(v.size for v in arrays):
             node.refuse("makes a larger constant than the file holds")
         try:
-            result = np.asarray(function(*values))
+            result = np.asarray(function(*arrays))
         except TypeError:
             node.refuse("computes with a size that is not known before the model runs")
-        return _shape(result) if result.dtype == object else result
+        return _as_integers(result) if result.dtype == object else result
 
     return apply
 
 
-def divided(node: Node, known: Known, a: Any, b: Any) -> Any:
+def divided(node: Node, a: Value, b: Value) -> Value:
     """The operator Div of numbers and of known sizes, which are whole and not negative."""
-    a, b = _constant(node, a), _constant(node, b)
+    a, b = constant_of(node, a), constant_of(node, b)
     whole = a.dtype.kind in "iu" and b.dtype.kind in "iu"
     if not whole and not (a.dtype.kind == b.dtype.kind == "f"):
         node.refuse("divides a size that is not known before the model runs")
     if not b.all() or (whole and (a.min(initial=0) < 0 or b.min(initial=0) < 0)):
         node.refuse("divides by 0, or sizes below 0")
-    return arithmetic(np.floor_divide if whole else np.divide)(node, known, a, b)
+    return arithmetic(np.floor_divide if whole else np.divide)(node, a, b)
 
 
-def less(node: Node, known: Known, a: Any, b: Any) -> Any:
+def less(node: Node, a: Value, b: Value) -> Value:
     """The operator Less; of a size it may ask whether it is more than 0."""
-    a, b = _constant(node, a), _constant(node, b)
+    a, b = constant_of(node, a), constant_of(node, b)
     if b.dtype == object and b.size == 1 and a.dtype != object and not a.any():
         return Positive(b.flat[0])
-    return arithmetic(np.less)(node, known, a, b)
+    return arithmetic(np.less)(node, a, b)
 
 
-def both(node: Node, known: Known, a: Any, b: Any) -> Any:
+def both(node: Node, a: Value, b: Value) -> Value:
     """The operator And."""
-    return (
-        a if isinstance(a, Positive) and a == b else arithmetic(np.logical_and)(node, known, a, b)
-    )
+    if isinstance(a, Positive) and a == b:
+        return a
+    return arithmetic(np.logical_and)(node, a, b)
 
 
-def split(node: Node, known: Known, v: Any, sizes: Any = None) -> Any:
+def split(node: Node, v: Value, sizes: Value = None) -> tuple[HostArray, ...]:
     """The operator Split of a constant, into equal parts."""
     if sizes is not None or "split" in node.attributes:
         node.refuse("cuts a constant into parts of sizes of their own")
-    parts = np.split(_constant(node, v), len(node.outputs), node.attributes.get("axis", 0))
-    return tuple(parts)
+    axis = node.attributes.get("axis", 0)
+    return tuple(np.split(constant_of(node, v), len(node.outputs), axis))
 
 
-def zeros(node: Node, known: Known, *values: Any) -> Any:
-    """The operators ConstantOfShape and Expand: of a first state, zeros are understood."""
-    filler = (
-        node.attributes.get("value", np.zeros(1)) if node.op == "ConstantOfShape" else values[0]
-    )
+def spread(node: Node, v: Value, shape: Value = None) -> Value:
+    """The operators ConstantOfShape and Expand: a first state of zeros, or one length for all."""
+    constant = node.op == "ConstantOfShape"
+    filler = node.attributes.get("value", np.zeros(1)) if constant else v
     if isinstance(filler, Zeros) or (isinstance(filler, np.ndarray) and not filler.any()):
         return Zeros()
     if isinstance(filler, np.ndarray) and filler.size == 1 and filler.dtype.kind in "iO":
@@ -281,32 +288,39 @@ def zeros(node: Node, known: Known, *values: Any) -> Any:
     return node.refuse("spreads something else than zeros or one length over the batch")
 
 
-def product(node: Node, known: Known, v: Any, axes: Any = None) -> Any:
+def count(node: Node, start: Value, stop: Value, step: Value) -> Range:
+    """The operator Range, where it counts rows."""
+    first, stop, by = (constant_of(node, v) for v in (start, stop, step))
+    if np.any(first != 0) or np.any(by != 1) or stop.size != 1:
+        node.refuse("counts in another way than from 0 in steps of 1")
+    return Range(stop.flat[0])
+
+
+def product(node: Node, v: Value, axes: Value = None) -> HostArray:
     """The operator ReduceProd of a shape."""
-    if _constant(node, v).ndim != 1:
+    v = constant_of(node, v)
+    if v.ndim != 1:
         node.refuse("multiplies what is no shape")
     result = np.prod(v, keepdims=bool(node.attributes.get("keepdims", 1)))
-    return _shape(np.asarray(result, dtype=object))
+    return _as_integers(np.asarray(result, dtype=object))
 
 
-def _constant(node: Node, v: Any) -> np.ndarray:
+def constant_of(node: Node, v: Value) -> HostArray:
+    """Return a constant or a shape; refuse what is known only when the model runs."""
     if not isinstance(v, np.ndarray):
         node.refuse("takes as an argument what is not known before the model runs")
     return v
 
 
-def _ints(node: Node, v: Any) -> list[int]:
-    v = _constant(node, v)
+def integers_of(node: Node, v: Value) -> list[int]:
+    """Return the elements of a constant; refuse free sizes among them."""
+    v = constant_of(node, v)
     if v.dtype == object:
         node.refuse("cuts at a place that depends on the batch")
     return [int(i) for i in v.flat]
 
 
-def _axes(node: Node, axes: Any) -> list[int] | None:
-    return node.attributes.get("axes") if axes is None else _ints(node, axes)
-
-
-MOVES: dict[str, Callable[..., Any]] = {
+MOVES: dict[str, Callable[..., Results]] = {
     "Identity": identity,
     "Dropout": identity,
     "Cast": cast,
@@ -319,15 +333,15 @@ MOVES: dict[str, Callable[..., Any]] = {
     "Slice": cut,
     "Gather": gather,
     "Concat": concat,
-    "ConstantOfShape": zeros,
-    "Expand": zeros,
+    "ConstantOfShape": spread,
+    "Expand": spread,
     "Add": arithmetic(np.add),
     "Sub": arithmetic(np.subtract),
     "Mul": arithmetic(np.multiply),
     "Div": divided,
     "ReduceProd": product,
     "Less": less,
-    "Range": numbers,
+    "Range": count,
     "And": both,
     "Split": split,
 }

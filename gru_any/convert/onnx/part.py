@@ -4,23 +4,28 @@ What a chosen node computes with when the model runs becomes an input of the sma
 lengths and the first state. The rest of the large graph may hold any operator; it is not read.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from __future__ import annotations  # protobuf's classes are known to a type checker alone
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NoReturn
 
 from .check import library
 
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto, ValueInfoProto
+
 ARGUMENTS = {0: "x", 4: "lengths", 5: "h0"}  # inputs of the operator GRU, by place
-TURNING = ("Slice", "ReverseSequence")
+REVERSING = ("Slice", "ReverseSequence")
 PASSING = ("Cast", "Identity")
 
 
-def name_of(node: Any) -> str:
-    """The name of a node, or of its first output where it has none."""
+def name_of(node: NodeProto) -> str:
+    """Return the name of a node, or of its first output where it has none."""
     return str(node.name or next((o for o in node.output if o), ""))
 
 
-def part(graph: Any, wanted: str) -> Any:
-    """The graph of the GRU nodes that `wanted` names, and of the nodes between them.
+def part(graph: GraphProto, wanted: str) -> GraphProto:
+    """Return the graph of the GRU nodes that `wanted` names, and of the nodes between them.
 
     Raises
     ------
@@ -34,20 +39,50 @@ def part(graph: Any, wanted: str) -> Any:
     made_by = {o: i for i, node in enumerate(nodes) for o in node.output if o}
     fixed = _constants(graph)
 
-    def refuse(why: str) -> Any:
+    def refuse(why: str) -> NoReturn:
         names = ", ".join(repr(name_of(nodes[i])) for i in chosen)
         raise ValueError(
             f"node={wanted!r} selects {names}, which do not stack: {why}; {listed(nodes)}"
         )
 
-    kept = _between(nodes, chosen, refuse) | _turned(nodes, chosen, made_by)
-    for i in sorted(kept):  # the casts of lengths, so that all find the same input
+    kept = _between(nodes, chosen, refuse) | _reversing(nodes, chosen, made_by)
+    kept |= _casts_of_lengths(nodes, chosen, kept, made_by)
+    inputs = _inputs(nodes, chosen, kept, fixed, refuse)
+    kept |= _above(nodes, kept, made_by, fixed)
+    kind = _float_kind(nodes, chosen, made_by, graph)
+    layout = _layout(nodes[chosen[0]])
+    declared = [_declare(name, role, kind, layout) for name, role in inputs.items()]
+    read = {name for i in kept for name in nodes[i].input}
+    weights = [t for t in graph.initializer if t.name in read]
+    made: GraphProto = library().helper.make_graph(
+        [nodes[i] for i in sorted(kept)], graph.name or "part", declared, [], weights
+    )
+    return made
+
+
+def _casts_of_lengths(
+    nodes: list[NodeProto], chosen: list[int], kept: set[int], made_by: dict[str, int]
+) -> set[int]:
+    """Return the nodes that pass lengths on, so that all that read them find the same input."""
+    found: set[int] = set()
+    for i in sorted(kept):
         places = [4] if i in chosen else [1] if nodes[i].op_type == "ReverseSequence" else []
         for name in (nodes[i].input[p] for p in places if p < len(nodes[i].input)):
-            i = made_by.get(name, -1)
-            while i >= 0 and i not in kept and nodes[i].op_type in PASSING:
-                kept.add(i)
-                i = made_by.get(nodes[i].input[0], -1)
+            above = made_by.get(name, -1)
+            while above not in kept | found | {-1} and nodes[above].op_type in PASSING:
+                found.add(above)
+                above = made_by.get(nodes[above].input[0], -1)
+    return found
+
+
+def _inputs(
+    nodes: list[NodeProto],
+    chosen: list[int],
+    kept: set[int],
+    fixed: set[str],
+    refuse: Callable[[str], NoReturn],
+) -> dict[str, str]:
+    """Return the inputs of the small graph, and what each is for its nodes."""
     made = {o for i in kept for o in nodes[i].output}
     inputs: dict[str, str] = {}
     for i in sorted(kept):
@@ -60,25 +95,17 @@ def part(graph: Any, wanted: str) -> Any:
     entries = [name for name, role in inputs.items() if role == "x"]
     if len(entries) > 1:
         refuse(f"they read {' and '.join(map(repr, entries))}")
-    kept |= _above(nodes, kept, made_by, fixed)
-    kind = _float_kind(nodes, chosen, made_by, graph)
-    layout = _layout(nodes[chosen[0]])
-    declared = [_declare(name, role, kind, layout) for name, role in inputs.items()]
-    read = {name for i in kept for name in nodes[i].input}
-    weights = [t for t in graph.initializer if t.name in read]
-    return library().helper.make_graph(
-        [nodes[i] for i in sorted(kept)], graph.name or "part", declared, [], weights
-    )
+    return inputs
 
 
-def listed(nodes: Iterable[Any]) -> str:
-    """The GRU nodes of a graph, in words."""
+def listed(nodes: Iterable[NodeProto]) -> str:
+    """Return the GRU nodes of a graph, in words."""
     names = [repr(name_of(node)) for node in nodes if node.op_type == "GRU"]
     return f"the GRU nodes of the graph are {', '.join(names)}" if names else "it has no GRU nodes"
 
 
-def _chosen(nodes: list[Any], wanted: str) -> list[int]:
-    """The places of the GRU nodes of this name, else of those whose names begin so."""
+def _chosen(nodes: list[NodeProto], wanted: str) -> list[int]:
+    """Return the places of the GRU nodes of this name, else of those whose names begin so."""
     grus = {i: name_of(node).strip("/") for i, node in enumerate(nodes) if node.op_type == "GRU"}
     named = [i for i, name in grus.items() if name == wanted.strip("/")]
     if len(named) > 1:
@@ -94,8 +121,8 @@ def _chosen(nodes: list[Any], wanted: str) -> list[int]:
     return found
 
 
-def _constants(graph: Any) -> set[str]:
-    """The names of what is known before the model runs."""
+def _constants(graph: GraphProto) -> set[str]:
+    """Return the names of what is known before the model runs."""
     fixed = {t.name for t in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" or (node.input and all(n in fixed for n in node.input if n)):
@@ -103,8 +130,8 @@ def _constants(graph: Any) -> set[str]:
     return fixed
 
 
-def _below(nodes: list[Any], start: int) -> set[int]:
-    """The nodes that compute with what a node puts out."""
+def _below(nodes: list[NodeProto], start: int) -> set[int]:
+    """Return the nodes that compute with what a node puts out."""
     found: set[int] = set()
     made = {o for o in nodes[start].output if o}
     for i in range(start + 1, len(nodes)):
@@ -114,8 +141,10 @@ def _below(nodes: list[Any], start: int) -> set[int]:
     return found
 
 
-def _between(nodes: list[Any], chosen: list[int], refuse: Any) -> set[int]:
-    """The chosen nodes, those between, and the one that joins two directions at the end."""
+def _between(
+    nodes: list[NodeProto], chosen: list[int], refuse: Callable[[str], NoReturn]
+) -> set[int]:
+    """Return the chosen nodes, those between, and the one that joins two directions at the end."""
     below = {i: _below(nodes, i) for i in chosen}
     ends = [i for i in chosen if not below[i] & set(chosen)]
     targets = set(chosen)
@@ -133,15 +162,17 @@ def _between(nodes: list[Any], chosen: list[int], refuse: Any) -> set[int]:
     return targets | (above & {j for found in below.values() for j in found})
 
 
-def _turned(nodes: list[Any], chosen: list[int], made_by: dict[str, int]) -> set[int]:
-    """The nodes that turn round what one chosen node reads before another does."""
+def _reversing(nodes: list[NodeProto], chosen: list[int], made_by: dict[str, int]) -> set[int]:
+    """Return the nodes that reverse what one chosen node reads before another does."""
     read = {nodes[i].input[0] for i in chosen}
     makers = {made_by[name] for name in read if name in made_by}
-    return {i for i in makers if nodes[i].op_type in TURNING and nodes[i].input[0] in read}
+    return {i for i in makers if nodes[i].op_type in REVERSING and nodes[i].input[0] in read}
 
 
-def _above(nodes: list[Any], kept: set[int], made_by: dict[str, int], fixed: set[str]) -> set[int]:
-    """The nodes that compute the constants that others read."""
+def _above(
+    nodes: list[NodeProto], kept: set[int], made_by: dict[str, int], fixed: set[str]
+) -> set[int]:
+    """Return the nodes that compute the constants that others read."""
     found: set[int] = set()
     names = [name for i in kept for name in nodes[i].input if name in fixed]
     while names:
@@ -152,17 +183,19 @@ def _above(nodes: list[Any], kept: set[int], made_by: dict[str, int], fixed: set
     return found
 
 
-def _role(node: Any, place: int, chosen: bool) -> str | None:
-    """What an input of the small graph is; W, R and B are refused where they are read."""
+def _role(node: NodeProto, place: int, chosen: bool) -> str | None:
+    """Return what an input of the small graph is; W, R and B are refused where they are read."""
     if chosen:
         return ARGUMENTS.get(place, "weights")
     if node.op_type in PASSING or (node.op_type == "ReverseSequence" and place == 1):
         return "lengths"
-    return "x" if node.op_type in TURNING and place == 0 else None
+    return "x" if node.op_type in REVERSING and place == 0 else None
 
 
-def _float_kind(nodes: list[Any], chosen: list[int], made_by: dict[str, int], graph: Any) -> int:
-    """The dtype of the weights, which is that of x."""
+def _float_kind(
+    nodes: list[NodeProto], chosen: list[int], made_by: dict[str, int], graph: GraphProto
+) -> int:
+    """Return the dtype of the weights, which is that of x."""
     onnx = library()
     kinds = {t.name: t.data_type for t in graph.initializer}
     names, seen = [nodes[i].input[1] for i in chosen], set()
@@ -183,14 +216,15 @@ def _float_kind(nodes: list[Any], chosen: list[int], made_by: dict[str, int], gr
     return int(onnx.TensorProto.FLOAT)
 
 
-def _layout(node: Any) -> int:
+def _layout(node: NodeProto) -> int:
     return next((a.i for a in node.attribute if a.name == "layout"), 0)
 
 
-def _declare(name: str, role: str, kind: int, layout: int) -> Any:
-    """An input of the small graph."""
+def _declare(name: str, role: str, kind: int, layout: int) -> ValueInfoProto:
+    """Declare an input of the small graph."""
     onnx = library()
     lead = ["B", "T"] if layout else ["T", "B"]
     shape = {"x": [*lead, None], "lengths": ["B"]}.get(role, [None] * 3)
     kind = onnx.TensorProto.INT32 if role == "lengths" else kind
-    return onnx.helper.make_tensor_value_info(name, kind, shape)
+    declared: ValueInfoProto = onnx.helper.make_tensor_value_info(name, kind, shape)
+    return declared

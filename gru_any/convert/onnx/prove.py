@@ -1,8 +1,9 @@
 """Check an exported file against the model before it is written."""
 
+import pathlib
 import tempfile
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,13 +11,22 @@ from ...backend import to_numpy
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Embedding
+from ...typing import Array, HostArray
 
 T, B = 5, 3
 CLOSE = 1e-4  # relative to the norm, of float32 on onnxruntime
 
 
-def prove(content: bytes, model: Any, with_lengths: bool = True) -> None:
-    """Run the file and the model on the same numbers.
+class Inputs(NamedTuple):
+    """What a model is run on; a first state for each GRU."""
+
+    x: HostArray
+    lengths: HostArray | None
+    states: list[HostArray]
+
+
+def prove(content: bytes, model: GRU | Chain, with_lengths: bool = True) -> None:
+    """Run the file and the model on the same inputs.
 
     Raises
     ------
@@ -24,14 +34,11 @@ def prove(content: bytes, model: Any, with_lengths: bool = True) -> None:
         They differ.
     """
     host = model.to(np)
-    x, some, state = _arguments(host)
-    lengths = some if with_lengths else None
-    y, after = host(x, state, lengths)
-    ours = [y, *(after if isinstance(model, Chain) else [after])]
-    _compare("this library's own reader", ours, _read_back(content, x, lengths, state), 0.0)
+    x, lengths, states = _inputs(host, with_lengths)
+    ours = _outputs(host, x, lengths, states)
+    _compare("this library's own reader", ours, _read_back(content, x, lengths, states), 0.0)
     if model.dtype == "float32":
         feed = {"x": x} if lengths is None else {"x": x, "lengths": lengths}
-        states = state if isinstance(model, Chain) else [state]
         for i, h in enumerate(states):
             feed[f"h0_{i}" if isinstance(model, Chain) else "h0"] = h
         theirs = _onnxruntime(content, feed)
@@ -39,11 +46,10 @@ def prove(content: bytes, model: Any, with_lengths: bool = True) -> None:
             _compare("onnxruntime", ours, theirs, CLOSE)
 
 
-def _arguments(model: Any) -> tuple[Any, np.ndarray, Any]:
-    """Random x, lengths and first states for a model."""
+def _inputs(model: GRU | Chain, with_lengths: bool) -> Inputs:
+    """Draw inputs for a model; one sequence has no steps."""
     rng = np.random.default_rng(0)
-    chain = isinstance(model, Chain)
-    layers = model.layers if chain else (model,)
+    layers = model.layers if isinstance(model, Chain) else (model,)
     grus = [layer for layer in layers if isinstance(layer, GRU)]
     states = [
         rng.standard_normal((g.num_layers * len(g.suffixes), B, g.hidden_size)).astype(model.dtype)
@@ -56,25 +62,31 @@ def _arguments(model: Any) -> tuple[Any, np.ndarray, Any]:
     else:
         width = head.input_size if isinstance(head, GRU) else head.in_features
         x = rng.standard_normal((*shape, width)).astype(model.dtype)
-    return x, np.array([T, 2, 0], np.int32), states if chain else states[0]
+    return Inputs(x, np.array([T, 2, 0], np.int32) if with_lengths else None, states)
 
 
-def _read_back(content: bytes, x: Any, lengths: Any, state: Any) -> list[Any]:
+def _outputs(
+    model: GRU | Chain, x: HostArray, lengths: HostArray | None, states: list[HostArray]
+) -> list[Array]:
+    if isinstance(model, Chain):
+        y, last = model(x, states, lengths)
+        return [y, *last]
+    return list(model(x, states[0], lengths))
+
+
+def _read_back(
+    content: bytes, x: HostArray, lengths: HostArray | None, states: list[HostArray]
+) -> list[Array]:
     from .read import read
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "written.onnx"
+        path = pathlib.Path(folder) / "written.onnx"
         path.write_bytes(content)
-        model = read(path, np)
-    if isinstance(model, GRU) and isinstance(state, list):
-        y, last = model(x, state[0], lengths)
-    else:
-        y, last = model(x, state, lengths)
-    return [y, *(last if isinstance(last, list) else [last])]
+        return _outputs(read(path, np), x, lengths, states)
 
 
-def _onnxruntime(content: bytes, feed: dict[str, Any]) -> list[Any] | None:
-    """The outputs on onnxruntime, where it is installed."""
+def _onnxruntime(content: bytes, feed: dict[str, HostArray]) -> list[Array] | None:
+    """Return the outputs on onnxruntime; None where it is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -85,7 +97,7 @@ def _onnxruntime(content: bytes, feed: dict[str, Any]) -> list[Any] | None:
     return list(session.run(None, feed))
 
 
-def _compare(who: str, ours: list[Any], theirs: list[Any], tolerance: float) -> None:
+def _compare(who: str, ours: Sequence[Array], theirs: Sequence[Array], tolerance: float) -> None:
     for name, a, b in zip(["y", *["h_n"] * (len(ours) - 1)], ours, theirs, strict=True):
         a, b = to_numpy(a).astype("float64"), to_numpy(b).astype("float64")
         if not np.array_equal(np.isnan(a), np.isnan(b)):

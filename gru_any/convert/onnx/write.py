@@ -1,6 +1,7 @@
 """From layers to an ONNX graph."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -10,36 +11,45 @@ from ...files import write_atomically
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Last, Linear
+from ...typing import Array, HostArray, Path
 from ...version import __version__
 from .check import LARGEST, library
 from .gru import DIRECTIONS, swap_gates
 from .prove import prove
 
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto, ValueInfoProto
+
+    Dims: TypeAlias = Sequence[int | str]
+
 OPSET, IR = 14, 7
 DTYPES = ("float16", "float32", "float64")
 
 
-def write(path: Any, model: Any, lengths: bool = True) -> None:
+Written: TypeAlias = GRU | Embedding | Linear | Last
+
+
+def write(path: Path, model: GRU | Chain, lengths: bool = True) -> None:
     """See `gru_any.convert.onnx.save`."""
     content = build(model, arguments.flag("lengths", lengths))
     prove(content, model, lengths)
     write_atomically(path, content)
 
 
-def build(model: Any, lengths: bool = True) -> bytes:
-    """The bytes of the file."""
+def build(model: GRU | Chain, lengths: bool = True) -> bytes:
+    """Return the content of the file."""
     layers = _layers(model)
     onnx, graph = library(), Graph(model.dtype, layers, lengths)
     name = "x"
     for i, layer in enumerate(layers):
-        prefix, mark = (f"{i}.", f"_{graph.count}") if isinstance(model, Chain) else ("", "")
+        prefix, mark = (f"{i}.", f"_{len(graph.grus)}") if isinstance(model, Chain) else ("", "")
         if isinstance(layer, GRU):
             name = graph.gru(layer, name, prefix, mark)
         elif isinstance(layer, Embedding):
             table = graph.weight(f"{prefix}weight", layer.params["weight"])
             name = graph.node("Gather", [table, name], axis=0)
         elif isinstance(layer, Last):
-            name = graph.last(layers[i - 1])
+            name = graph.last()
         elif isinstance(layer, Linear):
             name = graph.linear(layer, name, prefix)
     graph.node("Identity", [name], "y")
@@ -58,8 +68,8 @@ def build(model: Any, lengths: bool = True) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def _layers(model: Any) -> list[Any]:
-    """The layers to be written; refuse what cannot be."""
+def _layers(model: GRU | Chain) -> list[Written]:
+    """Return the layers to be written; raise where one cannot be."""
     layers = model.layers if isinstance(model, Chain) else (model,)
     for layer in layers:
         if type(layer) not in (GRU, Embedding, Linear, Dropout, Last):
@@ -78,33 +88,34 @@ def _layers(model: Any) -> list[Any]:
         raise ValueError("some GRUs are batch_first and some are not, expected the same for all")
     if sum(to_numpy(p).nbytes for p in model.params.values()) > LARGEST - 2**20:
         raise ValueError("the model has more than 2 GB, which do not fit into one ONNX file")
-    return [layer for layer in layers if not isinstance(layer, Dropout)]
+    return [layer for layer in layers if isinstance(layer, Written)]
 
 
-def _width(layers: list[Any]) -> int:
-    """How many numbers the last layer puts out."""
+def _width(layers: list[Written]) -> int:
+    """Return how many features the last layer puts out."""
     last = [layer for layer in layers if not isinstance(layer, Last)][-1]
     if isinstance(last, GRU):
-        return int(last.hidden_size * len(last.suffixes))
-    return int(last.out_features if isinstance(last, Linear) else last.size)
+        return last.hidden_size * len(last.suffixes)
+    return last.out_features if isinstance(last, Linear) else last.size
 
 
 class Graph:
     """A graph in the making."""
 
-    def __init__(self, dtype: str, layers: list[Any], lengths: bool = True) -> None:
+    def __init__(self, dtype: str, layers: list[Written], lengths: bool = True) -> None:
         self.helper, self.dtype = library().helper, dtype
-        self.nodes: list[Any] = []
-        self.weights: dict[str, Any] = {}
-        self.outputs: list[Any] = []
-        self.count = 0  # of the GRUs so far
-        self.batch_first = next(g.batch_first for g in layers if isinstance(g, GRU))
+        self.nodes: list[NodeProto] = []
+        self.weights: dict[str, TensorProto] = {}
+        self.outputs: list[ValueInfoProto] = []
+        self.grus: list[GRU] = []  # those added so far
+        first = next(layer for layer in layers if isinstance(layer, GRU))
+        self.batch_first = first.batch_first
         self.lead = ["B", "T"] if self.batch_first else ["T", "B"]
         head = layers[0]
         if isinstance(head, Embedding):
             x = self.declare("x", "int64", self.lead)
         else:
-            width = head.input_size if isinstance(head, GRU) else head.in_features
+            width = head.in_features if isinstance(head, Linear) else first.input_size
             x = self.declare("x", dtype, [*self.lead, width])
         self.inputs, self.lengths = [x], "lengths" if lengths else ""
         if not lengths:
@@ -116,31 +127,32 @@ class Graph:
             "Unsqueeze", [self.node("Equal", ["lengths", none]), self.numbers(1)]
         )
 
-    def declare(self, name: str, dtype: str, shape: list[Any]) -> Any:
-        """An input or output."""
+    def declare(self, name: str, dtype: str, shape: "Dims") -> "ValueInfoProto":
+        """Return an input or output of the graph."""
         kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        return self.helper.make_tensor_value_info(name, kind, shape)
+        declared: ValueInfoProto = self.helper.make_tensor_value_info(name, kind, shape)
+        return declared
 
-    def node(self, op: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
-        """Add an operation; -> the name of its (first) output."""
+    def node(self, op: str, inputs: list[str], output: str = "", **attributes: object) -> str:
+        """Add an operation; return the name of its (first) output."""
         outputs = output.split() or [f"{op}_{len(self.nodes)}"]
         self.nodes.append(
             self.helper.make_node(op, inputs, outputs, f"{op}_{len(self.nodes)}", **attributes)
         )
         return outputs[0]
 
-    def weight(self, name: str, v: Any) -> str:
-        """Add an array; -> its name."""
+    def weight(self, name: str, v: Array) -> str:
+        """Add an array; return its name."""
         array = np.ascontiguousarray(to_numpy(v))
         self.weights[name] = library().numpy_helper.from_array(array, name)
         return name
 
     def numbers(self, *values: int) -> str:
-        """Add integers for a shape or an axis; -> their name."""
+        """Add integers for a shape or an axis; return their name."""
         return self.weight("numbers" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def linear(self, layer: Linear, x: str, prefix: str) -> str:
-        """Add a Linear layer; -> its output."""
+        """Add a Linear layer; return its output."""
         weight = self.weight(f"{prefix}weight", to_numpy(layer.params["weight"]).T)
         y = self.node("MatMul", [x, weight])
         if not layer.bias:
@@ -148,12 +160,12 @@ class Graph:
         return self.node("Add", [y, self.weight(f"{prefix}bias", layer.params["bias"])])
 
     def gru(self, gru: GRU, x: str, prefix: str, mark: str) -> str:
-        """Add a GRU of any number of layers, its first and its last state; -> its output."""
+        """Add a GRU of any number of layers, its first and its last state; return y."""
         D, L, H = len(gru.suffixes), gru.num_layers, gru.hidden_size
         h0, h_n = f"h0{mark}", f"h_n{mark}"
         self.inputs.append(self.declare(h0, self.dtype, [L * D, "B", H]))
         self.outputs.append(self.declare(h_n, self.dtype, [L * D, "B", H]))
-        self.count += 1
+        self.grus.append(gru)
         y, states = self.node("Transpose", [x], perm=[1, 0, 2]) if self.batch_first else x, []
         for i in range(L):
             ends = [self.numbers(i * D), self.numbers(i * D + D), self.numbers(0)]
@@ -167,8 +179,9 @@ class Graph:
             self.node("Where", [self.empty, h0, last], h_n)
         return self.node("Transpose", [y], perm=[1, 0, 2]) if self.batch_first else y
 
-    def last(self, gru: GRU) -> str:
-        """Add the last states of the top layer of the GRU just added; -> (B, D*H)."""
+    def last(self) -> str:
+        """Add the last states of the top layer of the GRU just added; return (B, D*H)."""
+        gru = self.grus[-1]
         D, H, end = len(gru.suffixes), gru.hidden_size, gru.num_layers * len(gru.suffixes)
         h_n = self.outputs[-1].name
         top = self.node("Slice", [h_n, *(self.numbers(n) for n in (end - D, end, 0))])
@@ -178,9 +191,9 @@ class Graph:
         )
 
     def layer(self, gru: GRU, i: int, inputs: list[str], last: str, prefix: str) -> str:
-        """Add one layer of a GRU; -> its output (T, B, D*H)."""
+        """Add one layer of a GRU; return its output (T, B, D*H)."""
 
-        def stacked(*names: str) -> np.ndarray:
+        def stacked(*names: str) -> HostArray:
             arrays = [[to_numpy(gru.params[f"{n}_l{i}{s}"]) for n in names] for s in gru.suffixes]
             return np.stack([np.concatenate([swap_gates(v) for v in both]) for both in arrays])
 
