@@ -490,9 +490,9 @@ def test_the_path_in_words(take, monkeypatch):
     assert run.path(backend, 8, "complex128")[0] == "plain"
     monkeypatch.setenv("GRU_ANY_CUDA", "fastest")
     with pytest.raises(ValueError, match="expected one of plain, eager, blocks, graph"):
-        run._chosen_on_cuda()
+        run._asked_on_cuda()
     monkeypatch.setenv("GRU_ANY_PLAIN", "1")
-    assert run._chosen_on_cuda() == "plain"
+    assert run._asked_on_cuda() == "plain"
 
 
 def test_no_warning_where_all_is_well():
