@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import Phase, settings
 
+from gru_any.backend import Mode
+
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -29,8 +31,8 @@ HOST = "gru_any.testing.fake_cuda.array"  # a CUDA device that the host plays
 BACKENDS.append(HOST)
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
 
-# the ways to run a block on NumPy
-PATHS = ["plain", "traced", *(["compiled"] if find_spec("numba") else [])]
+# the modes in which a block runs on NumPy
+PATHS = [Mode.PLAIN, Mode.TRACED, *([Mode.COMPILED] if find_spec("numba") else [])]
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def running(path: str) -> Iterator[None]:
     from gru_any.backend import modes as run
 
     with pytest.MonkeyPatch.context() as patch, copying(path == "packed"):
-        patch.setattr(run, "chosen", "compiled" if path == "packed" else path)
+        patch.setattr(run, "chosen", Mode.COMPILED if path == "packed" else Mode(path))
         yield
 
 

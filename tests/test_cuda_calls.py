@@ -28,8 +28,10 @@ def fresh(monkeypatch):
     monkeypatch.setattr(sweep, "ROWS", 1)
     monkeypatch.setattr(run, "chosen_on_cuda", "graph")
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
     yield
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
 
 
 def pair(**settings):
@@ -156,6 +158,7 @@ def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
     for idle, streams in ((calls.IDLE, 2), (0, 1)):
         monkeypatch.setattr(calls, "IDLE", idle)
         run._runner.cache_clear()
+        run._on_cuda.cache_clear()
         found += [training(device, arrays, lengths=lengths) for _ in range(3)]
         [[made]] = device._run.graphs.kept.values()
         [[back]] = made.backward.kept.values()

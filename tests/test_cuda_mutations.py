@@ -27,6 +27,7 @@ def noticed():
     walk.forward_walk.cache_clear()
     walk.backward_walk.cache_clear()
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
     Ops().synchronize()  # what a mistake before this one left undone
     host = GRU(3, 5, bidirectional=True, seed=0, dtype="float64")
     device, rng = host.to(fake.__name__), np.random.default_rng(0)
@@ -51,6 +52,7 @@ def clean(monkeypatch):
     walk.forward_walk.cache_clear()
     walk.backward_walk.cache_clear()
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
 
 
 def test_no_mistake_no_notice():
@@ -199,6 +201,7 @@ def layers(monkeypatch):
     monkeypatch.setattr(sweep, "STEPS", 3)
     monkeypatch.setattr(sweep, "ROWS", 1)
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
     Ops().synchronize()
     host = GRU(3, 5, 2, seed=0, dtype="float64")
     device, good = host.to(fake.__name__), []

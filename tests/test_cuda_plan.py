@@ -36,8 +36,10 @@ def fresh(monkeypatch):
     """Each test records anew, and records where it does not say otherwise."""
     monkeypatch.setattr(run, "chosen_on_cuda", "graph")
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
     yield
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
 
 
 @pytest.fixture
@@ -162,6 +164,7 @@ def test_a_state_that_products_do_not_see_is_noticed(monkeypatch):
     monkeypatch.setattr(walk, "narrowed", wrong)
     walk.typed.cache_clear()
     run._runner.cache_clear()
+    run._on_cuda.cache_clear()
     assert gap_of_halves(False, 3) > 8
     walk.typed.cache_clear()
 
@@ -490,9 +493,9 @@ def test_the_path_in_words(take, monkeypatch):
     assert run.path(backend, 8, "complex128")[0] == "plain"
     monkeypatch.setenv("GRU_ANY_CUDA", "fastest")
     with pytest.raises(ValueError, match="expected one of plain, eager, blocks, graph"):
-        run._chosen_on_cuda()
+        run._asked_on_cuda()
     monkeypatch.setenv("GRU_ANY_PLAIN", "1")
-    assert run._chosen_on_cuda() == "plain"
+    assert run._asked_on_cuda() == "plain"
 
 
 def test_no_warning_where_all_is_well():

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from conftest import require, running
 
 import gru_any
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear, equations, explain
+from gru_any.backend import Mode
 
 
 def block(text, heading):
@@ -113,7 +113,8 @@ def test_the_way_of_a_call(way, why):
 def test_every_way_has_words():
     from gru_any.backend import modes as run
 
-    assert set(sys.modules["gru_any.inspect.explain"].PATHS) == {"traced", "compiled", *run.CUDA}
+    assert set(Mode) == {"traced", "compiled", *run.CUDA_MODES}
+    assert all(mode.words for mode in Mode)
     assert "A call runs plain" in explain(GRU(2, 3, dtype="complex128"))
 
 

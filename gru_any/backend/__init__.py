@@ -1,5 +1,6 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
+from .contract import Mode
 from .libraries import NUMPY, Backend, BackendError, of, plain_name, refuse_masked, select
 from .modes import environment, path, recorded, runner
 from .transfer import asarray, disjoint, overlap, to_numpy
@@ -8,6 +9,7 @@ __all__ = [
     "NUMPY",
     "Backend",
     "BackendError",
+    "Mode",
     "asarray",
     "disjoint",
     "environment",

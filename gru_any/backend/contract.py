@@ -1,13 +1,78 @@
-"""What a sweep over time asks of a runner, by concern. `Plain` documents each method."""
+"""What a sweep over time asks of a runner, by concern, and the modes in which runners run.
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+Each method is documented here. `Plain` in `reference.py` is the simplest runner, and every other
+one is tested against it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import StrEnum
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from ..typing import Array, Device, DType, Namespace, Shape, Step, WeightGradients
 
 Result = TypeVar("Result")
-Recurrent = tuple[Array, ...]  # U (3H, H), or U packed, and the vectors (H,) of a step
-Alive = Sequence[Array | None] | None  # the steps at which rows have ended: masks (B, 1)
+Matrix: TypeAlias = Any  # an array (N, K), or its packed form, which only its runner reads
+InputProducts: TypeAlias = Any  # x W^T + b (K, B, 3H), or what its runner computes it from
+Recurrent: TypeAlias = tuple[Matrix, *tuple[Array, ...]]  # U (3H, H), vectors (H,) of a step
+OneStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> h', and its copy
+
+
+class Mode(StrEnum):
+    """How a backend runs the steps, from the simplest mode to the fastest, with its words."""
+
+    PLAIN = (
+        "plain",
+        "the equations as they stand, one call of the library for each operation",
+    )
+    TRACED = (
+        "traced",
+        "the step's operations, written down once, as NumPy calls into reused buffers",
+    )
+    COMPILED = (
+        "compiled",
+        "the step's operations, written down once, as one Numba loop over many steps",
+    )
+    EAGER = (
+        "eager",
+        "the step's operations, written down once, as a CUDA kernel between two products",
+    )
+    BLOCKS = (
+        "blocks",
+        "those kernels and products, recorded once as a CUDA graph of a block of steps",
+    )
+    GRAPH = (
+        "graph",
+        "those kernels and products, recorded once as a CUDA graph of all layers and steps",
+    )
+    PERSISTENT = (
+        "persistent",
+        "the step's operations, written down once, as one CUDA kernel over many steps",
+    )
+    WHOLE = (
+        "whole",
+        "the same, with the weights spread over the whole device",
+    )
+
+    words: str
+
+    def __new__(cls, name: str, words: str = "") -> "Mode":
+        """Make a member that is equal to its name."""
+        mode = str.__new__(cls, name)
+        mode._value_, mode.words = name, words
+        return mode
+
+
+class StepMask(Protocol):
+    """Which sequences are alive at each of K steps: None where all are, else (B, 1) of bool."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, t: int, /) -> Array | None: ...
+
+    def __iter__(self) -> Iterator[Array | None]: ...
+
+
+Alive: TypeAlias = StepMask | None  # None: all sequences are alive at all steps
 
 
 class Output(Protocol):
@@ -17,23 +82,32 @@ class Output(Protocol):
         """Store the piece of these steps."""
 
     def array(self) -> Array:
-        """Return the whole."""
+        """Return the whole array."""
 
 
 class Scans(Protocol):
-    """Runs the recurrence over a block of steps."""
+    """Runs the recurrence over a block of K steps."""
 
     def forward(
         self,
         step: Step,
-        a: Array,
+        a: InputProducts,
         h: Array,
         recurrent: Recurrent,
         alive: Alive,
         reverse: bool,
         keep: bool,
-    ) -> tuple[Array, tuple[Array, ...] | None]:
-        """Run one block forward."""
+    ) -> tuple[Array, Sequence[Array] | None]:
+        """Run the steps of a block.
+
+        a: what `affine` returned, (K, B, 3H). h: (B, H), the state before the first step run.
+        alive: a sequence that has finished keeps its state. reverse: from the last step to the
+        first.
+
+        Returns the states, path (K + 1, B, H), in which step t leads from path[t] to path[t + 1]
+        (in reverse from path[t + 1] to path[t]); and the residuals that `step` saved, each
+        (K, B, H), or None without `keep`.
+        """
 
     def backward(
         self,
@@ -41,72 +115,81 @@ class Scans(Protocol):
         dy: Array | None,
         dh: Array,
         previous: Array,
-        saved: tuple[Array, ...],
-        U: Array,
+        saved: Sequence[Array],
+        U: Matrix,
         alive: Alive,
         reverse: bool,
         taps: bool,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
-        """Run the backward pass of one block."""
+        """Run the backward pass of a block.
 
-    def single_step(
-        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
-    ) -> Callable[[Array, Array], tuple[Array, Array]]:
-        """Return a function that runs one step."""
+        step: the gradient of a step. dy: (K, B, H). dh: (B, H), the gradient to the state after
+        the block. previous: (K, B, H), the state before each step. reverse: as in the forward pass.
 
-    def prepare_step(
-        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
-    ) -> Callable[[Array, Array], tuple[Array, Array]]:
-        """Return one that may keep copies of the weights."""
+        Returns the gradients to the pre-activations, each (K, B, .); dh before the block; and with
+        `taps` dL/dh' of every step (K, B, H), else None.
+        """
+
+    def single_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
+        """Return a function of x (B, I) and h (B, H) that gives the next state and a copy of it."""
+
+    def prepare_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
+        """Return that function for many steps; it may keep copies of the weights."""
 
 
 class Products(Protocol):
     """Multiplies matrices."""
 
-    def pack_weights(self, W: Array, U: Array, rows: int) -> tuple[Array, Array]:
-        """Return W and U as products of so many rows read them."""
+    def pack_weights(self, W: Matrix, U: Matrix, rows: int) -> tuple[Matrix, Matrix]:
+        """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
 
     def frozen_weights(
         self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
-    ) -> tuple[Array, Array | None, Recurrent]:
-        """Return weights for calls without end."""
+    ) -> tuple[Matrix, Array | None, Recurrent]:
+        """Return W, b and recurrent for any number of calls, perhaps packed once and for all."""
 
-    def affine(self, x: Array, W: Array, b: Array | None) -> Array:
-        """Return x W^T + b."""
+    def affine(self, x: Array, W: Matrix, b: Array | None) -> InputProducts:
+        """Return x W^T + b (K, B, N) of x (K, B, I), W (N, I) and b (N,)."""
 
     def as_matrix(self, v: Array) -> Array:
-        """Reshape (..., N) to a matrix."""
+        """Reshape (..., N) to a matrix (rows, N)."""
 
-    def product(self, left: Array, right: Array) -> Array:
-        """Return left @ right."""
+    def product(self, left: Array, right: Matrix) -> Array:
+        """Return left (M, K) @ right (K, N), in the dtype of the arithmetic."""
 
     def row_sum(self, v: Array) -> Array:
-        """Return the sum over the rows of a matrix."""
+        """Return the sum of a matrix over its rows, in the dtype of the arithmetic."""
 
     def weight_gradients(
         self,
         weights: WeightGradients,
         h: Array,
-        saved: tuple[Array, ...],
+        saved: Sequence[Array],
         parts: Sequence[Array],
     ) -> Iterable[Array]:
-        """Return the gradients to the recurrent weights of a block."""
+        """Return what the equations' `weights` gives for all rows of a block.
+
+        h, and each array saved: (K, B, .); parts: matrices of as many rows.
+        """
 
     def overlap_products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
-        """Call functions of products that do not need each other."""
+        """Call three functions of products that do not need each other, and return their results.
+
+        work: multiply-adds of the third, which is about as much as the others together.
+        """
 
 
 class Memory(Protocol):
     """Makes and converts arrays."""
 
     def upcast(self, v: Array, dtype: DType) -> Array:
-        """Return v in the dtype of the arithmetic."""
+        """Return `v` in the dtype of the arithmetic, which is float32 for half precision."""
 
     def as_contiguous(self, v: Array) -> Array:
-        """Return v without a reference to a larger array."""
+        """Return `v` without a reference to the larger array that it is a view of."""
 
     def output(self, shape: Shape, dtype: DType) -> Output:
-        """Return an array to be filled block by block."""
+        """Return an object that collects blocks of steps into an array of this shape."""
 
 
 class Movable(Protocol):
@@ -149,4 +232,4 @@ class Runner(Scans, Products, Memory, Schedules, Protocol):
     device: Device
 
     def for_call(self, steps: int, rows: int, units: int) -> "Runner":
-        """Return the runner for a call of this size."""
+        """Return the runner for a call of so many steps, rows of the batch and units."""

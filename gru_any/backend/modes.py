@@ -1,22 +1,26 @@
-"""Which way of running blocks of steps a backend has, and why."""
+"""In which mode a backend runs the steps, and why not in a faster one."""
 
 import os
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
+from .contract import Mode, Runner
 from .cpu import buffers as memory
 from .cpu.jit_cache import problem, trial
+from .libraries import Backend
 from .reference import Plain
 
-# from the simplest to the fastest, as we believe; "whole" has to be asked for
-CUDA = ("plain", "eager", "blocks", "graph", "persistent", "whole")
+if TYPE_CHECKING:
+    from .cuda.runner import CUDA
 
-
+# what GRU_ANY_CUDA may name, from the simplest to the fastest, as we believe
+CUDA_MODES = (Mode.PLAIN, Mode.EAGER, Mode.BLOCKS, Mode.GRAPH, Mode.PERSISTENT, Mode.WHOLE)
+COMPLEX = "complex128"  # serves complex-step differentiation alone, always in plain mode
 OFF, ON = ("", "0", "false", "no", "off"), ("1", "true", "yes", "on")
 
 # what tests and scripts ask for, in place of the environment
-chosen: str | None = None
-chosen_on_cuda: str | None = None
+chosen: Mode | None = None
+chosen_on_cuda: Mode | None = None
 
 
 def switch(name: str) -> bool:
@@ -33,54 +37,56 @@ def switch(name: str) -> bool:
     return value in ON
 
 
-def _chosen() -> str:
-    """What the environment asks for on NumPy: "plain", "traced", or else "compiled"."""
+def _asked() -> Mode:
+    """Read from the environment which mode NumPy may take at most."""
     if switch("GRU_ANY_PLAIN"):
-        return "plain"
-    return "traced" if switch("GRU_ANY_NO_NUMBA") else "compiled"
+        return Mode.PLAIN
+    return Mode.TRACED if switch("GRU_ANY_NO_NUMBA") else Mode.COMPILED
 
 
-def _chosen_on_cuda() -> str:
-    """The fastest way that may be taken on CuPy; GRU_ANY_CUDA names it."""
-    asked = os.environ.get("GRU_ANY_CUDA") or "persistent"
-    way = "plain" if switch("GRU_ANY_PLAIN") else asked
-    if way not in CUDA:
-        raise ValueError(f"GRU_ANY_CUDA is {way!r}, expected one of {', '.join(CUDA)}")
-    return way
+def _asked_on_cuda() -> Mode:
+    """Read from the environment which mode CuPy may take at most."""
+    asked = os.environ.get("GRU_ANY_CUDA") or Mode.PERSISTENT
+    if switch("GRU_ANY_PLAIN"):
+        return Mode.PLAIN
+    if asked not in CUDA_MODES:
+        raise ValueError(f"GRU_ANY_CUDA is {asked!r}, expected one of {', '.join(CUDA_MODES)}")
+    return Mode(asked)
 
 
-_chosen_once, _chosen_on_cuda_once = cache(_chosen), cache(_chosen_on_cuda)
+_asked_once, _asked_once_on_cuda = cache(_asked), cache(_asked_on_cuda)
 
 
-def _way(backend: Any) -> str:
+def _allowed(backend: Backend) -> Mode:
+    """Return the fastest mode that the user allows this backend."""
     if backend.host:
-        return chosen or _chosen_once()
-    return (chosen_on_cuda or _chosen_on_cuda_once()) if backend.cuda else "plain"
+        return chosen or _asked_once()
+    return (chosen_on_cuda or _asked_once_on_cuda()) if backend.cuda else Mode.PLAIN
 
 
-def runner(backend: Any, precision: str = "full") -> Plain:
-    """How this backend runs a block of steps; precision: "tf32" where CUDA may multiply so.
+def runner(backend: Backend, precision: str = "full", dtype: str = "float32") -> Runner:
+    """Return what runs blocks of steps on this backend, for a model of this dtype.
 
-    NumPy's is compiled where Numba is installed and works. GRU_ANY_NO_NUMBA=1 does without it, and
-    GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA=eager (or blocks, or graph,
-    or plain) is the fastest way that CuPy may take. Each is read once, by the first call that needs
-    it; 0, false and the empty string mean off.
+    On NumPy it is compiled where Numba is installed and works. GRU_ANY_NO_NUMBA=1 does without
+    Numba, and GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA names the fastest
+    mode that CuPy may take: plain, eager, blocks, graph, persistent or whole. Each variable is read
+    once, by the first call that needs it.
+
+    precision: "tf32" where CUDA may multiply in it.
     """
-    way = _way(backend)
-    if way == "compiled" and problem():
-        way = "traced"
-    return _runner(backend, way, precision if backend.cuda else "full")
+    mode = Mode.PLAIN if dtype == COMPLEX else _allowed(backend)
+    if mode == Mode.COMPILED and problem():
+        mode = Mode.TRACED
+    return _runner(backend, mode, precision if backend.cuda else "full")
 
 
 @cache
-def _runner(backend: Any, way: str, precision: str) -> Plain:
-    if way == "plain":
+def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
+    if mode == Mode.PLAIN:
         return Plain(backend.xp, backend.device)
     if backend.cuda:
-        from .cuda.runner import runner_on
-
-        return runner_on(backend, way, precision)
-    if way == "traced":
+        return _on_cuda(backend, mode, precision)
+    if mode == Mode.TRACED:
         from .cpu.numpy_runner import NumPy
 
         return NumPy(backend.xp, backend.device)
@@ -89,55 +95,51 @@ def _runner(backend: Any, way: str, precision: str) -> Plain:
     return Numba(backend.xp, backend.device)
 
 
-def path(backend: Any, hidden_size: int, dtype: str = "float32") -> tuple[str, str]:
-    """Which way a call of this size takes, and in words why it is not a faster one.
+@cache
+def _on_cuda(backend: Backend, mode: Mode, precision: str) -> "CUDA":
+    from .cuda.runner import runner_on
 
-    The name is "plain", "traced" or "compiled" on NumPy; "plain", "eager" (a kernel between two
-    products), "blocks" (those recorded, each block of steps), "graph" (the whole call recorded) or
-    "persistent" (a kernel for all steps) on CuPy; else "plain".
-    """
-    if backend.cuda and dtype != "complex128":
-        return _path_on_cuda(backend, hidden_size, dtype)
-    if not backend.host:
-        return "plain", f"{backend.name} evaluates the equations as they stand, one call a step"
-    if dtype == "complex128":
-        return "plain", "complex128 serves complex-step differentiation alone"
-    if _way(backend) == "plain":
-        return "plain", "GRU_ANY_PLAIN is set"
-    if _way(backend) == "traced":
-        return "traced", "GRU_ANY_NO_NUMBA is set"
+    return runner_on(backend, mode, precision)
+
+
+def path(backend: Backend, hidden_size: int, dtype: str = "float32") -> tuple[Mode, str]:
+    """Return the mode of a call of this size, and in words why it is not a faster one."""
+    if not (backend.host or backend.cuda):
+        return Mode.PLAIN, f"{backend.name} evaluates the equations as they stand, one call a step"
+    if dtype == COMPLEX:
+        return Mode.PLAIN, "complex128 serves complex-step differentiation alone"
+    mode = _allowed(backend)
+    if backend.cuda and mode != Mode.PLAIN:
+        name, why = _on_cuda(backend, mode, "full").path(hidden_size, dtype)
+        return Mode(name), why
+    if mode == Mode.PLAIN:
+        asked = backend.host or switch("GRU_ANY_PLAIN")
+        return mode, f"{'GRU_ANY_PLAIN' if asked else 'GRU_ANY_CUDA'} is set"
+    if mode == Mode.TRACED:
+        return mode, "GRU_ANY_NO_NUMBA is set"
     if why := problem() or trial():
-        return "traced", why
-    return "compiled", "this is the fastest way on NumPy"
+        return Mode.TRACED, why
+    return mode, "this is the fastest way on NumPy"
 
 
-def _path_on_cuda(backend: Any, hidden_size: int, dtype: str) -> tuple[str, str]:
-    if _way(backend) == "plain":
-        return "plain", f"{'GRU_ANY_PLAIN' if switch('GRU_ANY_PLAIN') else 'GRU_ANY_CUDA'} is set"
-    run: Any = runner(backend)
-    return run.path(hidden_size, dtype)
-
-
-def recorded(backend: Any, steps: int | None) -> str:
-    """In words, whether CUDA records a call of so many steps as a whole; "" elsewhere."""
-    if not backend.cuda or _way(backend) == "plain":
+def recorded(backend: Backend, steps: int | None) -> str:
+    """Say whether CUDA records a call of so many steps as a whole; "" on another backend."""
+    if not backend.cuda or (mode := _allowed(backend)) == Mode.PLAIN:
         return ""
-    run: Any = runner(backend)
-    return str(run.recorded(steps))
+    return _on_cuda(backend, mode, "full").recorded(steps)
 
 
-def forget(backend: Any) -> None:
+def forget(backend: Backend) -> None:
     """Release the memory kept for later calls, and the calls captured on CUDA."""
     if backend.host:
         memory.forget()
-    if backend.cuda and _way(backend) != "plain":
+    if backend.cuda and (mode := _allowed(backend)) != Mode.PLAIN:
         for precision in ("full", "tf32"):
-            run: Any = runner(backend, precision)
-            run.forget()
+            _on_cuda(backend, mode, precision).forget()
 
 
-def environment(backend: Any) -> dict[str, str]:
-    """What may change the last bits of a number: versions, threads, and how the backend runs."""
+def environment(backend: Backend) -> dict[str, str]:
+    """Return what may change the last bits of a result: versions, threads, the runner."""
     import platform
     from importlib import import_module
     from importlib.metadata import PackageNotFoundError, version

@@ -1,61 +1,61 @@
 """The reference runner: the equations as they stand, one call a step, on any array library.
 
-It never assigns into an array, so immutable arrays work too: steps are collected and stacked. Every
-faster runner has the methods of `Plain`, documented here, and is tested against it.
+It never assigns into an array, so immutable arrays work too: steps are collected and stacked. Its
+methods are documented in `contract.py`; every faster runner is tested against it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .contract import Movable, Output, Result, Runner
+from ..typing import Array, Device, DType, Namespace, Shape, Step, WeightGradients
+from .contract import (
+    Alive,
+    InputProducts,
+    Matrix,
+    Movable,
+    OneStep,
+    Output,
+    Recurrent,
+    Result,
+    Runner,
+)
 
 
 class Plain:
     """Runs blocks of steps on the namespace `xp`."""
 
-    def __init__(self, xp: Any, device: Any) -> None:
+    def __init__(self, xp: Namespace, device: Device) -> None:
         self.xp, self.device = xp, device
 
-    def for_call(self, steps: int, rows: int, units: int) -> "Plain":
-        """Return the runner for calls of so many steps, rows of the batch and units."""
+    def for_call(self, steps: int, rows: int, units: int) -> Runner:
         return self
 
-    def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
-        """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
+    def pack_weights(self, W: Matrix, U: Matrix, rows: int) -> tuple[Matrix, Matrix]:
         return W, U
 
-    def upcast(self, v: Any, dtype: Any) -> Any:
-        """Upcast `v` to the dtype of the arithmetic, which is float32 for half precision."""
+    def upcast(self, v: Array, dtype: DType) -> Array:
         return v if v.dtype == dtype else self.xp.astype(v, dtype)
 
-    def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """Return x W^T + b (K, B, N) of x (K, B, I), W (N, I) and b (N,) or None."""
+    def affine(self, x: Array, W: Matrix, b: Array | None) -> InputProducts:
         a = self.product(self.as_matrix(x), W.T)
         return self.xp.reshape(a if b is None else a + b, (x.shape[0], x.shape[1], W.shape[0]))
 
     def forward(
         self,
-        step: Any,
-        a: Any,
-        h: Any,
-        recurrent: Any,
-        alive: Any,
+        step: Step,
+        a: InputProducts,
+        h: Array,
+        recurrent: Recurrent,
+        alive: Alive,
         reverse: bool,
         keep: bool,
-    ) -> tuple[Any, Any]:
-        """Run one block of K steps forward.
-
-        a: (K, B, 3H), the input products. h: (B, H), the state before the first step run. alive:
-        None, or K entries, each None or (B, 1) of bool, False where a sequence has finished.
-        Returns the states, path (K + 1, B, H), in which step t leads from path[t] to path[t + 1]
-        (in reverse from path[t + 1] to path[t]); and the residuals that `step` saved, each
-        (K, B, H), or None without `keep`.
-        """
+    ) -> tuple[Array, Sequence[Array] | None]:
         xp, states, saved = self.xp, [h], []
         for t in _order(a.shape[0], reverse):
             new, extra = step(xp, a[t, :, :], h, *recurrent)
-            h = xp.where(alive[t], new, h) if _ends(alive, t) else new
+            mask = None if alive is None else alive[t]
+            h = new if mask is None else xp.where(mask, new, h)
             states.append(h)
             saved.append(extra)
         if reverse:
@@ -63,11 +63,10 @@ class Plain:
             saved.reverse()
         return xp.stack(states), self._stack(saved) if keep else None
 
-    def single_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """Return a function of x (B, I) and h (B, H) that gives the next state and a copy of it."""
+    def single_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
         U, *vectors = recurrent
 
-        def one(x: Any, h: Any) -> Any:
+        def one(x: Array, h: Array) -> tuple[Array, Array]:
             left, right = self.pack_weights(W, U, x.shape[0])
             a = self.affine(x[None, :, :], left, b)
             path, _ = self.forward(step, a, h, (right, *vectors), None, False, False)
@@ -76,37 +75,32 @@ class Plain:
 
         return one
 
-    def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        """Return the function of `single` for many steps; it may keep copies of the weights."""
+    def prepare_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
         return self.single_step(step, W, b, recurrent)
 
-    def frozen_weights(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
-        """W, b, recurrent for calls without end, which may hold copies of them."""
+    def frozen_weights(
+        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
+    ) -> tuple[Matrix, Array | None, Recurrent]:
         return W, b, recurrent
 
     def backward(
         self,
-        step: Any,
-        dy: Any,
-        dh: Any,
-        previous: Any,
-        saved: Any,
-        U: Any,
-        alive: Any,
+        step: Step,
+        dy: Array | None,
+        dh: Array,
+        previous: Array,
+        saved: Sequence[Array],
+        U: Matrix,
+        alive: Alive,
         reverse: bool,
         taps: bool,
-    ) -> tuple[Any, Any, Any]:
-        """Run the backward pass of one block.
-
-        dy: (K, B, H) or None. dh: (B, H), the gradient to the state after the block. previous:
-        (K, B, H), the state before each step. Returns the gradients to the pre-activations, each
-        (K, B, .); dh before the block; and with `taps` dL/dh' of every step (K, B, H), else None.
-        """
+    ) -> tuple[tuple[Array, ...], Array, Array | None]:
         xp, parts, gs = self.xp, [], []
         for t in _order(previous.shape[0], not reverse):
             g = dh if dy is None else dh + dy[t, :, :]
             new, part = step(xp, g, previous[t, :, :], [s[t, :, :] for s in saved], U)
-            dh = xp.where(alive[t], new, dh) if _ends(alive, t) else new
+            mask = None if alive is None else alive[t]
+            dh = new if mask is None else xp.where(mask, new, dh)
             parts.append(part)
             gs.append(g)
         if not reverse:
@@ -154,62 +148,46 @@ class Plain:
         """
         return function(owner.on(self), *static, arrays, *(() if tape is None else (tape,)))
 
-    def as_matrix(self, v: Any) -> Any:
-        """Reshape v (..., N) to a matrix (rows, N)."""
+    def as_matrix(self, v: Array) -> Array:
         return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
 
-    def product(self, left: Any, right: Any) -> Any:
-        """Return left (M, K) @ right (K, N), in the dtype of the arithmetic."""
+    def product(self, left: Array, right: Matrix) -> Array:
         return left @ right
 
-    def row_sum(self, v: Any) -> Any:
-        """Return the sum of a matrix over its rows, in the dtype of the arithmetic."""
+    def row_sum(self, v: Array) -> Array:
         return self.xp.sum(v, axis=0)
 
-    def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        """Return what the equations' `weights` gives for all rows of a block.
-
-        h, and each array saved: (K, B, .); parts: matrices of as many rows.
-        """
+    def weight_gradients(
+        self, weights: WeightGradients, h: Array, saved: Sequence[Array], parts: Sequence[Array]
+    ) -> Iterable[Array]:
         return weights(self.xp, self.as_matrix(h), [self.as_matrix(v) for v in saved], *parts)
 
     def overlap_products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
-        """Call three functions of products that do not need each other -> what they return.
-
-        work: multiply-adds of the third, which is about as much as the others together.
-        """
         return [call() for call in calls]
 
-    def as_contiguous(self, v: Any) -> Any:
-        """Return `v` without a reference to the larger array that it is a view of."""
+    def as_contiguous(self, v: Array) -> Array:
         return v
 
-    def output(self, shape: tuple[int, ...], dtype: Any) -> Output:
-        """Return an object that collects blocks of steps into an array of this shape."""
-        return _Output(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
+    def output(self, shape: Shape, dtype: DType) -> Output:
+        return Pieces(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
 
-    def _stack(self, tuples: list[Any]) -> tuple[Any, ...]:
+    def _stack(self, tuples: Sequence[Sequence[Array]]) -> tuple[Array, ...]:
         return tuple(self.xp.stack(column) for column in zip(*tuples, strict=True))
 
 
-class _Output:
+class Pieces:
     """Pieces of an array, concatenated along axis 0 at the end."""
 
-    def __init__(self, xp: Any, nothing: Callable[[], Any]) -> None:
+    def __init__(self, xp: Namespace, nothing: Callable[[], Array]) -> None:
         self.xp, self.nothing = xp, nothing
-        self.pieces: list[tuple[int, Any]] = []
+        self.pieces: list[tuple[int, Array]] = []
 
-    def put(self, block: slice, piece: Any) -> None:
+    def put(self, block: slice, piece: Array) -> None:
         self.pieces.append((block.start, piece))
 
-    def array(self) -> Any:
+    def array(self) -> Array:
         pieces = [a for _, a in sorted(self.pieces, key=lambda piece: piece[0])]
         return self.xp.concat(pieces, axis=0) if pieces else self.nothing()
-
-
-def _ends(alive: Any, t: int) -> bool:
-    """Whether a sequence has finished before step t."""
-    return alive is not None and alive[t] is not None
 
 
 def _order(K: int, reverse: bool) -> range:

@@ -19,17 +19,6 @@ from ..nn.layers import Embedding, Last, Linear
 from ..nn.params import Layer
 from .formulas import called, formulas, latex
 
-PATHS = {
-    "plain": "the equations as they stand, one call of the library for each operation",
-    "traced": "the step's operations, written down once, as NumPy calls into reused buffers",
-    "compiled": "the step's operations, written down once, as one Numba loop over many steps",
-    "eager": "the step's operations, written down once, as a CUDA kernel between two products",
-    "blocks": "those kernels and products, recorded once as a CUDA graph of a block of steps",
-    "graph": "those kernels and products, recorded once as a CUDA graph of all layers and steps",
-    "persistent": "the step's operations, written down once, as one CUDA kernel over many steps",
-    "whole": "the same, with the weights spread over the whole device",
-}
-
 
 def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "text") -> str:
     """Say what a model computes, with its sizes filled in.
@@ -164,7 +153,7 @@ def _recurrent(layer: Any, shape: Any) -> list[str]:
     notes = [
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
         _biases(layer.bias, layer.reset_after),
-        f"A call runs {way}: {PATHS[way]}. Why not faster: {why}.",
+        f"A call runs {way}: {way.words}. Why not faster: {why}.",
         *(_recorded(layer, shape) if isinstance(layer, GRU) else []),
         *_called(step),
     ]

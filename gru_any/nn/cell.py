@@ -122,7 +122,7 @@ class GRUCell(Layer):
         return self.backend.xp.expand_dims(v, axis=0) if v.ndim == 1 else v
 
     def _sweep(self) -> Sweep:
-        run, dtype = runner(self.backend), self.backend.dtype(self.arithmetic)
+        run, dtype = runner(self.backend, dtype=self.dtype), self.backend.dtype(self.arithmetic)
 
         def get(name: str) -> Any:
             return run.upcast(self.params[name], dtype)

@@ -327,7 +327,7 @@ class GRU(Layer):
 
     @property
     def _run(self) -> Any:
-        return runner(self.backend, self.precision)
+        return runner(self.backend, self.precision, self.dtype)
 
     def _upcast(self, v: Any) -> Any:
         if self.arithmetic == self.dtype:

@@ -65,7 +65,7 @@ class Linear(Layer):
         """Return y (..., O) of x (..., I)."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(..., I)", {"I": self.in_features})
-        run = runner(self.backend)
+        run = runner(self.backend, dtype=self.dtype)
         y = run.product(self._rows(x), self._compute(self.params["weight"]).T)
         if self.bias:
             y = y + self._compute(self.params["bias"])
@@ -81,7 +81,7 @@ class Linear(Layer):
             refuse_stale(self.params, version)
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
-            run, d = runner(self.backend), self._rows(dy)
+            run, d = runner(self.backend, dtype=self.dtype), self._rows(dy)
             grads = {"weight": run.product(d.T, self._rows(x))}
             if self.bias:
                 grads["bias"] = run.row_sum(d)
@@ -92,7 +92,7 @@ class Linear(Layer):
         return y, pullback
 
     def _rows(self, v: Any) -> Any:
-        return runner(self.backend).as_matrix(self._compute(v))
+        return runner(self.backend, dtype=self.dtype).as_matrix(self._compute(v))
 
 
 class Embedding(Layer):

@@ -33,8 +33,6 @@ class Brief(NumPy):
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         W = _matrix(W)
-        if x.dtype.kind == "c":
-            return super().affine(x, W, b)
         a = self._empty((*x.shape[:2], len(W)), x.dtype)
         columns = turned(a)
         np.matmul(W, turned(np.ascontiguousarray(x)), out=columns)
@@ -48,8 +46,6 @@ class Brief(NumPy):
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
         U, *vectors = recurrent
         given = step, a, h, (_matrix(U), *vectors), *others
-        if a.dtype.kind == "c":
-            return super().forward(*given)
         try:
             return self._forward(*given)
         except Exception as e:

@@ -47,22 +47,18 @@ class Numba(NumPy):
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, Packed):  # of a frozen model
             return (W.matrix, U.matrix) if rows <= FEWEST else (W, U)
-        if U.dtype.kind == "c":
-            return W, U
         few = rows <= LONG and rows * (W.size + U.size) <= WORTH
         return (W, U) if few or rows <= SHORT else (Packed(W), Packed(U))
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """Return an `Input`, which the walk computes."""
-        return super().affine(x, W, b) if x.dtype.kind == "c" else Input(x, W, b)
+        return Input(x, W, b)
 
     def multiply(self, left: Any, right: Any, out: Any) -> None:
         """Fill out with left @ right, by our own products; right may be packed."""
         packed, matrix = (right, right.matrix) if isinstance(right, Packed) else (None, right)
         R, (K, N) = len(left), matrix.shape
-        if left.dtype.kind == "c":
-            super().multiply(left, matrix, out)
-        elif K == 1:
+        if K == 1:
             outer(left[:, 0], matrix[0], out)
         elif packed is None and R == 1:
             times(left[0], matrix, out[0])
@@ -73,8 +69,6 @@ class Numba(NumPy):
             product(left, packed.panels(slice(0, K), False, 1), None, out)
 
     def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
-        if W.dtype.kind == "c":
-            return super().prepare_step(step, W, b, recurrent)
         U, *vectors = recurrent
         many = self.single_step(step, Packed(W), b, (Packed(U), *vectors))
         walk, H = forward_walk(step, len(vectors), False, W.dtype), len(U) // 3
@@ -92,8 +86,6 @@ class Numba(NumPy):
         return one
 
     def frozen_weights(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
-        if W.dtype.kind == "c":
-            return W, b, recurrent
         (U, *vectors), H = recurrent, len(W) // 3
         W, U = Packed(W), Packed(U)
         for rows, op in forward_walk(step, len(vectors), False, U.matrix.dtype).products(H):
@@ -119,8 +111,6 @@ class Numba(NumPy):
         reverse: bool,
         keep: bool,
     ) -> tuple[Any, Any]:
-        if h.dtype.kind == "c":
-            return super().forward(step, a, h, recurrent, alive, reverse, keep)
         U, *vectors = recurrent
         walk, H = forward_walk(step, len(vectors), keep, h.dtype), len(U) // 3
         if isinstance(a, Input):

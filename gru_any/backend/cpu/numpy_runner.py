@@ -35,8 +35,6 @@ class NumPy(Plain):
         return v.copy()
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        if x.dtype.kind == "c":
-            return super().affine(x, W, b)
         (K, B, I), N = x.shape, len(W)
         x = np.ascontiguousarray(x)  # NumPy calls no BLAS where strides are 0 or negative
         a = self._empty((K, B, N), x.dtype)
@@ -85,8 +83,6 @@ class NumPy(Plain):
         reverse: bool,
         keep: bool,
     ) -> tuple[Any, Any]:
-        if a.dtype.kind == "c":
-            return super().forward(step, a, h, recurrent, alive, reverse, keep)
         (K, B, _), H = a.shape, h.shape[-1]
         step = by_exp(step) if B * H >= LARGE else step
         program = forward_program(step, len(recurrent) - 1, keep)
