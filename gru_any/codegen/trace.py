@@ -14,8 +14,13 @@ class Op(NamedTuple):
     """column <- name(inputs); an input is the number of a column, or a Python float."""
 
     name: str
-    inputs: tuple[Any, ...]
+    inputs: tuple[int | float, ...]
     output: int
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The inputs that are columns."""
+        return tuple(i for i in self.inputs if isinstance(i, int))
 
 
 class Product(NamedTuple):
@@ -25,6 +30,11 @@ class Product(NamedTuple):
     rows: slice
     transposed: bool
     outputs: tuple[int, ...]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The inputs."""
+        return self.inputs
 
 
 class Program(NamedTuple):
@@ -56,7 +66,7 @@ class Program(NamedTuple):
             outputs = op.outputs if isinstance(op, Product) else (op.output,)
             if needed & set(outputs):
                 ops.append(op)
-                needed |= {i for i in op.inputs if not isinstance(i, float)}
+                needed.update(op.columns)
         return self._replace(ops=ops[::-1])
 
 
@@ -99,7 +109,7 @@ class _Tape:
     def __init__(self) -> None:
         self.ops: list[Op | Product] = []
         self.count = 0
-        self.known: dict[Any, int] = {}
+        self.known: dict[tuple[str, ...], int] = {}
         self.made: dict[int, Op] = {}
 
     def stand_in(self, argument: Any) -> Any:
@@ -115,14 +125,15 @@ class _Tape:
 
     def op(self, name: str, *inputs: Any) -> int:
         """The column of an operation; the same one where it was done before."""
-        if (name, inputs) not in self.known:
+        key = name, *map(repr, inputs)  # 1.0 is a number, 1 a column
+        if key not in self.known:
             column = self._joined(name, *inputs)
             if column is None:
                 column = self.new(1)[0]
                 self.made[column] = Op(name, inputs, column)
                 self.ops.append(self.made[column])
-            self.known[name, inputs] = column
-        return self.known[name, inputs]
+            self.known[key] = column
+        return self.known[key]
 
     def _joined(self, name: str, k: Any, v: Any = None) -> int | None:
         """The column of k (m w), as that of (k m) w; None where no two numbers can be joined."""
