@@ -7,6 +7,7 @@ library; whoever runs the list does.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -70,6 +71,7 @@ class Program(NamedTuple):
         return self._replace(ops=ops[::-1])
 
 
+FUNCTIONS = ["tanh"]  # of xp, of one array, element by element
 INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
 
@@ -156,14 +158,14 @@ class _Tape:
         """An operation on each column."""
         return _Columns(self, tuple(self.op(name, i) for i in v.ids))
 
-    def tanh(self, v: "_Columns") -> "_Columns":
-        return self.each("tanh", v)
-
     def concat(self, parts: Any, axis: int) -> "_Columns":
         return _Columns(self, tuple(i for part in parts for i in part.ids))
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"xp.{name} cannot be traced: the steps are made of + - * @ and tanh")
+    def __getattr__(self, name: str) -> Callable[["_Columns"], "_Columns"]:
+        if name in FUNCTIONS:
+            return partial(self.each, name)
+        known = " and ".join(["+ - * / @", *FUNCTIONS])
+        raise AttributeError(f"xp.{name} cannot be traced: the steps are made of {known}")
 
 
 class _Matrix:
