@@ -1,5 +1,7 @@
 """The schedule, carried out as it says, against the step; and what the printers make of it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import PATHS
@@ -14,6 +16,7 @@ from gru_any.codegen import (
     numpy_source,
     trace,
 )
+from gru_any.codegen.__main__ import page
 from gru_any.codegen.brief_source import BriefSource
 from gru_any.codegen.javascript_source import javascript
 from gru_any.codegen.numba_source import NumbaSource
@@ -208,3 +211,8 @@ def test_a_new_operation_is_one_entry_for_each_target(monkeypatch):
         scan = cuda_source.forward_scan(step, 1, True, number)
         assert f"= {name}(v3);" in scan.set_table.source
     assert "= Math.abs(v3);" in javascript(schedule)
+
+
+def test_the_page_of_the_documentation_is_what_the_command_prints():
+    text = (Path(__file__).parent.parent / "docs" / "targets.md").read_text("utf-8")
+    assert text == page(), "python -m gru_any.codegen > docs/targets.md"

@@ -15,7 +15,7 @@ ARGUMENTS = {Kind.PROJECTION: "a", Kind.BEFORE: "h", Kind.VECTOR: "c"}
 
 
 def javascript(schedule: Schedule) -> str:
-    """Print `step(a, h, U, c)`, which returns the new state h and the first residuals r, z and n.
+    """Print `step(a, h, U, c)`, which returns the new state h and the first residuals as r, z, n.
 
     It calls `product(U, v, first, last)`, the product of v (H,) with these rows of U.
     """
@@ -26,7 +26,7 @@ def javascript(schedule: Schedule) -> str:
     lines += [f"const {_name(v)} = new Float64Array({v.columns} * H);" for v in made]
     for stage in schedule.stages:
         lines += _product(stage) if isinstance(stage, Gemm) else _loop(stage)
-    residuals = zip("rzn", schedule.extras[:3], strict=True)
+    residuals = zip("rzn", schedule.extras, strict=False)
     results = [f"h: {_name(after)}", *(f"{letter}: {_name(v)}" for letter, v in residuals)]
     lines.append(f"return {{ {', '.join(results)} }};")
     return "\n".join(["function step(a, h, U, c) {", *(f"  {line}" for line in lines), "}"])
