@@ -262,14 +262,14 @@ def whole(check: "Check", cell: Cell) -> Any:
     from gru_any import equations
     from gru_any.backend import modes as run
     from gru_any.backend import select
-    from gru_any.backend.cuda.walk import backward_walk, forward_walk
-    from gru_any.backend.cuda.whole import holds
+    from gru_any.codegen.cuda_cooperative import holds
+    from gru_any.codegen.cuda_source import backward_scan, forward_scan
 
     if cell.layers * cell.directions > 1:
         return None
     variant, ops = equations.variant(bool(cell.reset_after)), run.runner(select(check.name)).ops
-    walks = (forward_walk(variant.step, int(cell.reset_after), True, "float32"),
-             backward_walk(variant.backward, 4, True, False, "float32"))  # fmt: skip
+    walks = (forward_scan(variant.step, int(cell.reset_after), True, "float32"),
+             backward_scan(variant.backward, 4, True, False, "float32"))  # fmt: skip
     if not all(holds(w, cell.B, cell.H, ops.multiprocessors, ops.shared) for w in walks):
         return None
     wait, calls = ours(check, cell)

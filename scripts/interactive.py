@@ -20,12 +20,12 @@ import numpy as np
 from look_inside import load
 
 from gru_any import GRU, Chain, Embedding, Linear, equations
-from gru_any.codegen.trace import MATRIX, Op, Product, Program, trace
+from gru_any.codegen.javascript_source import javascript
+from gru_any.codegen.schedule import HOST, Schedule, forward_schedule
 from gru_any.inspect.values import activity, half_life
 
 TEMPLATE = Path(__file__).with_name("interactive.html")
 TEXT = 'The "for" statement is used to iterate over the elements of a '
-SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,54 +91,9 @@ def encoded(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()
 
 
-# from the traced operations to JavaScript --------------------------------------------------------
-
-
-def forward(after: bool) -> Program:
-    """The operations of a step, of which the first three saved arrays are r, z and n."""
-    return trace(equations.variant(after).step, 3, 1, MATRIX, *[1] * after)
-
-
-def javascript(program: Program) -> str:
-    """A function `step(a, h, U, c)` that returns {h, r, z, n}."""
-    (a, (h,), _, *vectors) = program.inputs
-    lines = [f"const v{i} = a.subarray({n} * H, {n + 1} * H);" for n, i in enumerate(a)]
-    lines += [f"const v{h} = h;", *(f"const v{c} = c;" for (c,) in vectors)]
-    loop: list[str] = []
-    for op in program.ops:
-        if isinstance(op, Product):
-            lines += [*looped(loop), *product(op)]
-            loop = []
-        else:
-            lines.append(f"const v{op.output} = new Float64Array(H);")
-            loop.append(f"v{op.output}[j] = {value(op)};")
-    results = zip("rzn", program.extras[:3], strict=True)
-    named = [f"h: v{program.result}", *(f"{name}: v{ids[0]}" for name, ids in results)]
-    lines += [*looped(loop), f"return {{ {', '.join(named)} }};"]
-    body = "\n".join(f"  {line}" for line in lines)
-    return f"function step(a, h, U, c) {{\n  const H = h.length;\n{body}\n}}"
-
-
-def product(op: Product) -> list[str]:
-    """The product of one column with rows of U, and the columns it gives."""
-    if not op.transposed or len(op.inputs) != 1:
-        raise NotImplementedError(f"{op} is no product of the state with rows of U")
-    first, last, name = op.rows.start, op.rows.stop, f"q{op.outputs[0]}"
-    parts = [
-        f"const v{i} = {name}.subarray({n} * H, {n + 1} * H);" for n, i in enumerate(op.outputs)
-    ]
-    return [f"const {name} = product(U, v{op.inputs[0]}, {first} * H, {last} * H);", *parts]
-
-
-def value(op: Op) -> str:
-    """One operation on the entries of unit j."""
-    x = [repr(i) if isinstance(i, float) else f"v{i}[j]" for i in op.inputs]
-    return f" {SIGNS[op.name]} ".join(x) if op.name in SIGNS else f"Math.{op.name}({x[0]})"
-
-
-def looped(lines: list[str]) -> list[str]:
-    """The lines for each unit."""
-    return ["for (let j = 0; j < H; j++) {", *(f"  {v}" for v in lines), "}"] if lines else []
+def forward(after: bool) -> Schedule:
+    """A step whose first three residuals are r, z and n."""
+    return forward_schedule(equations.variant(after).step, int(after), True, HOST)
 
 
 if __name__ == "__main__":

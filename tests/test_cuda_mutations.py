@@ -4,15 +4,16 @@ A missing barrier is in test_cuda_persistent.py.
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 
 from gru_any import GRU, asarray, to_numpy
 from gru_any.backend import modes as run
-from gru_any.backend.cuda import calls, plan, recording, runner, walk
+from gru_any.backend.cuda import calls, plan, recording, runner
 from gru_any.codegen import cuda_source as source
-from gru_any.codegen.schedule import Gemm
+from gru_any.codegen.schedule import Finished, Gemm
 from gru_any.nn import sweep
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda import memory
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("compiler")
 
 def noticed():
     """Whether whole GRUs give other numbers than on NumPy, or a check of the device speaks."""
-    walk.forward_walk.cache_clear()
-    walk.backward_walk.cache_clear()
+    source.forward_scan.cache_clear()
+    source.backward_scan.cache_clear()
     run._runner.cache_clear()
     run._on_cuda.cache_clear()
     Ops().synchronize()  # what a mistake before this one left undone
@@ -49,8 +50,8 @@ def noticed():
 def clean(monkeypatch):
     monkeypatch.setattr(run, "chosen_on_cuda", "graph")
     yield
-    walk.forward_walk.cache_clear()
-    walk.backward_walk.cache_clear()
+    source.forward_scan.cache_clear()
+    source.backward_scan.cache_clear()
     run._runner.cache_clear()
     run._on_cuda.cache_clear()
 
@@ -91,26 +92,26 @@ def test_a_dropped_operand(monkeypatch):
     assert noticed()
 
 
-@pytest.mark.parametrize("rule", ["kept", "zero"])
+@pytest.mark.parametrize("rule", [Finished.KEPT, Finished.ZERO])
 def test_rows_that_have_ended(rule, monkeypatch):
     right = source.stored
-    monkeypatch.setattr(
-        source, "stored",
-        lambda store, old: right(store._replace(ended="as it is") if store.ended == rule else store,
-                                 old),
-    )  # fmt: skip
+
+    def wrong(store, old):
+        computed = store._replace(finished=Finished.COMPUTED)
+        return right(computed if store.finished is rule else store, old)
+
+    monkeypatch.setattr(source, "stored", wrong)
     assert noticed()
 
 
 def test_the_wrong_order_of_stages(monkeypatch):
-    right = walk.staged
+    def wrong(right, *arguments):
+        found = right(*arguments)
+        first = next(n for n, stage in enumerate(found.stages) if isinstance(stage, Gemm))
+        return found._replace(stages=[*found.stages[first + 1 :], *found.stages[: first + 1]])
 
-    def wrong(*arguments):
-        stages = right(*arguments)
-        first = next(n for n, stage in enumerate(stages.stages) if isinstance(stage, Gemm))
-        return stages._replace(stages=[*stages.stages[first + 1 :], *stages.stages[: first + 1]])
-
-    monkeypatch.setattr(walk, "staged", wrong)
+    for name in ("forward_schedule", "backward_schedule"):
+        monkeypatch.setattr(source, name, partial(wrong, getattr(source, name)))
     assert noticed()
 
 

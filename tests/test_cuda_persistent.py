@@ -9,12 +9,11 @@ from cuda_tools import ARCHITECTURES, compiled, problem, run_program
 
 from gru_any import equations
 from gru_any.backend import NUMPY, select
-from gru_any.backend.cuda import whole
-from gru_any.backend.cuda.persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from gru_any.backend.cuda.runner import CUDA
-from gru_any.backend.cuda.walk import backward_walk, forward_walk, typed
 from gru_any.backend.reference import Plain
-from gru_any.codegen.cuda_source import prelude
+from gru_any.codegen import cuda_cooperative as cooperative
+from gru_any.codegen.cuda_persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
+from gru_any.codegen.cuda_source import backward_scan, forward_scan, prelude, typed
 from gru_any.nn.sweep import StepMask
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda.memory import count
@@ -31,8 +30,8 @@ STORED = ("U", "dy", "p0", "p1")  # which these are
 def walks(after, number="float32", name="", half=None):
     variant, types = equations.variant(after), tuple((n, half) for n in STORED if half)
     found = [
-        forward_walk(variant.step, int(after), True, number, (), f"{name}forward"),
-        backward_walk(variant.backward, 4, True, False, number, (), f"{name}backward"),
+        forward_scan(variant.step, int(after), True, number, (), f"{name}forward"),
+        backward_scan(variant.backward, 4, True, False, number, (), f"{name}backward"),
     ]
     return [typed(walk, types) for walk in found]
 
@@ -57,7 +56,10 @@ def test_nvrtc_compiles_them(after, architecture, record_property):
 def test_nvrtc_compiles_those_over_halves(architecture, half, record_property):
     for after in EVERY if THOROUGH else [True]:
         for walk in walks(after, half=half):
-            kernels = persistent_kernel(walk, 128, ROWS), whole.whole_kernel(walk, 32, 1024, 8)
+            kernels = (
+                persistent_kernel(walk, 128, ROWS),
+                cooperative.cooperative_kernel(walk, 32, 1024, 8),
+            )
             for kernel in kernels:
                 _, usage = compiled(kernel.source, architecture)
                 [(registers, spilled)] = usage.values()
@@ -146,7 +148,7 @@ def test_a_missing_barrier_is_found(barrier, tmp_path):
 def test_nvrtc_compiles_those_of_the_whole_device(after, architecture, record_property):
     for B, H in ((32, 1024), (1, 777)) if THOROUGH else ((32, 1024),):
         for walk in walks(after):
-            kernel = whole.whole_kernel(walk, B, H, whole.units(H, 132))
+            kernel = cooperative.cooperative_kernel(walk, B, H, cooperative.units(H, 132))
             _, usage = compiled(kernel.source, architecture)
             [(registers, spilled)] = usage.values()
             record_property(f"{kernel.name} {B} {H} sm_{architecture}", usage)
@@ -158,23 +160,29 @@ def test_what_a_device_holds():
     forward, _ = walks(True)
     h100 = (132, 227 * 1024)
     sizes = [(1, 1024), (32, 1024), (64, 512), (65, 64), (32, 2048)]
-    assert [whole.holds(forward, *s, *h100) for s in sizes] == [True, True, True, False, False]
-    assert not whole.holds(forward, 32, 1024, 68, 64 * 1024)
+    assert [cooperative.holds(forward, *s, *h100) for s in sizes] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not cooperative.holds(forward, 32, 1024, 68, 64 * 1024)
 
 
 def whole_jobs(B=3, H=5, own=2, K=3, halves=(None,)):
     """As `jobs`, without what every source begins with: three blocks, the last with a unit less."""
     text, launches, values = "", [], random()
     for walk in every_walk(halves):
-        kernel = whole.whole_kernel(walk, B, H, own)
+        kernel = cooperative.cooperative_kernel(walk, B, H, own)
         start = len(prelude("float32"))
         text += f"namespace {kernel.name}_ {{\n{kernel.source[start:]}}}\n"
         text += f"using {kernel.name}_::{kernel.name};\n"
         _, _, (_, _, first, *rest) = job(walk, kernel, B, H, K, 1, values)
-        shared = [values((2, B, n * H)) for n in whole.exchanged(walk).values()]
+        shared = [values((2, B, v.columns * H)) for v in cooperative.exchanged(walk)]
         numbers = [K, first, *rest[:8], np.zeros(1, "u4"), *shared, *rest[8:]]
-        size = 4 * whole.shared_numbers(walk, B, H, own)
-        shape = (-(-H // own), 1, whole.threads(B, own), size, 2)
+        size = 4 * cooperative.shared_numbers(walk, B, H, own)
+        shape = (-(-H // own), 1, cooperative.threads(B, own), size, 2)
         launches.append((kernel.name, shape, numbers))
     return text, launches
 

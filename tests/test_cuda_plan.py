@@ -13,8 +13,9 @@ import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
 from gru_any.backend import NUMPY, runner, select
 from gru_any.backend import modes as run
-from gru_any.backend.cuda import plan, walk
+from gru_any.backend.cuda import plan
 from gru_any.backend.reference import Plain
+from gru_any.codegen import cuda_source
 from gru_any.codegen.schedule import Gemm
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda.memory import StreamError, count, enqueue
@@ -152,7 +153,7 @@ def test_a_gate_near_one_is_no_half(take, way, after):
 
 def test_a_state_that_products_do_not_see_is_noticed(monkeypatch):
     """The copy of the state in half precision that stays as it was before the block."""
-    right = walk.narrowed
+    right = cuda_source.narrowed
 
     def wrong(stages):
         return right(stages)._replace(stages=[
@@ -161,12 +162,12 @@ def test_a_state_that_products_do_not_see_is_noticed(monkeypatch):
         ])  # fmt: skip
 
     assert gap_of_halves(False, 3) <= 8
-    monkeypatch.setattr(walk, "narrowed", wrong)
-    walk.typed.cache_clear()
+    monkeypatch.setattr(cuda_source, "narrowed", wrong)
+    cuda_source.typed.cache_clear()
     run._runner.cache_clear()
     run._on_cuda.cache_clear()
     assert gap_of_halves(False, 3) > 8
-    walk.typed.cache_clear()
+    cuda_source.typed.cache_clear()
 
 
 @VARIANTS

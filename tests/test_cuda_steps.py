@@ -12,8 +12,8 @@ from gru_any import equations
 from gru_any.backend import NUMPY, select
 from gru_any.backend.cuda.plan import Plan
 from gru_any.backend.cuda.runner import CUDA
-from gru_any.backend.cuda.walk import backward_walk, forward_walk
 from gru_any.backend.reference import Plain
+from gru_any.codegen.cuda_source import backward_scan, forward_scan
 from gru_any.nn.sweep import StepMask
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda import shim
@@ -36,10 +36,10 @@ def walks(after, dtype, name=""):
     variant, types = equations.variant(after), STORAGE[dtype]
     number = "float64" if dtype == "float64" else "float32"
     found = [
-        forward_walk(variant.step, int(after), True, number, types, f"{name}forward"),
-        forward_walk(variant.step, int(after), False, number, types, f"{name}short"),
-        backward_walk(variant.backward, 4, True, True, number, types, f"{name}backward"),
-        backward_walk(variant.backward, 4, False, False, number, types, f"{name}last"),
+        forward_scan(variant.step, int(after), True, number, types, f"{name}forward"),
+        forward_scan(variant.step, int(after), False, number, types, f"{name}short"),
+        backward_scan(variant.backward, 4, True, True, number, types, f"{name}backward"),
+        backward_scan(variant.backward, 4, False, False, number, types, f"{name}last"),
     ]
     return [walk.narrow for walk in found]
 
@@ -72,7 +72,7 @@ def test_nvrtc_compiles_every_kernel(after, dtype, architecture, record_property
 @VARIANTS
 def test_two_launches_a_step_or_four(after):
     for walk in walks(after, "float32"):
-        assert len(walk.stages.stages) == (2 if after else 4)
+        assert len(walk.schedule.stages) == (2 if after else 4)
 
 
 def test_a_broken_source_is_refused():
@@ -178,7 +178,7 @@ def test_half_storage(after, dtype, K, limit):
     theirs |= {f"s{n}": s for n, (_, s) in enumerate(kept)}
     theirs |= {n: bits(K, B, w) for n, w in zip(names, widths, strict=True)}
     types = {**backward.types, names[-1]: dtype}
-    backward = backward_walk(variant.backward, 4, True, True, "float32", tuple(types.items()))
+    backward = backward_scan(variant.backward, 4, True, True, "float32", tuple(types.items()))
     backward = backward.narrow
     pairs.append((plan(backward, range(K - 1, -1, -1), 0, theirs, dh), first))
     found = [widened(theirs[n].get(), dtype) for n in names]
@@ -235,7 +235,7 @@ def test_sanitizers(sanitizer, tmp_path):
     for walk in found:
         width = {"a": 3, **{f"p{n}": w for n, w in enumerate(walk.widths)}}
         shapes = {name: (2, B, width.get(name, 1) * H) for name in walk.arrays}
-        shapes |= {n: (B, k * H) for n, k in walk.stages.buffers.items()}
+        shapes |= {v.name: (B, v.columns * H) for v in walk.schedule.buffers}
         arrays = {
             name: np.zeros(shape, "u2" if "16" in walk.dtype(name) else "f4")
             for name, shape in shapes.items()

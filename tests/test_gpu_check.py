@@ -72,8 +72,8 @@ def test_the_kernel_of_the_whole_device_is_what_is_measured(tmp_path, monkeypatc
 
     from gru_any.backend.cuda import runner
 
-    made, taken = runner.whole_kernel, []
-    monkeypatch.setattr(runner, "whole_kernel", lambda *v: taken.append(v) or made(*v))
+    made, taken = runner.cooperative_kernel, []
+    monkeypatch.setattr(runner, "cooperative_kernel", lambda *v: taken.append(v) or made(*v))
     _, calls = gpu_check.whole(gpu_check.Check(True, False, tmp_path, 1), gpu_check.DRY[0])
     for mode, directions in (("forward", 1), ("training", 2)):
         calls[mode]()

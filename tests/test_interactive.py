@@ -12,7 +12,7 @@ import pytest
 from conftest import refuse, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, Linear
-from gru_any.codegen.trace import MATRIX, trace
+from gru_any.codegen.schedule import HOST, forward_schedule
 
 ROOT = Path(__file__).parent.parent
 CHARACTERS = "\n \"$<ab'é漢"
@@ -128,7 +128,7 @@ def test_every_operation_becomes_javascript(interactive):
         new = xp.tanh(first) * c + a[..., 1:2] / (1.0 + h * h)
         return new - second, (first + 0.25, new, 3.0 - new)
 
-    source = interactive.javascript(trace(step, 3, 1, MATRIX, 1))
+    source = interactive.javascript(forward_schedule(step, 1, True, HOST))
     product = re.search(r"function product.*?\n}", interactive.TEMPLATE.read_text("utf-8"), re.S)[0]
     rng, H = np.random.default_rng(0), 4
     a, h, U, c = (rng.standard_normal(n) for n in (3 * H, H, 3 * H * H, H))
@@ -143,9 +143,9 @@ def test_every_operation_becomes_javascript(interactive):
 
 
 def test_what_javascript_cannot_do_is_said(interactive):
-    program = trace(lambda xp, a, h, U: (h @ U, ()), 3, 1, MATRIX)
+    schedule = forward_schedule(lambda xp, a, h, U: (h @ U, ()), 0, True, HOST)
     with pytest.raises(NotImplementedError, match="no product of the state"):
-        interactive.javascript(program)
+        interactive.javascript(schedule)
 
 
 def test_the_page_of_the_documentation_is_what_the_command_writes(interactive):

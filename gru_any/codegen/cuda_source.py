@@ -1,17 +1,39 @@
-"""From stages to CUDA's C++: the kernel of one group, and what all kernels begin with.
+"""From a schedule to CUDA's C++: the kernel of one group, and what all kernels share.
 
 A kernel finds the arrays that hold many steps through a table in the memory of the device: for each
 array its address, and how far apart steps and rows are. So a recorded sequence of launches can be
 replayed over other arrays. Every argument is 8 bytes wide, a pointer or a number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from .numba_source import SIGNS
-from .schedule import STATE, Group, Place, Store
+from ..typing import Step
+from .schedule import (
+    DEVICE,
+    STATE,
+    ArrayRef,
+    Finished,
+    Group,
+    Kind,
+    Place,
+    Schedule,
+    Store,
+    backward_schedule,
+    forward_schedule,
+    narrowed,
+)
 from .trace import Op
 
+# f: what the name of a function of float32 ends with
+OPERATIONS = {
+    "add": "{} + {}",
+    "subtract": "{} - {}",
+    "multiply": "{} * {}",
+    "divide": "{} / {}",
+    "tanh": "tanh{f}({})",
+}
 TYPES = {"float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -74,7 +96,7 @@ def constant(value: float, number: str) -> str:
 
 def body(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
     """The lines of a group for row b and unit j; `on`: its sequence has not finished."""
-    old = next((f"v{c}" for c, place in group.loads if place.array == STATE), "")
+    old = old_state(group)
     return [
         *(f"const number v{c} = get({entry(place)});" for c, place in group.loads),
         *operations(group.ops, number),
@@ -84,63 +106,62 @@ def body(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
 
 def operations(ops: list[Op], number: str) -> list[str]:
     """A line for each operation, from variables to a new one."""
-    lines, function = [], "tanhf" if number == "float32" else "tanh"
+    lines = []
     for op in ops:
         x = [constant(i, number) if isinstance(i, float) else f"v{i}" for i in op.inputs]
-        value = f"{function}({x[0]})" if op.name == "tanh" else f" {SIGNS[op.name]} ".join(x)
+        value = OPERATIONS[op.name].format(*x, f="f" if number == "float32" else "")
         lines.append(f"const number v{op.output} = {value};")
     return lines
 
 
+def old_state(group: Group) -> str:
+    """The variable with the state before the step, where a group loads it."""
+    return next((f"v{load.column}" for load in group.loads if load.place.array == STATE), "")
+
+
 def stored(store: Store, old: str) -> str:
-    """What goes to a place; old: the state before, for a row that has ended."""
+    """What goes to a place; old: the state before the step, of which a finished row keeps it."""
     value = f"v{store.column}"
-    if store.ended == "as it is":
+    if store.finished is Finished.COMPUTED:
         return value
-    return f"on ? {value} : {old if store.ended == 'kept' else 'number(0)'}"
+    return f"on ? {value} : {old if store.finished is Finished.KEPT else 'number(0)'}"
 
 
-def touched(group: Group) -> dict[str, bool]:
-    """The arrays of a group, and whether it writes them."""
-    names = {place.array: False for _, place in group.loads}
-    return names | {store.place.array: True for store in group.stores}
-
-
-def step_kernel(
-    name: str,
-    group: Group,
-    arrays: list[str],
-    buffers: dict[str, int],
-    types: dict[str, str],
-    number: str,
-) -> Kernel:
+def step_kernel(name: str, group: Group, scan: "Scan") -> Kernel:
     """The kernel of a group for one step.
 
-    arrays: those of the table, in its order, with "alive" last; types: dtypes, where not `number`.
-    The step is t; the state after it is number o of the path.
+    The table has the arrays of the scan in their order, then "alive". The step is t; the state
+    after it is number o of the path.
     """
-    used = touched(group)
-    taken = [n for n in (STATE, *buffers) if n in used]
-    width = {STATE: 1, **buffers}
+    arrays, number = scan.schedule.arrays, scan.number
+    places = [*(load.place for load in group.loads), *(store.place for store in group.stores)]
+    used = {place.array for place in places}
+    written = {store.place.array for store in group.stores}
+    taken = [array for array in (STATE, *scan.schedule.buffers) if array in used]
+
+    def pointer(array: ArrayRef) -> str:
+        return f"{'' if array in written else 'const '}{TYPES[scan.dtype(array.name)]}*"
+
     head = [f"const unsigned char* const alive = (const unsigned char*)table[{3 * len(arrays)}];"]
     head.append(f"const long long alive_row = table[{3 * len(arrays) + 2}];")
-    for name_ in (n for n in arrays if n in used):
-        k, index = 3 * arrays.index(name_), "o" if name_ == "path" else "t"
-        kind = ("" if used[name_] else "const ") + TYPES[types.get(name_, number)]
-        head.append(f"{kind}* const {name_} = ({kind}*)table[{k}] + {index} * table[{k + 1}];")
-        head.append(f"const long long {name_}_row = table[{k + 2}];")
+    for k, array in enumerate(arrays):
+        if array in used:
+            index, kind = "o" if array.kind is Kind.AFTER else "t", pointer(array)
+            start = f"({kind})table[{3 * k}] + {index} * table[{3 * k + 1}]"
+            head.append(f"{kind} const {array.name} = {start};")
+            head.append(f"const long long {array.name}_row = table[{3 * k + 2}];")
 
     def entry(place: Place) -> str:
-        array, n = place
-        row = f"b * {array}_row"
-        if array in width:
-            row = "b * H" if width[array] == 1 else f"b * {width[array]} * H"
-        return f"{array}[{row} + {n} * H + j]" if n else f"{array}[{row} + j]"
+        (array, n), width = place, place.array.columns
+        row = f"b * {array.name}_row"
+        if array not in arrays:
+            row = "b * H" if width == 1 else f"b * {width} * H"
+        return f"{array.name}[{row} + {n} * H + j]" if n else f"{array.name}[{row} + j]"
 
-    parameters = [f"{'' if used[n] else 'const '}{TYPES[types.get(n, number)]}* {n}" for n in taken]
     numbers = ["const long long* table", *(f"long long {n}" for n in ("t", "o", "B", "H"))]
+    parameters = [*numbers, *(f"{pointer(array)} {array.name}" for array in taken)]
     lines = [
-        f'extern "C" __global__ void {name}({", ".join([*numbers, *parameters])}) {{',
+        f'extern "C" __global__ void {name}({", ".join(parameters)}) {{',
         *(f"  {line}" for line in head),
         "  for (long long b = blockIdx.y; b < B; b += gridDim.y) {",
         f"    const bool on = !alive || alive[t * table[{3 * len(arrays) + 1}] + b * alive_row];",
@@ -151,7 +172,7 @@ def step_kernel(
         "  }",
         "}",
     ]
-    return Kernel(name, "\n".join(lines) + "\n", 0, tuple(taken))
+    return Kernel(name, "\n".join(lines) + "\n", 0, tuple(array.name for array in taken))
 
 
 def table_kernel(count: int) -> str:
@@ -159,3 +180,133 @@ def table_kernel(count: int) -> str:
     values = ", ".join(f"long long v{i}" for i in range(count))
     lines = "\n".join(f"  table[{i}] = v{i};" for i in range(count))
     return f'extern "C" __global__ void set_table(long long* table, {values}) {{\n{lines}\n}}\n'
+
+
+class Scan:
+    """A scan on a device.
+
+    number: the dtype of the arithmetic; name: what the names of its kernels begin with; types: the
+    dtypes of arrays, and of the weights "U", that are not of `number`.
+    """
+
+    def __init__(
+        self, schedule: Schedule, number: str, name: str, types: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        self.schedule, self.number, self.name, self.types = schedule, number, name, dict(types)
+
+    @property
+    def arrays(self) -> list[str]:
+        """The arrays in the table; the mask of unfinished sequences comes after them."""
+        return [array.name for array in self.schedule.arrays]
+
+    @property
+    def widths(self) -> list[int]:
+        """How many columns each array has that a step gives beside the state."""
+        return [array.columns for array in self.schedule.extras]
+
+    @cached_property
+    def narrow(self) -> "Scan":
+        """For weights in half precision: what products read is of their dtype too."""
+        if "U" not in self.types:
+            return self
+        schedule = narrowed(self.schedule)
+        operands = {gemm.operand.array.name: self.types["U"] for gemm in schedule.gemms}
+        return Scan(schedule, self.number, self.name, {**self.types, **operands}.items())
+
+    def dtype(self, name: str) -> str:
+        """The dtype of an array, or of U."""
+        return self.types.get(name, self.number)
+
+    @cached_property
+    def kernels(self) -> dict[int, Kernel]:
+        """The kernel of each stage that is a group; all are parts of one source."""
+        found = {
+            n: step_kernel(f"{self.name}_{n}", stage, self)
+            for n, stage in enumerate(self.schedule.stages)
+            if isinstance(stage, Group)
+        }
+        table = table_kernel(3 * len(self.arrays) + 3)
+        source = prelude(self.number) + "\n".join(k.source for k in found.values()) + table
+        return {n: kernel._replace(source=source) for n, kernel in found.items()}
+
+    @cached_property
+    def set_table(self) -> Kernel:
+        """The kernel that fills the table, in the same source."""
+        return Kernel("set_table", next(iter(self.kernels.values())).source)
+
+
+@lru_cache(maxsize=64)
+def typed(scan: Scan, types: tuple[tuple[str, str], ...]) -> Scan:
+    """Return the same over arrays of these dtypes, pairs of a name and a dtype."""
+    return Scan(scan.schedule, scan.number, scan.name, types) if types else scan
+
+
+@lru_cache(maxsize=64)
+def forward_scan(
+    step: Step,
+    vectors: int,
+    keep: bool,
+    number: str,
+    types: tuple[tuple[str, str], ...] = (),
+    name: str = "forward",
+) -> Scan:
+    """A forward scan; see `forward_schedule`."""
+    return Scan(forward_schedule(step, vectors, keep, DEVICE), number, name, types)
+
+
+@lru_cache(maxsize=64)
+def backward_scan(
+    step: Step,
+    saved: int,
+    given: bool,
+    taps: bool,
+    number: str,
+    types: tuple[tuple[str, str], ...] = (),
+    name: str = "backward",
+) -> Scan:
+    """A backward scan; see `backward_schedule`."""
+    return Scan(backward_schedule(step, saved, given, taps, DEVICE), number, name, types)
+
+
+class AllSteps:
+    """What the kernels that go through all steps have in common."""
+
+    mask = "const unsigned char* alive, long long alive_step, long long alive_row"
+
+    def __init__(self, scan: Scan) -> None:
+        self.scan, self.schedule = scan, scan.schedule
+
+    def begin(self) -> list[str]:
+        """The lines before the first step."""
+        raise NotImplementedError
+
+    def steps(self) -> list[str]:
+        """The loop over the steps, and what comes after it."""
+        raise NotImplementedError
+
+    def kernel(self, name: str, threads: int, parameters: list[str]) -> str:
+        """The kernel; after these parameters come the arrays, with the distances in them."""
+        written = self.schedule.written
+        arrays = [
+            f"{'' if n in written else 'const '}{TYPES[self.scan.dtype(n)]}* {n}, "
+            f"long long {n}_step, long long {n}_row"
+            for n in self.scan.arrays
+        ]
+        return "\n".join([
+            f'extern "C" __global__ void __launch_bounds__({threads}) '
+            f"{name}({', '.join([*parameters, *arrays])}) {{",
+            *(f"  {line}" for line in [*self.begin(), *self.steps()]),
+            "}",
+            "",
+        ])  # fmt: skip
+
+    def outside(self, place: Place) -> str:
+        """The entry of row b and this unit in an array that outlives a step."""
+        (name, kind, _), n = place
+        step = "(t + shift)" if kind is Kind.AFTER else "t"
+        return f"{name}[{step} * {name}_step + b * {name}_row + {n} * H + unit]"
+
+
+def one_kind(scan: Scan) -> bool:
+    """Whether all products read U, or all its transpose."""
+    return len({gemm.product.transposed for gemm in scan.schedule.gemms}) == 1

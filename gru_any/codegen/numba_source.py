@@ -1,16 +1,23 @@
-"""From the traced operations of a step to source for Numba.
+"""From a schedule to source for Numba: compiled functions that run a scan, or one step.
 
-The operations between two matrix products become one loop over rows and units, in which no array
-but inputs and results is touched. The function `walk` goes through all steps of a block.
+A group becomes one loop over rows and units, in which no array but inputs and results is touched.
 """
 
-from typing import Any
+from enum import Enum, auto
+from typing import NamedTuple
 
 import numpy as np
 
-from .trace import Op, Product, Program
+from .schedule import ArrayRef, Gemm, Group, Kind, Place, Schedule
+from .trace import Op
 
-SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
+OPERATIONS = {
+    "add": "{} + {}",
+    "subtract": "{} - {}",
+    "multiply": "{} * {}",
+    "divide": "{} / {}",
+    "tanh": "tanh({})",
+}
 HEAD = '''\
 import math
 import numpy as np
@@ -102,291 +109,283 @@ tanh = math.tanh
 }
 
 
-class Place(tuple[str, str, int]):
-    """Where a column stands in memory: (array, its first index or "", its number in the array)."""
-
-    def argument(self) -> str:
-        """The rows (B, .) of this step."""
-        array, first, _ = self
-        return f"{array}[{first}]" if first else array
-
-    def name(self) -> str:
-        """What a fused loop calls them."""
-        array, first, _ = self
-        return f"{array}_{first}" if first else array
-
-    def row(self) -> str:
-        """The units of row b there, from `start` on."""
-        array, first, number = self
-        if first is None:
-            return f"{array}[start:]"
-        return f"{self.name()}[b, {number} * H + start :]"
+def lines(ops: list[Op]) -> list[str]:
+    """A line for each operation, from variables to a new one."""
+    found = []
+    for op in ops:
+        x = [f"f({i!r})" if isinstance(i, float) else f"v{i}" for i in op.inputs]
+        found.append(f"v{op.output} = {OPERATIONS[op.name].format(*x)}")
+    return found
 
 
-class Layout:
-    """Where everything stands, and what is done in which order: products, and fused loops.
+class Matrices(Enum):
+    """The form in which a function gets the matrix of each product."""
 
-    inputs, results: column -> places; a vector (H,) stands at ("c0", None, 0).
+    PACKED = auto()  # panels; the threads wait for each other before each product
+    STORED = auto()  # rows of U
+    CONTIGUOUS = auto()  # what the operand is multiplied by, transposed in memory where need be
+
+
+class Scope(NamedTuple):
+    """How a printed function names what its lines share.
+
+    rows, units: the first and the one after the last that it does; entries: the index of this
+    step's entry in an array of each kind.
     """
 
-    def __init__(self, program: Program, inputs: dict[int, Place], results: Any) -> None:
-        assert set(results) <= {op.output for op in program.ops if isinstance(op, Op)}
-        self.read = dict(inputs)
-        self.written: dict[int, list[Place]] = {k: list(v) for k, v in results.items()}
-        self.buffers: dict[str, int] = {}
-        self.stages: list[Product | list[Op]] = []
-        for op in program.ops:
-            if isinstance(op, Product):
-                self.stages.append(op)
-            elif self.stages and isinstance(self.stages[-1], list):
-                self.stages[-1].append(op)
-            else:
-                self.stages.append([op])
-        self.products = [stage for stage in self.stages if isinstance(stage, Product)]
-        for n, stage in enumerate(self.stages):
-            self._place(stage, self.stages[n + 1 :])
+    rows: tuple[str, str]
+    units: tuple[str, str]
+    entries: dict[Kind, str]
+    matrices: Matrices
 
-    def _place(self, stage: Any, later: list[Any]) -> None:
-        if isinstance(stage, Product):
-            self._buffer(stage.outputs)
-            return
-        made = {op.output for op in stage}
-        for after in later:
-            if isinstance(after, Product) and made & set(after.inputs) and not self.side(after):
-                self._buffer(after.inputs)
-        used = {i for s in later for op in (s if isinstance(s, list) else [s]) for i in op.inputs}
-        for column in sorted(made):
-            if column in used and column not in self.written:
-                self._buffer((column,))
-            if column in self.written:
-                self.read.setdefault(column, self.written[column][0])
+    def entry(self, array: ArrayRef) -> str:
+        """What a step sees of an array: rows (B, .), or a vector."""
+        return (
+            f"{array.name}[{self.entries[array.kind]}]"
+            if array.kind in self.entries
+            else array.name
+        )
 
-    def _buffer(self, columns: tuple[int, ...]) -> None:
-        name = f"q{len(self.buffers)}"
-        self.buffers[name] = len(columns)
-        for number, column in enumerate(columns):
-            self.written.setdefault(column, []).append(Place((name, "", number)))
-            self.read.setdefault(column, self.written[column][-1])
 
-    def side(self, product: Product) -> Place | None:
-        """Where the inputs of a product stand side by side."""
-        first = product.inputs[0]
-        for array, index, number in [
-            *self.written.get(first, []),
-            self.read.get(first, ("", "", 0)),
-        ]:
-            wanted = [(array, index, number + i) for i in range(len(product.inputs))]
-            found = [[*self.written.get(c, []), self.read.get(c)] for c in product.inputs]
-            if array and all(w in f for w, f in zip(wanted, found, strict=True)):
-                return Place((array, index, number))
-        return None
+STEP = {Kind.PROJECTION: "t", Kind.STEPS: "t", Kind.BEFORE: "i", Kind.AFTER: "o"}
+SCAN = Scope(("first", "last"), ("left", "right"), STEP | {Kind.PROJECTION: "s"}, Matrices.PACKED)
+FEW = Scope(("0", "B"), ("0", "H"), STEP, Matrices.STORED)
+ONCE = Scope(
+    ("0", "B"), ("0", "H"), dict.fromkeys(STEP, "0") | {Kind.AFTER: "1"}, Matrices.CONTIGUOUS
+)
 
-    def fused(self, n: int, stage: list[Op]) -> tuple[list[str], str]:
-        """The function of one stage, a loop over rows and units; and its call."""
-        loads, lines, stores, views, rows = [], [], [], [], {}  # type: ignore[var-annotated]
 
-        def entry(place: Place) -> str:
-            rows[place.name()] = place.argument()
-            view = f"x{len(views)}"  # Numba sees that its index is not negative, so it vectorises
-            views.append(f"{view} = {place.row()}")
-            return f"{view}[j]"
+class NumbaSource:
+    """The functions of a scan, each printed as a module of its own.
 
-        made = {op.output for op in stage}
-        used = {i for op in stage for i in op.inputs if not isinstance(i, float)}
-        for column in sorted(used - made):
-            loads.append(f"v{column} = {entry(self.read[column])}")
-        for op in stage:
-            x = [f"f({i!r})" if isinstance(i, float) else f"v{i}" for i in op.inputs]
-            value = f"tanh({x[0]})" if op.name == "tanh" else f" {SIGNS[op.name]} ".join(x)
-            lines.append(f"v{op.output} = {value}")
-            for place in self.written.get(op.output, []):
-                stores.append(f"{entry(place)} = v{op.output}")
-        call = f"fused{n}(first, last, left, right, H, {', '.join(rows.values())})"
-        return [
-            "@njit(**flags)",
-            f"def fused{n}(first, last, left, right, H, {', '.join(rows)}):",
-            "    units = right - left",
-            "    for b in range(first, last):",
-            "        start, count = left, units - units % UNIT or units",
-            "        while True:",
-            *(f"            {view}" for view in views),
-            "            for j in range(count):",
-            *(f"                {line}" for line in (*loads, *lines, *stores)),
-            "            if start + count == right:",
-            "                break",
-            "            start, count = right - UNIT, UNIT  # some again, as a loop of few is slow",
-            "",
-        ], call
+    arrays: what they take, the state first; results: those of them that they fill.
+    """
 
-    def product(self, op: Product, few: bool, turned: bool = False) -> list[str]:
-        """The lines that do one matrix product; turned: few rows by the matrix as it is read."""
-        left, out = self.side(op), self.written[op.outputs[0]][-1]
-        assert left is not None
-        x, y = left.argument(), out.argument()
-        matrix, gates = f"M{self.products.index(op)}", len(op.outputs)
-        if few:
-            if op.transposed and not turned:
-                return [f"dots({x}, {left[2]} * H, {matrix}, {y})"]
-            row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
-            return ["for b in range(first, last):", f"    sums({row}, {matrix}, {y}[b])"]
-        places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
-        return [f"multiply(functions[{gates - 1}], np.intp({gates}), {places})"]
+    def __init__(self, schedule: Schedule, dtype: str) -> None:
+        self.schedule, self.dtype = schedule, dtype
+        self.state = next(array for array in schedule.arrays if array.kind is Kind.AFTER)
+        self.arrays = [self.state, *(array for array in schedule.arrays if array != self.state)]
+        self.results = [self.state, *schedule.extras]
+        self.matrices = [f"M{n}" for n in range(len(schedule.gemms))]
 
-    def source(self, arrays: list[str], state: str, dtype: str) -> str:
-        """A module with `walk`, which takes the rows first to last of a block through all steps.
+    def scan(self) -> str:
+        """A module with `scan`, which takes the rows first to last through all steps.
 
-        state: the array of (., B, H) of which a row that has ended keeps its entry. The members of
-        `sync` share the units, and meet before each product, which needs what all have made. (A
-        step with a single product, of a buffer, would need another meeting after it; none of ours
-        is so.)
+        A sequence that has finished keeps its state. The members of `sync` share the units, and
+        wait for each other before each product, which needs what all have made. (A step with a
+        single product, of a buffer, would need another barrier after it; none of ours is so.)
 
-        Where there is `a`, it becomes x W^T + bias: if it has room for one step, before each; else
-        for all in one go; and it stays as it is where x has no columns.
+        A forward scan fills `a` with x W^T + bias: if it has room for one step, before each; else
+        for all steps at once; not at all where x has no columns.
 
-        fresh: each member copies first what it reads of the matrices, which no other member does.
+        fresh: each member first packs what it reads of the matrices, which no other member does.
         """
-        sources = [f"{name}_from" for name in self.matrices()]
-        names = ", ".join([*self.matrices(), *arrays, *self.buffers, *sources])
-        gates = [len(op.outputs) for op in self.products]
-        copied = list(zip(sources, self.matrices(), gates, strict=True))
-        if "a" in arrays:
-            names, copied = f"{names}, W_from", [*copied, ("W_from", "W", 3)]
-        bits = 8 * np.dtype(dtype).itemsize
+        forward = self.schedule.forward
+        matrices = [*self.matrices, "W"] if forward else self.matrices
+        gates = [*(gemm.out.columns for gemm in self.schedule.gemms), 3]
+        sources = [f"{name}_from" for name in matrices]
+        names = [*matrices, *(array.name for array in self.arrays)]
+        names += ["x", "bias"] if forward else []
+        names += [*(array.name for array in self.schedule.buffers), *sources]
+        (first, last), (left, right) = SCAN.rows, SCAN.units
+        fill = f"fill({8 * np.dtype(self.dtype).itemsize}, {{}}, {{}}, {{}}, {left}, {right})"
         return "\n".join([
-            *self._functions(dtype),
+            *self._head(),
             "@njit(cache=CACHE, **flags)",
-            "def walk(ts, ins, outs, ended, zeros, first, last, me, sync, fresh, functions, "
-            f"{names}):",
-            f"    H, count, times = {state}.shape[2], members(sync, me), np.intp(2)",
+            f"def scan(ts, ins, outs, ended, zeros, {first}, {last}, me, sync, fresh, functions, "
+            f"{', '.join(names)}):",
+            f"    H, count, times = {self.state.name}.shape[2], members(sync, me), np.intp(2)",
             "    if me >= count:",
             "        return",
-            "    left, right = share(H, UNIT, me, count)",
+            f"    {left}, {right} = share(H, UNIT, me, count)",
             "    if fresh:",
-            *(f"        fill({bits}, {M}, {P}, {g}, left, right)" for M, P, g in copied),
-            *self._steps("a" in arrays, state, False),
+            *(f"        {fill.format(*of)}" for of in zip(sources, matrices, gates, strict=False)),
+            *self._steps(SCAN),
             "",
         ])  # fmt: skip
 
-    def few(self, arrays: list[str], made: dict[str, str], dtype: str) -> str:
-        """A module with `few`, which is `walk` for so few rows that no matrix is worth packing.
+    def few(self) -> str:
+        """A module with `few`, which is `scan` for so few rows that no matrix is worth packing.
 
-        In one thread; it returns the arrays that results go to: made, with their shapes, the state
-        first, which begins with h.
+        In one thread; it returns the results. h: the state before the first step.
         """
-        state, given = next(iter(made)), [name for name in arrays if name not in made]
-        axes = {name: ":, :, ::1" for name in given} | {"W": ":, ::1"}
-        axes |= {name: "::1" for name in given if name[0] in "cb"}
-        kinds = ["int64[::1]"] * 3 + ["boolean[:, ::1]"] + [f"{dtype}[:, ::1]"] * 2
-        kinds += [f"{dtype}[{axes[name]}]" for name in given]
-        rows = [f"U[{op.rows.start} * H : {op.rows.stop} * H]" for op in self.products]
+        given = [array for array in self.arrays if array not in self.results]
+        axes = {array.name: "::1" if array.kind is Kind.VECTOR else ":, :, ::1" for array in given}
+        if self.schedule.forward:
+            axes |= {"x": ":, :, ::1", "W": ":, ::1", "bias": "::1"}
+        kinds = ["int64[::1]"] * 3 + ["boolean[:, ::1]"]
+        kinds += [f"{self.dtype}[{of}]" for of in (":, ::1", ":, ::1", *axes.values())]
+        rows = [gemm.product.rows for gemm in self.schedule.gemms]
+        parts = [f"U[{of.start} * H : {of.stop} * H]" for of in rows]
         return "\n".join([
-            *self._functions(dtype),
+            *self._head(),
             f"@njit('({', '.join(kinds)})', cache=CACHE, **flags)",
-            f"def few(ts, ins, outs, ended, h, U, {', '.join(given)}):",
+            f"def few(ts, ins, outs, ended, h, U, {', '.join(axes)}):",
             "    K, (B, H) = len(ts), h.shape",
-            "    first, last, left, right = 0, B, 0, H",
-            *(f"    {name} = {part}" for name, part in zip(self.matrices(), rows, strict=True)),
-            *(f"    {name} = np.empty((B, {n} * H), f)" for name, n in self.buffers.items()),
-            *(f"    {name} = np.empty({shape}, f)" for name, shape in made.items()),
+            *(f"    {name} = {part}" for name, part in zip(self.matrices, parts, strict=True)),
+            *self._made(),
+            *self._begun("ins[0]"),
+            *self._steps(FEW),
+            f"    return {', '.join(array.name for array in self.results)},",
+            "",
+        ])  # fmt: skip
+
+    def step(self) -> str:
+        """A module with `step` for few rows, x (B, I), h (B, H) -> new (B, H), and the same as y.
+
+        weights: W^T (I, 3H), each product's matrix as it multiplies, bias (3H,), and the vectors.
+        """
+        shapes = {"W": "(x.shape[1], 3 * H)"}
+        for name, gemm in zip(self.matrices, self.schedule.gemms, strict=True):
+            shapes[name] = f"({gemm.width} * H, {gemm.out.columns} * H)"
+        vectors = [array.name for array in self.arrays if array.kind is Kind.VECTOR]
+        shapes |= {"bias": "(3 * H,)"} | dict.fromkeys(vectors, "(H,)")
+        matrix = f"{self.dtype}[:, ::1]"
+        return "\n".join([
+            *self._head(),
+            f"@njit('void({', '.join([matrix] * 4)}, {self.dtype}[::1])', cache=CACHE, **flags)",
+            "def step(x, h, y, new, weights):",
+            "    K, (B, H), end = 1, h.shape, 0",
+            *(f"    {name}, end = part(weights, end, {shape})" for name, shape in shapes.items()),
+            *self._made(),
+            "    a = np.empty((1, B, 3 * H), f)",
+            *self._begun("0"),
+            "    for b in range(B):",
+            "        sums(x[b], W, a[0, b])",
+            "        for j in range(3 * H):",
+            "            a[0, b, j] += bias[j]",
+            *(f"    {line}" for line in self._stages(ONCE)),
             "    for b in range(B):",
             "        for j in range(H):",
-            f"            {state}[ins[0], b, j] = h[b, j]",
-            *self._steps("a" in arrays, state, True),
-            f"    return {', '.join(made)},",
+            f"            y[b, j] = new[b, j] = {self.state.name}[1, b, j]",
             "",
         ])  # fmt: skip
 
-    def _functions(self, dtype: str) -> list[str]:
-        """The lines before a walk."""
-        loops = [
-            self.fused(n, stage) for n, stage in enumerate(self.stages) if isinstance(stage, list)
-        ]
+    def _head(self) -> list[str]:
+        """The lines before a function: what it imports and calls."""
+        found = [HEAD.format(dtype=self.dtype) + TANH[self.dtype]]
+        for n, stage in enumerate(self.schedule.stages):
+            found += _fused(n, stage) if isinstance(stage, Group) else []
+        return found
+
+    def _made(self) -> list[str]:
+        """The lines that make the buffers and the results."""
+        shapes = {array: f"(B, {array.columns} * H)" for array in self.schedule.buffers}
+        shapes |= {self.state: "(K + 1, B, H)" if self.schedule.forward else "(2, B, H)"}
+        shapes |= {array: f"(K, B, {array.columns} * H)" for array in self.schedule.extras}
+        return [f"    {array.name} = np.empty({shape}, f)" for array, shape in shapes.items()]
+
+    def _begun(self, entry: str) -> list[str]:
+        """The lines that put h into the state before the first step."""
         return [
-            HEAD.format(dtype=dtype) + TANH[dtype],
-            *(line for loop, _ in loops for line in loop),
+            "    for b in range(B):",
+            "        for j in range(H):",
+            f"            {self.state.name}[{entry}, b, j] = h[b, j]",
         ]
 
-    def _steps(self, affine: bool, state: str, few: bool) -> list[str]:
-        """The lines that go through all steps."""
-        before, lines = self._input(few) if affine else ([], [])
+    def _steps(self, scope: Scope) -> list[str]:
+        """The loop over all steps."""
+        before, first = self._projection(scope) if self.schedule.forward else ([], [])
+        after, old = scope.entries[Kind.AFTER], scope.entries[Kind.BEFORE]
         return [
             *(f"    {line}" for line in before),
             "    for n in range(len(ts)):",
             "        t, i, o = ts[n], ins[n], outs[n]",
-            *(f"        {line}" for line in (*lines, *self._stages(few))),
+            *(f"        {line}" for line in (*first, *self._stages(scope))),
             "        if len(ended):",
-            "            for b in range(first, last):",
+            f"            for b in range({', '.join(scope.rows)}):",
             "                if ended[t, b]:",
-            "                    for j in range(left, right):",
-            f"                        {state}[o, b, j] = {state}[i, b, j]",
+            f"                    for j in range({', '.join(scope.units)}):",
+            f"                        {self.state.name}[{after}, b, j] = "
+            f"{self.state.name}[{old}, b, j]",
         ]
 
-    def _stages(self, few: bool, turned: bool = False) -> list[str]:
-        """The lines of one step."""
-        lines = []
-        for n, stage in enumerate(self.stages):
-            if isinstance(stage, list):
-                lines.append(self.fused(n, stage)[1])
-            else:
-                lines += [] if few else ["times = meet(sync, me, count, times)"]
-                lines += self.product(stage, few, turned)
-        return lines
-
-    def _input(self, few: bool) -> tuple[list[str], list[str]]:
+    def _projection(self, scope: Scope) -> tuple[list[str], list[str]]:
         """The lines before all steps and those before each that fill `a`."""
-        if few:
-            return [
-                "for n in range(len(x) if x.shape[2] else 0):",
-                "    affine(x[n], W, bias, a[n])",
-            ], ["s = t"]
+        if scope.matrices is Matrices.STORED:
+            loop = "for n in range(len(x) if x.shape[2] else 0):"
+            return [loop, "    affine(x[n], W, bias, a[n])"], []
+        (first, last), units = scope.rows, ", ".join(scope.units)
         fill = (
-            "multiply(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, first{}, last{}, "
-            "left, right)"
+            "multiply(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, {}, {}, " + units + ")"
         )
+        whole = "x.reshape(K * B, I)", "a.reshape(K * B, 3 * H)", f"{first} * K", f"{last} * K"
+        s = scope.entries[Kind.PROJECTION]
         return [
             "K, B, I = x.shape",
             "each = len(a) < K",
             "if I and not each:",
-            "    " + fill.format("x.reshape(K * B, I)", "a.reshape(K * B, 3 * H)", " * K", " * K"),
+            f"    {fill.format(*whole)}",
         ], [
-            "s = 0 if each else t",
+            f"{s} = 0 if each else t",
             "if each:",
-            "    " + fill.format("x[t]", "a[0]", "", ""),
+            f"    {fill.format('x[t]', 'a[0]', first, last)}",
         ]
 
-    def step(self, vectors: list[str], made: dict[str, str], dtype: str) -> str:
-        """A module with `step` for few rows, x (B, I), h (B, H) -> new (B, H), and the same as y.
+    def _stages(self, scope: Scope) -> list[str]:
+        """The lines of one step."""
+        found, matrices = list[str](), iter(self.matrices)
+        for n, stage in enumerate(self.schedule.stages):
+            if isinstance(stage, Gemm):
+                found += _product(stage, next(matrices), scope)
+            else:
+                arrays = map(scope.entry, _arrays(stage))
+                found.append(f"fused{n}({', '.join([*scope.rows, *scope.units, 'H', *arrays])})")
+        return found
 
-        weights: W (I, 3H), turned, the matrix of each product as it is read, bias, and the vectors.
-        """
-        shapes = {"W": "(x.shape[1], 3 * H)"}
-        for name, op in zip(self.matrices(), self.products, strict=True):
-            shapes[name] = f"({len(op.inputs)} * H, {len(op.outputs)} * H)"
-        shapes |= {"bias": "(3 * H,)"} | dict.fromkeys(vectors, "(H,)")
-        room = made | {name: f"(B, {n} * H)" for name, n in self.buffers.items()}
-        matrix = f"{dtype}[:, ::1]"
-        return "\n".join([
-            *self._functions(dtype),
-            f"@njit('void({', '.join([matrix] * 4)}, {dtype}[::1])', cache=CACHE, **flags)",
-            "def step(x, h, y, new, weights):",
-            "    K, (B, H), end = 1, h.shape, 0",
-            *(f"    {name}, end = part(weights, end, {shape})" for name, shape in shapes.items()),
-            *(f"    {name} = np.empty({shape}, f)" for name, shape in room.items()),
-            "    a = np.empty((1, B, 3 * H), f)",
-            "    for b in range(B):",
-            "        for j in range(H):",
-            "            path[0, b, j] = h[b, j]",
-            "        sums(x[b], W, a[0, b])",
-            "        for j in range(3 * H):",
-            "            a[0, b, j] += bias[j]",
-            "    first, last, left, right, t, s, i, o = 0, B, 0, H, 0, 0, 0, 1",
-            *(f"    {line}" for line in self._stages(True, True)),
-            "    for b in range(B):",
-            "        for j in range(H):",
-            "            y[b, j] = new[b, j] = path[1, b, j]",
-            "",
-        ])  # fmt: skip
 
-    def matrices(self) -> list[str]:
-        """What `walk` calls the matrix of each product."""
-        return [f"M{n}" for n in range(len(self.products))]
+def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
+    """The lines that do one product."""
+    (array, first), out, gates = gemm.operand, gemm.out.name, gemm.out.columns
+    x, (b, end), units = scope.entry(array), scope.rows, ", ".join(scope.units)
+    if scope.matrices is Matrices.PACKED:
+        return [
+            "times = meet(sync, me, count, times)",
+            f"multiply(functions[{gates - 1}], np.intp({gates}), {x}, {first} * H, {matrix}, "
+            f"zeros, {out}, {b}, {end}, {units})",
+        ]
+    if scope.matrices is Matrices.STORED and gemm.product.transposed:
+        return [f"dots({x}, {first} * H, {matrix}, {out})"]
+    row = f"{x}[b, {first} * H : {first + gemm.width} * H]"
+    return [f"for b in range({b}, {end}):", f"    sums({row}, {matrix}, {out}[b])"]
+
+
+def _parameter(array: ArrayRef) -> str:
+    """What a group calls an array's entry of its step."""
+    states = (Kind.BEFORE, Kind.AFTER)
+    return f"{array.name}_{array.kind.value}" if array.kind in states else array.name
+
+
+def _arrays(group: Group) -> list[ArrayRef]:
+    """The arrays that a group reads and writes."""
+    places = [*(load.place for load in group.loads), *(store.place for store in group.stores)]
+    return list(dict.fromkeys(place.array for place in places))
+
+
+def _fused(n: int, group: Group) -> list[str]:
+    """The function of a group, which is stage n."""
+    views: list[str] = []
+
+    def entry(place: Place) -> str:
+        name = _parameter(place.array)
+        row = "start:" if place.array.kind is Kind.VECTOR else f"b, {place.column} * H + start :"
+        views.append(f"row{len(views)} = {name}[{row}]")  # its index is seen not to be negative,
+        return f"row{len(views) - 1}[j]"  # so the loop vectorises
+
+    loads = [f"v{load.column} = {entry(load.place)}" for load in group.loads]
+    stores = [f"{entry(store.place)} = v{store.column}" for store in group.stores]
+    return [
+        "@njit(**flags)",
+        f"def fused{n}(first, last, left, right, H, {', '.join(map(_parameter, _arrays(group)))}):",
+        "    units = right - left",
+        "    for b in range(first, last):",
+        "        start, count = left, units - units % UNIT or units",
+        "        while True:",
+        *(f"            {view}" for view in views),
+        "            for j in range(count):",
+        *(f"                {line}" for line in (*loads, *lines(group.ops), *stores)),
+        "            if start + count == right:",
+        "                break",
+        "            start, count = right - UNIT, UNIT  # some again, as a loop of few is slow",
+        "",
+    ]

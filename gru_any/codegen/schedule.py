@@ -1,204 +1,432 @@
-"""The traced operations of a step as stages: matrix products, and groups of what lies between.
+"""From a traced program to the stages of one step, decided once for every target.
 
-A group becomes one kernel, or one part of a kernel that goes through all steps. It says what is
-loaded from where, what is done, and what is stored where.
+A stage is a matrix product, or a group: the element-wise operations between two products, which a
+target runs as one loop or kernel. The schedule says where each column is read from and written to.
+A printer turns it into source.
 """
 
+from collections.abc import Iterable
+from enum import Enum
+from functools import lru_cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .trace import Op, Product, Program
+from ..typing import Array, Namespace, Step
+from .trace import MATRIX, Op, Product, Program, trace
 
-STATE = "state"  # h in the forward pass, dL/dh in the backward pass; updated in place
-NARROW = "narrow"  # the state once more, as products in half precision read it
+
+class Kind(Enum):
+    """What an array is to a scan over K steps, and so which part of it a step sees."""
+
+    VECTOR = "vector"  # (H,), the same for all steps and rows
+    PROJECTION = "projection"  # (K, B, 3H), a = x W^T + b, which may be computed step by step
+    STEPS = "steps"  # (K, B, columns H), an entry for each step
+    BEFORE = "before"  # (., B, H), the state before the step
+    AFTER = "after"  # (., B, H), the state after it
+    STATE = "state"  # (B, H), the state, updated in place
+    # buffers (B, columns H) that live within a step
+    OPERAND = "operand"  # what a product reads, its columns side by side
+    PRODUCT = "product"  # what a product writes
+    SPILL = "spill"  # a column that one group makes and a later one reads
+
+
+class ArrayRef(NamedTuple):
+    """An array of the generated code; columns: how many of H units it has."""
+
+    name: str
+    kind: Kind
+    columns: int = 1
+
+    def __str__(self) -> str:
+        """Its name and width, as in q0(2)."""
+        return f"{self.name}({self.columns})" if self.columns > 1 else self.name
+
+
+STATE = ArrayRef("state", Kind.STATE)  # h in a forward scan, dL/dh in a backward scan
+NARROW = ArrayRef("narrow", Kind.OPERAND)  # the state as products in half precision read it
 
 
 class Place(NamedTuple):
-    """Column `number` of an array whose rows are those of the batch."""
+    """One column of an array."""
 
-    array: str
-    number: int
+    array: ArrayRef
+    column: int = 0
+
+    def __str__(self) -> str:
+        """The array and the number of the column, if there are several."""
+        name, kind, columns = self.array
+        at = f"[{kind.value}]" if kind in (Kind.BEFORE, Kind.AFTER) else ""
+        return f"{name}.{self.column}" if columns > 1 else f"{name}{at}"
 
 
-class Store(NamedTuple):
-    """A column and its place. ended: what a row that has ended gets there in place of it."""
+class Finished(Enum):
+    """What a store writes for a sequence that has finished."""
+
+    COMPUTED = "what is computed"
+    KEPT = "the state before the step"
+    ZERO = "zero"
+
+
+class Load(NamedTuple):
+    """A column and where a group reads it."""
 
     column: int
     place: Place
-    ended: str  # "as it is", "kept" (the state before) or "zero"
+
+
+class Store(NamedTuple):
+    """A column and where a group writes it."""
+
+    column: int
+    place: Place
+    finished: Finished
 
 
 class Group(NamedTuple):
-    """Element by element: load, work, store."""
+    """Element by element: load, compute, store."""
 
-    loads: list[tuple[int, Place]]
+    loads: list[Load]
     ops: list[Op]
     stores: list[Store]
 
+    def __str__(self) -> str:
+        """A line each for what is loaded, computed and stored."""
+        loads = ", ".join(f"v{column} = {place}" for column, place in self.loads)
+        made = ", ".join(f"v{op.output}" for op in self.ops) or "nothing"
+        stores = ", ".join(f"{place} = v{column}" for column, place, _ in self.stores)
+        return f"group\n  load {loads}\n  compute {made}\n  store {stores}"
+
 
 class Gemm(NamedTuple):
-    """out = left U[rows], or U[rows]^T, or added to out; width: of left, in columns."""
+    """A product, of columns side by side from `operand` on; add: to what is in `out`."""
 
-    left: str
-    width: int
-    rows: slice
-    transposed: bool
-    out: str
-    add: bool
+    product: Product
+    operand: Place
+    out: ArrayRef
+    add: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many columns it reads."""
+        return len(self.product.inputs)
+
+    def __str__(self) -> str:
+        """The product as an assignment."""
+        (array, first), rows = self.operand, self.product.rows
+        left = f"{array.name}[{first}:{first + self.width}]" if array.columns > 1 else self.operand
+        matrix = f"U[{rows.start}:{rows.stop}]" + ".T" * self.product.transposed
+        return f"product\n  {self.out.name} {'+=' if self.add else '='} {left} @ {matrix}"
 
 
-class Stages(NamedTuple):
-    """What one step does, in order. buffers: name -> columns, of what lives within a step.
+class Schedule(NamedTuple):
+    """What one step of a scan does, in order.
 
-    arrays: the names of all arrays that hold more than one step, and of vectors.
+    arrays: those that outlive a step, but not `STATE`; extras: of these, the residuals of a forward
+    scan, or what a backward scan returns beside dh; buffers: those that live within a step.
     """
 
+    forward: bool
     stages: list[Group | Gemm]
-    buffers: dict[str, int]
-    arrays: list[str]
+    arrays: list[ArrayRef]
+    extras: list[ArrayRef]
+    buffers: list[ArrayRef]
+
+    @property
+    def gemms(self) -> list[Gemm]:
+        """The products."""
+        return [stage for stage in self.stages if isinstance(stage, Gemm)]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups."""
+        return [stage for stage in self.stages if isinstance(stage, Group)]
+
+    @property
+    def written(self) -> set[str]:
+        """The names of all arrays that groups store to."""
+        return {store.place.array.name for group in self.groups for store in group.stores}
+
+    def __str__(self) -> str:
+        """The arrays, the buffers and the stages, to be read."""
+        arrays, buffers = (" ".join(map(str, v)) for v in (self.arrays, self.buffers))
+        return "\n".join([f"arrays {arrays}", f"buffers {buffers}", *map(str, self.stages)])
 
 
-def staged(program: Program, inputs: dict[int, Place], results: dict[int, list[Place]]) -> Stages:
-    """Cut a program into stages.
+class Target(NamedTuple):
+    """What a target's code asks of a schedule.
 
-    inputs: where its input columns are; results: where columns go. One of each is the state.
+    in_place: one array holds the state before a step and after it; rounds: arrays and operands of
+    products may be stored in half precision, so that products read buffers of their own and later
+    groups read none of these; adds: a product can add to what is there.
     """
-    return _Cut(program, inputs, results).done()
+
+    in_place: bool
+    rounds: bool
+    adds: bool
 
 
-def narrowed(stages: Stages) -> Stages:
-    """The same, with a second place for the state, which products read in place of the first."""
-    if not any(isinstance(part, Gemm) and part.left == STATE for part in stages.stages):
-        return stages
-    parts: list[Group | Gemm] = []
-    for part in stages.stages:
-        if isinstance(part, Gemm):
-            parts.append(part._replace(left=NARROW) if part.left == STATE else part)
+HOST = Target(in_place=False, rounds=False, adds=False)
+DEVICE = Target(in_place=True, rounds=True, adds=True)
+
+
+# the scans ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def forward_program(step: Step, vectors: int, keep: bool) -> Program:
+    """Trace a step on a, h, U and so many vectors; keep: with its residuals."""
+    program = trace(step, 3, 1, MATRIX, *[1] * vectors)
+    return program if keep else program.without_extras()
+
+
+@lru_cache(maxsize=64)
+def backward_program(step: Step, saved: int, given: bool, taps: bool) -> Program:
+    """Trace the gradient of a step on dy (if given), dh, h, the residuals and U.
+
+    With taps, g = dL/dh' is returned as the last extra.
+    """
+
+    def summed(xp: Namespace, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+        dy, dh, h, *kept, U = arguments if given else (None, *arguments)
+        g = dh + dy if given else dh
+        new, parts = step(xp, g, h, kept, U)
+        return new, (*parts, g) if taps else parts
+
+    return trace(summed, *[1] * (given + 2 + saved), MATRIX)
+
+
+def forward_schedule(step: Step, vectors: int, keep: bool, target: Target) -> Schedule:
+    """Schedule a forward scan: a, the states `path`, vectors c0... -> path, residuals s0..."""
+    program = forward_program(step, vectors, keep)
+    (a, (h,), _, *c) = program.inputs
+    before, after = _state("path", target)
+    inputs = {v: Place(ArrayRef("a", Kind.PROJECTION, len(a)), n) for n, v in enumerate(a)}
+    inputs |= {h: Place(before)}
+    inputs |= {v: Place(ArrayRef(f"c{n}", Kind.VECTOR)) for n, (v,) in enumerate(c)}
+    after += [Place(ArrayRef("path", Kind.AFTER))] if target.in_place else []
+    return _scheduled(True, program, inputs, after, "s", target)
+
+
+def backward_schedule(step: Step, saved: int, given: bool, taps: bool, target: Target) -> Schedule:
+    """Schedule a backward scan: dy if given, dh, previous, s0... -> dh and p0... of each step.
+
+    pair: dh before and after a step; previous: the states from which the forward steps started.
+    """
+    program = backward_program(step, saved, given, taps)
+    before, after = _state("pair", target)
+    names = [*(["dy"] if given else []), "", "previous", *(f"s{n}" for n in range(saved))]
+    arrays = [ArrayRef(name, Kind.STEPS) if name else before for name in names]
+    columns = [column for ids in program.inputs for column in ids]
+    inputs = {v: Place(array) for v, array in zip(columns, arrays, strict=True)}
+    return _scheduled(False, program, inputs, after, "p", target)
+
+
+def _state(name: str, target: Target) -> tuple[ArrayRef, list[Place]]:
+    """Where a step reads the state, and the places to which it writes it."""
+    if target.in_place:
+        return STATE, [Place(STATE)]
+    return ArrayRef(name, Kind.BEFORE), [Place(ArrayRef(name, Kind.AFTER))]
+
+
+def _scheduled(
+    forward: bool,
+    program: Program,
+    inputs: dict[int, Place],
+    after: list[Place],
+    letter: str,
+    target: Target,
+) -> Schedule:
+    """Schedule a program; letter: what the names of its extras begin with."""
+    results = {program.result: after}
+    extras = [ArrayRef(f"{letter}{n}", Kind.STEPS, len(v)) for n, v in enumerate(program.extras)]
+    for array, columns in zip(extras, program.extras, strict=True):
+        for i, column in enumerate(columns):
+            results.setdefault(column, []).append(Place(array, i))
+    stages, buffers = _Cut(program, inputs, results, target).done()
+    places = [*inputs.values(), *(place for of in results.values() for place in of)]
+    arrays = {place.array.name: place.array for place in places if place.array != STATE}
+    return Schedule(forward, stages, list(arrays.values()), extras, buffers)
+
+
+def narrowed(schedule: Schedule) -> Schedule:
+    """Return the same with a second place for the state, which products read instead."""
+    if not any(gemm.operand.array == STATE for gemm in schedule.gemms):
+        return schedule
+    stages: list[Group | Gemm] = []
+    for stage in schedule.stages:
+        if isinstance(stage, Gemm):
+            reads = stage.operand.array == STATE
+            stages.append(stage._replace(operand=Place(NARROW)) if reads else stage)
             continue
-        states = [store for store in part.stores if store.place.array == STATE]
-        copies = [store._replace(place=Place(NARROW, 0)) for store in states]
-        parts.append(part._replace(stores=[*part.stores, *copies]))
-    return stages._replace(stages=parts, buffers={**stages.buffers, NARROW: 1})
+        states = [store for store in stage.stores if store.place.array == STATE]
+        copies = [store._replace(place=Place(NARROW)) for store in states]
+        stages.append(stage._replace(stores=[*stage.stores, *copies]))
+    return schedule._replace(stages=stages, buffers=[*schedule.buffers, NARROW])
+
+
+# from a program to stages ------------------------------------------------------------------------
+
+
+class _Run:
+    """The operations between two products, and what is stored beside or after them."""
+
+    def __init__(self, ops: Iterable[Op] = ()) -> None:
+        self.ops = list(ops)
+        self.made = {op.output for op in self.ops}
+        self.used = {column for op in self.ops for column in op.columns}
+        self.stores: list[tuple[int, Place]] = []
+
+    @property
+    def needed(self) -> set[int]:
+        """The columns that come from elsewhere."""
+        return (self.used | {column for column, _ in self.stores}) - self.made
 
 
 class _Cut:
+    """Cuts a program into runs and products, and gives each column its places.
+
+    inputs: where the columns of the inputs are; results: the places to which columns go.
+    """
+
     def __init__(
-        self, program: Program, inputs: dict[int, Place], results: dict[int, list[Place]]
+        self,
+        program: Program,
+        inputs: dict[int, Place],
+        results: dict[int, list[Place]],
+        target: Target,
     ) -> None:
-        self.old = next(c for c, place in inputs.items() if place.array == STATE)
+        self.target = target
+        self.old = next((c for c, place in inputs.items() if place.array == STATE), None)
         self.read = dict(inputs)
-        self.written = {c: list(places) for c, places in results.items()}
-        self.buffers: dict[str, int] = {}
-        self.zeroed: set[str] = set()
-        self.carried: dict[int, set[int]] = {}
-        ops, self.sum = _without_last_sum(program, self.read, self.written)
-        runs = [list(run) for _, run in groupby(ops, key=lambda op: isinstance(op, Op))]
-        self.parts: list[Any] = [part for run in runs for part in self._split(run)]
+        self.written = {column: list(places) for column, places in results.items()}
+        self.buffers: list[ArrayRef] = []
+        self.parts: list[_Run | Gemm] = []
+        ops, last = self._without_last_sum(program) if target.adds else (program.ops, None)
+        for elementwise, some in groupby(ops, key=lambda op: isinstance(op, Op)):
+            if elementwise:
+                self.parts.append(_Run(op for op in some if isinstance(op, Op)))
+                continue
+            for op in some:
+                if isinstance(op, Product):
+                    self.parts.append(self._gemm(op, op is last))
 
-    def _split(self, run: list[Any]) -> list[Any]:
-        return run if isinstance(run[0], Product) else [run]
+    def done(self) -> tuple[list[Group | Gemm], list[ArrayRef]]:
+        """Return the stages and the buffers."""
+        for column, places in sorted(self.written.items()):
+            for place in places:
+                self._run_that_stores(column, place).stores.append((column, place))
+        for run in self._runs():
+            for column in sorted(run.needed - set(self.read)):
+                self.read[column] = self._spilled(column)
+        stages = [p if isinstance(p, Gemm) else self._group(p) for p in self.parts]
+        return stages, self.buffers
 
-    def done(self) -> Stages:
-        gemms = {id(p): self._gemm(n, p) for n, p in enumerate(self.parts) if _is_product(p)}
-        self._keep_for_later()
-        self._store_what_no_operation_makes()
-        stages: list[Any] = []
-        for part in self.parts:
-            stages.append(gemms[id(part)] if _is_product(part) else self._group(part))
-        places = [*self.read.values(), *(p for ps in self.written.values() for p in ps)]
-        names = {place.array: None for place in places}
-        return Stages(stages, self.buffers, [n for n in names if n not in (STATE, *self.buffers)])
+    def _runs(self) -> list[_Run]:
+        return [part for part in self.parts if isinstance(part, _Run)]
 
-    def _gemm(self, n: int, product: Product) -> Gemm:
-        """Find a place for both sides of a product."""
-        left, add = f"x{n}", product is self.sum
-        if product.inputs == (self.old,):
-            left = STATE
-        else:
-            self.buffers[left] = len(product.inputs)
-            self.zeroed |= {left} if add else set()
+    def _buffer(self, name: str, kind: Kind, columns: int = 1) -> ArrayRef:
+        self.buffers.append(ArrayRef(name, kind, columns))
+        return self.buffers[-1]
+
+    def _gemm(self, product: Product, add: bool) -> Gemm:
+        """Find places for both sides of a product."""
+        n = len(self.parts)
+        operand = None if add else self._side_by_side(product.inputs)
+        if operand is None:
+            array = self._buffer(f"x{n}", Kind.OPERAND, len(product.inputs))
             for i, column in enumerate(product.inputs):
-                if column in self.read:
-                    raise NotImplementedError("a product of an input that is not the state")
-                self.written.setdefault(column, []).append(Place(left, i))
-        out = STATE if add else f"q{n}"
-        if not add:
-            self.buffers[out] = len(product.outputs)
-            self.read |= {c: Place(out, i) for i, c in enumerate(product.outputs)}
-        return Gemm(left, len(product.inputs), product.rows, product.transposed, out, add)
+                self.written.setdefault(column, []).append(Place(array, i))
+            operand = Place(array)
+        if add:
+            return Gemm(product, operand, STATE, add)
+        out = self._buffer(f"q{n}", Kind.PRODUCT, len(product.outputs))
+        self.read |= {column: Place(out, i) for i, column in enumerate(product.outputs)}
+        return Gemm(product, operand, out)
 
-    def _keep_for_later(self) -> None:
-        """What one group makes and a later one uses needs a place, where nothing rounds it."""
-        made: dict[int, Any] = {op.output: part for part in self.groups() for op in part}
-        for part in self.groups():
-            for column in sorted(_used(part)):
-                if column in self.read or made[column] is part:
-                    continue
-                self.read[column] = Place(f"t{column}", 0)
-                self.buffers[f"t{column}"] = 1
-                self.written.setdefault(column, []).append(self.read[column])
+    def _side_by_side(self, columns: tuple[int, ...]) -> Place | None:
+        """Where a product can read these columns, if they already stand side by side."""
+        for array, first in self._readable(columns[0]):
+            if self.target.rounds and array.columns > len(columns):
+                continue  # it reads whole buffers
+            wanted = [Place(array, first + i) for i in range(len(columns))]
+            if all(p in self._readable(c) for p, c in zip(wanted, columns, strict=True)):
+                return wanted[0]
+        return None
 
-    def _store_what_no_operation_makes(self) -> None:
-        """A result that is an input goes with the first group, a product with the next group."""
-        made = {op.output for part in self.groups() for op in part}
-        for column in sorted(set(self.written) - made):
-            before = [n for n, p in enumerate(self.parts) if _is_product(p) and column in p.outputs]
-            later = self.parts[before[0] :] if before else self.parts
-            group = next((part for part in later if not _is_product(part)), None)
-            if group is None:
-                self.parts.append(group := [])
-            self.carried.setdefault(id(group), set()).add(column)
+    def _readable(self, column: int) -> list[Place]:
+        """The places in which a product can read a column."""
+        places = [*self.written.get(column, []), *filter(None, [self.read.get(column)])]
+        if self.target.rounds:
+            operands = [place for place in places if place.array.kind is Kind.OPERAND]
+            return [*operands, *([Place(STATE)] if column == self.old else [])]
+        return [p for p in places if p.array.kind not in (Kind.VECTOR, Kind.PROJECTION)]
 
-    def groups(self) -> list[Any]:
-        return [part for part in self.parts if not _is_product(part)]
+    def _run_that_stores(self, column: int, place: Place) -> _Run:
+        """Find the first run that can store a column; make one where there is none."""
+        first, last = 0, len(self.parts)
+        for n, part in enumerate(self.parts):
+            if isinstance(part, _Run):
+                made, old, needed = column in part.made, self.old in part.used, False
+            else:
+                made, old = column in part.product.outputs, part.operand.array == STATE
+                needed = column in part.product.inputs and place.array == part.operand.array
+                needed = part.add if place.array == STATE else needed
+            if made or (old and place.array == STATE):  # which no part may find overwritten
+                first = n
+            if needed:
+                last = min(last, n)
+        for part in self.parts[first:last]:
+            if isinstance(part, _Run):
+                return part
+        self.parts.insert(last, run := _Run())
+        return run
 
-    def _group(self, ops: list[Op]) -> Group:
-        carried = self.carried.get(id(ops), set())
-        made = {op.output for op in ops} | carried
+    def _spilled(self, column: int) -> Place:
+        """Where later runs read a column that a run makes."""
+        if column in self.written and not self.target.rounds:
+            return self.written[column][0]
+        place = Place(self._buffer(f"t{column}", Kind.SPILL))
+        next(run for run in self._runs() if column in run.made).stores.append((column, place))
+        return place
+
+    def _group(self, run: _Run) -> Group:
         stores = [
-            Store(c, place, self._ended(c, place))
-            for c in sorted(made)
-            for place in self.written.get(c, [])
+            Store(column, place, self._finished(place))
+            for column, place in sorted(run.stores, key=lambda store: store[0])
         ]
-        needed = _used(ops) - made | carried
-        if any(store.ended == "kept" for store in stores):
+        needed = run.needed
+        if self.old is not None and any(store.finished is Finished.KEPT for store in stores):
             needed |= {self.old}
-        return Group([(c, self.read[c]) for c in sorted(needed)], ops, stores)
+        return Group([Load(c, self.read[c]) for c in sorted(needed)], run.ops, stores)
 
-    def _ended(self, column: int, place: Place) -> str:
-        if place.array in self.zeroed:
-            return "zero"
-        beside = [p.array for p in self.written[column]]
-        return "kept" if STATE in beside and place.array in (STATE, "path") else "as it is"
+    def _finished(self, place: Place) -> Finished:
+        if place.array.kind in (Kind.STATE, Kind.AFTER):
+            return Finished.KEPT
+        added = [part.operand.array for part in self.parts if isinstance(part, Gemm) and part.add]
+        return Finished.ZERO if place.array in added else Finished.COMPUTED
 
-
-def _without_last_sum(
-    program: Program, read: dict[int, Place], written: dict[int, list[Place]]
-) -> tuple[list[Any], Product | None]:
-    """Where the result is v + (the last product), let the product add to v in the state."""
-    *ops, last = program.ops
-    before = ops[-1] if ops else None
-    if not isinstance(last, Op) or not isinstance(before, Product) or last.name != "add":
-        return program.ops, None
-    others = [c for c in last.inputs if c not in before.outputs]
-    used = sum((c in op.inputs) for op in ops for c in before.outputs)
-    fits = len(others) == 1 and not isinstance(others[0], float) and others[0] not in read
-    extras = {c for ids in program.extras for c in ids}
-    if not fits or used or len(before.outputs) > 1 or extras & {last.output, *before.outputs}:
-        return program.ops, None
-    made = {op.output for op in ops if isinstance(op, Op)}
-    if last.output != program.result or others[0] not in made:
-        return program.ops, None
-    # what goes elsewhere too would lack the product, and one of the state would read v
-    if len(written[last.output]) > 1 or any(read.get(c) == (STATE, 0) for c in before.inputs):
-        return program.ops, None
-    written.setdefault(others[0], []).extend(written.pop(last.output))
-    return ops, before
-
-
-def _is_product(part: Any) -> bool:
-    return isinstance(part, Product)
-
-
-def _used(ops: list[Op]) -> set[int]:
-    return {i for op in ops for i in op.inputs if not isinstance(i, float)}
+    def _without_last_sum(self, program: Program) -> tuple[list[Op | Product], Product | None]:
+        """Where the result is v + (the last product), let the product add to v in the state."""
+        *ops, last = program.ops
+        before = ops[-1] if ops else None
+        if not isinstance(last, Op) or not isinstance(before, Product) or last.name != "add":
+            return program.ops, None
+        others = [c for c in last.columns if c not in before.outputs]
+        used = any(c in op.columns for op in ops for c in before.outputs)
+        extras = {c for ids in program.extras for c in ids}
+        made = {op.output for op in ops if isinstance(op, Op)}
+        if (
+            last.output != program.result
+            or len(last.columns) != 2
+            or others != [c for c in others if c in made]
+            or len(before.outputs) > 1
+            or used
+            or extras & {last.output, *before.outputs}
+            # what goes elsewhere too would lack the product, and one of the state would read v
+            or len(self.written[last.output]) > 1
+            or any(self.read.get(c) == Place(STATE) for c in before.inputs)
+        ):
+            return program.ops, None
+        value = next(c for c in others if not isinstance(c, float))
+        self.written.setdefault(value, []).extend(self.written.pop(last.output))
+        return ops, before

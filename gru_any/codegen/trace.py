@@ -7,6 +7,7 @@ library; whoever runs the list does.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -14,8 +15,13 @@ class Op(NamedTuple):
     """column <- name(inputs); an input is the number of a column, or a Python float."""
 
     name: str
-    inputs: tuple[Any, ...]
+    inputs: tuple[int | float, ...]
     output: int
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The inputs that are columns."""
+        return tuple(i for i in self.inputs if isinstance(i, int))
 
 
 class Product(NamedTuple):
@@ -25,6 +31,11 @@ class Product(NamedTuple):
     rows: slice
     transposed: bool
     outputs: tuple[int, ...]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The inputs."""
+        return self.inputs
 
 
 class Program(NamedTuple):
@@ -56,7 +67,7 @@ class Program(NamedTuple):
             outputs = op.outputs if isinstance(op, Product) else (op.output,)
             if needed & set(outputs):
                 ops.append(op)
-                needed |= {i for i in op.inputs if not isinstance(i, float)}
+                needed.update(op.columns)
         return self._replace(ops=ops[::-1])
 
 
@@ -97,6 +108,7 @@ class Reductions(NamedTuple):
         return "\n".join([f"inputs {inputs}", *lines])
 
 
+FUNCTIONS = ["tanh"]  # of xp, of one array, element by element
 INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
 
@@ -160,7 +172,7 @@ class _Tape:
     def __init__(self) -> None:
         self.ops: list[Op | Product] = []
         self.count = 0
-        self.known: dict[Any, int] = {}
+        self.known: dict[tuple[str, ...], int] = {}
         self.made: dict[int, Op] = {}
 
     def stand_in(self, argument: Any) -> Any:
@@ -176,14 +188,15 @@ class _Tape:
 
     def op(self, name: str, *inputs: Any) -> int:
         """The column of an operation; the same one where it was done before."""
-        if (name, inputs) not in self.known:
+        key = name, *map(repr, inputs)  # 1.0 is a number, 1 a column
+        if key not in self.known:
             column = self._joined(name, *inputs)
             if column is None:
                 column = self.new(1)[0]
                 self.made[column] = Op(name, inputs, column)
                 self.ops.append(self.made[column])
-            self.known[name, inputs] = column
-        return self.known[name, inputs]
+            self.known[key] = column
+        return self.known[key]
 
     def _joined(self, name: str, k: Any, v: Any = None) -> int | None:
         """The column of k (m w), as that of (k m) w; None where no two numbers can be joined."""
@@ -206,9 +219,6 @@ class _Tape:
         """An operation on each column."""
         return _Columns(self, tuple(self.op(name, i) for i in v.ids))
 
-    def tanh(self, v: "_Columns") -> "_Columns":
-        return self.each("tanh", v)
-
     def sum(self, v: "_Columns", axis: int) -> "_Sums":
         return _Sums(((Term(1.0, RowSum(v.ids)),),))
 
@@ -217,8 +227,11 @@ class _Tape:
             return _Sums(tuple(part for sums in parts for part in sums.parts))
         return _Columns(self, tuple(i for part in parts for i in part.ids))
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"xp.{name} cannot be traced: the steps are made of + - * @ and tanh")
+    def __getattr__(self, name: str) -> Callable[["_Columns"], "_Columns"]:
+        if name in FUNCTIONS:
+            return partial(self.each, name)
+        known = " and ".join(["+ - * / @", *FUNCTIONS])
+        raise AttributeError(f"xp.{name} cannot be traced: the steps are made of {known}")
 
 
 class _Matrix:

@@ -5,27 +5,24 @@ also keeps its threads awake, where waking ours would take as long as a whole st
 between two products become one compiled loop.
 """
 
-from functools import cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ...codegen.numba_source import HEAD, SIGNS, TANH
-from ...codegen.trace import Op, Product, Program
-from .jit_cache import compiled, rescued
-from .numpy_runner import (
-    NumPy,
+from ...codegen.brief_source import BriefSource
+from ...codegen.schedule import (
+    HOST,
+    Schedule,
     backward_program,
-    backward_walk,
-    columns_of,
+    backward_schedule,
     forward_program,
-    forward_walk,
-    steps_over,
-    turned,
+    forward_schedule,
 )
+from ...typing import Step
+from .jit_cache import compiled, rescued
+from .numpy_runner import NumPy, Scan, columns_of, executed, steps_over, turned
 from .packed import Packed
-
-NAMES = {name: getattr(np, name) for name in ("matmul", "copyto", "empty", "array")}
 
 
 class Brief(NumPy):
@@ -59,7 +56,7 @@ class Brief(NumPy):
     ) -> tuple[Any, Any]:
         (K, B, _), H, (U, *vectors) = a.shape, h.shape[-1], recurrent
         program = forward_program(step, len(vectors), keep)
-        walk = forward_walk(step, len(vectors), keep, lines_in(a.dtype))
+        scan = forward_scan(step, len(vectors), keep, a.dtype.name)
         path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
@@ -69,7 +66,7 @@ class Brief(NumPy):
             alive,
             reverse,
         )
-        walk(over, U, [c[:, None].repeat(B, axis=1) for c in vectors], (H, B), a.dtype)
+        scan(over, U, [c[:, None].repeat(B, axis=1) for c in vectors], (H, B), a.dtype)
         return path, saved or None
 
     def backward(
@@ -98,14 +95,14 @@ class Brief(NumPy):
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
         kinds = step, len(saved), dy is not None, taps
-        walk = backward_walk(*kinds, lines_in(dh.dtype))
+        scan = backward_scan(*kinds, dh.dtype.name)
         widths = [len(extra) for extra in backward_program(*kinds).extras]
         parts = [self._empty((K, B, n * H), dh.dtype) for n in widths]
         given = [] if dy is None else [np.ascontiguousarray(turned(dy))]
         given += [np.ascontiguousarray(turned(v)) for v in (previous, *saved)]
         columns = [c for part, n in zip(parts, widths, strict=True) for c in columns_of(part, n)]
         over = steps_over([*given, *columns, *map(turned, parts)], alive, not reverse)
-        dh = walk(over, U, dh.T, (H, B), dh.dtype)
+        dh = scan(over, U, dh.T, (H, B), dh.dtype)
         g = parts.pop() if taps else None
         return tuple(parts), dh.T, g
 
@@ -114,101 +111,18 @@ def _matrix(M: Any) -> Any:
     return M.matrix if isinstance(M, Packed) else M
 
 
-@cache
-def lines_in(dtype: Any) -> Any:
-    """What makes the lines of a walk over arrays of this dtype."""
-    return partial(_Lines, dtype=dtype.name)
+@lru_cache(maxsize=64)
+def forward_scan(step: Step, vectors: int, keep: bool, dtype: str) -> Scan:
+    """Return a function that runs a forward scan."""
+    return _built(forward_schedule(step, vectors, keep, HOST), dtype)
 
 
-class _Lines:
-    """The lines of one step: products by NumPy, and calls of compiled loops.
+@lru_cache(maxsize=64)
+def backward_scan(step: Step, saved: int, given: bool, taps: bool, dtype: str) -> Scan:
+    """Return a function that runs a backward scan."""
+    return _built(backward_schedule(step, saved, given, taps, HOST), dtype)
 
-    homes: column -> name of its array (H, B); given: column -> names of the arrays it goes to;
-    wide: columns that stand side by side in one array -> its name.
-    """
 
-    def __init__(
-        self, program: Program, homes: Any, given: Any, wide: Any, pairs: Any, dtype: str
-    ) -> None:
-        self.homes, self.given, self.wide, self.dtype = dict(homes), given, wide, dtype
-        self.before, self.body = ["    H, B = shape"], list[str]()
-        self.loops: list[str] = []
-        ops = list(program.ops)
-        stage: list[Op] = []
-        for n, op in enumerate(ops):
-            if isinstance(op, Product):
-                self._product(op)
-                continue
-            stage.append(op)
-            if n + 1 == len(ops) or isinstance(ops[n + 1], Product):
-                self._loop(stage, {i for later in ops[n + 1 :] for i in later.inputs})
-                stage = []
-
-    def _product(self, op: Product) -> None:
-        n = len(self.body)
-        rows = f"M[{op.rows.start} * H : {op.rows.stop} * H]" + ".T" * (not op.transposed)
-        self.before.append(f"    M{n}, q{n} = {rows}, empty(({len(op.outputs)} * H, B), dtype)")
-        for i, column in enumerate(op.outputs):
-            self.homes[column] = f"q{n}_{i}"
-            self.before.append(f"    q{n}_{i} = q{n}[{i} * H : {i + 1} * H]")
-        self.body.append(f"        matmul(M{n}, {self._side_by_side(op.inputs)}, q{n})")
-
-    def _side_by_side(self, columns: tuple[int, ...]) -> str:
-        if len(columns) == 1:
-            return str(self.homes[columns[0]])
-        for whole, name in self.wide.items():
-            for i in range(len(whole) - len(columns) + 1):
-                if whole[i : i + len(columns)] == columns:
-                    return f"{name}[{i} * H : {i + len(columns)} * H]"
-        name = f"x{len(self.body)}"
-        self.before.append(f"    {name} = empty(({len(columns)} * H, B), dtype)")
-        for i, column in enumerate(columns):
-            self.body.append(f"        copyto({name}[{i} * H : {i + 1} * H], {self.homes[column]})")
-        return name
-
-    def _loop(self, stage: list[Op], later: set[Any]) -> None:
-        """Add the compiled loop of these operations, and its call."""
-        made = {op.output for op in stage}
-        read = sorted({i for op in stage for i in op.inputs if not isinstance(i, float)} - made)
-        names, stores = [self.homes[column] for column in read], []
-        for column in sorted(made & (later | set(self.given))):
-            targets = self.given.get(column, [])
-            if not targets:
-                targets = [f"t{column}"]
-                self.before.append(f"    t{column} = empty(shape, dtype)")
-            self.homes[column] = targets[0]
-            for name in targets:
-                stores.append(f"y{len(names)}[j] = v{column}")
-                names.append(name)
-        count, n = len(names), len(self.loops)
-        values = []
-        for op in stage:
-            x = [f"f({i!r})" if isinstance(i, float) else f"v{i}" for i in op.inputs]
-            value = f"tanh({x[0]})" if op.name == "tanh" else f" {SIGNS[op.name]} ".join(x)
-            values.append(f"v{op.output} = {value}")
-        kinds = ", ".join([f"{self.dtype}[:, ::1]"] * count)
-        self.loops += [
-            f"@njit('void({kinds})', cache=CACHE, **flags)",
-            f"def loop{n}({', '.join(f'x{i}' for i in range(count))}):",
-            "    for i in range(len(x0)):",  # a loop over a flat view is not vectorised
-            *(f"        y{i} = x{i}[i]" for i in range(count)),
-            "        for j in range(x0.shape[1]):",
-            *(f"            v{column} = y{i}[j]" for i, column in enumerate(read)),
-            *(f"            {line}" for line in (*values, *stores)),
-            "",
-            "",
-        ]
-        self.body.append(f"        loop{n}({', '.join(names)})")
-
-    def prologue(self) -> list[str]:
-        """The lines before the loop over the steps."""
-        return self.before
-
-    def compiled(self, source: list[str]) -> Any:
-        """Compile the loops, and return the function `walk` of the source, which calls them."""
-        text = HEAD.format(dtype=self.dtype) + TANH[self.dtype]
-        module = compiled("\n".join([text, *self.loops]))
-        loops = {name: v for name, v in vars(module).items() if name.startswith("loop")}
-        scope = NAMES | loops
-        exec("\n".join(source), scope)
-        return scope["walk"]
+def _built(schedule: Schedule, dtype: str) -> Scan:
+    printer = BriefSource(schedule, dtype)
+    return executed(printer, vars(compiled(printer.loops)))

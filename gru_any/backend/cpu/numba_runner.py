@@ -5,16 +5,20 @@ another. Where there are few rows and many units, the units are split, and the t
 other at each product. All products are our own: BLAS keeps its threads busy for a while after each.
 """
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...codegen.numba_source import Layout, Place
+from ...codegen.numba_source import NumbaSource
+from ...codegen.schedule import HOST, Schedule, backward_schedule, forward_schedule
+from ...codegen.trace import Product
+from ...typing import DType, HostArray, Step
 from .buffers import empty
 from .gemv import outer, times
 from .jit_cache import compiled
-from .numpy_runner import NumPy, backward_program, forward_program
+from .numpy_runner import NumPy
 from .packed import COPY, Packed, addresses, own, product
 from .threads import ALONE, GRAIN, count, split, submit, together
 
@@ -71,10 +75,10 @@ class Numba(NumPy):
     def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         U, *vectors = recurrent
         many = self.single_step(step, Packed(W), b, (Packed(U), *vectors))
-        walk, H = forward_walk(step, len(vectors), False, W.dtype), len(U) // 3
+        scan, H = forward_scan(step, len(vectors), False, W.dtype), len(U) // 3
         b = np.zeros(3 * H, W.dtype) if b is None else b
-        weights = np.concat([v.ravel() for v in (W.T, *walk.read(U), b, *vectors)])
-        few = walk.step
+        weights = np.concat([v.ravel() for v in (W.T, *scan.read(U), b, *vectors)])
+        few = scan.step
 
         def one(x: Any, h: Any) -> Any:
             if len(x) > FEW:
@@ -88,7 +92,7 @@ class Numba(NumPy):
     def frozen_weights(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
         (U, *vectors), H = recurrent, len(W) // 3
         W, U = Packed(W), Packed(U)
-        for rows, op in forward_walk(step, len(vectors), False, U.matrix.dtype).products(H):
+        for rows, op in forward_scan(step, len(vectors), False, U.matrix.dtype).products(H):
             U.panels(rows, op.transposed, len(op.outputs))
         W.panels(slice(0, 3 * H), True, 3)
         return W, b, (U, *vectors)
@@ -112,7 +116,7 @@ class Numba(NumPy):
         keep: bool,
     ) -> tuple[Any, Any]:
         U, *vectors = recurrent
-        walk, H = forward_walk(step, len(vectors), keep, h.dtype), len(U) // 3
+        scan, H = forward_scan(step, len(vectors), keep, h.dtype), len(U) // 3
         if isinstance(a, Input):
             (x, W, b), (K, B, _) = a, a.x.shape
             a = empty((K if B < FEW or not isinstance(U, Packed) else 1, B, 3 * H), h.dtype)
@@ -121,14 +125,14 @@ class Numba(NumPy):
         b = np.zeros(3 * H, h.dtype) if b is None else b
         steps, ended = _forwards(K, reverse), _ended(alive, B)
         if not isinstance(U, Packed):
-            path, *saved = walk.few(*steps, ended, *map(own, (h, U, a, *vectors, x, W, b)))
+            path, *saved = scan.few(*steps, ended, *map(own, (h, U, a, *vectors, x, W, b)))
             return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
-        saved = [empty((K, B, H), h.dtype) for _ in walk.widths]
+        saved = [empty((K, B, H), h.dtype) for _ in scan.widths]
         W = W if isinstance(W, Packed) else Packed(W)
-        arrays = [a, path, *vectors, *saved, x, b]
-        walk(steps, ended, list(map(own, arrays)), path, U, W)
+        arrays = [path, a, *vectors, *saved, x, b]
+        scan(steps, ended, list(map(own, arrays)), U, W)
         return path, saved
 
     def backward(
@@ -144,17 +148,17 @@ class Numba(NumPy):
         taps: bool,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
-        walk = backward_walk(step, len(saved), dy is not None, taps, dh.dtype)
+        scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype)
         steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
         if dy is not None:
             given.insert(0, own(dy))  # the others are ours
         if isinstance(U, Packed):
-            parts = [empty((K, B, n * H), dh.dtype) for n in walk.widths]
+            parts = [empty((K, B, n * H), dh.dtype) for n in scan.widths]
             pair = np.empty((2, B, H), dh.dtype)
             pair[0] = dh
-            walk(steps, ended, list(map(own, [pair, *given, *parts])), pair, U)
+            scan(steps, ended, list(map(own, [pair, *given, *parts])), U)
         else:
-            pair, *parts = walk.few(*steps, ended, own(dh), own(U), *given)
+            pair, *parts = scan.few(*steps, ended, own(dh), own(U), *given)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
@@ -181,113 +185,90 @@ def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
     return t, turn, 1 - turn
 
 
-# the walks ---------------------------------------------------------------------------------------
+# the scans ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
-def forward_walk(step: Any, vectors: int, keep: bool, dtype: Any) -> Any:
-    """A function that walks a block of steps forward."""
-    program = forward_program(step, vectors, keep)
-    (a, (h,), _, *c) = program.inputs
-    inputs = {column: Place(("a", "s", n)) for n, column in enumerate(a)}
-    inputs[h] = Place(("path", "i", 0))
-    inputs |= {column: Place((f"c{n}", None, 0)) for n, (column,) in enumerate(c)}  # type: ignore[arg-type]
-    results = {program.result: [Place(("path", "o", 0))]}
-    saved = [f"s{n}" for n in range(len(program.extras))]
-    for name, (column,) in zip(saved, program.extras, strict=True):
-        results.setdefault(column, []).append(Place((name, "t", 0)))
-    arrays = ["a", "path", *(f"c{n}" for n in range(vectors)), *saved, "x", "W", "bias"]
-    made = {"path": "(K + 1, B, H)"} | dict.fromkeys(saved, "(K, B, H)")
-    return Walk(Layout(program, inputs, results), arrays, made, dtype, [1] * len(saved))
+def forward_scan(step: Step, vectors: int, keep: bool, dtype: DType) -> "Scan":
+    """Return what runs a forward scan of a block."""
+    return Scan(forward_schedule(step, vectors, keep, HOST), dtype.name)
 
 
 @lru_cache(maxsize=64)
-def backward_walk(step: Any, saved: int, given: bool, taps: bool, dtype: Any) -> Any:
-    """A function that walks a block of steps back."""
-    program = backward_program(step, saved, given, taps)
-    taken = [*(["dy"] if given else []), "pair", "previous", *(f"s{n}" for n in range(saved))]
-    columns = [c for ids in program.inputs for c in ids]
-    inputs = {
-        c: Place((name, "i" if name == "pair" else "t", 0))
-        for c, name in zip(columns, taken, strict=True)
-    }
-    results = {program.result: [Place(("pair", "o", 0))]}
-    made = {"pair": "(2, B, H)"}
-    for p, extra in enumerate(program.extras):
-        made[f"p{p}"] = f"(K, B, {len(extra)} * H)"
-        for n, column in enumerate(extra):
-            results.setdefault(column, []).append(Place((f"p{p}", "t", n)))
-    arrays = ["pair", *(name for name in taken if name != "pair"), *list(made)[1:]]
-    widths = [len(extra) for extra in program.extras]
-    return Walk(Layout(program, inputs, results), arrays, made, dtype, widths)
+def backward_scan(step: Step, saved: int, given: bool, taps: bool, dtype: DType) -> "Scan":
+    """Return what runs a backward scan of a block."""
+    return Scan(backward_schedule(step, saved, given, taps, HOST), dtype.name)
 
 
-class Walk:
-    """Walks a block of steps in compiled code.
+class Scan:
+    """Runs a scan in compiled code; widths: of the residuals or the parts, in columns."""
 
-    arrays: as of `Layout.source`; made: those that results go to, the state first, with their
-    shapes; widths: of the others of these, in columns.
-    """
-
-    def __init__(
-        self, layout: Layout, arrays: list[str], made: dict[str, str], dtype: Any, widths: list[int]
-    ) -> None:
-        self.layout, self.arrays, self.made, self.widths = layout, arrays, made, widths
-        self.dtype = dtype.name
+    def __init__(self, schedule: Schedule, dtype: str) -> None:
+        self.schedule, self.source = schedule, NumbaSource(schedule, dtype)
+        self.widths = [array.columns for array in schedule.extras]
 
     @cached_property
-    def walk(self) -> Any:
+    def scan(self) -> Callable[..., None]:
         """The compiled function."""
-        return compiled(self.layout.source(self.arrays, next(iter(self.made)), self.dtype)).walk
+        function: Callable[..., None] = compiled(self.source.scan()).scan
+        return function
 
     @cached_property
-    def few(self) -> Any:
+    def few(self) -> Callable[..., tuple[HostArray, ...]]:
         """That for so few rows and steps that the matrices are not worth packing."""
-        return compiled(self.layout.few(self.arrays, self.made, self.dtype)).few
+        function: Callable[..., tuple[HostArray, ...]] = compiled(self.source.few()).few
+        return function
 
     @cached_property
-    def step(self) -> Any:
-        """That for few rows and a single step; see `Layout.step`."""
-        vectors = [name for name in self.arrays if name[0] == "c"]
-        return compiled(self.layout.step(vectors, self.made, self.dtype)).step
+    def step(self) -> Callable[..., None]:
+        """That for few rows and a single step; see `NumbaSource.step`."""
+        function: Callable[..., None] = compiled(self.source.step()).step
+        return function
 
-    def products(self, H: int) -> list[tuple[slice, Any]]:
+    def products(self, H: int) -> list[tuple[slice, Product]]:
         """Each product, with the rows of U in it."""
-        products = self.layout.products
-        return [(slice(op.rows.start * H, op.rows.stop * H), op) for op in products]
+        found = [gemm.product for gemm in self.schedule.gemms]
+        return [(slice(op.rows.start * H, op.rows.stop * H), op) for op in found]
 
-    def read(self, U: Any) -> list[Any]:
+    def read(self, U: HostArray) -> list[HostArray]:
         """The matrix by which each product multiplies from the right."""
         pairs = self.products(U.shape[1])
         return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
     def __call__(
-        self, steps: Any, ended: Any, arrays: list[Any], state: Any, U: Packed, W: Any = None
+        self,
+        steps: tuple[HostArray, HostArray, HostArray],
+        ended: HostArray,
+        arrays: list[HostArray],
+        U: Packed,
+        W: Packed | None = None,
     ) -> None:
         """Fill the arrays that results go to.
 
-        U (3H, H); W (3H, I) or None; state (., B, H) is one of the arrays, W none of them.
+        arrays: the state (., B, H), then the others as `NumbaSource.arrays`, and of a forward scan
+        x and the bias; U (3H, H); W (3H, I) of a forward scan.
         """
-        (B, H), K, dtype = state.shape[1:], len(steps[0]), state.dtype
+        (B, H), K, dtype = arrays[0].shape[1:], len(steps[0]), arrays[0].dtype
         wanted = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
         wanted += [] if W is None else [(W, slice(0, 3 * H), True, 3)]
         size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in wanted)
         fresh = not any(M.made for M, *_ in wanted)
         members = sharers(B, K, H, size, fresh)
         fresh = fresh and (members > 1 or count() == 1 or K * B * size < 2 * GRAIN)
-        panels = [(M.room if fresh else M.panels)(*which) for M, *which in wanted]
-        sources = [M.source(*which[:2]) for M, *which in wanted]
-        buffers = [np.empty((B, n * H), dtype) for n in self.layout.buffers.values()]
-        if W is not None:
-            arrays.insert(self.arrays.index("W"), panels[-1])
-        arrays = [*panels[: len(self.layout.products)], *arrays, *buffers, *sources]
-        zeros, walk, functions = np.zeros(3 * H, dtype), self.walk, addresses(dtype)
+        panels = [
+            (M.room if fresh else M.panels)(part, transposed, gates)
+            for M, part, transposed, gates in wanted
+        ]
+        sources = [M.source(part, transposed) for M, part, transposed, _ in wanted]
+        buffers = [np.empty((B, v.columns * H), dtype) for v in self.schedule.buffers]
+        arrays = [*panels, *arrays, *buffers, *sources]
+        zeros, scan, functions = np.zeros(3 * H, dtype), self.scan, addresses(dtype)
 
         def rows(first: int, last: int) -> None:
-            walk(*steps, ended, zeros, first, last, 0, ALONE, fresh, functions, *arrays)
+            scan(*steps, ended, zeros, first, last, 0, ALONE, fresh, functions, *arrays)
 
         def units(me: int, sync: np.ndarray) -> None:
-            walk(*steps, ended, zeros, 0, B, me, sync, fresh, functions, *arrays)
+            scan(*steps, ended, zeros, 0, B, me, sync, fresh, functions, *arrays)
 
         if members > 1:
             together(units, members)

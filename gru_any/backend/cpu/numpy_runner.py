@@ -1,18 +1,25 @@
 """How NumPy runs a block of steps: the traced equations, as calls that write into reused buffers.
 
-The list of operations of a step becomes the source of one function that walks a whole block. An
-operation without a home of its own writes over an operand that is not needed again.
+The list of operations of a step becomes the source of one function that runs a whole block.
 """
 
 import math
-from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ...codegen.exponential import by_exp
-from ...codegen.trace import MATRIX, Op, Product, Program, trace
+from ...codegen.numpy_source import HostSource, NumPySource
+from ...codegen.schedule import (
+    HOST,
+    backward_program,
+    backward_schedule,
+    forward_program,
+    forward_schedule,
+)
+from ...typing import Array, DType, Shape, Step
 from ..reductions import reduced
 from ..reference import Plain
 from .buffers import empty
@@ -86,7 +93,7 @@ class NumPy(Plain):
         (K, B, _), H = a.shape, h.shape[-1]
         step = by_exp(step) if B * H >= LARGE else step
         program = forward_program(step, len(recurrent) - 1, keep)
-        walk = forward_walk(step, len(recurrent) - 1, keep)
+        scan = forward_scan(step, len(recurrent) - 1, keep)
         path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
@@ -94,7 +101,7 @@ class NumPy(Plain):
         pair = turned(a)[:, : 2 * H]
         over = steps_over([*columns_of(a, 3), pair, *map(turned, (*ends, *saved))], alive, reverse)
         vectors = [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in recurrent[1:]]
-        walk(over, recurrent[0], vectors, (H, B), a.dtype)
+        scan(over, recurrent[0], vectors, (H, B), a.dtype)
         return path, saved or None
 
     def backward(
@@ -111,13 +118,13 @@ class NumPy(Plain):
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
         program = backward_program(step, len(saved), dy is not None, taps)
-        walk = backward_walk(step, len(saved), dy is not None, taps)
+        scan = backward_scan(step, len(saved), dy is not None, taps)
         parts = [self._empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in columns_of(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
         wide = map(turned, (*given, previous, *saved))
         over = steps_over([*wide, *columns, *map(turned, parts)], alive, not reverse)
-        dh = walk(over, U, dh.T, (H, B), dh.dtype)
+        dh = scan(over, U, dh.T, (H, B), dh.dtype)
         g = parts.pop() if taps else None
         return tuple(parts), dh.T, g
 
@@ -165,205 +172,31 @@ def steps_over(arrays: list[Any], alive: Any, backwards: bool) -> Any:
 # source ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def forward_program(step: Any, vectors: int, keep: bool) -> Program:
-    """The operations of a step on a, h, U and so many vectors."""
-    program = trace(step, 3, 1, MATRIX, *[1] * vectors)
-    return program if keep else program.without_extras()
+class Scan(Protocol):
+    """A scan of NumPy calls; see `HostSource.source`."""
+
+    def __call__(
+        self, over: Iterable[tuple[Array, ...]], M: Array, given: Any, shape: Shape, dtype: DType
+    ) -> Array:
+        """Run all steps."""
 
 
 @lru_cache(maxsize=64)
-def backward_program(step: Any, saved: int, given: bool, taps: bool) -> Program:
-    """The operations of the gradient of a step on dy (if given), dh, h, the saved arrays and U.
-
-    With taps, g = dL/dh' is returned as the last extra.
-    """
-
-    def summed(xp: Any, *arguments: Any) -> Any:
-        dy, dh, h, *kept, U = arguments if given else (None, *arguments)
-        g = dh + dy if given else dh
-        if taps and not given:
-            g = dh * 1.0  # a result of its own, since an input is written nowhere
-        new, parts = step(xp, g, h, kept, U)
-        return new, (*parts, g) if taps else parts
-
-    return trace(summed, *[1] * (given + 2 + saved), MATRIX)
+def forward_scan(step: Step, vectors: int, keep: bool) -> Scan:
+    """Return a function that runs a forward scan."""
+    return executed(NumPySource(forward_schedule(step, vectors, keep, HOST)))
 
 
 @lru_cache(maxsize=64)
-def forward_walk(step: Any, vectors: int, keep: bool, make: Any = None) -> Any:
-    """A function that walks a block of steps forward; make: in place of `_Lines`."""
-    program = forward_program(step, vectors, keep)
-    (a, (h,), _, *c) = program.inputs
-    homes = {column: f"a{i}" for i, column in enumerate(a)} | {h: "h"}
-    homes |= {column: f"c{i}" for i, (column,) in enumerate(c)}
-    saved = [f"s{i}" for i in range(len(program.extras))]
-    given = {column: [name] for (column,), name in zip(program.extras, saved, strict=True)}
-    given.setdefault(program.result, []).insert(0, "o")
-    lines = (make or _Lines)(program, homes, given, {}, {("a0", "a1"): "a0_a1"})
-    source = [
-        "def walk(over, M, vectors, shape, dtype):",
-        *(f"    c{i} = vectors[{i}]" for i in range(vectors)),
-        *lines.prologue(),
-        f"    for {', '.join(['a0, a1, a2, a0_a1, h, o', *saved, 'ended'])} in over:",
-        *lines.body,
-        "        if ended is not None:",
-        "            copyto(o, h, where=ended)",
-    ]
-    return lines.compiled(source)
+def backward_scan(step: Step, saved: int, given: bool, taps: bool) -> Scan:
+    """Return a function that runs a backward scan."""
+    return executed(NumPySource(backward_schedule(step, saved, given, taps, HOST)))
 
 
-@lru_cache(maxsize=64)
-def backward_walk(step: Any, saved: int, given_dy: bool, taps: bool, make: Any = None) -> Any:
-    """A function that walks a block of steps back; make: in place of `_Lines`."""
-    program = backward_program(step, saved, given_dy, taps)
-    taken = [*(["dy"] if given_dy else []), "h", *(f"s{i}" for i in range(saved))]
-    columns = [column for ids in program.inputs for column in ids]
-    inputs = list(taken)
-    inputs.insert(int(given_dy), "old")
-    homes = dict(zip(columns, inputs, strict=True))
-    given: dict[int, list[str]] = {program.result: ["new"]}
-    wide = {}
-    for p, extra in enumerate(program.extras):
-        wide[extra] = f"p{p}"
-        for i, column in enumerate(extra):
-            taken.append(f"p{p}_{i}")
-            given.setdefault(column, []).append(taken[-1])
-    lines = (make or _Lines)(program, homes, given, wide, {})
-    source = [
-        "def walk(over, M, dh, shape, dtype):",
-        "    old, new = array(dh, order='C'), empty(shape, dtype)",
-        *lines.prologue(),
-        f"    for {', '.join([*taken, *wide.values(), 'ended'])} in over:",
-        *lines.body,
-        "        if ended is not None:",
-        "            copyto(new, old, where=ended)",
-        "        old, new = new, old",
-        "    return old",
-    ]
-    return lines.compiled(source)
-
-
-def _compiled(source: list[str]) -> Any:
-    """The function `walk` of this source."""
-    names = "add subtract multiply divide tanh exp matmul copyto empty array"
-    scope = {name: getattr(np, name) for name in names.split()}
-    exec("\n".join(source), scope)
+def executed(printer: HostSource, loops: Mapping[str, object] | None = None) -> Scan:
+    """Return the function `scan` of a printer, which may call these compiled loops."""
+    scope = {**(loops or {}), **{name: getattr(np, name) for name in printer.functions}}
+    exec(printer.source(), scope)
+    scan: Scan = scope["scan"]
     quiet = np.errstate(over="ignore", under="ignore")  # exp is then inf or 0, as it should be
-    return quiet(scope["walk"]) if any("exp(" in line for line in source) else scope["walk"]
-
-
-class _Lines:
-    """The lines of one step, and the buffers and constants that stand before the loop.
-
-    homes: where the inputs are, column -> name; given: where results go, column -> names;
-    wide: columns that stand side by side in one array -> its name; pairs: the names of two arrays
-    side by side -> that of both. The same operation on both sides of a pair is one call.
-    """
-
-    def __init__(self, program: Program, homes: Any, given: Any, wide: Any, pairs: Any) -> None:
-        self.homes, self.given, self.wide, self.pairs = dict(homes), given, wide, pairs
-        self.body: list[str] = []
-        self.buffers: list[str] = []
-        self.constants: dict[float, str] = {}
-        self.free: list[str] = []
-        self.slots: set[str] = set()
-        self.uses = Counter(i for op in program.ops for i in op.inputs)
-        last = {i: n for n, op in enumerate(program.ops) for i in op.inputs}
-        ops = dict(enumerate(program.ops))
-        while ops:
-            n = min(ops)
-            op = ops.pop(n)
-            dying = {i for i in op.inputs if not isinstance(i, float) and last[i] == n}
-            if isinstance(op, Product):
-                self._product(op, dying, len(self.buffers))
-            elif twin := next((m for m, other in ops.items() if self._together(op, other)), None):
-                del ops[twin]
-            else:
-                self._element(op, dying)
-        done = {op.output for op in program.ops if isinstance(op, Op)}
-        for column in sorted(set(given) - done):  # a result that is an input, or a product
-            for name in given[column]:
-                self.body.append(f"        copyto({name}, {self.homes[column]})")
-
-    def compiled(self, source: list[str]) -> Any:
-        """The function `walk` of this source."""
-        return _compiled(source)
-
-    def prologue(self) -> list[str]:
-        """The lines before the loop."""
-        values = [f"    {k} = array({v!r}, dtype)" for v, k in self.constants.items()]
-        return ["    H, B = shape", *self.buffers, *values]
-
-    def _element(self, op: Op, dying: set[int]) -> None:
-        arguments = [self._value(i) for i in op.inputs]
-        spare = [self.homes[i] for i in sorted(dying) if self.homes[i] in self.slots]
-        self.free += [slot for slot in spare if slot not in self.free]
-        names = self.given.get(op.output) or [self._slot()]
-        self.homes[op.output] = names[0]
-        self.body.append(f"        {op.name}({', '.join([*arguments, names[0]])})")
-        self.body += [f"        copyto({name}, {names[0]})" for name in names[1:]]
-
-    def _together(self, op: Op, other: Any) -> bool:
-        """Do both operations in one call, over an input that nothing else needs, if that can be."""
-        if op.name != getattr(other, "name", "") or {op.output, other.output} & set(self.given):
-            return False
-        names, over = [], []
-        for i, j in zip(op.inputs, other.inputs, strict=True):
-            pair = self.homes.get(i), self.homes.get(j)
-            names.append(
-                self._value(i) if isinstance(i, float) and i == j else self.pairs.get(pair)
-            )
-            if pair[0] in self.slots and self.uses[i] == self.uses[j] == 1:
-                over.append((names[-1], pair))
-        if not all(names) or not over:
-            return False
-        out, (self.homes[op.output], self.homes[other.output]) = over[0]
-        self.body.append(f"        {op.name}({', '.join([*names, out])})")
-        return True
-
-    def _product(self, op: Product, dying: set[int], n: int) -> None:
-        rows = f"M[{op.rows.start} * H : {op.rows.stop} * H]"
-        rows = rows if op.transposed else f"{rows}.T"
-        self.buffers.append(f"    M{n}, q{n} = {rows}, empty(({len(op.outputs)} * H, B), dtype)")
-        left = self._side_by_side(op.inputs) or self._gathered(op.inputs, f"x{n}")
-        self.body.append(f"        matmul(M{n}, {left}, q{n})")
-        for i, column in enumerate(op.outputs):
-            name = self.homes[column] = f"q{n}_{i}"
-            self.buffers.append(f"    {name} = q{n}[{i} * H : {i + 1} * H]")
-            self.slots.add(name)
-        for i in range(1, len(op.outputs)):
-            left, right = f"q{n}_{i - 1}", f"q{n}_{i}"
-            self.pairs[left, right] = f"{left}_{i}"
-            self.buffers.append(f"    {left}_{i} = q{n}[{i - 1} * H : {i + 1} * H]")
-        self.free += [self.homes[i] for i in dying if self.homes[i] in self.slots]
-
-    def _slot(self) -> str:
-        if self.free:
-            return self.free.pop()
-        name = f"t{len(self.slots)}"
-        self.slots.add(name)
-        self.buffers.append(f"    {name} = empty(shape, dtype)")
-        return name
-
-    def _value(self, i: Any) -> str:
-        if isinstance(i, float):
-            return self.constants.setdefault(i, f"k{len(self.constants)}")
-        return self.homes[i]
-
-    def _side_by_side(self, columns: tuple[int, ...]) -> str:
-        if len(columns) == 1:
-            return self.homes[columns[0]]
-        for whole, name in self.wide.items():
-            for i in range(len(whole) - len(columns) + 1):
-                if whole[i : i + len(columns)] == columns:
-                    end = i + len(columns)
-                    return name if columns == whole else f"{name}[{i} * H : {end} * H]"
-        return ""
-
-    def _gathered(self, columns: tuple[int, ...], name: str) -> str:
-        self.buffers.append(f"    {name} = empty(({len(columns)} * H, B), dtype)")
-        for i, column in enumerate(columns):
-            part = f"{name}[{i} * H : {i + 1} * H]"
-            self.body.append(f"        copyto({part}, {self.homes[column]})")
-        return name
+    return quiet(scan) if "exp" in printer.functions else scan

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+from ...codegen.cuda_source import Scan
 from ...codegen.schedule import NARROW, STATE, Gemm
-from .walk import Walk
 
 PLANS = 32  # that a workspace keeps
 THREADS = 256  # of a block, at most
@@ -22,31 +22,31 @@ class Plan:
     launch by launch, which compiles all there is to compile; the second is recorded.
     """
 
-    def __init__(self, ops: Any, blas: Any, walk: Walk, sizes: Any, order: range, shift: int):
-        self.ops, self.blas, self.walk, self.sizes = ops, blas, walk, sizes
+    def __init__(self, ops: Any, blas: Any, scan: Scan, sizes: Any, order: range, shift: int):
+        self.ops, self.blas, self.scan, self.sizes = ops, blas, scan, sizes
         self.order, self.shift = order, shift
         B, H = sizes
         self.buffers = {
-            name: ops.empty((B, n * H), walk.dtype(name))
-            for name, n in {STATE: 1, **walk.stages.buffers}.items()
+            array.name: ops.empty((B, array.columns * H), scan.dtype(array.name))
+            for array in (STATE, *scan.schedule.buffers)
         }
-        self.U = ops.empty((3 * H, H), walk.dtype("U"))
-        self.table = ops.empty((3 * len(walk.arrays) + 3,), "int64")
+        self.U = ops.empty((3 * H, H), scan.dtype("U"))
+        self.table = ops.empty((3 * len(scan.arrays) + 3,), "int64")
         self.pointers = {name: ops.pointer(v) for name, v in self.buffers.items()}
         self.runs, self.graph = 0, None
 
     def __call__(self, arrays: dict[str, Any], alive: Any, state: Any, U: Any) -> Any:
         """Run the block over these arrays, from this state (B, H) -> the last state, a copy."""
-        for name in (STATE, NARROW):
-            if name in self.buffers:
-                self.buffers[name][...] = state
+        for array in (STATE, NARROW):
+            if array.name in self.buffers:
+                self.buffers[array.name][...] = state
         self.U[...] = U
-        of_arrays = [arrays[name] for name in self.walk.arrays]
+        of_arrays = [arrays[name] for name in self.scan.arrays]
         numbers = [self.ops.pointer(self.table)]
         numbers += [n for v in (*of_arrays, alive) for n in place(self.ops, v)]
-        self.ops.launch(self.walk.set_table, (1, 1), 1, numbers)
+        self.ops.launch(self.scan.set_table, (1, 1), 1, numbers)
         self._run()
-        return self.ops.copy(self.buffers[STATE])
+        return self.ops.copy(self.buffers[STATE.name])
 
     def _run(self) -> None:
         self.runs += 1
@@ -62,9 +62,9 @@ class Plan:
         B, H = self.sizes
         threads = min(THREADS, -(-H // 32) * 32)
         grid = (-(-H // threads), min(B, 65535))
-        table, stages = self.ops.pointer(self.table), self.walk.stages.stages
+        table, stages = self.ops.pointer(self.table), self.scan.schedule.stages
         owned = {
-            n: [self.pointers[name] for name in k.buffers] for n, k in self.walk.kernels.items()
+            n: [self.pointers[name] for name in k.buffers] for n, k in self.scan.kernels.items()
         }
         for t in self.order:
             for n, stage in enumerate(stages):
@@ -72,20 +72,21 @@ class Plan:
                     self._multiply(stage)
                 else:
                     numbers = [table, t, t + self.shift, B, H, *owned[n]]
-                    self.ops.launch(self.walk.kernels[n], grid, threads, numbers)
+                    self.ops.launch(self.scan.kernels[n], grid, threads, numbers)
 
-    def _multiply(self, op: Gemm) -> None:
+    def _multiply(self, gemm: Gemm) -> None:
         """Out (B, N) = left (B, k) @ M, where M is U[rows]^T or U[rows], all row by row.
 
         cuBLAS reads column by column, so for it this is out^T = M^T left^T.
         """
         B, H = self.sizes
-        rows = (op.rows.stop - op.rows.start) * H
-        N, k = (rows, H) if op.transposed else (H, rows)
-        left, out = self.pointers[op.left], self.pointers[op.out]
-        M = self.ops.pointer(self.U) + op.rows.start * H * H * self.U.itemsize
-        beta, dtype = float(op.add), self.walk.dtype("U")
-        self.blas(op.transposed, False, N, B, k, M, H, left, k, beta, out, N, dtype)
+        rows, transposed = gemm.product.rows, gemm.product.transposed
+        height = (rows.stop - rows.start) * H
+        N, k = (height, H) if transposed else (H, height)
+        left, out = self.pointers[gemm.operand.array.name], self.pointers[gemm.out.name]
+        M = self.ops.pointer(self.U) + rows.start * H * H * self.U.itemsize
+        beta, dtype = float(gemm.add), self.scan.dtype("U")
+        self.blas(transposed, False, N, B, k, M, H, left, k, beta, out, N, dtype)
 
 
 def place(ops: Any, array: Any) -> tuple[int, int, int]:

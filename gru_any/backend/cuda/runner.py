@@ -9,15 +9,15 @@ import importlib
 from functools import partial
 from typing import Any
 
+from ...codegen.cuda_cooperative import cooperative_kernel, exchanged, holds, threads, units
+from ...codegen.cuda_cooperative import shared_numbers as shared_by_all
+from ...codegen.cuda_persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
+from ...codegen.cuda_source import Scan, backward_scan, forward_scan, typed
 from ..reductions import reduced
 from .calls import Calls
 from .device import OPERATIONS
-from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from .plan import Plan, place
 from .products import KINDS, multiply
-from .walk import Walk, backward_walk, forward_walk, typed
-from .whole import exchanged, holds, threads, units, whole_kernel
-from .whole import shared_numbers as shared_by_all
 
 
 class CUDA(Calls):
@@ -103,7 +103,7 @@ class CUDA(Calls):
         if not B or str(h.dtype) not in ("float32", "float64"):
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
         U, *vectors = recurrent
-        walk = forward_walk(step, len(vectors), keep, str(h.dtype))
+        walk = forward_scan(step, len(vectors), keep, str(h.dtype))
         path = self._empty((K + 1, B, H), h)
         path[K if reverse else 0, :, :] = h
         saved = tuple(self._empty((K, B, n * H), h) for n in walk.widths)  # 1 - z of a half is 0
@@ -127,7 +127,7 @@ class CUDA(Calls):
         K, B, H = previous.shape
         if not B or str(dh.dtype) not in ("float32", "float64"):
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps)
-        walk = backward_walk(step, len(saved), dy is not None, taps, str(dh.dtype))
+        walk = backward_scan(step, len(saved), dy is not None, taps, str(dh.dtype))
         parts = [self._empty((K, B, n * H), U) for n in walk.widths]
         arrays = {"dy": dy, "previous": previous, **_named("s", saved), **_named("p", parts)}
         order = range(K) if reverse else range(K - 1, -1, -1)
@@ -136,7 +136,7 @@ class CUDA(Calls):
         return tuple(parts), dh, g
 
     def _run(
-        self, walk: Walk, arrays: Any, alive: Any, state: Any, U: Any, order: range, shift: int
+        self, walk: Scan, arrays: Any, alive: Any, state: Any, U: Any, order: range, shift: int
     ) -> Any:
         """Fill the result arrays, step after step in this order, and return the last state."""
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
@@ -156,7 +156,7 @@ class CUDA(Calls):
             return workspace.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
 
     def _all_at_once(
-        self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
+        self, walk: Scan, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
     ) -> Any:
         """One kernel for all steps."""
         B, H = state.shape
@@ -171,20 +171,20 @@ class CUDA(Calls):
         return last
 
     def _on_the_whole_device(
-        self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
+        self, walk: Scan, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
     ) -> Any:
         """One kernel for all steps, alone on the device: its blocks wait for one another."""
         B, H = state.shape
         own, last = units(H, self.ops.multiprocessors), self._empty(state.shape, state)
         U, state = (self.xp.ascontiguousarray(v) for v in (U, state))
         counter = self.xp.zeros((1,), dtype=self.xp.uint32, device=self.device)
-        shared = [self._empty((2, B, n * H), state) for n in exchanged(walk).values()]
+        shared = [self._empty((2, B, v.columns * H), state) for v in exchanged(walk)]
         numbers = [len(order), order[0], order.step, shift, *place(self.ops, mask)]
         numbers += [self.ops.pointer(v) for v in (U, state, last, counter, *shared)]
         numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
         size = shared_by_all(walk, B, H, own) * state.itemsize
         with self.locked():
-            kernel = whole_kernel(walk, B, H, own)
+            kernel = cooperative_kernel(walk, B, H, own)
             self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last
 

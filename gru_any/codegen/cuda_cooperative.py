@@ -10,9 +10,18 @@ Off unless asked for by GRU_ANY_CUDA=whole: no device has shown yet where it pay
 
 from functools import lru_cache
 
-from ...codegen.cuda_source import TYPES, Kernel, operations, prelude, stored
-from ...codegen.schedule import STATE, Gemm, Group, Place
-from .walk import Walk
+from .cuda_source import (
+    TYPES,
+    AllSteps,
+    Kernel,
+    Scan,
+    old_state,
+    one_kind,
+    operations,
+    prelude,
+    stored,
+)
+from .schedule import STATE, ArrayRef, Gemm, Group, Place
 
 THREADS = 256  # of a block, at most
 DEEP = 32  # columns of what a product reads that are in shared memory at once
@@ -30,90 +39,77 @@ def threads(B: int, own: int) -> int:
     return min(THREADS, -(-3 * B * own // 32) * 32)
 
 
-def holds(walk: Walk, B: int, H: int, multiprocessors: int, shared: int) -> bool:
+def holds(scan: Scan, B: int, H: int, multiprocessors: int, shared: int) -> bool:
     """Whether the device's shared memory holds U; shared: bytes that a block may use."""
-    kinds = {stage.transposed for stage in _gemms(walk)}
-    own, size = units(H, multiprocessors), 8 if walk.number == "float64" else 4
-    fits = shared_numbers(walk, B, H, own) * size <= shared and B * 3 * own <= THREADS * SUMS
-    return fits and B <= ROWS and len(kinds) == 1
+    own, size = units(H, multiprocessors), 8 if scan.number == "float64" else 4
+    fits = shared_numbers(scan, B, H, own) * size <= shared and B * 3 * own <= THREADS * SUMS
+    return fits and B <= ROWS and one_kind(scan)
 
 
-def _gemms(walk: Walk) -> list[Gemm]:
-    return [stage for stage in walk.stages.stages if isinstance(stage, Gemm)]
+def exchanged(scan: Scan) -> list[ArrayRef]:
+    """What the products read."""
+    return list(dict.fromkeys(gemm.operand.array for gemm in scan.schedule.gemms))
 
 
-def exchanged(walk: Walk) -> dict[str, int]:
-    """What the products read, and its width in columns."""
-    return {gemm.left: walk.stages.buffers.get(gemm.left, 1) for gemm in _gemms(walk)}
+def _owned(scan: Scan) -> list[ArrayRef]:
+    """What each block has of its own units."""
+    others = [array for array in scan.schedule.buffers if array not in exchanged(scan)]
+    return [STATE, *others]
 
 
-def _owned(walk: Walk) -> dict[str, int]:
-    """What each block has of its own units, and its width in columns."""
-    others = {n: w for n, w in walk.stages.buffers.items() if n not in exchanged(walk)}
-    return {STATE: 1, **others}
-
-
-def shared_numbers(walk: Walk, B: int, H: int, own: int) -> int:
-    """How many numbers of shared memory a block needs."""
-    return 3 * own * H + B * (DEEP + 1) + B * own * sum(_owned(walk).values())
+def shared_numbers(scan: Scan, B: int, H: int, own: int) -> int:
+    """How many elements of shared memory a block needs."""
+    columns = sum(array.columns for array in _owned(scan))
+    return 3 * own * H + B * (DEEP + 1) + B * own * columns
 
 
 @lru_cache(maxsize=64)
-def whole_kernel(walk: Walk, B: int, H: int, own: int) -> Kernel:
-    """The kernel of a walk for B rows and H units, of which each block owns so many.
+def cooperative_kernel(scan: Scan, B: int, H: int, own: int) -> Kernel:
+    """The kernel of a scan for B rows and H units, of which each block owns so many.
 
-    Arguments: K, the first step, the way to the next, how far its state is from it in the path; the
-    mask with its distances; U, the first state, the last; the counter of the barrier, which is 0;
-    what is exchanged, (2, B, width H) each; each array with its distances.
+    Arguments: K, the first step, the distance to the next, how far its state is from it in the
+    path; the mask with its distances; U, the first state, the last; the counter of the barrier,
+    which is 0; what is exchanged, (2, B, columns H) each; each array with its distances.
     """
-    return Kernel(f"{walk.name}_whole", _Skeleton(walk, B, H, own).source(), barrier=2)
+    return Kernel(f"{scan.name}_whole", _Cooperative(scan, B, H, own).source(), barrier=2)
 
 
-class _Skeleton:
-    def __init__(self, walk: Walk, B: int, H: int, own: int) -> None:
-        self.walk, self.B, self.H, self.own = walk, B, H, own
+class _Cooperative(AllSteps):
+    def __init__(self, scan: Scan, B: int, H: int, own: int) -> None:
+        super().__init__(scan)
+        self.B, self.H, self.own = B, H, own
         self.threads = threads(B, own)
-        self.owned, self.exchanged = _owned(walk), exchanged(walk)
+        self.owned, self.exchanged = _owned(scan), exchanged(scan)
 
     def source(self) -> str:
         """The whole source."""
-        groups = [stage for stage in self.walk.stages.stages if isinstance(stage, Group)]
-        written = {s.place.array for group in groups for s in group.stores}
         parameters = [
             *(f"long long {n}" for n in ("K", "first", "next", "shift")),
-            "const unsigned char* alive, long long alive_step, long long alive_row",
-            f"const {TYPES[self.walk.dtype('U')]}* U",
+            self.mask,
+            f"const {TYPES[self.scan.dtype('U')]}* U",
             "const number* before, number* after, unsigned* counter",
-            *(f"number* {name}_all" for name in self.exchanged),
-            *(
-                f"{'' if n in written else 'const '}{TYPES[self.walk.dtype(n)]}* {n}, "
-                f"long long {n}_step, long long {n}_row"
-                for n in self.walk.arrays
-            ),
+            *(f"number* {array.name}_all" for array in self.exchanged),
         ]
         return "\n".join([
-            prelude(self.walk.number),
+            prelude(self.scan.number),
             f"constexpr int B = {self.B}, H = {self.H}, OWN = {self.own};",
             f"constexpr int THREADS = {self.threads}, DEEP = {DEEP};",
             TOGETHER,
-            f'extern "C" __global__ void __launch_bounds__({self.threads}) '
-            f"{self.walk.name}_whole({', '.join(parameters)}) {{",
-            *(f"  {line}" for line in [*self._begin(), *self._steps()]),
-            "}",
-            "",
+            self.kernel(f"{self.scan.name}_whole", self.threads, parameters),
         ])  # fmt: skip
 
-    def _begin(self) -> list[str]:
+    def begin(self) -> list[str]:
+        """Find the shared memory, and load the weights and the first state."""
         lines = ["SHARED(memory);", "number* const w = (number*)memory;"]
         offset = 3 * self.own * self.H
         lines.append(f"number* const tile = (number*)memory + {offset};")
         offset += self.B * (DEEP + 1)
-        for name, width in self.owned.items():
-            lines.append(f"number* const {name} = (number*)memory + {offset};")
-            offset += self.B * self.own * width
-        turned = _gemms(self.walk)[0].transposed
-        entry = "(g * H + unit) * H + k" if turned else "(g * H + k) * H + unit"
-        exchange = [f"{STATE}_all[b * H + unit] = v;"] if STATE in self.exchanged else []
+        for array in self.owned:
+            lines.append(f"number* const {array.name} = (number*)memory + {offset};")
+            offset += self.B * self.own * array.columns
+        transposed = self.schedule.gemms[0].product.transposed
+        entry = "(g * H + unit) * H + k" if transposed else "(g * H + k) * H + unit"
+        exchange = [f"{STATE.name}_all[b * H + unit] = v;"] if STATE in self.exchanged else []
         return [
             *lines,
             "const int j = threadIdx.x, start = blockIdx.x * OWN;",
@@ -126,44 +122,42 @@ class _Skeleton:
             "  const int b = i / OWN, unit = start + i % OWN;",
             "  if (unit >= H) continue;",
             "  const number v = before[b * H + unit];",
-            f"  {STATE}[i] = v;",
+            f"  {STATE.name}[i] = v;",
             *(f"  {line}" for line in exchange),
             "}",
         ]
 
-    def _steps(self) -> list[str]:
+    def steps(self) -> list[str]:
+        """All steps, and the last state."""
         lines = ["const int turn = n & 1;"]
-        for stage in self.walk.stages.stages:
+        for stage in self.schedule.stages:
             lines += self._product(stage) if isinstance(stage, Gemm) else self._group(stage)
         return [
             "for (long long n = 0, t = first; n < K; ++n, t += next) {",
             *(f"  {line}" for line in lines),
             "}",
             "for (int i = j; i < B * OWN; i += THREADS)",
-            f"  if (start + i % OWN < H) after[i / OWN * H + start + i % OWN] = {STATE}[i];",
+            f"  if (start + i % OWN < H) after[i / OWN * H + start + i % OWN] = {STATE.name}[i];",
         ]
 
     def _entry(self, place: Place) -> str:
-        array, n = place
+        (array, n), width = place, place.array.columns
         if array in self.owned:
-            return f"{array}[b * {self.owned[array] * self.own} + {n} * OWN + i % OWN]"
+            return f"{array.name}[b * {width * self.own} + {n} * OWN + i % OWN]"
         if array in self.exchanged:
-            width = self.exchanged[array]
-            return f"{array}_all[(turn * B + b) * {width} * H + {n} * H + unit]"
-        step = "(t + shift)" if array == "path" else "t"
-        return f"{array}[{step} * {array}_step + b * {array}_row + {n} * H + unit]"
+            return f"{array.name}_all[(turn * B + b) * {width} * H + {n} * H + unit]"
+        return self.outside(place)
 
     def _group(self, group: Group) -> list[str]:
-        old = next((f"v{c}" for c, place in group.loads if place.array == STATE), "")
         lines = [f"const number v{c} = get({self._entry(place)});" for c, place in group.loads]
-        lines += operations(group.ops, self.walk.number)
+        lines += operations(group.ops, self.scan.number)
         for store in group.stores:
-            (name, n), value = store.place, stored(store, old)
-            if name in self.exchanged:
-                width, turn = self.exchanged[name], "(1 - turn)" if name == STATE else "turn"
-                place = f"({turn} * B + b) * {width} * H + {n} * H + unit"
-                lines.append(f"{name}_all[{place}] = {value};")
-            if name not in self.exchanged or name == STATE:
+            (array, n), value = store.place, stored(store, old_state(group))
+            if array in self.exchanged:
+                turn = "(1 - turn)" if array == STATE else "turn"
+                place = f"({turn} * B + b) * {array.columns} * H + {n} * H + unit"
+                lines.append(f"{array.name}_all[{place}] = {value};")
+            if array not in self.exchanged or array == STATE:
                 lines.append(f"put({self._entry(store.place)}, {value});")
         return [
             "for (int i = j; i < B * OWN; i += THREADS) {",
@@ -174,17 +168,17 @@ class _Skeleton:
             "}",
         ]
 
-    def _product(self, op: Gemm) -> list[str]:
+    def _product(self, gemm: Gemm) -> list[str]:
         """Each thread holds some sums: of row i % B, and of output i / B."""
-        first, last = op.rows.start, op.rows.stop
-        width, thirds = self.exchanged[op.left], last - first
-        outputs = thirds * self.own if op.transposed else self.own
-        left = f"{op.left}_all + turn * B * {width} * H"
-        where = f"{op.out}[b * {self.owned[op.out] * self.own} + o] {'+=' if op.add else '='}"
-        if op.transposed:  # all outputs from the same columns
-            pairs = [(left, first)]
+        array, rows, out = gemm.operand.array, gemm.product.rows, gemm.out
+        outputs, width = self.own * out.columns, array.columns
+        left = f"{array.name}_all + turn * B * {width} * H"
+        where = f"{out.name}[b * {outputs} + o] {'+=' if gemm.add else '='}"
+        if gemm.product.transposed:  # all outputs from the same columns
+            pairs = [(left, rows.start)]
         else:  # the same outputs from the columns of each third
-            pairs = [(f"{left} + {g - first} * H", g) for g in range(first, last)]
+            thirds = range(rows.start, rows.stop)
+            pairs = [(f"{left} + {g - rows.start} * H", g) for g in thirds]
         sums = [
             f"multiply<{outputs}>({columns}, {width} * H, w + {g} * OWN * H, tile, sums, j);"
             for columns, g in pairs

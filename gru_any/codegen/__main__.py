@@ -1,0 +1,104 @@
+"""Print a page that follows one equation to each target: python -m gru_any.codegen."""
+
+from inspect import getsource
+
+from .. import equations
+from .cuda_source import forward_scan
+from .javascript_source import javascript
+from .numba_source import NumbaSource
+from .numpy_source import NumPySource
+from .schedule import HOST, forward_program, forward_schedule
+
+PAGE = """\
+# One equation becoming each target's code
+
+`python -m gru_any.codegen` prints this page from the code, and a test holds it to that. It follows
+one step, the GRU with the reset gate before the product, from
+[`gru_any/equations.py`](../gru_any/equations.py) to NumPy, Numba, CUDA and JavaScript. The gradient
+goes the same way.
+
+## The equation
+
+{equation}
+
+## The program
+
+`gru_any/codegen/trace.py` calls the function once with stand-ins for its arrays and notes each
+operation. A column `v` is H wide; `v0, v1, v2` are the thirds of `a`, `v3` is `h`. `U[0:2]` counts
+rows of U in units of H. The residuals are left out here, as in a call without a gradient.
+
+{program}
+
+## The schedule
+
+`gru_any/codegen/schedule.py` cuts the program at its products. Between two products is a group,
+which loads columns, computes and stores. All decisions are made here: which buffers there are (`q`
+for the output of a product, `x` for its operand, `t` for a column that a later group needs), and
+where each column is stored. On the host, the states of all steps are in `path`:
+
+{host}
+
+On a CUDA device the state has one place, which each step overwrites; a second store keeps it in
+`path`:
+
+{device}
+
+A product can also add to the state there, which saves a buffer in the backward pass.
+
+## NumPy
+
+`gru_any/codegen/numpy_source.py` prints a call for each operation. It writes into memory whose
+value no later operation needs. The gates r and z are side by side, so one call does both
+(`q0_0_1`).
+
+{numpy}
+
+## Numba
+
+`gru_any/codegen/numba_source.py` prints a loop for each group, in which intermediate results stay
+in registers. Below is the function for few rows, without its imports, products and `tanh`. For
+many rows the same loops are called with packed weights and from several threads.
+
+{numba}
+
+## CUDA
+
+`gru_any/codegen/cuda_source.py` prints a kernel for each group; cuBLAS does the products. The
+`table` has the addresses of arrays and their strides, so that a captured graph can be replayed
+over other arrays. `cuda_persistent.py` and `cuda_cooperative.py` print kernels that run all steps,
+from the same schedule. The first group:
+
+{cuda}
+
+## JavaScript
+
+`gru_any/codegen/javascript_source.py` prints the step of the [live page](interactive.html).
+
+{javascript}
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    step = equations.reset_before
+    host = forward_schedule(step, 0, False, HOST)
+    scan = forward_scan(step, 0, False, "float32")
+    numba, cuda = NumbaSource(host, "float32").few(), scan.set_table.source
+    return PAGE.format(
+        equation=_box("py", getsource(step)),
+        program=_box("text", str(forward_program(step, 0, False))),
+        host=_box("text", str(host)),
+        device=_box("text", str(scan.schedule)),
+        numpy=_box("py", NumPySource(host).source()),
+        numba=_box("py", numba[numba.index("@njit(**flags)\ndef fused") :]),
+        cuda=_box("cpp", cuda[cuda.index('extern "C"') : cuda.index("\n\nextern")]),
+        javascript=_box("js", javascript(host)),
+    )
+
+
+def _box(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

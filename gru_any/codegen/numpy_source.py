@@ -1,0 +1,246 @@
+"""From a schedule to source for NumPy: one function that runs a scan, as calls that write in place.
+
+The rows of the batch are innermost in memory: a step sees arrays (columns H, B). `HostSource` has
+what does not depend on how a group runs; `NumPySource` prints a call for each operation.
+"""
+
+from collections import Counter
+
+from .schedule import ArrayRef, Gemm, Group, Kind, Place, Schedule
+from .trace import Op, Product
+
+# the names of NumPy's functions
+FUNCTIONS = {name: name for name in ("add", "subtract", "multiply", "divide", "tanh", "exp")}
+STATES = {Kind.BEFORE: "before", Kind.AFTER: "after"}
+
+
+def column(place: Place) -> str:
+    """The name of one column (H, B) of a step."""
+    name, kind, columns = place.array
+    if kind in STATES:
+        return STATES[kind]
+    return f"{name}_{place.column}" if columns > 1 else name
+
+
+def pair(array: ArrayRef, first: int) -> str:
+    """The name of two columns side by side."""
+    return f"{array.name}_{first}_{first + 1}"
+
+
+def _columns(array: ArrayRef) -> list[str]:
+    return [column(Place(array, i)) for i in range(array.columns)]
+
+
+def _part(name: str, first: int, count: int) -> str:
+    return f"{name}[{first} * H : {first + count} * H]"
+
+
+class HostSource:
+    """A scan whose products are NumPy's; a subclass prints the groups."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.setup: list[str] = []  # lines before the first step
+        self.body: list[str] = []  # lines of one step
+        self.functions = {"matmul", "copyto", "empty", "array"}  # of NumPy, that `source` calls
+        for array in schedule.buffers:
+            if not self.in_register(array):
+                self.allocate(array)
+        for n, stage in enumerate(schedule.stages):
+            if isinstance(stage, Gemm):
+                self.product(n, stage)
+            else:
+                self.group(n, stage)
+
+    def in_register(self, array: ArrayRef) -> bool:
+        """Whether `group` finds memory for this buffer."""
+        return False
+
+    def group(self, n: int, group: Group) -> None:
+        """Add the lines of a group, which is stage n."""
+        raise NotImplementedError
+
+    def product(self, n: int, gemm: Gemm) -> None:
+        """Add the lines of a product, which is stage n."""
+        rows = gemm.product.rows
+        matrix = f"M[{rows.start} * H : {rows.stop} * H]" + ".T" * (not gemm.product.transposed)
+        self.setup.append(f"M{n} = {matrix}")
+        self.body.append(f"matmul(M{n}, {self.operand(gemm)}, {gemm.out.name})")
+
+    def operand(self, gemm: Gemm) -> str:
+        """What a product reads, (width H, B)."""
+        (array, first), width = gemm.operand, gemm.width
+        if width == 1:
+            return column(gemm.operand)
+        return array.name if width == array.columns else _part(array.name, first, width)
+
+    def allocate(self, array: ArrayRef) -> None:
+        """Make a buffer before the first step, with names for its columns."""
+        self.setup.append(f"{array.name} = empty(({array.columns} * H, B), dtype)")
+        for i in range(array.columns if array.columns > 1 else 0):
+            self.setup.append(f"{column(Place(array, i))} = {_part(array.name, i, 1)}")
+
+    def variables(self) -> list[str]:
+        """What a step finds in its entry of `over`: arrays, columns of wide ones, and a pair."""
+        extras, forward, names = self.schedule.extras, self.schedule.forward, list[str]()
+        for array in self.schedule.arrays:
+            if array.kind is Kind.PROJECTION:
+                names += [*_columns(array), pair(array, 0)]
+            elif array.kind in STATES and forward:
+                names += STATES.values()
+            elif array.kind is Kind.STEPS and array not in extras:
+                names.append(array.name)
+        parts = [name for array in extras for name in _columns(array)]
+        return [*names, *([] if forward else parts), *(array.name for array in extras), "ended"]
+
+    def source(self) -> str:
+        """Print a function `scan`.
+
+        A forward scan(over, M, vectors, shape, dtype) fills the arrays of `over`; a backward
+        scan(over, M, dh, shape, dtype) returns the last dh too. over: for each step what
+        `variables` names, of which `ended` is a mask or None; M: U (3H, H); shape: (H, B).
+        """
+        forward, carry, end = self.schedule.forward, list[str](), list[str]()
+        vectors = [array.name for array in self.schedule.arrays if array.kind is Kind.VECTOR]
+        start = [f"{name} = vectors[{n}]" for n, name in enumerate(vectors)]
+        if not forward:
+            start = ["before, after = array(dh, order='C'), empty(shape, dtype)"]
+            carry, end = ["before, after = after, before"], ["return before"]
+        finished = ["if ended is not None:", "    copyto(after, before, where=ended)"]
+        return "\n".join([
+            f"def scan(over, M, {'vectors' if forward else 'dh'}, shape, dtype):",
+            *(f"    {line}" for line in [*start, "H, B = shape", *self.setup]),
+            f"    for {', '.join(self.variables())} in over:",
+            *(f"        {line}" for line in [*self.body, *finished, *carry]),
+            *(f"    {line}" for line in end),
+            "",
+        ])  # fmt: skip
+
+
+class NumPySource(HostSource):
+    """A scan as a call for each operation; the same one on two columns side by side is one call.
+
+    A column without a place of its own gets a register: a buffer (H, B), or the column of a
+    product whose value no operation needs again.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        made = {op.output for group in schedule.groups for op in group.ops}
+        loads = [load for group in schedule.groups for load in group.loads]
+        self.homes = {load.column: column(load.place) for load in loads if load.column not in made}
+        self.registers: set[str] = set()
+        self.free: list[str] = []
+        self.constants: dict[float, str] = {}
+        self.pairs: dict[tuple[str, str], str] = {}
+        for array in schedule.arrays:
+            if array.kind is Kind.PROJECTION:
+                self._pair(array, 0)
+        order: list[Op | Product] = []
+        for stage in schedule.stages:
+            order += [stage.product] if isinstance(stage, Gemm) else stage.ops
+        self.uses = Counter(i for op in order for i in op.columns)
+        self.last = {i: op for op in order for i in op.columns}
+        super().__init__(schedule)
+
+    def in_register(self, array: ArrayRef) -> bool:
+        """Whether this is a column that any register may hold."""
+        return array.columns == 1 and array.kind in (Kind.OPERAND, Kind.SPILL)
+
+    def allocate(self, array: ArrayRef) -> None:
+        """Make a buffer; what a product wrote is written over where nothing needs it again."""
+        super().allocate(array)
+        if array.kind is Kind.PRODUCT:
+            self.registers.update(_columns(array))
+            for i in range(array.columns - 1):
+                self._pair(array, i)
+                self.setup.append(f"{pair(array, i)} = {_part(array.name, i, 2)}")
+
+    def group(self, n: int, group: Group) -> None:
+        """Add a call for each operation, or for two."""
+        targets: dict[int, list[str]] = {}
+        for store in group.stores:
+            if not self.in_register(store.place.array):
+                targets.setdefault(store.column, []).append(column(store.place))
+        for i in sorted(targets.keys() - {op.output for op in group.ops}):
+            self.body += [f"copyto({name}, {self.homes[i]})" for name in targets[i]]
+        ops = list(group.ops)
+        while ops:
+            op = ops.pop(0)
+            others = [other for other in ops if not {op.output, other.output} & targets.keys()]
+            twin = next((other for other in others if self._together(op, other)), None)
+            if twin:
+                ops.remove(twin)
+            else:
+                self._call(op, targets.get(op.output, []))
+
+    def product(self, n: int, gemm: Gemm) -> None:
+        """Add a product, after which the registers of what it read may be free."""
+        super().product(n, gemm)
+        self._release(gemm.product)
+
+    def operand(self, gemm: Gemm) -> str:
+        """What a product reads; a single column may be in a register."""
+        if self.in_register(gemm.operand.array):
+            return self.homes[gemm.product.inputs[0]]
+        return super().operand(gemm)
+
+    def _pair(self, array: ArrayRef, first: int) -> None:
+        names = _columns(array)
+        self.pairs[names[first], names[first + 1]] = pair(array, first)
+
+    def _call(self, op: Op, targets: list[str]) -> None:
+        """Add the call of an operation, and copies of the result to further targets."""
+        arguments = [self._value(i) for i in op.inputs]
+        self._release(op)
+        out, *copies = targets or [self._register()]
+        self.homes[op.output] = out
+        self._add(op.name, *arguments, out)
+        self.body += [f"copyto({name}, {out})" for name in copies]
+
+    def _together(self, op: Op, other: Op) -> bool:
+        """Do both in one call, over an input that nothing else needs, if that can be."""
+        if op.name != other.name:
+            return False
+        names: list[str] = []
+        over: list[tuple[int, int, str]] = []
+        for i, j in zip(op.inputs, other.inputs, strict=True):
+            if isinstance(i, int) and isinstance(j, int):
+                left, right = self.homes.get(i, ""), self.homes.get(j, "")
+                names.append(self.pairs.get((left, right), ""))
+                if left in self.registers and self.uses[i] == self.uses[j] == 1:
+                    over.append((i, j, names[-1]))
+            else:
+                names.append(self._value(i) if isinstance(i, float) and i == j else "")
+        if not all(names) or not over:
+            return False
+        i, j, out = over[0]
+        self.homes[op.output], self.homes[other.output] = self.homes[i], self.homes[j]
+        self._add(op.name, *names, out)
+        return True
+
+    def _add(self, name: str, *arguments: str) -> None:
+        self.functions.add(FUNCTIONS[name])
+        self.body.append(f"{FUNCTIONS[name]}({', '.join(arguments)})")
+
+    def _release(self, op: Op | Product) -> None:
+        """Free the registers of columns that this operation is the last to read."""
+        for i in sorted(set(op.columns)):
+            home = self.homes.get(i, "")
+            if self.last[i] is op and home in self.registers and home not in self.free:
+                self.free.append(home)
+
+    def _register(self) -> str:
+        if not self.free:
+            name = f"t{len(self.registers)}"
+            self.registers.add(name)
+            self.setup.append(f"{name} = empty(shape, dtype)")
+            return name
+        return self.free.pop()
+
+    def _value(self, i: int | float) -> str:
+        if isinstance(i, int):
+            return self.homes[i]
+        if i not in self.constants:
+            self.constants[i] = f"k{len(self.constants)}"
+            self.setup.append(f"{self.constants[i]} = array({i!r}, dtype)")
+        return self.constants[i]
