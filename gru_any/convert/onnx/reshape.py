@@ -1,4 +1,4 @@
-"""The operator Reshape of an array whose axes are known: it regroups them, or is refused."""
+"""The operator Reshape of a symbolic array: it regroups whole axes, or is refused."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -79,8 +79,8 @@ def _declared(walk: Walk, output: "ValueInfoProto") -> Iterator[tuple[str, int]]
 def _regroup(axes: Axes, shape: Sequence[Length], numbers: dict[str, int]) -> Axes:
     """Return the axes after a reshape to `shape`, which has at most one -1.
 
-    Exporters write a number where they took an axis to be of that length always. Then the name of
-    its size stands for this number from now on: it is put into `numbers`.
+    Some exporters write a number for a free length, as it was when they traced the model. The name
+    of this length is put into `numbers`, and stands for the number from then on.
     """
     atoms = [atom for axis in axes for atom in axis]
     if -1 not in shape:

@@ -150,9 +150,8 @@ class ChainModule(torch.nn.ModuleList):
 
     def __init__(self, chain: Chain) -> None:
         super().__init__(_part(layer) for layer in chain.layers)
-        made: dict[
-            int, torch.nn.Parameter
-        ] = {}  # an array that stands in two layers is one parameter
+        # an array that stands in two layers is one parameter
+        made: dict[int, torch.nn.Parameter] = {}
         for part, layer in zip(self, chain.layers, strict=True):
             for name, array in layer.params.items():
                 setattr(part, name, made.setdefault(id(array), getattr(part, name)))
@@ -255,7 +254,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors)  # so that PyTorch notices what is written in between
+        ctx.save_for_backward(*tensors)  # so that PyTorch notices writes in between
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -275,7 +274,7 @@ class _Run(torch.autograd.Function):
 
 
 class _Back(torch.autograd.Function):
-    """The pullback. The tensors of the call come along so that no derivative is lost in silence."""
+    """The pullback. It takes the tensors of the call too, so that a second derivative raises."""
 
     @staticmethod
     def forward(
@@ -296,7 +295,7 @@ class _Back(torch.autograd.Function):
     vmap = _Run.vmap
 
 
-# which PyTorch leaves without types
+# PyTorch gives `apply` no types
 _apply: Callable[..., Tensors] = _Run.apply
 _apply_back: Callable[..., tuple[torch.Tensor | None, ...]] = _Back.apply
 
@@ -372,7 +371,7 @@ def _rounded(tensor: torch.Tensor | None, low: torch.dtype) -> torch.Tensor | No
 
 
 def _no_autocast(kind: str) -> AbstractContextManager[object]:
-    """Return a context for our own products, whose dtype is settled before."""
+    """Return a context without autocast for our own products, whose dtype is chosen before."""
     available = torch.amp.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if available else nullcontext()
 
@@ -383,7 +382,7 @@ def _over(layer: Recurrent, params: Sequence[torch.Tensor]) -> Recurrent:
     dtype = _plain(first.dtype)
     host = first.device.type == "cpu" and dtype != "bfloat16"  # which NumPy lacks
     backend = select("numpy") if host else select("torch", str(first.device))
-    backend.dtype(dtype)  # it must have it
+    backend.dtype(dtype)  # raises where the backend lacks it
     put = _putter(backend)
     arrays = zip(layer.params, (put(p) for p in params), strict=True)
     twin: Recurrent = object.__new__(type(layer))

@@ -1,4 +1,4 @@
-"""One layer's weights out of a state_dict of PyTorch, some of them computed from others there."""
+"""One layer's weights out of a state_dict of PyTorch, or what they are computed from."""
 
 import re
 from collections.abc import Callable, Mapping
