@@ -806,6 +806,14 @@ def test_a_constant_that_is_the_length(tmp_path, sizes, shape):
     close(ours(g.inputs["x"][0])[0], expected)
 
 
+def test_a_constant_that_an_array_in_the_middle_proves(tmp_path):
+    """PyTorch's exporter declares the arrays between its nodes; h_n has no axis of time."""
+    g = Graph()
+    end = stacked(g, (T, 0, 2 * H))
+    ours = g.load(tmp_path, end)
+    close(ours(g.inputs["x"][0])[1][-1], g.run(end)[0])
+
+
 def test_a_constant_that_weights_prove(tmp_path):
     g = Graph()
     y = g.op("Squeeze", g.gru(g.op("Reshape", g.x(("T", "B", "I")), g.ints(0, 0, I)))[0], g.ints(1))
