@@ -19,7 +19,7 @@ from .axes import (
     shape_text,
     size,
     symbolic,
-)  # fmt: skip
+)
 from .check import Node
 from .walk import Walk
 

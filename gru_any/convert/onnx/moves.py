@@ -23,7 +23,7 @@ from .axes import (
     shape_text,
     size,
     symbolic,
-)  # fmt: skip
+)
 from .check import Node, dtype_name
 
 

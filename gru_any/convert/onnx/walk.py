@@ -20,7 +20,7 @@ from .axes import (
     is_units,
     size,
     symbolic,
-)  # fmt: skip
+)
 from .check import Node, array, dtype_name
 
 if TYPE_CHECKING:
