@@ -430,7 +430,7 @@ def turned_as_a_whole_though_padded(g, x, lengths):
     return g.flat(turn(g, Y, "Slice", ""))
 
 
-def turned_by_lengths_that_the_gru_has_not(g, x, lengths):
+def turned_by_lengths_that_the_gru_lacks(g, x, lengths):
     Y, _ = g.gru(turn(g, x, "ReverseSequence", lengths))
     return g.flat(turn(g, Y, "ReverseSequence", lengths))
 
@@ -466,7 +466,7 @@ def other_attributes(g, x, lengths):
         (joined_along_time, r"\(Concat\) joins two GRUs that are not .* side by side"),
         (never_turned_back, "is neither what the last layer puts out nor"),
         (turned_as_a_whole_though_padded, "turned round as a whole, and ends them by lengths"),
-        (turned_by_lengths_that_the_gru_has_not, "turned round by lengths, and ends them nowhere"),
+        (turned_by_lengths_that_the_gru_lacks, "turned round by lengths, and ends them nowhere"),
         (turned_from_the_second_step, r"\(Slice\) turns round something else"),
         (turned_up_to_some_step, r"\(Slice\) turns round something else"),
         (turned_features, r"\(GRU\) reads what is turned round along another axis"),
@@ -804,6 +804,14 @@ def test_a_constant_that_is_the_length(tmp_path, sizes, shape):
     ours = g.load(tmp_path, y)
     (expected,) = g.run(y)
     close(ours(g.inputs["x"][0])[0], expected)
+
+
+def test_a_constant_that_an_array_in_the_middle_proves(tmp_path):
+    """PyTorch's exporter declares the arrays between its nodes; h_n has no axis of time."""
+    g = Graph()
+    end = stacked(g, (T, 0, 2 * H))
+    ours = g.load(tmp_path, end)
+    close(ours(g.inputs["x"][0])[1][-1], g.run(end)[0])
 
 
 def test_a_constant_that_weights_prove(tmp_path):

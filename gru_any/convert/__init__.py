@@ -1,8 +1,8 @@
 """Weights from other libraries and back: a module for each, imported on first use.
 
 `gru_any.convert.NAME.load(path)` and `save(path, model)` read and write files, where the library
-has files of weights; `from_arrays` and `to_arrays` do the same with arrays at hand. Of the other
-libraries nothing is imported.
+has files of weights; `from_arrays` and `to_arrays` do the same with arrays in memory. No converter
+imports the library whose weights it converts, unless it says so.
 """
 
 from importlib import import_module

@@ -65,7 +65,7 @@ def from_arrays(arrays: Cells, *, bidirectional: bool = False, batch_first: bool
 
 
 def to_arrays(gru: GRU) -> Arrays | list[dict[str, Array]]:
-    """What `from_arrays` takes: of NStepGRU with reset_after, else of links.GRU.
+    """The parameters as `from_arrays` takes them: of NStepGRU with reset_after, else of links.GRU.
 
     A mapping name -> array; for links.GRU with several layers or directions a list of them. Biases
     are always there: without them here, they are written as zeros.

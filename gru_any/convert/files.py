@@ -14,7 +14,7 @@ import numpy as np
 from ..files import write_atomically
 from ..typing import Array, Arrays, HostArray, Path
 
-# how many times a compressed file may grow; numbers that were trained hardly do at all
+# how many times a compressed file may grow; trained weights hardly compress at all
 GROWTH = 100
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "C64": "<c8", "BOOL": "?"}
 DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
@@ -95,7 +95,7 @@ def _members(
 
 
 def refuse_bomb(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """Raise where the parts of a zip file would grow to more than weights compressed can."""
+    """Raise where the parts of a zip file would grow more than compressed weights do."""
     promised, size = sum(entry.file_size for entry in entries), pathlib.Path(path).stat().st_size
     if promised > GROWTH * size:
         raise ValueError(

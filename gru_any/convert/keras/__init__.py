@@ -76,20 +76,20 @@ def load(
     ----------
     path : str or path
         `.keras`, or `.h5` with a whole model, of Keras 2 or 3: the model, whose call returns what
-        the one in Keras returns. It must be a row of GRU, RNN of GRUCells, Bidirectional of either,
-        Embedding, Dropout, Dense and TimeDistributed(Dense), or of models of these; it becomes a
-        Chain, or a GRU where there is nothing else. GRUs on top of each other become one of several
-        layers; a `Last` stands where `return_sequences` is False.
-        `.weights.h5`, or `.h5` of weights: has no description of the model, and gives its GRU,
-        with the outputs of all steps. Such a file cannot tell a GRU with `activation="relu"` or
-        `go_backwards=True` from any other: know it, and say so.
+        the one in Keras returns. Its layers must follow one another, and be GRU, RNN of GRUCells,
+        Bidirectional of either, Embedding, Dropout, Dense and TimeDistributed(Dense), or models of
+        these. It becomes a Chain, or a GRU where there is nothing else; GRUs on top of each other
+        become one of several layers; a `Last` stands where `return_sequences` is False.
+        `.weights.h5`, or `.h5` of weights: the GRU alone, with the outputs of all steps, since the
+        file does not describe the model. It does not say either whether a GRU was made with
+        `activation="relu"` or `go_backwards=True`: where it was, say so below.
     layer : str, a list of them, or None
         Layers to take out of a larger model, also one that branches, by their names, which are
         paths such as "encoder/gru" in a model inside of the model. In `.weights.h5` they are the
         places, such as "gru", "bidirectional_1" or "sequential/gru". GRUs become one GRU of
         several layers, with the outputs of all steps; of `go_backwards` it is a
-        `GRU(reverse=True)`. Where there are others among them they become what the row of them is,
-        and a warning tells what of them is left to you: an activation, or a mask.
+        `GRU(reverse=True)`. Where there are other layers among them, they become a Chain, and a
+        warning says what of them is left to you: an activation, or a mask.
     reset_after, go_backwards, activation, recurrent_activation : None, or as in Keras
         What the GRUs were made with. Needed where a file cannot tell: `reset_after` of weights
         without bias. Whatever the file says otherwise is an error, and so is an activation other

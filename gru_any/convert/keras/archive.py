@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a file says."""
+    """The content of a file."""
 
     description: Config | None  # of the model
     arrays: dict[str, HostArray]

@@ -91,7 +91,7 @@ def _chosen(parts: list[Part], names: list[str]) -> list[Part]:
 
 
 def _named(source: Source, parts: list[Part], settings: Config) -> Model:
-    """One GRU of these layers; a Chain, or one layer, where there are others among them."""
+    """Make one GRU of these layers; a Chain, or one layer, where there are others among them."""
     if not all(part.kind in RECURRENT for part in parts):
         return _row(source, parts, settings, whole=False)
     return _one_gru(
@@ -113,7 +113,7 @@ def _arrays(source: Source, part: Part) -> dict[str, HostArray]:
 
 
 def _check_row(parts: list[Part], description: Config) -> None:
-    """Raise where the model is no row of layers, or where a mask is made inside of it."""
+    """Raise where the layers do not follow one another, or one of them makes a mask."""
     for part in parts:
         if part.kind == "Masking" or part.config.get("mask_zero"):
             raise ValueError(
@@ -124,7 +124,7 @@ def _check_row(parts: list[Part], description: Config) -> None:
 
 
 def _check_calls(description: Config) -> None:
-    """Raise where a layer is not called once, on what the layer before it returned alone."""
+    """Raise where a layer is not called exactly once, on the output of the layer before it."""
     before, functional = None, description["class_name"] != "Sequential"
     for layer in layers_of(description):
         if layer["class_name"] in MODELS:
@@ -161,7 +161,7 @@ def _tensors(calls: object) -> Iterator[Tensor]:
 
 
 def _row(source: Source, parts: list[Part], settings: Config, whole: bool) -> Model:
-    """A Chain, or its only layer, that computes what the layers do one after the other."""
+    """Make a Chain of the layers, or its only layer."""
     arrays = [_arrays(source, part) for part in parts]
     dtype = next((str(a.dtype) for found in arrays for a in found.values()), "float32")
     layers: list[GRU | Linear | Embedding | Dropout | Last] = []
@@ -189,7 +189,7 @@ def _check_all_taken(source: Source, parts: list[Part]) -> None:
 
 
 def _layer(part: Part, arrays: dict[str, HostArray], dtype: str, whole: bool) -> Plain:
-    """An Embedding, Dropout or Linear layer; a warning says what of it is lost."""
+    """Make an Embedding, Dropout or Linear layer; warn of what is lost."""
     kind, config, prefix = part.kind, part.config, ""
     if kind == "TimeDistributed" and config["layer"]["class_name"] == "Dense":
         kind, config = "Dense", config["layer"]["config"]
@@ -237,7 +237,7 @@ def _exactly(part: Part, arrays: dict[str, HostArray], keys: list[str]) -> list[
 
 
 def _grus(levels: list[Level]) -> list[GRU]:
-    """GRUs of these layers, as few as can be."""
+    """Make as few GRUs of these layers as possible."""
     groups: list[list[Level]] = []
     for level in levels:
         if groups and _fits(groups[-1][-1], level):
@@ -268,7 +268,7 @@ def _one_gru(levels: list[Level]) -> GRU:
 
 
 def _sequences(part: Part) -> bool:
-    """Whether a recurrent layer returns all steps; raise where they come in another order."""
+    """Whether a recurrent layer returns all steps; raise where they come in reverse order."""
     config = part.config["layer"]["config"] if part.kind == "Bidirectional" else part.config
     sequences = _flag(config, "return_sequences", False)
     if sequences and part.kind != "Bidirectional" and _flag(config, "go_backwards", False):
@@ -363,7 +363,7 @@ def _check_gates(config: Config) -> None:
 def _read(
     part: Part, arrays: dict[str, HostArray], cells: list[Config], places: list[str]
 ) -> list[tuple[Cell, bool]]:
-    """Our arrays of each cell, and whether its reset gate acts after."""
+    """Return our arrays of each cell, and whether its reset gate acts after the product."""
     groups = [
         [f"{place}vars/{i}" for i in range(2 + _flag(cell, "use_bias", True))]
         for cell, place in zip(cells, places, strict=True)

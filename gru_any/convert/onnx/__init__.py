@@ -18,9 +18,9 @@ def load(
 ) -> GRU | Chain:
     """Read the GRU or the chain of layers that an ONNX file describes.
 
-    The graph is walked node by node, and each value is followed by what its axes mean, so that it
-    does not matter how an exporter turns, cuts and joins arrays on the way. What cannot be a layer
-    of this library is refused; nothing is skipped.
+    Each array is followed through the graph by the meaning of its axes, so that it does not matter
+    how an exporter transposes, slices and joins arrays on the way. What cannot be a layer of this
+    library is refused; nothing is skipped.
 
     Parameters
     ----------
@@ -50,8 +50,9 @@ def load(
     Raises
     ------
     ValueError
-        The file is damaged or unsafe, or holds what has no counterpart here; the text names the
-        node. `node` selects no GRU, or several that are not layers of one another; the text lists
+        The file is damaged or unsafe, or holds what has no counterpart here, such as a Reshape to
+        a constant number of steps where the input leaves it free; the text names the node. `node`
+        selects no GRU, or several that are not layers of one another; the text lists
         the GRU nodes of the graph.
     ImportError
         The package onnx is missing.
@@ -78,11 +79,11 @@ def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
 
     **Not every runtime heeds lengths.** onnxruntime does; OpenVINO and the reference evaluator of
     the package onnx read each row to its end, whatever `sequence_lens` of the operator GRU says,
-    and give other numbers where a length is below T. With `lengths=False` the file has no such
-    input, and gives the same numbers in all of them.
+    and give other results where a length is below T. With `lengths=False` the file has no such
+    input, and gives the same results in all of them.
 
-    Before the file is written, the model is run: read back by `load` it must give the same numbers,
-    and on onnxruntime, where that is installed and the dtype is float32, numbers close to them.
+    Before the file is written, the model is run: read back by `load` it must give the same results,
+    and on onnxruntime, where that is installed and the dtype is float32, results close to them.
 
     Parameters
     ----------
@@ -100,7 +101,7 @@ def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
     ValueError
         A chain without a GRU, or with GRUs of which only some are `batch_first`; or more than 2 GB.
     RuntimeError
-        The numbers do not agree; nothing is written.
+        The results do not agree; nothing is written.
     ImportError
         The package onnx is missing.
     """

@@ -56,7 +56,7 @@ def _check_all_used(walk: Walk, grus: list[FoundLayer]) -> None:
 
 
 def _find_last(walk: Walk, outputs: list[str]) -> None:
-    """Where one output alone is a result and it is the last state, put it out by a layer Last."""
+    """Add a layer Last where the only result is the last state."""
     values = [walk.values[name] for name in outputs]
     if walk.layers and not any(isinstance(v, SymbolicArray) and v.kind == "layer" for v in values):
         results = {k: symbolic(v) for k, v in zip(outputs, values, strict=True) if is_result(v)}

@@ -18,7 +18,7 @@ ROWS = "rows"  # the name of the axis of layers and directions of a state
 
 @dataclass(frozen=True)
 class Size:
-    """A product of a number and of sizes that are free, as shapes in a graph have them."""
+    """A product of a number and of free sizes, as it occurs in the shapes of a graph."""
 
     factor: int
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ Length: TypeAlias = int | Size
 
 
 class Atom(NamedTuple):
-    """One axis as it came into being; its size is a number, or a name where any size is right."""
+    """An axis of an input, a weight or an operator; its size is a number, or a name if free."""
 
     name: str
     size: int | str

@@ -19,7 +19,7 @@ from .axes import (
     shape_text,
     size,
     symbolic,
-)  # fmt: skip
+)
 from .check import Node
 from .walk import Walk
 
@@ -38,7 +38,7 @@ class GRUOutputs(NamedTuple):
 
 
 def swap_gates(v: HostArray) -> HostArray:
-    """From ONNX' order z, r, h on the first axis to r, z, n, and back."""
+    """Reorder the gates on the first axis from ONNX' z, r, h to r, z, n, or back."""
     z, r, n = np.split(v, 3)
     return np.concatenate((r, z, n))
 

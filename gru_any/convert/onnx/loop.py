@@ -1,11 +1,11 @@
 """A GRU whose steps stand in the body of the operator Loop, as Keras' exporter writes them.
 
-The body is evaluated with symbols in place of numbers. What comes out is compared with
+The body is evaluated with symbols in place of arrays. What comes out is compared with
 
     h' = z * h + (1 - z) * n,   z = sigmoid(x W_z + b_z + h U_z + c_z),   r likewise
     n = tanh(x W_n + b_n + r * (h U_n + c_n))   or   n = tanh(x W_n + b_n + (r * h) U_n)
 
-so that it does not matter in which order an exporter multiplies, adds and cuts.
+so that it does not matter in which order an exporter multiplies, adds and slices.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,14 +73,14 @@ class Blend(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """The number of the step, and so much more."""
+    """The number of the step, plus `more`."""
 
     more: int
 
 
 @dataclass(frozen=True)
 class Before:
-    """Whether the number of the step, and so much more, is less than T."""
+    """Whether the number of the step, plus `more`, is less than T."""
 
     more: int
     T: Length
@@ -99,7 +99,7 @@ class Equations(NamedTuple):
 
 @dataclass(eq=False)
 class Cell:
-    """What is known inside of the body."""
+    """The values inside of the body, and the sequence that its steps read."""
 
     walk: Walk
     values: dict[str, Symbol]
@@ -109,7 +109,7 @@ class Cell:
 def loop(
     walk: Walk, node: Node, count: Value, running: Value, *carried: Value
 ) -> tuple[Value, ...]:
-    """The operator Loop -> what the steps carry on, and the states stacked."""
+    """The operator Loop; return what the steps carry on, and the states of all steps."""
     body: Body = node.attributes["body"]
     cell = Cell(walk, {**walk.values, **dict(body.constants)})
     start = [_start(v) for v in carried]
@@ -322,7 +322,7 @@ def _split(cell: Cell, node: Node, v: Symbol, sizes: Symbol = None) -> tuple[Sum
 
 
 def _cut(cell: Cell, node: Node, v: Symbol, *bounds: Symbol) -> Sum:
-    """Cut columns, and all rows."""
+    """Take columns, with all their rows."""
     numbers = [[int(i) for i in b.flat] for b in bounds if isinstance(b, np.ndarray)]
     starts, ends, axes, *steps = numbers
     slices = dict(zip((a % 2 for a in axes), zip(starts, ends, strict=True), strict=True))

@@ -23,7 +23,7 @@ from .axes import (
     shape_text,
     size,
     symbolic,
-)  # fmt: skip
+)
 from .check import Node, dtype_name
 
 
@@ -117,7 +117,7 @@ def unsqueeze(node: Node, v: Value, axes: Value = None) -> Value:
 
 
 def cut(node: Node, v: Value, *bounds: Value) -> Value:
-    """The operator Slice; of the graph's inputs it cuts out rows of a first state."""
+    """The operator Slice, also where it takes rows of a first state."""
     if isinstance(v, Zeros):
         return v
     names = ("starts", "ends", "axes", "steps")
@@ -138,7 +138,7 @@ def cut(node: Node, v: Value, *bounds: Value) -> Value:
 
 
 def _rows(node: Node, v: SymbolicArray, axis: int, rows: slice) -> SymbolicArray:
-    """Some rows of an input, or the whole of any array."""
+    """Return some rows of an input or of a state, or the whole of any array."""
     length = size(v.axes[axis])
     if rows.step in (None, 1) and rows.start == 0 and rows.stop >= 2**31 - 1:
         return v

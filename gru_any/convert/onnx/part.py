@@ -1,7 +1,7 @@
-"""One GRU out of a larger graph: its nodes, and what folds to its weights.
+"""One GRU out of a larger graph: its nodes, and those that compute its weights.
 
-What a chosen node computes with when the model runs becomes an input of the small graph: x, the
-lengths and the first state. The rest of the large graph may hold any operator; it is not read.
+What else a chosen node reads becomes an input of the small graph: x, the lengths and the first
+state. The rest of the large graph may hold any operator; it is not read.
 """
 
 from __future__ import annotations  # protobuf's classes are known to a type checker alone
@@ -63,7 +63,7 @@ def part(graph: GraphProto, wanted: str) -> GraphProto:
 def _casts_of_lengths(
     nodes: list[NodeProto], chosen: list[int], kept: set[int], made_by: dict[str, int]
 ) -> set[int]:
-    """Return the nodes that pass lengths on, so that all that read them find the same input."""
+    """Return the casts between lengths and their input, so that all nodes find the same input."""
     found: set[int] = set()
     for i in sorted(kept):
         places = [4] if i in chosen else [1] if nodes[i].op_type == "ReverseSequence" else []

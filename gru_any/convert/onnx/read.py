@@ -42,7 +42,7 @@ def _walked(graph: "GraphProto", path: Path, part: bool = False) -> Walk:
     walk = Walk(graph, folder, part)
     for node in nodes(graph, folder):
         visit(walk, node)
-    check_claims(walk, graph.output)
+    check_claims(walk, (*graph.value_info, *graph.output))
     return walk
 
 

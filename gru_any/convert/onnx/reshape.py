@@ -1,4 +1,4 @@
-"""The operator Reshape of an array whose axes are known: it regroups them, or is refused."""
+"""The operator Reshape of a symbolic array: it regroups whole axes, or is refused."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -38,13 +38,13 @@ def reshape(walk: Walk, node: Node, v: Value, target: Value) -> SymbolicArray | 
     return v.arranged(axes)
 
 
-def check_claims(walk: Walk, outputs: Iterable["ValueInfoProto"]) -> None:
+def check_claims(walk: Walk, declared: Iterable["ValueInfoProto"]) -> None:
     """Refuse a constant length where the inputs of the graph leave it free.
 
     At any other length such a reshape fails, or mixes steps and rows. Weights may prove that this
-    is the only length, and so may the declared shape of an output.
+    is the only length, and so may the declared shape of an array.
     """
-    proven = walk.proven.union(*(_declared(walk, output) for output in outputs))
+    proven = walk.proven.union(*(_declared(walk, info) for info in declared))
     for name, (number, node) in walk.claims.items():
         if (name, number) not in proven:
             alone = "" if walk.part else ", or read the GRU alone: load(path, node=...)"
@@ -56,13 +56,13 @@ def check_claims(walk: Walk, outputs: Iterable["ValueInfoProto"]) -> None:
             )
 
 
-def _declared(walk: Walk, output: "ValueInfoProto") -> Iterator[tuple[str, int]]:
+def _declared(walk: Walk, declared: "ValueInfoProto") -> Iterator[tuple[str, int]]:
     """Yield a free length and the number declared for it, where all others keep their names.
 
-    The number of elements then leaves no other length for it, even where the shape of the output
-    was inferred from the constant itself.
+    The number of elements then leaves no other length for it, even where the shape was inferred
+    from the constant itself.
     """
-    v, dims = walk.values[output.name], output.type.tensor_type.shape.dim
+    v, dims = walk.values.get(declared.name), declared.type.tensor_type.shape.dim
     if not isinstance(v, SymbolicArray) or len(dims) != len(v.axes):
         return
     sizes = [size(axis) for axis in v.axes]
@@ -79,8 +79,8 @@ def _declared(walk: Walk, output: "ValueInfoProto") -> Iterator[tuple[str, int]]
 def _regroup(axes: Axes, shape: Sequence[Length], numbers: dict[str, int]) -> Axes:
     """Return the axes after a reshape to `shape`, which has at most one -1.
 
-    Exporters write a number where they took an axis to be of that length always. Then the name of
-    its size stands for this number from now on: it is put into `numbers`.
+    Some exporters write a number for a free length, as it was when they traced the model. The name
+    of this length is put into `numbers`, and stands for the number from then on.
     """
     atoms = [atom for axis in axes for atom in axis]
     if -1 not in shape:

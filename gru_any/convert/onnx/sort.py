@@ -18,7 +18,7 @@ KINDS = ("sorted", "order", "inverse")
 def order(
     walk: Walk, node: Node, lengths: Value, count: Value
 ) -> tuple[SymbolicArray, SymbolicArray]:
-    """The operator TopK, where it sorts all lengths -> the lengths in order, and the order."""
+    """The operator TopK, where it sorts all lengths; return the sorted lengths, and the order."""
     lengths = symbolic(lengths)
     options = {"axis": -1, "largest": 1, "sorted": 1} | node.attributes
     whole = lengths.kind == "input" and len(lengths.axes) == 1

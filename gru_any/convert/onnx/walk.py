@@ -20,7 +20,7 @@ from .axes import (
     is_units,
     size,
     symbolic,
-)  # fmt: skip
+)
 from .check import Node, array, dtype_name
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class Claim(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the last GRU read: the array, its features, the stage it made of it, its direction."""
+    """What the last GRU read."""
 
     read: Value
-    stage: int
+    stage: int  # of what it put out
     direction: str
-    features: Axis
+    features: Axis  # of what it read
 
 
 class Output(NamedTuple):
@@ -146,7 +146,7 @@ class Walk:
         return self.stage or (self.entry, None)
 
     def open_for_twin(self, node: Node, x: Value, direction: str) -> None:
-        """Let a GRU read x, which is new, or was just read by a GRU in the other direction."""
+        """Check that a GRU may read x: it is new, or the GRU before read it the other way."""
         read = replace(x, flipped=(), by=None) if isinstance(x, SymbolicArray) else x
         twins = [(read, self.stage, d) for d in ("forward", "reverse") if d != direction]
         if len(twins) == 1 and self.source and self.source[:3] == twins[0] and not self.pair:

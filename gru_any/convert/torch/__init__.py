@@ -4,14 +4,15 @@
 `weights_only` (this alone needs PyTorch). `as_module` puts a model of ours into a PyTorch model.
 """
 
-import io
-import re
-from collections.abc import Mapping
-from itertools import combinations
-from pathlib import Path
-from typing import Any
+from __future__ import annotations  # PyTorch's classes are known to a type checker alone
 
-import numpy as np
+import io
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from types import ModuleType
+from typing import TYPE_CHECKING, overload
 
 from ... import arguments
 from ...backend import overlap
@@ -22,15 +23,21 @@ from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Embedding, Linear
 from ...nn.params import Layer
+from ...typing import Array, Arrays, HostArray, Path
 from ..cells import assemble, assemble_cell, check_gru, one_dtype, shown
 from ..files import read_safetensors, write_safetensors
-from ..table import check_variant, floating
+from ..table import Cell, check_variant, floating
 from .state import part, refuse_others, weight
+
+if TYPE_CHECKING:
+    from .module import CellModule, ChainModule, Module
 
 NAME = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(0|[1-9][0-9]{0,3})(_reverse)?)?")
 
 
-def from_arrays(arrays: Any, prefix: Any = "", *, batch_first: bool = False) -> Any:
+def from_arrays(
+    arrays: Arrays, prefix: str | Sequence[str] = "", *, batch_first: bool = False
+) -> GRU | GRUCell | Chain:
     """A GRU or GRUCell from a state_dict, or a Chain from the parts of one.
 
     Weights under `weight_norm`, `spectral_norm` (as in eval mode) or pruning are computed from what
@@ -64,8 +71,8 @@ def from_arrays(arrays: Any, prefix: Any = "", *, batch_first: bool = False) -> 
     return Chain(*layers, tied=_one_in_memory(named))
 
 
-def _one_in_memory(arrays: dict[str, Any]) -> dict[str, str]:
-    """The later names of arrays that stand under several -> the first name."""
+def _one_in_memory(arrays: dict[str, Array]) -> dict[str, str]:
+    """Return the first name of each array that has several, by the later ones."""
     tied: dict[str, str] = {}
     for (first, x), (name, y) in combinations(arrays.items(), 2):
         if first not in tied and tuple(x.shape) == tuple(y.shape) and overlap(x, y):
@@ -73,7 +80,7 @@ def _one_in_memory(arrays: dict[str, Any]) -> dict[str, str]:
     return tied
 
 
-def to_arrays(model: Any) -> dict[str, np.ndarray]:
+def to_arrays(model: GRU | GRUCell | Chain) -> dict[str, HostArray]:
     """The arrays of a state_dict: of torch.nn.GRU or GRUCell, or of a Sequential like the Chain.
 
     Raises
@@ -93,7 +100,9 @@ def to_arrays(model: Any) -> dict[str, np.ndarray]:
     }
 
 
-def load(path: Any, prefix: Any = "", *, batch_first: bool = False) -> Any:
+def load(
+    path: Path, prefix: str | Sequence[str] = "", *, batch_first: bool = False
+) -> GRU | GRUCell | Chain:
     """A model from a file of weights: safetensors, or any other ending through `torch.load`.
 
     prefix and batch_first are those of `from_arrays`.
@@ -105,15 +114,15 @@ def load(path: Any, prefix: Any = "", *, batch_first: bool = False) -> Any:
     ImportError
         It is a file of `torch.save`, and PyTorch is not installed.
     """
-    safe = Path(path).suffix == ".safetensors"
+    safe = pathlib.Path(path).suffix == ".safetensors"
     arrays = read_safetensors(path) if safe else _read_pt(path)
     return from_arrays(arrays, prefix, batch_first=batch_first)
 
 
-def save(path: Any, model: Any) -> None:
+def save(path: Path, model: GRU | GRUCell | Chain) -> None:
     """Write what `load_state_dict` takes: safetensors, or with another ending by `torch.save`."""
     arrays = to_arrays(model)
-    if Path(path).suffix == ".safetensors":
+    if pathlib.Path(path).suffix == ".safetensors":
         write_safetensors(path, arrays, {"format": "pt"})
         return
     torch = _import(path)
@@ -122,7 +131,13 @@ def save(path: Any, model: Any) -> None:
     write_atomically(path, content.getvalue())
 
 
-def as_module(model: Any) -> Any:
+@overload
+def as_module(model: GRU) -> Module: ...
+@overload
+def as_module(model: GRUCell) -> CellModule: ...
+@overload
+def as_module(model: Chain) -> ChainModule: ...
+def as_module(model: GRU | GRUCell | Chain) -> Module | CellModule | ChainModule:
     """A `torch.nn.Module` that runs this model, forward and backward, inside a PyTorch model.
 
     Parameters
@@ -141,9 +156,9 @@ def as_module(model: Any) -> Any:
     return as_module(model)
 
 
-def _gru(arrays: Any, batch_first: bool) -> GRU | GRUCell:
+def _gru(arrays: Arrays, batch_first: bool) -> GRU | GRUCell:
     refuse_others(arrays, [name for name in arrays if not NAME.fullmatch(name)])
-    cells: dict[tuple[int, bool] | None, dict[str, Any]] = {}
+    cells: dict[tuple[int, bool] | None, Cell] = {}
     for name, array in arrays.items():
         ((kind, layer, reverse),) = NAME.findall(name)
         at = (int(layer), bool(reverse)) if layer else None
@@ -165,8 +180,8 @@ def _gru(arrays: Any, batch_first: bool) -> GRU | GRUCell:
     return assemble([cells[at] for at in order], True, two, batch_first)
 
 
-def _layer(arrays: Any, number: int, batch_first: bool) -> Any:
-    """The layer these arrays belong to."""
+def _layer(arrays: Arrays, number: int, batch_first: bool) -> Layer:
+    """Make the layer to which these arrays belong."""
     if not set(arrays) <= {"weight", "bias"}:
         return _gru(arrays, batch_first)
     host = {name: weight(name, a) for name, a in arrays.items()}
@@ -174,17 +189,17 @@ def _layer(arrays: Any, number: int, batch_first: bool) -> Any:
         shapes = {name: a.shape for name, a in host.items()}
         raise ShapeError(f"layer {number} is {shapes}, expected a matrix, 'weight'")
     rows, columns = host["weight"].shape
-    settings: Any = {"dtype": one_dtype([host]), "backend": "numpy"}
-    layer: Any
+    dtype = one_dtype([host])
+    layer: Embedding | Linear
     if number == 0 and set(host) == {"weight"}:
-        layer = Embedding(rows, columns, **settings)
+        layer = Embedding(rows, columns, dtype=dtype, backend="numpy")
     else:
-        layer = Linear(columns, rows, bias="bias" in host, **settings)
+        layer = Linear(columns, rows, bias="bias" in host, dtype=dtype, backend="numpy")
     layer.load_params(host)
     return layer
 
 
-def _state_dict(layer: Any) -> dict[str, np.ndarray]:
+def _state_dict(layer: object) -> dict[str, HostArray]:
     if not isinstance(layer, Layer):
         raise TypeError(f"the model is a {type(layer).__name__}, expected a GRU, GRUCell or Chain")
     if isinstance(layer, GRU):
@@ -194,10 +209,10 @@ def _state_dict(layer: Any) -> dict[str, np.ndarray]:
     return {name: floating(name, a) for name, a in layer.params.items()}
 
 
-def _read_pt(path: Any) -> dict[str, Any]:
-    """The tensors of a file of torch.save, nothing else; no code in it is run."""
+def _read_pt(path: Path) -> dict[str, Array]:
+    """Read the tensors of a file of torch.save, nothing else; no code in it is run."""
     torch = _import(path)
-    content = io.BytesIO(Path(path).read_bytes())
+    content = io.BytesIO(pathlib.Path(path).read_bytes())
     try:
         found = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever PyTorch's reader stumbles over
@@ -214,9 +229,10 @@ def _read_pt(path: Any) -> dict[str, Any]:
     return dict(found)
 
 
-def _import(path: Any) -> Any:
+def _import(purpose: Path) -> ModuleType:
     try:
         import torch
     except ImportError as e:
-        raise ImportError(f"{path} needs PyTorch: pip install torch") from e
-    return torch
+        raise ImportError(f"{purpose} needs PyTorch: pip install torch") from e
+    module: ModuleType = torch
+    return module

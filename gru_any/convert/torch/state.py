@@ -1,13 +1,13 @@
-"""One layer's weights out of a state_dict of PyTorch, some of them computed from others there."""
+"""One layer's weights out of a state_dict of PyTorch, or what they are computed from."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from ...backend import to_numpy
 from ...errors import ShapeError
+from ...typing import Array, Arrays, HostArray
 from ..cells import shown
 from ..table import floating
 
@@ -18,8 +18,8 @@ NEW = re.compile(r"parametrizations\." + BASE + r"\.(.+)")
 RECURRENT = re.compile(r"(.*?)(?:parametrizations\.)?weight_hh(?:_l0)?(?:[._].*)?")
 
 
-def part(arrays: Any, prefix: str) -> dict[str, Any]:
-    """The weights under a prefix, without it; "rnn" stands for "rnn." where that is meant.
+def part(arrays: Arrays, prefix: str) -> dict[str, Array]:
+    """Return the weights under a prefix, without it; the dot after "rnn" may be left out.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def part(arrays: Any, prefix: str) -> dict[str, Any]:
     return _computed(under)
 
 
-def refuse_others(arrays: Mapping[str, Any], others: list[str]) -> None:
+def refuse_others(arrays: Arrays, others: list[str]) -> None:
     """Raise KeyError where there are names that are no GRU's."""
     if others:
         raise KeyError(
@@ -54,14 +54,14 @@ def refuse_others(arrays: Mapping[str, Any], others: list[str]) -> None:
         )
 
 
-def _where(arrays: Mapping[str, Any]) -> str:
-    """The prefixes under which recurrent weights stand, for an error."""
+def _where(arrays: Arrays) -> str:
+    """Return the prefixes under which recurrent weights stand, for an error."""
     found = {match[1] for name in arrays if (match := RECURRENT.fullmatch(name))} - {""}
     return f"; weight_hh stands under {', '.join(map(repr, sorted(found)[:20]))}" if found else ""
 
 
-def weight(name: str, array: Any) -> np.ndarray:
-    """A tensor or array as numbers on the host; TypeError where it is of another kind."""
+def weight(name: str, array: Array) -> HostArray:
+    """Return a dense floating tensor as an array on the host; TypeError for other kinds."""
     kinds = {
         "quantised": getattr(array, "is_quantized", False),
         "nested": getattr(array, "is_nested", False),
@@ -74,10 +74,10 @@ def weight(name: str, array: Any) -> np.ndarray:
     return floating(name, array)
 
 
-def _computed(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The arrays, with each weight that PyTorch computes from others in their place."""
-    plain: dict[str, Any] = {}
-    parts: dict[str, dict[str, Any]] = {}
+def _computed(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Return the arrays, with the weights that PyTorch computes in place of what they come from."""
+    plain: dict[str, Array] = {}
+    parts: dict[str, dict[str, Array]] = {}
     for name, array in arrays.items():
         if match := NEW.fullmatch(name) or OLD.fullmatch(name):
             parts.setdefault(match[1], {})[match[2]] = array
@@ -90,7 +90,7 @@ def _computed(arrays: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _compute(name: str, found: dict[str, Any]) -> np.ndarray:
+def _compute(name: str, found: dict[str, Array]) -> HostArray:
     for endings, compute in RECIPES.items():
         if set(endings) == set(found):
             return compute(name, *(found[ending] for ending in endings))
@@ -101,18 +101,18 @@ def _compute(name: str, found: dict[str, Any]) -> np.ndarray:
     )
 
 
-def _same(name: str, *arrays: Any) -> list[np.ndarray]:
-    """The arrays as float64, which must have one dtype."""
+def _as_float64(name: str, *arrays: Array) -> list[HostArray]:
+    """Return the arrays as float64; TypeError where they have several dtypes."""
     host = [weight(name, array) for array in arrays]
     if len({array.dtype for array in host}) > 1:
         raise TypeError(f"{name} is computed from {' and '.join(str(a.dtype) for a in host)}")
     return [array.astype(np.float64) for array in host]
 
 
-def _weight_norm(name: str, g: Any, v: Any) -> np.ndarray:
-    """G v / |v|, the norm over all axes but the one that g has, or over all."""
-    dtype = weight(name, v).dtype
-    g, v = _same(name, g, v)
+def _weight_norm(name: str, magnitude: Array, direction: Array) -> HostArray:
+    """Return g v / |v|, the norm over all axes but the one that g has, or over all."""
+    dtype = weight(name, direction).dtype
+    g, v = _as_float64(name, magnitude, direction)
     kept = [tuple(n if i == axis else 1 for i, n in enumerate(v.shape)) for axis in range(v.ndim)]
     if g.shape not in (*kept, ()):
         raise ShapeError(
@@ -121,21 +121,23 @@ def _weight_norm(name: str, g: Any, v: Any) -> np.ndarray:
         )
     axes = [i for i in range(v.ndim) if g.shape == () or i != kept.index(g.shape)]
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is nan there too
-        return (v * (g / np.sqrt((v * v).sum(tuple(axes), keepdims=True)))).astype(dtype)
+        scaled: HostArray = v * (g / np.sqrt((v * v).sum(tuple(axes), keepdims=True)))
+    return scaled.astype(dtype)
 
 
-def _pruned(name: str, original: Any, mask: Any) -> np.ndarray:
-    """The weights that a mask leaves."""
+def _pruned(name: str, original: Array, mask: Array) -> HostArray:
+    """Return the weights that a mask leaves."""
     host, kept = weight(f"{name}_orig", original), to_numpy(mask)
     if kept.shape != host.shape or kept.dtype.kind not in "biuf":
         raise ShapeError(f"{name}_mask is {kept.shape} of {kept.dtype}, expected {host.shape}")
-    return host * kept.astype(host.dtype)
+    pruned: HostArray = host * kept.astype(host.dtype)
+    return pruned
 
 
-def _spectral_norm(name: str, original: Any, u: Any, v: Any) -> np.ndarray:
-    """W / (u^T W v), as in eval mode: u and v stay as they are."""
+def _spectral_norm(name: str, original: Array, left: Array, right: Array) -> HostArray:
+    """Return W / (u^T W v), as in eval mode: u and v stay as they are."""
     dtype = weight(name, original).dtype
-    W, u, v = _same(name, original, u, v)
+    W, u, v = _as_float64(name, original, left, right)
     if W.ndim != 2 or (u.shape, v.shape) != ((W.shape[0],), (W.shape[1],)):
         raise ShapeError(
             f"{name} is computed by spectral_norm from {W.shape}, u {u.shape} and v {v.shape}, "
@@ -146,10 +148,11 @@ def _spectral_norm(name: str, original: Any, u: Any, v: Any) -> np.ndarray:
             f"{name} is {W.shape}, of which spectral_norm with dim=0 and dim=1 make different "
             "weights that a file does not tell apart: save the computed weight"
         )
-    return (W / (u @ W @ v)).astype(dtype)
+    scaled: HostArray = W / (u @ W @ v)
+    return scaled.astype(dtype)
 
 
-RECIPES: dict[tuple[str, ...], Any] = {
+RECIPES: dict[tuple[str, ...], Callable[..., HostArray]] = {
     ("g", "v"): _weight_norm,
     ("original0", "original1"): _weight_norm,
     ("orig", "mask"): _pruned,
