@@ -1,13 +1,14 @@
-"""What a model computes, in words: its equations, its parameters, and how a call runs.
+"""A description of a model: its equations, its parameters, and how a call runs.
 
-The equations are read from the source of the step functions that run, so they cannot differ.
+The equations are read from the source of the step functions that run, so the two cannot differ.
 """
 
 import ast
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from .. import equations
 from ..backend import path, recorded
@@ -17,37 +18,41 @@ from ..nn.chain import Chain
 from ..nn.gru import GRU
 from ..nn.layers import Embedding, Last, Linear
 from ..nn.params import Layer
+from ..typing import Shape
 from .formulas import called, formulas, latex
 
+Sizes: TypeAlias = tuple[int | str, ...]  # a shape; letters stand for sizes that are left open
+Formulas: TypeAlias = list[tuple[str, Sequence[ast.AST]]]  # headings, each with its lines
 
-def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "text") -> str:
-    """Say what a model computes, with its sizes filled in.
+
+def explain(model: Layer | Chain, shape: Shape | None = None, format: str = "text") -> str:
+    """Describe what a model computes, with its sizes filled in.
 
     Parameters
     ----------
     model : GRU, GRUCell, Linear, Embedding, Dropout, Last or Chain
     shape : tuple of int or None
-        The shape of x, for the shapes of the results; letters stand for what is left open.
+        The shape of x, from which those of the results follow; None leaves sizes open, as letters.
     format : "text" or "latex"
         LaTeX is a fragment for a document with the package amsmath.
 
     Returns
     -------
     str
-        For each layer its shapes and parameters; for a GRU its equations and their gradient, the
-        order of its gates, what its biases are, and the way that a call takes, with the reason why
-        not a faster one.
+        For each layer its shapes and parameters; for a GRU also its equations and their gradient,
+        the order of its gates, the meaning of its biases, and how a call runs, with the reason why
+        not faster.
 
     Raises
     ------
     ValueError
-        Another format, or a shape that the model does not take.
+        The format is another, or the model does not take this shape.
     TypeError
         The model is something else.
 
     Notes
     -----
-    The lines are those of `gru_any.equations`; where they come from stands there.
+    The lines are those of `gru_any.equations`, which also names their sources.
 
     Examples
     --------
@@ -63,10 +68,11 @@ def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "tex
     if not isinstance(model, (Layer, Chain)):
         raise TypeError(f"explain takes a layer or a Chain, not a {type(model).__name__}")
     write = _text if format == "text" else _latex
-    parts, at, batch_first = [], None if shape is None else tuple(shape), False
+    now: Sizes | None = None if shape is None else tuple(shape)  # the shape between two layers
+    parts, batch_first = [], False
     for layer in model.layers if isinstance(model, Chain) else (model,):
         batch_first = getattr(layer, "batch_first", batch_first)
-        at, facts = _facts(layer, at, batch_first)
+        now, facts = _facts(layer, now, batch_first)
         parts.append(write(facts))
     for alias, name in model.tied.items() if isinstance(model, Chain) else ():
         note = f"{alias} is tied to {name}: they are one parameter."
@@ -75,33 +81,35 @@ def explain(model: Any, shape: tuple[int, ...] | None = None, format: str = "tex
 
 
 class _Facts(NamedTuple):
-    """Of one layer. formulas: pairs of a heading and lines; parameters: name -> shape."""
+    """The description of one layer, before it is written as text or LaTeX."""
 
     title: str
     notes: list[str]
-    formulas: list[tuple[str, list[Any]]]
-    parameters: dict[str, tuple[int, ...]]
+    formulas: Formulas
+    parameters: dict[str, Shape]
 
 
-def _facts(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, _Facts]:
-    """The shape of what the layer returns, and what there is to say."""
+def _facts(layer: Layer, shape: Sizes | None, batch_first: bool) -> tuple[Sizes, _Facts]:
+    """Return the shape of the layer's results, and its description."""
     after, results = _shapes(layer, shape, batch_first)
-    known = isinstance(layer, (GRU, GRUCell))
-    notes = [results, *(_recurrent(layer, shape) if known else _about(layer))]
-    lines = _lines(layer) if isinstance(layer, (GRU, GRUCell)) else []
+    lines: Formulas = []
+    if isinstance(layer, (GRU, GRUCell)):
+        notes, lines = _recurrent(layer, shape), _lines(layer)
+    else:
+        notes = _about(layer)
     parameters = {name: tuple(array.shape) for name, array in layer.params.items()}
-    return after, _Facts(repr(layer), notes, lines, parameters)
+    return after, _Facts(repr(layer), [results, *notes], lines, parameters)
 
 
-def _about(layer: Any) -> list[str]:
+def _about(layer: Layer) -> list[str]:
     return [(inspect.getdoc(layer) or "").partition("\n\n")[0].replace("\n", " ")]
 
 
 # shapes ------------------------------------------------------------------------------------------
 
 
-def _shapes(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
-    """The shape of what the layer returns, and a line that says so."""
+def _shapes(layer: Layer, shape: Sizes | None, batch_first: bool) -> tuple[Sizes, str]:
+    """Return the shape of the layer's results, and a line that states it."""
     if isinstance(layer, GRU):
         letters = "(B, T, I)" if batch_first else "(T, B, I)"
         letters, width = "(T, I)" if shape and len(shape) == 2 else letters, layer.input_size
@@ -120,11 +128,11 @@ def _shapes(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
     return _results(layer, shape, batch_first)
 
 
-def _results(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
-    rows = shape[:-1]
+def _results(layer: Layer, shape: Sizes, batch_first: bool) -> tuple[Sizes, str]:
+    rows, new = shape[:-1], shape
     if isinstance(layer, GRU):
         H, D = layer.hidden_size, len(layer.suffixes)
-        y, batch = (*rows, D * H), () if len(rows) == 1 else (rows[0 if batch_first else 1],)
+        y, batch = (*rows, D * H), rows[:0] if len(rows) == 1 else (rows[0 if batch_first else 1],)
         states = (layer.num_layers * D, *batch, H)
         return y, f"x {_shown(shape)} -> y {_shown(y)}, h_n {_shown(states)}"
     if isinstance(layer, Embedding):
@@ -133,20 +141,20 @@ def _results(layer: Any, shape: Any, batch_first: bool) -> tuple[Any, str]:
         new = (*rows, layer.out_features)
     elif isinstance(layer, Last):
         new = (*(rows[:1] if batch_first and len(rows) == 2 else rows[1:]), shape[-1])
-    else:
-        new = (*rows, layer.hidden_size) if isinstance(layer, GRUCell) else shape
+    elif isinstance(layer, GRUCell):
+        new = (*rows, layer.hidden_size)
     return new, f"x {_shown(shape)} -> {_shown(new)}"
 
 
-def _shown(shape: Any) -> str:
+def _shown(shape: Sizes) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
 # a GRU -------------------------------------------------------------------------------------------
 
 
-def _recurrent(layer: Any, shape: Any) -> list[str]:
-    """Gates, biases, layers and directions, the way a call takes, and what the lines call."""
+def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
+    """Describe gates, biases, layers and directions, how a call runs, and the functions called."""
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
     way, why = path(layer.backend, H, layer.dtype)
     step = equations.variant(layer.reset_after).step
@@ -166,8 +174,8 @@ def _recurrent(layer: Any, shape: Any) -> list[str]:
     return notes
 
 
-def _recorded(layer: Any, shape: Any) -> list[str]:
-    """Whether calls are recorded as a whole, where a backend records."""
+def _recorded(layer: GRU, shape: Sizes | None) -> list[str]:
+    """Say whether whole calls are captured, on a backend that captures."""
     T = None if shape is None else shape[1 if layer.batch_first and len(shape) == 3 else 0]
     many = layer.num_layers * len(layer.suffixes)
     text = recorded(layer.backend, T * many if isinstance(T, int) else None)
@@ -182,21 +190,21 @@ def _biases(bias: bool, after: bool) -> str:
     return "Biases: b is bias_ih plus the r and z thirds of bias_hh; c is the n third of bias_hh."
 
 
-def _called(step: Any) -> list[str]:
+def _called(step: Callable[..., object]) -> list[str]:
     try:
         return [f"{name}(v): {text}" for name, text in called(step).items()]
     except OSError:  # installed as byte code alone
         return ["The equations are not shown: the source of gru_any is not installed here."]
 
 
-def _lines(layer: Any) -> list[tuple[str, list[Any]]]:
+def _lines(layer: GRU | GRUCell) -> Formulas:
     try:
         return _equations(layer)
-    except OSError:  # as `_called` says
+    except OSError:  # reported by `_called`
         return []
 
 
-def _equations(layer: Any) -> list[tuple[str, list[Any]]]:
+def _equations(layer: GRU | GRUCell) -> Formulas:
     step, backward, _ = equations.variant(layer.reset_after)
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
     product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
@@ -240,6 +248,6 @@ def _latex(facts: _Facts) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text as LaTeX takes it."""
+    """Escape the characters that are special in LaTeX."""
     special = {c: f"\\{c}" for c in "#$%&_{}"} | {"^": r"\^{}"}
     return "".join(special.get(c, c) for c in text).replace("->", r"$\to$")

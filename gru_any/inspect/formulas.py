@@ -1,20 +1,19 @@
-"""The source of a step function as formulas: its own lines without the plumbing, or LaTeX."""
+"""The source of a step function as formulas: its lines without sizes and namespaces, or LaTeX."""
 
 import ast
 import inspect
 import math
 import textwrap
 from collections.abc import Callable
-from typing import Any
 
 LETTERS = {"sigmoid": r"\sigma", "tanh": r"\tanh"}
 SIGNS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: r" \odot ", ast.MatMult: r"\, "}
 
 
-def formulas(function: Callable[..., Any], result: str, **sizes: int) -> list[ast.Assign]:
-    """The assignments in the source of a function, one for each line.
+def formulas(function: Callable[..., object], result: str, **sizes: int) -> list[ast.Assign]:
+    """Return the assignments in the source of a function.
 
-    What it returns first is named `result`; names in `sizes` become their numbers.
+    The first value that it returns is called `result`; names in `sizes` are replaced by numbers.
     """
     lines = []
     for node in _source(function).body:
@@ -26,27 +25,27 @@ def formulas(function: Callable[..., Any], result: str, **sizes: int) -> list[as
     return lines
 
 
-def called(function: Callable[..., Any]) -> dict[str, str]:
-    """The functions that a function calls by name, and what their docstrings say."""
+def called(function: Callable[..., object]) -> dict[str, str]:
+    """Return the docstrings of the functions that a function calls by name."""
     calls = [node for node in ast.walk(_source(function)) if isinstance(node, ast.Call)]
     names = dict.fromkeys(n.func.id for n in calls if isinstance(n.func, ast.Name))
     return {name: inspect.getdoc(function.__globals__[name]) or "" for name in names}
 
 
-def _source(function: Callable[..., Any]) -> ast.FunctionDef:
+def _source(function: Callable[..., object]) -> ast.FunctionDef:
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(tree, ast.FunctionDef)
     return tree
 
 
 class _Tidy(ast.NodeTransformer):
-    """Without the namespace `xp`, with sizes as numbers."""
+    """Drops the namespace `xp`, and writes sizes as numbers."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """`xp.f(v)` and `f(xp, v)` become `f(v)`."""
+        """Write `xp.f(v)` and `f(xp, v)` as `f(v)`."""
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute):
             node.func = ast.Name(node.func.attr)
@@ -54,16 +53,16 @@ class _Tidy(ast.NodeTransformer):
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        """H becomes its number."""
+        """Write H as its number."""
         return ast.Constant(self.sizes[node.id]) if node.id in self.sizes else node
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        """1.0 is written 1."""
+        """Write 1.0 as 1."""
         whole = isinstance(node.value, float) and node.value.is_integer()
         return ast.Constant(int(node.value)) if whole else node  # type: ignore[arg-type]
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        """2 * 16 is written 32."""
+        """Write 2 * 16 as 32."""
         self.generic_visit(node)
         sides = [side.value for side in (node.left, node.right) if isinstance(side, ast.Constant)]
         whole = len(sides) == 2 and isinstance(node.op, ast.Mult)
@@ -71,7 +70,7 @@ class _Tidy(ast.NodeTransformer):
 
 
 def latex(node: ast.AST) -> str:
-    """One formula, or a part of one, as LaTeX."""
+    """Return a formula, or a part of one, as LaTeX."""
     if isinstance(node, ast.Assign):
         return f"{latex(node.targets[0])} &= {latex(node.value)}"
     if isinstance(node, ast.Name):
@@ -94,7 +93,7 @@ def latex(node: ast.AST) -> str:
 
 
 def _sides(node: ast.BinOp) -> str:
-    """Both sides of a sign, a sum in a product in parentheses."""
+    """Write both sides of an operator, with parentheses around a sum in a product."""
     sums = (ast.Add, ast.Sub)
 
     def side(part: ast.AST, right: bool) -> str:

@@ -1,52 +1,82 @@
-"""Proof by numbers: the gradient of a layer against differences of its forward call."""
+"""Numerical gradient checks: the gradients of a layer against differences of its forward call."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from .. import arguments
-from ..backend import to_numpy
+from ..backend import Backend, to_numpy
+from ..typing import Array, HostArray, Rng
 
 TOLERANCE = {"central": 1e-7, "complex": 1e-12}
-CENTRAL, COMPLEX = 1e-3, 1e-30  # the length of a step, for inputs of about 1
+CENTRAL, COMPLEX = 1e-3, 1e-30  # step lengths, for inputs of about 1
+Tree: TypeAlias = Any  # an array, None, or tuples and lists of them
+HostArrays: TypeAlias = Mapping[str, HostArray]
+Slope: TypeAlias = Callable[[str, HostArray], float]
+
+
+class Differentiable(Protocol):
+    """What can be checked: a layer, a Chain, or anything else with these methods."""
+
+    @property
+    def params(self) -> MutableMapping[str, Array]:
+        """The parameters by name."""
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the parameters."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of their dtype."""
+
+    @property
+    def vjp(self) -> Callable[..., tuple[Tree, Callable[..., tuple[Any, ...]]]]:
+        """`outputs, pullback = vjp(*inputs)`, where `grads, *dinputs = pullback(*doutputs)`."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Tree:
+        """Return the outputs."""
+
+    def to(self, *, dtype: str) -> "Differentiable":
+        """Return a copy of this dtype."""
 
 
 class GradientError(AssertionError):
-    """A gradient differs from the slope it should be."""
+    """A gradient differs from the measured slope."""
 
 
 def gradcheck(
-    layer: Any,
-    *inputs: Any,
+    layer: Differentiable,
+    *inputs: Tree,
     method: str = "central",
     directions: int = 2,
     seed: int = 0,
     vanishing: Iterable[str] = (),
-    **options: Any,
+    **options: object,
 ) -> dict[str, float]:
     """Compare each gradient of `layer` with the slope of its forward call along random directions.
 
-    A random cotangent c makes one number of the outputs, f = sum(c * y). For each parameter and
-    each input, g = df/d(it) is what the pullback returns. Along a random direction v the slope of f
-    is sum(g * v); it is measured by differences of the plain call, in float64 whatever the
-    layer's dtype. The error is |sum(g * v) - slope| / (|g| |v|).
+    A random cotangent c reduces the outputs to a scalar, f = sum(c * y). The pullback returns g,
+    the gradient of f to each parameter and each input. Along a random direction v the slope of f is
+    sum(g * v); it is measured by differences of the plain call, in float64 whatever the layer's
+    dtype. The error is |sum(g * v) - slope| / (|g| |v|).
 
     Parameters
     ----------
     layer
-        Whatever has the `vjp` of this library: GRU, GRUCell, Linear, Embedding, Chain.
+        Anything with the `vjp` of this library: GRU, GRUCell, Linear, Embedding, Chain.
     *inputs : arrays, lists of arrays or None
-        What `vjp` is called with, in order. Integer inputs are passed on and not checked.
+        The arguments of `vjp`, in order. Integer inputs are passed on and not checked.
     method : "central" or "complex"
         Central differences of fourth order; or the complex step (Squire and Trapp 1998), which is
         exact to rounding and needs a backend with complex numbers.
     directions, seed : int
-        How many directions for each array, and where they come from.
+        The number of directions for each array, and the seed they are drawn with.
     vanishing : names
-        Gradients that are expected to be exactly 0; of any other that is an error.
+        Gradients that must be exactly 0; no other may be.
     **options
-        Passed on by name to `vjp` and to the call, such as `lengths`.
+        Keyword arguments for `vjp` and the plain call, such as `lengths`.
 
     Returns
     -------
@@ -74,7 +104,9 @@ def gradcheck(
     points = {f"{k}": to_numpy(v) for k, v in twin.params.items()} | _flat("input", inputs)
     points = {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in points.items()}
     outputs, pullback = twin.vjp(*_filled(twin, inputs, points, "float64"), **options)
-    cotangents = {k: rng.standard_normal(v.shape) for k, v in _flat("output", (outputs,)).items()}
+    cotangents = {
+        k: rng.standard_normal(tuple(v.shape)) for k, v in _flat("output", (outputs,)).items()
+    }
     filled = _filled(twin, (outputs,), cotangents, "float64", "output")[0]
     grads, *dinputs = pullback(*filled) if isinstance(filled, tuple) else pullback(filled)
     found = {k: to_numpy(v) for k, v in grads.items()} | _flat("input", tuple(dinputs))
@@ -88,28 +120,33 @@ def gradcheck(
     return errors
 
 
-def _error(grad: Any, slope: Callable[[str, Any], float], name: str, rng: Any) -> float:
-    """How far sum(g * v) is from the slope along one random v."""
-    v = rng.standard_normal(grad.shape)
+def _error(grad: HostArray, slope: Slope, name: str, rng: Rng) -> float:
+    """Return how far sum(g * v) is from the slope along one random v."""
+    v = rng.standard_normal(tuple(grad.shape))
     scale = np.linalg.norm(grad) * np.linalg.norm(v)
     difference = abs(float(np.sum(grad * v)) - slope(name, v))
     return float(difference / scale if scale else difference)
 
 
 def _slope(
-    layer: Any, inputs: Any, points: Any, cotangents: Any, options: Any, method: str
-) -> Callable[[str, Any], float]:
+    layer: Differentiable,
+    inputs: tuple[Tree, ...],
+    points: HostArrays,
+    cotangents: HostArrays,
+    options: Mapping[str, object],
+    method: str,
+) -> Slope:
     """Return slope(name, v): the derivative of f along v in the array of this name."""
     twin = layer.to(dtype="complex128" if method == "complex" else "float64")
 
-    def f(name: str, moved: Any) -> Any:
-        values = points | {name: moved}
+    def f(name: str, moved: HostArray) -> Any:
+        values = {**points, name: moved}
         for k in twin.params:
             twin.params[k] = twin.backend.put(values[k], twin.dtype)
         outputs = _flat("output", (twin(*_filled(twin, inputs, values, twin.dtype), **options),))
         return sum(np.sum(cotangents[k] * outputs[k]) for k in outputs)
 
-    def slope(name: str, v: Any) -> float:
+    def slope(name: str, v: HostArray) -> float:
         if method == "complex":
             return float(np.imag(f(name, points[name] + 1j * COMPLEX * v)) / COMPLEX)
         near, far = (
@@ -121,7 +158,9 @@ def _slope(
     return slope
 
 
-def _judge(errors: dict[str, float], found: Any, tolerance: float, vanishing: set[str]) -> None:
+def _judge(
+    errors: dict[str, float], found: HostArrays, tolerance: float, vanishing: set[str]
+) -> None:
     for name, error in errors.items():
         zero = not np.any(found[name])
         if zero != (name in vanishing):
@@ -132,9 +171,9 @@ def _judge(errors: dict[str, float], found: Any, tolerance: float, vanishing: se
             )
 
 
-def _flat(name: str, values: Any) -> dict[str, Any]:
-    """Nested tuples and lists of arrays -> name -> host array, such as output0.1."""
-    flat: dict[str, Any] = {}
+def _flat(name: str, values: Iterable[Tree]) -> dict[str, HostArray]:
+    """Flatten nested tuples and lists of arrays to host arrays by names such as output0.1."""
+    flat: dict[str, HostArray] = {}
     for i, value in enumerate(values):
         if isinstance(value, (tuple, list)):
             flat |= {f"{name}{i}.{k}": v for k, v in _flat("", value).items()}
@@ -143,10 +182,16 @@ def _flat(name: str, values: Any) -> dict[str, Any]:
     return flat
 
 
-def _filled(layer: Any, values: Any, arrays: Any, dtype: str, name: str = "input") -> Any:
-    """The structure of `values`, with arrays of the layer's backend taken from `arrays`."""
+def _filled(
+    layer: Differentiable,
+    values: Iterable[Tree],
+    arrays: HostArrays,
+    dtype: str,
+    name: str = "input",
+) -> tuple[Tree, ...]:
+    """Rebuild the structure of `values` from `arrays`, on the layer's backend."""
 
-    def fill(value: Any, key: str) -> Any:
+    def fill(value: Tree, key: str) -> Tree:
         if isinstance(value, (tuple, list)):
             start = key + "."
             return type(value)(fill(v, f"{start}{i}") for i, v in enumerate(value))

@@ -1,35 +1,41 @@
-"""What goes on inside of a GRU, measured: gates, memory, gradients over time, spectra.
+"""Measurements inside a GRU: gates, memory, gradients over time, spectra.
 
-All of it comes from the numbers that the model itself computes (`GRU.taps` and `pullback.taps`).
-Results are NumPy arrays, whatever the backend. Letters: T time, B batch, H hidden, L layers,
+All of them are made from values that the model itself computes (`GRU.taps` and `pullback.taps`).
+Results are NumPy arrays on every backend. Letters: T time, B batch, H hidden, L layers,
 D directions.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from .. import arguments
 from ..backend import to_numpy
 from ..errors import check_shape
+from ..nn.cell import GRUCell
+from ..nn.chain import Chain
 from ..nn.gru import GRU
 from ..nn.layers import Last
+from ..typing import Array, HostArray
+
+Lengths: TypeAlias = Sequence[int] | Array | None
 
 
-def activity(model: Any, x: Any, lengths: Any = None) -> list[dict[str, np.ndarray]]:
-    """Gates r and z, candidate n and state h of every step, for each GRU of a model.
+def activity(model: GRU | Chain, x: Array, lengths: Lengths = None) -> list[dict[str, HostArray]]:
+    """Return the gates r and z, candidate n and state h of every step, for each GRU of a model.
 
     Parameters
     ----------
     model : GRU or Chain
     x : array
-        What the model is called with; the states begin at 0.
+        The input of the model; the initial states are zeros.
     lengths : B integers or None
 
     Returns
     -------
     list of dict
-        For each GRU "r", "z", "n" and "h", each (L*D, T, B, H) whatever `batch_first` says, as
+        For each GRU "r", "z", "n" and "h", each (L*D, T, B, H) even with `batch_first`, as
         `GRU.taps` returns them.
 
     Examples
@@ -42,7 +48,7 @@ def activity(model: Any, x: Any, lengths: Any = None) -> list[dict[str, np.ndarr
     (2, 5, 1, 4)
     """
     found = []
-    for layer in getattr(model, "layers", (model,)):
+    for layer in model.layers if isinstance(model, Chain) else (model,):
         if isinstance(layer, GRU):
             taps = layer.taps(x, lengths=lengths)
             found.append({name: to_numpy(array) for name, array in taps.items()})
@@ -54,13 +60,13 @@ def activity(model: Any, x: Any, lengths: Any = None) -> list[dict[str, np.ndarr
     return found
 
 
-def half_life(z: Any) -> np.ndarray:
-    """After how many steps half of a unit's state is left, going by its update gate alone.
+def half_life(z: Array) -> HostArray:
+    """Return after how many steps half of each unit's state is left, by its update gate alone.
 
     A step keeps the share z of the state (h' = z * h + ...), k steps the product of k gates. The
-    mean of that product over all places where k steps fit is what is left after k steps; between
-    two k it is taken to fall exponentially. What a unit is told again by the others, through r, n
-    and U, comes on top of it and is not counted.
+    mean of that product over all runs of k steps is what is left after k steps; between two k it is
+    taken to fall exponentially. What returns to a unit through the other units (r, n and U) is not
+    counted.
 
     Parameters
     ----------
@@ -69,7 +75,7 @@ def half_life(z: Any) -> np.ndarray:
 
     Returns
     -------
-    array (H,) of float64, in steps; infinite where more than half is left after all T
+    array (H,) of float64, in steps; infinite if more than half is left after all T
 
     Examples
     --------
@@ -90,8 +96,8 @@ def half_life(z: Any) -> np.ndarray:
     return steps
 
 
-def saturation(gate: Any, low: float = 0.1, high: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """The share of the steps at which each unit's gate is below `low`, and above `high`.
+def saturation(gate: Array, low: float = 0.1, high: float = 0.9) -> tuple[HostArray, HostArray]:
+    """Return the share of steps at which each unit's gate is below `low`, and above `high`.
 
     Parameters
     ----------
@@ -115,20 +121,19 @@ def saturation(gate: Any, low: float = 0.1, high: float = 0.9) -> tuple[np.ndarr
     return (gate < low).mean(axis=0), (gate > high).mean(axis=0)
 
 
-def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
-    """How the gradient of a loss at the last step fades going back through time.
+def fading(gru: GRU, x: Array, seed: int = 0) -> HostArray:
+    """Return how much of the gradient of a loss at the last step is left at each step before it.
 
-    The loss is a random direction of the last layer's last state. Its gradient to the state of
-    every step, dL/dh_t, has in each row of the batch a norm; in relation to the norm at the last
-    step that says how much of the gradient is left.
+    The loss is a random projection of the last layer's last state. The norm of its gradient to the
+    state of a step, dL/dh_t, relative to the norm at the last step, is what is left.
 
     Parameters
     ----------
     gru : GRU
-        In one direction; of dtype float32 or float64.
+        With one direction; of dtype float32 or float64.
     x : array (T, B, I), or (B, T, I) with `batch_first`
     seed : int
-        Of the direction, which is another one in each row.
+        Of the projection, which is another one for each sequence.
 
     Returns
     -------
@@ -160,11 +165,12 @@ def fading(gru: GRU, x: Any, seed: int = 0) -> np.ndarray:
     taps = to_numpy(pullback.taps(None, gru.backend.put(direction, gru.dtype)))
     taps = taps if "_reverse" in gru.suffixes else taps[:, ::-1]  # the last step walked first
     squares = np.square(taps, dtype=np.float64).sum(axis=-1).mean(axis=-1)
-    return np.sqrt(squares / squares[-1, 0])
+    left: HostArray = np.sqrt(squares / squares[-1, 0])
+    return left
 
 
-def spectrum(gru: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Eigenvalues of the recurrent weights, for each third of each `weight_hh`.
+def spectrum(gru: GRU | GRUCell) -> dict[str, dict[str, HostArray]]:
+    """Return the eigenvalues of the recurrent weights, for each third of each `weight_hh`.
 
     Parameters
     ----------
@@ -173,8 +179,8 @@ def spectrum(gru: Any) -> dict[str, dict[str, np.ndarray]]:
     Returns
     -------
     dict
-        name of the parameter -> {"r", "z", "n"}, each (H,) of complex128, the largest first. The
-        first one's absolute value is the spectral radius.
+        name of the parameter -> {"r", "z", "n"}, each (H,) of complex128, in descending order of
+        absolute value; that of the first is the spectral radius.
 
     Examples
     --------
