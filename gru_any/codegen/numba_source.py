@@ -15,8 +15,8 @@ HEAD = '''\
 import math
 import numpy as np
 from numba import njit
-from gru_any.backend.cpu.barrier import meet, members, share
-from gru_any.backend.cpu.gemm import UNIT_BYTES, fill, multiply
+from gru_any.backend.cpu.barrier import barrier_wait, join_team, share_of
+from gru_any.backend.cpu.gemm import UNIT_BYTES, gemm, pack_units
 
 f = np.{dtype}
 UNIT = UNIT_BYTES // f(0).itemsize
@@ -24,7 +24,7 @@ flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits what
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
-def dots(x, left, U, y):
+def gemv(x, left, U, y):
     """y = x[:, left:] U^T for few rows, where U is not worth packing: all meet four of its rows."""
     four = len(U) - len(U) % 4
     for k in range(0, four, 4):
@@ -47,8 +47,8 @@ def dots(x, left, U, y):
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
-def sums(x, U, y):
-    """y = x U, likewise."""
+def gemv_t(x, U, y):
+    """y = x U for one row, likewise."""
     four = len(U) - len(U) % 4
     y[:] = f(0)
     for k in range(0, four, 4):
@@ -73,7 +73,7 @@ def part(v, start, shape):
 @njit(**flags)
 def affine(x, W, b, a):
     """a = x W^T + b, likewise."""
-    dots(x, 0, W, a)
+    gemv(x, 0, W, a)
     for r in range(len(x)):
         for j in range(len(b)):
             a[r, j] += b[j]
@@ -226,11 +226,11 @@ class Layout:
         matrix, gates = f"M{self.products.index(op)}", len(op.outputs)
         if few:
             if op.transposed and not turned:
-                return [f"dots({x}, {left[2]} * H, {matrix}, {y})"]
+                return [f"gemv({x}, {left[2]} * H, {matrix}, {y})"]
             row = f"{x}[b, {left[2]} * H : {left[2] + len(op.inputs)} * H]"
-            return ["for b in range(first, last):", f"    sums({row}, {matrix}, {y}[b])"]
+            return ["for b in range(first, last):", f"    gemv_t({row}, {matrix}, {y}[b])"]
         places = f"{x}, {left[2]} * H, {matrix}, zeros, {y}, first, last, left, right"
-        return [f"multiply(functions[{gates - 1}], np.intp({gates}), {places})"]
+        return [f"gemm(functions[{gates - 1}], np.intp({gates}), {places})"]
 
     def source(self, arrays: list[str], state: str, dtype: str) -> str:
         """A module with `walk`, which takes the rows first to last of a block through all steps.
@@ -257,12 +257,12 @@ class Layout:
             "@njit(cache=CACHE, **flags)",
             "def walk(ts, ins, outs, ended, zeros, first, last, me, sync, fresh, functions, "
             f"{names}):",
-            f"    H, count, times = {state}.shape[2], members(sync, me), np.intp(2)",
+            f"    H, count, times = {state}.shape[2], join_team(sync, me), np.intp(2)",
             "    if me >= count:",
             "        return",
-            "    left, right = share(H, UNIT, me, count)",
+            "    left, right = share_of(H, UNIT, me, count)",
             "    if fresh:",
-            *(f"        fill({bits}, {M}, {P}, {g}, left, right)" for M, P, g in copied),
+            *(f"        pack_units({bits}, {M}, {P}, {g}, left, right)" for M, P, g in copied),
             *self._steps("a" in arrays, state, False),
             "",
         ])  # fmt: skip
@@ -328,7 +328,7 @@ class Layout:
             if isinstance(stage, list):
                 lines.append(self.fused(n, stage)[1])
             else:
-                lines += [] if few else ["times = meet(sync, me, count, times)"]
+                lines += [] if few else ["times = barrier_wait(sync, me, count, times)"]
                 lines += self.product(stage, few, turned)
         return lines
 
@@ -340,7 +340,7 @@ class Layout:
                 "    affine(x[n], W, bias, a[n])",
             ], ["s = t"]
         fill = (
-            "multiply(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, first{}, last{}, "
+            "gemm(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, first{}, last{}, "
             "left, right)"
         )
         return [
@@ -376,7 +376,7 @@ class Layout:
             "    for b in range(B):",
             "        for j in range(H):",
             "            path[0, b, j] = h[b, j]",
-            "        sums(x[b], W, a[0, b])",
+            "        gemv_t(x[b], W, a[0, b])",
             "        for j in range(3 * H):",
             "            a[0, b, j] += bias[j]",
             "    first, last, left, right, t, s, i, o = 0, B, 0, H, 0, 0, 0, 1",

@@ -23,7 +23,7 @@ from .numpy_runner import (
     steps_over,
     turned,
 )
-from .packed import Packed
+from .packed import PackedMatrix
 
 NAMES = {name: getattr(np, name) for name in ("matmul", "copyto", "empty", "array")}
 
@@ -111,7 +111,7 @@ class Brief(NumPy):
 
 
 def _matrix(M: Any) -> Any:
-    return M.matrix if isinstance(M, Packed) else M
+    return M.matrix if isinstance(M, PackedMatrix) else M
 
 
 @cache
