@@ -18,6 +18,7 @@ import pytest
 from hypothesis import Phase, settings
 
 from gru_any.backend import Mode
+from gru_any.backend.cpu import tuning
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -40,17 +41,17 @@ def running(path: str) -> Iterator[None]:
     """Run blocks in this way, inside of the context; "packed": compiled, with copies of weights."""
     from gru_any.backend import modes as run
 
-    with pytest.MonkeyPatch.context() as patch, copying(path == "packed"):
+    always = {"stored_rows": 0, "packed_rows": 0} if path == "packed" else {}
+    with pytest.MonkeyPatch.context() as patch, tuned(**always):
         patch.setattr(run, "chosen", Mode.COMPILED if path == "packed" else Mode(path))
         yield
 
 
 @contextmanager
-def copying(always: bool) -> Iterator[None]:
-    """Where blocks are compiled: with copies of weights however few the rows, or as it likes."""
+def tuned(**values: int) -> Iterator[None]:
+    """Replace some of the numbers that decide which way is taken."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SHORT", "LONG") if always and "compiled" in PATHS else ():
-            patch.setattr(f"gru_any.backend.cpu.numba_runner.{name}", 0)
+        patch.setattr(tuning, "current", tuning.current._replace(**values))
         yield
 
 

@@ -167,6 +167,13 @@ def test_source_that_is_printed_imports_what_its_file_may_name():
     assert found == PRINTED
 
 
+def test_what_cached_code_imports_is_in_its_key():
+    """Its key holds the modules that its source imports, so these import no other that counts."""
+    assert {name for part in PRINTED.values() for m in part for name in ours(ROOT / f"{m}.py")} == {
+        "typing"
+    }
+
+
 def test_there_are_no_circles():
     graph = {module(path): ours(path) for path in FILES}
     assert list(TopologicalSorter(graph).static_order())

@@ -8,6 +8,7 @@ from replaced import replaced
 from gru_any import GRU, equations, gradcheck
 from gru_any.backend import runner, select
 from gru_any.backend.cpu import numba_runner as module
+from gru_any.backend.cpu import tuning
 from gru_any.deploy import freeze
 
 
@@ -16,7 +17,7 @@ def several_threads(monkeypatch):
     """As where there are two; and sizes that a test can afford."""
     require("numba")
     monkeypatch.setattr(module, "count", lambda: 2)
-    monkeypatch.setattr(module, "BUSY", 1)
+    monkeypatch.setattr(tuning, "current", tuning.current._replace(brief_work=1))
 
 
 def taken(T, B, H):

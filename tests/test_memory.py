@@ -5,6 +5,7 @@ import pytest
 from conftest import at_once
 
 from gru_any.backend.cpu import buffers as memory
+from gru_any.backend.cpu import tuning
 
 FLOAT = np.dtype("float32")
 
@@ -37,7 +38,7 @@ def test_what_is_small_or_empty_is_left_to_numpy():
 
 
 def test_no_more_is_remembered_than_allowed(monkeypatch):
-    monkeypatch.setattr(memory, "MOST", 1_000_000)
+    monkeypatch.setattr(tuning, "current", tuning.current._replace(kept_bytes=1_000_000))
     held = [memory.empty((n, 1000), FLOAT) for n in range(50, 150)]
     assert sum(s * len(o) for s, o in memory._owners.items()) <= 1_000_000
     for n, v in enumerate(held):

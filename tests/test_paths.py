@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, at_once, running
+from conftest import PATHS, at_once, running, tuned
 from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
 from gru_any.backend import NUMPY, runner
 from gru_any.backend.cpu import threads
 from gru_any.backend.modes import forget
+from gru_any.backend.reference import Plain
 from gru_any.codegen.exponential import by_exp
 from gru_any.codegen.numpy_source import NumPySource
 from gru_any.codegen.schedule import HOST, forward_schedule
@@ -325,11 +326,11 @@ def test_taps_of_a_loss_on_the_last_state_alone(path, after):
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
 def test_each_kind_of_tile_has_a_name_of_its_own():
     """Numba calls cached code by name and a count: of one name, that of two processes mixes."""
-    from gru_any.backend.cpu.gemm import SHAPES, products, strips
+    from gru_any.backend.cpu.gemm import SHAPES, macro_kernel, tiles
 
     kinds = [(gates, bits) for gates in (1, 2, 3) for bits in (32, 64)]
-    made = [products(*kind) for kind in kinds]
-    made += [strips(*shape, *kind) for kind in kinds for shape in SHAPES]
+    made = [macro_kernel(*kind) for kind in kinds]
+    made += [tiles(*shape, *kind) for kind in kinds for shape in SHAPES]
     assert len({f.py_func.__qualname__ for f in made}) == 4 * len(kinds)
 
 
@@ -339,7 +340,7 @@ def test_each_kind_of_tile_has_a_name_of_its_own():
 @pytest.mark.parametrize(("R", "K", "N"), [(1, 1, 1), (3, 5, 17), (23, 800, 70), (151, 40, 139)])
 def test_our_products(dtype, order, R, K, N, monkeypatch):
     """Right, and the same bits whatever the other rows are and however many threads."""
-    from gru_any.backend.cpu.packed import Packed
+    from gru_any.backend.cpu.packed import PackedMatrix
 
     with running("compiled"):
         run = runner(NUMPY)
@@ -348,7 +349,7 @@ def test_our_products(dtype, order, R, K, N, monkeypatch):
     M = M.astype(dtype)
 
     def product(v):
-        found = run.product(v, Packed(M))
+        found = run.product(v, PackedMatrix(M))
         assert type(found) is np.ndarray
         return found
 
@@ -359,9 +360,9 @@ def test_our_products(dtype, order, R, K, N, monkeypatch):
     assert np.array_equal(
         np.concatenate([product(np.asarray(p, order=order)) for p in parts]), whole
     )
-    monkeypatch.setattr(threads, "GRAIN", 1)
     monkeypatch.setattr(threads, "count", lambda: 3)
-    assert np.array_equal(product(x), whole)
+    with tuned(thread_work=1):
+        assert np.array_equal(product(x), whole)
 
 
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
@@ -369,9 +370,10 @@ def test_products_own_the_memory_they_use():
     """What was let go of leaves the process at once here, so that using it ends that."""
     code = (
         "import numpy as np\n"
-        "from gru_any.backend.cpu.packed import Packed, product\n"
+        "from gru_any.backend.cpu.packed import PackedMatrix, gemm\n"
         "x, y = np.ones((512, 400), 'float32').T, np.empty((400, 8), 'float32')\n"
-        "product(x, Packed(np.ones((8, 512), 'float32')).panels(slice(0, 8), True, 1), None, y)\n"
+        "M = PackedMatrix(np.ones((8, 512), 'float32'))\n"
+        "gemm(x, M.panels(slice(0, 8), True, 1), None, y)\n"
         "assert (y == 512).all()\n"
     )
     at_once = {"MALLOC_MMAP_THRESHOLD_": "4096", "OMP_NUM_THREADS": "1"}  # of glibc
@@ -393,9 +395,9 @@ def test_threads_change_nothing(path, reset_after, B, monkeypatch):
 
     with running(path):
         expected = everything()
-        monkeypatch.setattr(threads, "GRAIN", 1)
         monkeypatch.setattr(threads, "count", lambda: 3)
-        found = everything()
+        with tuned(thread_work=1):
+            found = everything()
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -408,7 +410,7 @@ def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch
     x, dy = (rng.standard_normal((20, B, n)).astype("float32") for n in (7, 192))
     called = []
 
-    def together(call, most, original=threads.together):
+    def run_team(call, most, original=threads.run_team):
         called.append(most)
         original(call, most)
 
@@ -423,12 +425,10 @@ def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch
         monkeypatch.setattr(runner_of_numba, "count", lambda: 1)
         expected = everything()
         monkeypatch.setattr(runner_of_numba, "count", lambda: 3)
-        monkeypatch.setattr(runner_of_numba, "GRAIN", 1)
-        monkeypatch.setattr(runner_of_numba, "together", together)
+        monkeypatch.setattr(runner_of_numba, "run_team", run_team)
         monkeypatch.setattr(threads, "_pool", lambda: pool)
-        for patience in (10**10, 0):  # until all have come; those that are late are left out
-            monkeypatch.setattr(threads, "PATIENCE", patience)
-            with ThreadPoolExecutor(2) as pool:
+        for polls in (10**10, 0):  # until all have come; those that are late are left out
+            with ThreadPoolExecutor(2) as pool, tuned(thread_work=1, wake_polls=polls):
                 found = everything()
             assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     assert called == [3] * 4
@@ -461,7 +461,7 @@ def test_threads_that_have_come_are_let_go_where_another_cannot_be_had(monkeypat
 
     monkeypatch.setattr(threads, "_pool", lambda: pool)
     with Scarce(1) as pool, pytest.raises(RuntimeError, match="new thread"):
-        threads.together(call, 3)
+        threads.run_team(call, 3)
     assert let_go == [True]
 
 
@@ -617,6 +617,7 @@ def test_the_path_in_words(monkeypatch):
     from gru_any.backend.cpu import jit_cache as compiled
 
     assert run.path(NUMPY, 8, "complex128")[0] == "plain"
+    assert type(runner(NUMPY, dtype="complex128")) is Plain
     for way, reason in (("plain", "GRU_ANY_PLAIN"), ("traced", "GRU_ANY_NO_NUMBA")):
         monkeypatch.setattr(run, "chosen", way)
         assert run.path(NUMPY, 8) == (way, f"{reason} is set")

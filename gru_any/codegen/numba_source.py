@@ -22,8 +22,8 @@ HEAD = '''\
 import math
 import numpy as np
 from numba import njit
-from gru_any.backend.cpu.barrier import meet, members, share
-from gru_any.backend.cpu.gemm import UNIT_BYTES, fill, multiply
+from gru_any.backend.cpu.barrier import barrier_wait, join_team, share_of
+from gru_any.backend.cpu.gemm import UNIT_BYTES, gemm, pack_units
 
 f = np.{dtype}
 UNIT = UNIT_BYTES // f(0).itemsize
@@ -31,7 +31,7 @@ flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits what
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
-def dots(x, left, U, y):
+def gemv(x, left, U, y):
     """y = x[:, left:] U^T for few rows, where U is not worth packing: all meet four of its rows."""
     four = len(U) - len(U) % 4
     for k in range(0, four, 4):
@@ -54,8 +54,8 @@ def dots(x, left, U, y):
 
 
 @njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
-def sums(x, U, y):
-    """y = x U, likewise."""
+def gemv_t(x, U, y):
+    """y = x U for one row, likewise."""
     four = len(U) - len(U) % 4
     y[:] = f(0)
     for k in range(0, four, 4):
@@ -80,7 +80,7 @@ def part(v, start, shape):
 @njit(**flags)
 def affine(x, W, b, a):
     """a = x W^T + b, likewise."""
-    dots(x, 0, W, a)
+    gemv(x, 0, W, a)
     for r in range(len(x)):
         for j in range(len(b)):
             a[r, j] += b[j]
@@ -188,16 +188,16 @@ class NumbaSource:
         names += ["x", "bias"] if forward else []
         names += [*(array.name for array in self.schedule.buffers), *sources]
         (first, last), (left, right) = SCAN.rows, SCAN.units
-        fill = f"fill({8 * np.dtype(self.dtype).itemsize}, {{}}, {{}}, {{}}, {left}, {right})"
+        fill = f"pack_units({8 * np.dtype(self.dtype).itemsize}, {{}}, {{}}, {{}}, {left}, {right})"
         return "\n".join([
             *self._head(),
             "@njit(cache=CACHE, **flags)",
             f"def scan(ts, ins, outs, ended, zeros, {first}, {last}, me, sync, fresh, functions, "
             f"{', '.join(names)}):",
-            f"    H, count, times = {self.state.name}.shape[2], members(sync, me), np.intp(2)",
+            f"    H, count, times = {self.state.name}.shape[2], join_team(sync, me), np.intp(2)",
             "    if me >= count:",
             "        return",
-            f"    {left}, {right} = share(H, UNIT, me, count)",
+            f"    {left}, {right} = share_of(H, UNIT, me, count)",
             "    if fresh:",
             *(f"        {fill.format(*of)}" for of in zip(sources, matrices, gates, strict=False)),
             *self._steps(SCAN),
@@ -251,7 +251,7 @@ class NumbaSource:
             "    a = np.empty((1, B, 3 * H), f)",
             *self._begun("0"),
             "    for b in range(B):",
-            "        sums(x[b], W, a[0, b])",
+            "        gemv_t(x[b], W, a[0, b])",
             "        for j in range(3 * H):",
             "            a[0, b, j] += bias[j]",
             *(f"    {line}" for line in self._stages(ONCE)),
@@ -306,9 +306,7 @@ class NumbaSource:
             loop = "for n in range(len(x) if x.shape[2] else 0):"
             return [loop, "    affine(x[n], W, bias, a[n])"], []
         (first, last), units = scope.rows, ", ".join(scope.units)
-        fill = (
-            "multiply(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, {}, {}, " + units + ")"
-        )
+        fill = "gemm(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, {}, {}, " + units + ")"
         whole = "x.reshape(K * B, I)", "a.reshape(K * B, 3 * H)", f"{first} * K", f"{last} * K"
         s = scope.entries[Kind.PROJECTION]
         return [
@@ -340,14 +338,14 @@ def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
     x, (b, end), units = scope.entry(array), scope.rows, ", ".join(scope.units)
     if scope.matrices is Matrices.PACKED:
         return [
-            "times = meet(sync, me, count, times)",
-            f"multiply(functions[{gates - 1}], np.intp({gates}), {x}, {first} * H, {matrix}, "
+            "times = barrier_wait(sync, me, count, times)",
+            f"gemm(functions[{gates - 1}], np.intp({gates}), {x}, {first} * H, {matrix}, "
             f"zeros, {out}, {b}, {end}, {units})",
         ]
     if scope.matrices is Matrices.STORED and gemm.product.transposed:
-        return [f"dots({x}, {first} * H, {matrix}, {out})"]
+        return [f"gemv({x}, {first} * H, {matrix}, {out})"]
     row = f"{x}[b, {first} * H : {first + gemm.width} * H]"
-    return [f"for b in range({b}, {end}):", f"    sums({row}, {matrix}, {out}[b])"]
+    return [f"for b in range({b}, {end}):", f"    gemv_t({row}, {matrix}, {out}[b])"]
 
 
 def _parameter(array: ArrayRef) -> str:

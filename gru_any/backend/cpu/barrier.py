@@ -1,79 +1,93 @@
 """A barrier for compiled code: a team of threads that share one recurrence over the steps.
 
 `sync`: (8 (1 + members),) of int64. Its first element is the size of the team (0: not known yet;
-negative: the call has ended or was given up). One more element for each member counts its arrivals,
-at the start and at each barrier. Each stands in a cache line of its own, so that they do not share
-one. A waiting thread spins for a while, then yields its processor.
+negative: the call has ended or was given up). One more element for each member counts the barriers
+at which it has arrived, joining included. Each stands in a cache line of its own, so that threads
+that poll different elements do not share a line. A waiting thread spins for a while, then yields
+its processor.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import extending, njit, types
+
+from ...typing import HostArray
+
+Lowering: TypeAlias = tuple[Any, Callable[..., ir.Value]]  # Numba's signature and what emits code
 
 LINE = 8  # elements of int64 in a cache line
 SPINS = 4000  # some microseconds
 YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
 
-@intrinsic
-def get(typing, array, i):  # type: ignore[no-untyped-def]
-    """Load array[i] with acquire semantics: what its writer stored before is visible."""
+def intrinsic(function: Callable[..., Lowering]) -> Callable[..., Any]:
+    """Return what compiled code calls, without the first argument of the function given."""
+    found: Callable[..., Any] = extending.intrinsic(function)
+    return found
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _place(context, builder, array, args)
+
+@intrinsic
+def load_acquire(typing: object, array: types.Array, i: types.Type) -> Lowering:
+    """Load array[i]; what its writer stored before is visible."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        pointer = _pointer(context, builder, array, args)
         return builder.load_atomic(pointer, "acquire", 8)
 
     return types.int64(array, i), generate
 
 
 @intrinsic
-def put(typing, array, i, value):  # type: ignore[no-untyped-def]
-    """Store array[i] = value with release semantics: after all earlier stores of this thread."""
+def store_release(typing: object, array: types.Array, i: types.Type, value: types.Type) -> Lowering:
+    """Store array[i] = value, after all earlier stores of this thread."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[2], _place(context, builder, array, args), "release", 8)
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        builder.store_atomic(args[2], _pointer(context, builder, array, args), "release", 8)
         return context.get_dummy_value()
 
     return types.void(array, i, types.int64), generate
 
 
 @intrinsic
-def others_first(typing):  # type: ignore[no-untyped-def]
-    """Yield the processor to other threads."""
+def yield_processor(typing: object) -> Lowering:
+    """Let other threads run on this processor."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, YIELD), [])
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        function = builder.module.globals.get(YIELD)
+        if function is None:
+            function = ir.Function(builder.module, ir.FunctionType(ir.IntType(32), []), YIELD)
+        builder.call(function, [])
         return context.get_dummy_value()
 
     return types.void(), generate
 
 
-def _place(context: Any, builder: Any, array: Any, args: Any) -> Any:
+def _pointer(
+    context: Any, builder: ir.IRBuilder, array: types.Array, args: list[ir.Value]
+) -> ir.Value:
     data = context.make_array(array)(context, builder, args[0]).data
     return builder.gep(data, [args[1]])
 
 
 @njit(nogil=True)
-def wait(sync, i, least):  # type: ignore[no-untyped-def]
-    """Wait until sync[i] >= least, or until the team was given up."""
+def wait_for(sync: HostArray, i: int, least: int) -> None:
+    """Wait until sync[i] >= least, or until the team is given up."""
     spins = 0
-    while get(sync, i) < least and get(sync, 0) >= 0:
+    while load_acquire(sync, i) < least and load_acquire(sync, 0) >= 0:
         spins += 1
         if spins > SPINS:
-            others_first()
+            yield_processor()
 
 
 @njit(nogil=True)
-def arrived(sync, most, patience):  # type: ignore[no-untyped-def]
-    """Return how many members have arrived, the caller included, after at most `patience` looks."""
+def count_members(sync: HostArray, most: int, polls: int) -> int:
+    """Return how many members have joined, the caller included, after at most so many polls."""
     there = 1
-    for _ in range(patience):
-        while there < most and get(sync, LINE * (there + 1)):
+    for _ in range(polls):
+        while there < most and load_acquire(sync, LINE * (there + 1)):
             there += 1
         if there == most:
             break
@@ -81,27 +95,28 @@ def arrived(sync, most, patience):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def members(sync, me):  # type: ignore[no-untyped-def]
-    """Arrive, and return the size of the team once it is known; 1 where it was given up."""
+def join_team(sync: HostArray, me: int) -> int:
+    """Join, and return the size of the team once it is known; 1 where it is given up."""
     if len(sync) == 0:
         return 1
-    put(sync, LINE * (me + 1), 1)
-    wait(sync, 0, 1)
-    return max(1, get(sync, 0))
+    store_release(sync, LINE * (me + 1), 1)
+    wait_for(sync, 0, 1)
+    team: int = load_acquire(sync, 0)
+    return max(1, team)
 
 
 @njit(nogil=True)
-def meet(sync, me, count, times):  # type: ignore[no-untyped-def]
-    """Wait at the barrier for all members, and return the number of the next barrier."""
-    if count > 1:
-        put(sync, LINE * (me + 1), times)
-        for other in range(count):
-            wait(sync, LINE * (other + 1), times)
-    return times + 1
+def barrier_wait(sync: HostArray, me: int, team: int, number: int) -> int:
+    """Wait at the barrier of this number for the whole team, and return the next number."""
+    if team > 1:
+        store_release(sync, LINE * (me + 1), number)
+        for other in range(team):
+            wait_for(sync, LINE * (other + 1), number)
+    return number + 1
 
 
 @njit(nogil=True)
-def share(H, unit, me, count):  # type: ignore[no-untyped-def]
+def share_of(H: int, unit: int, me: int, team: int) -> tuple[int, int]:
     """Return the first and last unit of one member, in whole pieces of `unit`."""
     pieces = -(-H // unit)
-    return unit * (me * pieces // count), min(H, unit * ((me + 1) * pieces // count))
+    return unit * (me * pieces // team), min(H, unit * ((me + 1) * pieces // team))

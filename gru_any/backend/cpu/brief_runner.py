@@ -22,7 +22,7 @@ from ...codegen.schedule import (
 from ...typing import Step
 from .jit_cache import compiled, rescued
 from .numpy_runner import NumPy, Scan, columns_of, executed, steps_over, turned
-from .packed import Packed
+from .packed import PackedMatrix
 
 
 class Brief(NumPy):
@@ -108,7 +108,7 @@ class Brief(NumPy):
 
 
 def _matrix(M: Any) -> Any:
-    return M.matrix if isinstance(M, Packed) else M
+    return M.matrix if isinstance(M, PackedMatrix) else M
 
 
 @lru_cache(maxsize=64)

@@ -8,19 +8,19 @@ owner's reference count therefore says whether its memory is free.
 import math
 import sys
 from collections import deque
-from typing import Any
 
 import numpy as np
 
-LEAST = 2**16  # bytes; smaller arrays need no new page
-MOST = 2**28  # bytes that are kept at most
-_owners: dict[int, deque[Any]] = {}  # by their size
+from ...typing import DType, HostArray, Shape
+from . import tuning
+
+_owners: dict[int, deque[HostArray]] = {}  # by their size
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+def empty(shape: Shape, dtype: DType) -> HostArray:
     """Return an uninitialised array over a free buffer. Never for arrays that a user receives."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LEAST:
+    if size < tuning.current.buffer_bytes:
         return np.empty(shape, dtype)
     found = _free(_owners.setdefault(size, deque()))
     return (_new(size) if found is None else found).view(dtype).reshape(shape)
@@ -31,7 +31,7 @@ def forget() -> None:
     _owners.clear()
 
 
-def _free(owners: deque[Any]) -> Any:
+def _free(owners: deque[HostArray]) -> HostArray | None:
     """Return a view of the first owner without other references; None where there is none.
 
     A thread that pops an owner off the list is the only one that looks at it.
@@ -48,8 +48,9 @@ def _free(owners: deque[Any]) -> Any:
     return None
 
 
-def _new(size: int) -> Any:
-    if size + sum(s * len(owners) for s, owners in list(_owners.items())) > MOST:
+def _new(size: int) -> HostArray:
+    kept = sum(s * len(owners) for s, owners in list(_owners.items()))
+    if size + kept > tuning.current.kept_bytes:
         _owners.clear()
     owner = np.empty(size, np.uint8)
     _owners.setdefault(size, deque()).append(owner)

@@ -7,7 +7,7 @@ import numpy as np
 from . import numba_runner as numba
 from .jit_cache import rescued
 from .numpy_runner import NumPy
-from .packed import Packed
+from .packed import PackedMatrix
 
 
 class Numba(numba.Numba):
@@ -75,4 +75,4 @@ class Numba(numba.Numba):
 
 
 def _matrix(M: Any) -> Any:
-    return np.asarray(M.matrix) if isinstance(M, Packed) else M
+    return np.asarray(M.matrix) if isinstance(M, PackedMatrix) else M

@@ -1,341 +1,445 @@
-"""A matrix product for Numba: tiles of the result that stay in the processor's registers.
+"""Matrix products for Numba, built as in BLIS: packed panels, a micro-kernel, and loops around it.
 
-LLVM does not find this form in loops over scalars, so the innermost part is written as vectors.
-The right matrix is copied first, into panels that are read from one end to the other: a panel holds
-row by row the columns of the same few units in each of the gates. Each entry of the result is a sum
-over k in order, in pieces of so many, whatever the tile: its bits depend neither on the other rows
-nor on the threads.
+                                  panel p
+                              +---+---+---+---+
+        y = base + x M        |   |   | # |   |  k   M (K, N), packed: one panel after the other,
+                              |   |   | # |   |      each row by row
+                 k            +---+---+---+---+
+            +---------+       +---+---+---+---+
+          r | ####### |       |   |   | # |   |      a tile of y: MR rows of one panel or more,
+            |         |       |   |   |   |   |      whose sums stay in registers for KC steps of k
+            +---------+       +---+---+---+---+
+               x (R, K)           y (R, N)
+
+    for MC rows of x                      they stay in the L2 cache
+        for KC rows of M                  a panel's part stays in the L1 cache
+            for each panel
+                for MR of the rows        micro_kernel: y = before + x M, a vector at a time
+
+The N = G H columns belong to G gates of H units. A panel holds, row by row, the columns of the same
+few units in each of the gates, so that threads can share the units of a step.
+
+Each entry of y is a sum over k in order, in parts of KC, whatever the tile: its bits depend neither
+on the other rows nor on the threads. LLVM does not find this form in loops over scalars, so the
+micro-kernel is written in its intermediate language.
 """
 
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import extending, njit, types
+from numba.core import cgutils as untyped_cgutils
 
-from .buffers import empty
+from ...typing import HostArray
 
-WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
-BYTES = 64 if WIDE else 32  # of a vector
-SHAPES = ((8, 1), (4, 2), (1, 4)) if WIDE else ((4, 1), (2, 2), (1, 4))  # rows x panels
-ROWS = SHAPES[0][0]
-VECTORS = {1: 2, 2: 1, 3: 1}  # gates -> vectors of each in a panel
-UNIT_BYTES = 2 * BYTES  # of the units of the widest panel
-LINE = 64  # bytes of a line of the cache
-BLOCK = 64  # rows of x that all panels meet before the next rows: they stay in the second cache
-PIECE = 48 * 1024  # bytes of a panel that all tiles of a block meet before the next piece
+cgutils: Any = untyped_cgutils
+Lowering: TypeAlias = tuple[Any, Callable[..., ir.Value]]  # Numba's signature and what emits code
+Function: TypeAlias = Callable[..., Any]  # compiled
+Type: TypeAlias = types.Type  # of a value in compiled code
+intp: Any = np.intp  # no literal: each would be a type of its own in compiled code
+AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+VECTOR_BYTES = 64 if AVX512 else 32
+SHAPES = ((8, 1), (4, 2), (1, 4)) if AVX512 else ((4, 1), (2, 2), (1, 4))  # of a tile: MR, panels
+MR = SHAPES[0][0]
+VECTORS = {1: 2, 2: 1, 3: 1}  # gates -> vectors of each in a row of a panel
+UNIT_BYTES = 2 * VECTOR_BYTES  # of the units of the widest panel
+LINE_BYTES = 64  # of a line of the cache
+MC = 64  # rows of x
+KC_BYTES = 48 * 1024  # of KC rows of a panel
+
+INDEX = ir.IntType(64)
 
 
-class Emit:
-    """Writes what a tile is made of, in LLVM's language."""
+class Gemm(NamedTuple):
+    """The operands of a product y = base + x M for some rows and units; the compiled interface.
 
-    def __init__(self, context: Any, builder: Any, bits: int) -> None:
-        self.context, self.builder = context, builder
-        self.number = ir.FloatType() if bits == 32 else ir.DoubleType()
-        self.lanes = BYTES * 8 // bits
-        self.vector = ir.VectorType(self.number, self.lanes)
-        self.align = bits // 8
-        self.line = LINE // self.align
+    The first row, and the units, begin where tiles and panels do; the units may end where y does.
+    """
 
-    def address(self, start: Any, place: Any, kind: Any) -> Any:
-        """Where a number stands, counted from a start, as a pointer to so many numbers."""
+    x: int  # address of x (R, K)
+    x_row: int  # elements from a row of x to the next
+    x_column: int  # elements from a column of x to the next
+    panels: int  # address of M (K, G H), packed
+    K: int
+    base: int  # address of base (G H,)
+    y: int  # address of y (R, G H)
+    H: int
+    first: int  # row
+    last: int  # row, not included
+    left: int  # unit
+    right: int  # unit, not included
+
+
+class Operands(NamedTuple):
+    """What a micro-kernel reads and writes: y = before + x M."""
+
+    x: int  # address
+    tile_stride: int  # elements of x from a row to the next, counted to where a tile begins
+    row_stride: int  # elements of x from a row of a tile to the next
+    k_stride: int  # elements of x from a k to the next
+    panels: int  # address
+    K: int
+    before: int  # address
+    before_stride: int  # elements from a row to the next; 0: all rows begin with one vector
+    y: int  # address
+    H: int
+
+
+class Emitter:
+    """Writes LLVM's instructions for one element type."""
+
+    def __init__(self, builder: ir.IRBuilder, bits: int) -> None:
+        self.builder = builder
+        self.element = ir.FloatType() if bits == 32 else ir.DoubleType()
+        self.lanes = VECTOR_BYTES * 8 // bits
+        self.vector = ir.VectorType(self.element, self.lanes)
+        self.size = bits // 8
+        self.line = LINE_BYTES // self.size
+
+    def address(self, start: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+        """Return a pointer to a value of this type, so many elements after an address."""
         b = self.builder
-        offset = b.mul(place, ir.IntType(64)(self.align))
-        return b.inttoptr(b.add(start, offset), kind.as_pointer())
+        return b.inttoptr(b.add(start, b.mul(offset, INDEX(self.size))), kind.as_pointer())
 
-    def mask(self, count: Any) -> Any:
-        """True in the first `count` lanes."""
-        numbers = ir.VectorType(ir.IntType(64), self.lanes)
-        return self.builder.icmp_signed(
-            "<", ir.Constant(numbers, list(range(self.lanes))), self._spread(count, numbers)
-        )
+    def mask(self, count: ir.Value) -> ir.Value:
+        """Return a mask of the first `count` lanes."""
+        kind = ir.VectorType(INDEX, self.lanes)
+        lanes = ir.Constant(kind, list(range(self.lanes)))
+        return self.builder.icmp_signed("<", lanes, self._spread(count, kind))
 
-    def load(self, start: Any, place: Any, mask: Any = None) -> Any:
-        """The numbers from a place on; zeros where the mask says so."""
-        pointer = self.address(start, place, self.vector)
+    def load(self, start: ir.Value, offset: ir.Value, mask: ir.Value | None = None) -> ir.Value:
+        """Load a vector, with zeros in the lanes that are masked."""
+        pointer = self.address(start, offset, self.vector)
         if mask is None:
-            return self.builder.load(pointer, align=self.align)
-        arguments = [pointer, ir.IntType(32)(self.align), mask, ir.Constant(self.vector, None)]
+            return self.builder.load(pointer, align=self.size)
+        arguments = [pointer, ir.IntType(32)(self.size), mask, ir.Constant(self.vector, None)]
         return self._intrinsic("llvm.masked.load", self.vector, arguments)
 
-    def store(self, value: Any, start: Any, place: Any, mask: Any) -> None:
-        """Write the numbers from a place on, where the mask says so."""
-        pointer = self.address(start, place, self.vector)
+    def store(
+        self, value: ir.Value, start: ir.Value, offset: ir.Value, mask: ir.Value | None = None
+    ) -> None:
+        """Store the lanes of a vector that are not masked."""
+        pointer = self.address(start, offset, self.vector)
         if mask is None:
-            self.builder.store(value, pointer, align=self.align)
+            self.builder.store(value, pointer, align=self.size)
             return
-        arguments = [value, pointer, ir.IntType(32)(self.align), mask]
+        arguments = [value, pointer, ir.IntType(32)(self.size), mask]
         self._intrinsic("llvm.masked.store", ir.VoidType(), arguments)
 
-    def fetch(self, start: Any, place: Any) -> None:
-        """Have the line of a place in the second cache soon."""
-        flag, pointer = ir.IntType(32), self.address(start, place, self.number)
+    def prefetch(self, start: ir.Value, offset: ir.Value) -> None:
+        """Prefetch a line into the L2 cache."""
+        flag, pointer = ir.IntType(32), self.address(start, offset, self.element)
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         self.builder.call(function, [pointer, flag(0), flag(2), flag(1)])
 
-    def repeated(self, start: Any, place: Any) -> Any:
-        """One number in every lane."""
-        number = self.builder.load(self.address(start, place, self.number))
-        return self._spread(number, self.vector)
+    def broadcast(self, start: ir.Value, offset: ir.Value) -> ir.Value:
+        """Load one element into every lane."""
+        element = self.builder.load(self.address(start, offset, self.element))
+        return self._spread(element, self.vector)
 
-    def _spread(self, value: Any, kind: Any) -> Any:
+    def _spread(self, value: ir.Value, kind: ir.Type) -> ir.Value:
         nothing, first = ir.Constant(kind, ir.Undefined), ir.IntType(32)(0)
         pattern = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
         return self.builder.shuffle_vector(
             self.builder.insert_element(nothing, value, first), nothing, pattern
         )
 
-    def _intrinsic(self, name: str, result: Any, arguments: list[Any]) -> Any:
+    def _intrinsic(self, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
         kind = ir.FunctionType(result, [a.type for a in arguments])
-        suffix = f"v{self.lanes}f{8 * self.align}.p0"
+        suffix = f"v{self.lanes}f{8 * self.size}.p0"
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"{name}.{suffix}")
         return self.builder.call(function, arguments)
 
 
-@intrinsic
-def tile(typing, bits, rows, panels, gates, of, r, p, n, start, stop):  # type: ignore[no-untyped-def]
-    """Fill y = old + x[:, start : stop] @ M[start : stop], some rows from r, panels of M from p.
+# the product -------------------------------------------------------------------------------------
 
-    bits (of a number), rows, panels and gates are literal. of: x, xr, xi, xc, P, K, old, stride,
-    y, H; x, P, old and y are addresses. Entry k of row i of a tile is xr r + xi i + xc k away from
-    x; the rows of old are stride apart, those of y gates H. n is how many units are left from panel
-    p on, None if enough.
+
+def intrinsic(function: Callable[..., Lowering | None]) -> Function:
+    """Return what compiled code calls, without the first argument of the function given."""
+    found: Function = extending.intrinsic(function)
+    return found
+
+
+def micro_kernel(rows: int, panels: int, gates: int, bits: int) -> Function:
+    """Return an intrinsic that fills a tile of y: some rows from r on, some panels from p on.
+
+    It adds x[r, start : stop] @ M[start : stop] to what was there before. units: how many are left
+    from panel p on, or None where the tile needs no mask.
     """
-    literal = (bits, rows, panels, gates)
-    if not all(isinstance(v, types.IntegerLiteral) for v in literal):
-        return None
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit, G = Emit(context, builder, bits.literal_value), gates.literal_value
-        x, xr, xi, xc, P, K, old, stride, y, H = cgutils.unpack_tuple(builder, args[4])
-        r, p, n, start, stop = args[5:]
-        index, V = ir.IntType(64), VECTORS[G]
-        add, mul, width = builder.add, builder.mul, V * emit.lanes
-        whole = isinstance(signature.args[7], types.NoneType)
-        lines = [add(r, index(i)) for i in range(rows.literal_value)]
-        columns, factors = [], []
-        for q in range(panels.literal_value):
-            panel = add(p, index(q))
-            for v in range(G * V):
-                unit = index(v % V * emit.lanes)
-                mask = None if whole else emit.mask(builder.sub(n, unit))
-                column = add(mul(panel, index(width)), add(mul(H, index(v // V)), unit))
-                columns.append((column, mask))
-                factors.append((mul(panel, K), index(v * emit.lanes)))
-        zeros = ir.Constant(emit.vector, None)
-        sums = [[cgutils.alloca_once_value(builder, zeros) for _ in columns] for _ in lines]
-        ahead = None  # tiles of fewer sums have no time for it
-        if G == 3 and rows.literal_value == ROWS:
-            ahead = _following(emit, G * width, P, K, r, p, start, stop)
-        with cgutils.for_range(builder, stop, start, index) as loop:
-            numbers = [
-                emit.load(P, add(mul(add(row, loop.index), index(G * width)), c))
-                for row, c in factors
-            ]
-            if ahead is not None:
-                emit.fetch(ahead, mul(builder.sub(loop.index, start), index(emit.line)))
-            for i, row in enumerate(sums):
-                place = add(add(mul(r, xr), mul(index(i), xi)), mul(loop.index, xc))
-                entry = emit.repeated(x, place)
-                for total, number in zip(row, numbers, strict=True):
-                    term = builder.fmul(entry, number, flags=("contract",))
-                    new = builder.fadd(builder.load(total), term, flags=("contract",))
-                    builder.store(new, total)
-        for i, row in zip(lines, sums, strict=True):
-            place = mul(i, mul(H, index(G)))
-            for total, (c, mask) in zip(row, columns, strict=True):
-                before = emit.load(old, add(mul(i, stride), c), mask)  # late: it is far away
-                emit.store(builder.fadd(before, builder.load(total)), y, add(place, c), mask)
-        return context.get_dummy_value()
+    @intrinsic
+    def kernel(
+        typing: object, operands: Type, r: Type, p: Type, units: Type, start: Type, stop: Type
+    ) -> Lowering:
+        def generate(
+            context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]
+        ) -> ir.Value:
+            emit, V = Emitter(builder, bits), VECTORS[gates]
+            of = Operands(*cgutils.unpack_tuple(builder, args[0]))
+            r, p, units, start, stop = args[1:]
+            add, mul, width = builder.add, builder.mul, V * emit.lanes
+            whole = isinstance(signature.args[3], types.NoneType)
+            lines = [add(r, INDEX(i)) for i in range(rows)]
+            columns, factors = [], []  # of y with their masks, and of the panels
+            for q in range(panels):
+                panel = add(p, INDEX(q))
+                for v in range(gates * V):
+                    unit = INDEX(v % V * emit.lanes)
+                    mask = None if whole else emit.mask(builder.sub(units, unit))
+                    gate = mul(of.H, INDEX(v // V))
+                    columns.append((add(mul(panel, INDEX(width)), add(gate, unit)), mask))
+                    factors.append((mul(panel, of.K), INDEX(v * emit.lanes)))
+            zeros = ir.Constant(emit.vector, None)
+            sums = [[cgutils.alloca_once_value(builder, zeros) for _ in columns] for _ in lines]
+            ahead = None  # tiles of fewer sums have no time for it
+            if gates == 3 and rows == MR:
+                ahead = _next_panel(emit, gates * width, of, r, p, start, stop)
+            with cgutils.for_range(builder, stop, start, INDEX) as loop:
+                vectors = [
+                    emit.load(of.panels, add(mul(add(row, loop.index), INDEX(gates * width)), c))
+                    for row, c in factors
+                ]
+                if ahead is not None:
+                    emit.prefetch(ahead, mul(builder.sub(loop.index, start), INDEX(emit.line)))
+                for i, row in enumerate(sums):
+                    offset = add(mul(r, of.tile_stride), mul(INDEX(i), of.row_stride))
+                    entry = emit.broadcast(of.x, add(offset, mul(loop.index, of.k_stride)))
+                    for total, vector in zip(row, vectors, strict=True):
+                        term = builder.fmul(entry, vector, flags=("contract",))
+                        new = builder.fadd(builder.load(total), term, flags=("contract",))
+                        builder.store(new, total)
+            for i, row in zip(lines, sums, strict=True):
+                offset = mul(i, mul(of.H, INDEX(gates)))
+                for total, (c, mask) in zip(row, columns, strict=True):
+                    # only now, since it is far away
+                    before = emit.load(of.before, add(mul(i, of.before_stride), c), mask)
+                    new = builder.fadd(before, builder.load(total))
+                    emit.store(new, of.y, add(offset, c), mask)
+            return context.get_dummy_value()
 
-    return types.void(*literal, of, r, p, n, start, stop), generate
+        return types.void(operands, r, p, units, start, stop), generate
+
+    return kernel
 
 
-def _following(emit: Any, width: int, P: Any, K: Any, r: Any, p: Any, start: Any, stop: Any) -> Any:
-    """The address in the panel after p from where on a tile fetches one line at each k.
+def _next_panel(
+    emit: Emitter,
+    width: int,
+    of: Operands,
+    r: ir.Value,
+    p: ir.Value,
+    start: ir.Value,
+    stop: ir.Value,
+) -> ir.Value:
+    """Return the address in the next panel from which a tile prefetches one line at each k.
 
-    That is not all of it where a row is wider than a line: the tiles of other rows fetch the rest.
+    These are not all lines where a row is wider than a line: the tiles of other rows prefetch the
+    others.
     """
-    b, index = emit.builder, ir.IntType(64)
-    tiles = -(-width // emit.line)
-    turn = b.srem(b.sdiv(r, index(ROWS)), index(tiles))
-    apart = b.mul(b.sub(stop, start), index((width - emit.line) // max(1, tiles - 1)))
-    piece = b.mul(b.add(b.mul(b.add(p, index(1)), K), start), index(width))
-    return b.add(P, b.mul(b.add(piece, b.mul(turn, apart)), index(emit.align)))
+    b, lines = emit.builder, -(-width // emit.line)
+    mine = b.srem(b.sdiv(r, INDEX(MR)), INDEX(lines))
+    apart = b.mul(b.sub(stop, start), INDEX((width - emit.line) // max(1, lines - 1)))
+    piece = b.mul(b.add(b.mul(b.add(p, INDEX(1)), of.K), start), INDEX(width))
+    return b.add(of.panels, b.mul(b.add(piece, b.mul(mine, apart)), INDEX(emit.size)))
 
 
-def strips(rows: int, panels: int, gates: int, bits: int) -> Any:
-    """A function that fills rows of y in tiles of one shape, and gives the first row left."""
-    units = VECTORS[gates] * BYTES * 8 // bits  # of a panel
+def tiles(rows: int, panels: int, gates: int, bits: int) -> Function:
+    """Return a function that fills rows of y by tiles of one shape, and gives the first row left.
 
-    def fill(of, first, last, low, high, start, stop):  # type: ignore[no-untyped-def]
-        end, wide = last - (last - first) % rows, low
+    At the right edge the tiles are one panel wide, since a mask costs time.
+    """
+    NR = VECTORS[gates] * VECTOR_BYTES * 8 // bits  # units of a panel
+    whole = micro_kernel(rows, panels, gates, bits)
+    edge = micro_kernel(rows, 1, gates, bits)
+
+    def fill(
+        operands: Operands, first: int, last: int, low: int, high: int, start: int, stop: int
+    ) -> int:
+        end, far = last - (last - first) % rows, low
         if end > first:
-            wide += max(0, min(high, of[-1] // units) - low) // panels * panels
-        for p in range(low, wide, panels):
+            far += max(0, min(high, operands.H // NR) - low) // panels * panels
+        for p in range(low, far, panels):
             for r in range(first, end, rows):
-                tile(bits, rows, panels, gates, of, r, p, None, start, stop)
-        for p in range(wide, high):
+                whole(operands, r, p, None, start, stop)
+        for p in range(far, high):
             for r in range(first, end, rows):
-                tile(bits, rows, 1, gates, of, r, p, of[-1] - p * units, start, stop)
+                edge(operands, r, p, operands.H - p * NR, start, stop)
         return end
 
     # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
     fill.__qualname__ = f"fill_{rows}x{panels}x{gates}x{bits}"
-    return njit(nogil=True, error_model="numpy")(fill)
+    compiled: Function = njit(nogil=True, error_model="numpy")(fill)
+    return compiled
+
+
+def macro_kernel(gates: int, bits: int) -> Function:
+    """Return a function that computes a `Gemm`: the loops around the micro-kernels."""
+    many, some, one = (tiles(*shape, gates, bits) for shape in SHAPES)
+    NR = VECTORS[gates] * VECTOR_BYTES * 8 // bits  # units of a panel
+    size, element = bits // 8, {32: np.float32, 64: np.float64}[bits]
+    KC, gap = KC_BYTES // (gates * NR * size), LINE_BYTES // size // MR  # keeps rows off one set
+
+    def product(gemm: Gemm) -> None:
+        x, x_row, x_column, P, K, base, y, H, first, last, left, right = gemm
+        low, high, deep = left // NR, -(-right // NR), min(K, KC) + gap
+        room = np.empty(min(MC, last - first) * deep if x_row == 1 else 0, element)
+        for begin in range(first, last, MC):
+            end, before = min(begin + MC, last), base
+            stride = intp(0)
+            whole = end - (end - begin) % MR
+            for start in range(0, K, KC):
+                stop = min(start + KC, K)
+                direct = Operands(x, x_row, x_row, x_column, P, K, before, stride, y, H)
+                if x_row == 1:
+                    packed = intp(room.ctypes.data)  # here: Numba frees it after the last use
+                    pack_rows(
+                        bits, x + begin * size, x_column, packed, deep, whole - begin, start, stop
+                    )
+                    packed -= (begin * deep + start * MR) * size  # where row 0, k = 0 would be
+                    of = Operands(packed, deep, intp(1), intp(MR), P, K, before, stride, y, H)
+                    many(of, begin, whole, low, high, start, stop)
+                else:
+                    many(direct, begin, whole, low, high, start, stop)
+                r = some(direct, whole, end, low, high, start, stop)
+                one(direct, r, end, low, high, start, stop)
+                before, stride = y, gates * H
+
+    product.__qualname__ = f"product_{gates}x{bits}"
+    compiled: Function = njit(nogil=True, error_model="numpy")(product)
+    return compiled
 
 
 @intrinsic
-def move(typing, bits, source, i, target, j):  # type: ignore[no-untyped-def]
-    """Copy as many numbers as a tile has rows from one place to another."""
+def call(typing: object, function: Type, gemm: Type) -> Lowering:
+    """Call a macro-kernel by its address."""
+
+    def generate(
+        context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]
+    ) -> ir.Value:
+        kind = ir.FunctionType(ir.VoidType(), [INDEX] * len(Gemm._fields))
+        operands = cgutils.unpack_tuple(builder, args[1])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), operands)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, gemm), generate
+
+
+@njit(nogil=True, error_model="numpy")
+def gemm(
+    function: int,
+    gates: int,
+    x: HostArray,
+    column: int,
+    P: HostArray,
+    base: HostArray,
+    y: HostArray,
+    first: int,
+    last: int,
+    left: int,
+    right: int,
+) -> None:
+    """Fill y = base + x[:, column : column + K] M in some rows and units; P: M (K, .) packed."""
+    start, x_row, K = x.ctypes.data + column * y.itemsize, x.shape[1], P.shape[1]
+    panels, before, out, H = P.ctypes.data, base.ctypes.data, y.ctypes.data, y.shape[1] // gates
+    call(function, Gemm(start, x_row, 1, panels, K, before, out, H, first, last, left, right))
+
+
+# packing -----------------------------------------------------------------------------------------
+
+
+@intrinsic
+def copy_vector(
+    typing: object, bits: Type, source: Type, i: Type, target: Type, j: Type
+) -> Lowering | None:
+    """Copy MR elements from one address and offset to another."""
     if not isinstance(bits, types.IntegerLiteral):
         return None
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, bits.literal_value)
-        kind = ir.VectorType(emit.number, ROWS)
-        numbers = builder.load(emit.address(args[1], args[2], kind), align=emit.align)
-        builder.store(numbers, emit.address(args[3], args[4], kind), align=emit.align)
+    def generate(
+        context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]
+    ) -> ir.Value:
+        emit = Emitter(builder, bits.literal_value)
+        kind = ir.VectorType(emit.element, MR)
+        elements = builder.load(emit.address(args[1], args[2], kind), align=emit.size)
+        builder.store(elements, emit.address(args[3], args[4], kind), align=emit.size)
         return context.get_dummy_value()
 
     return types.void(bits, source, i, target, j), generate
 
 
 @njit(nogil=True)
-def gather(bits, x, xc, room, deep, rows, start, stop):  # type: ignore[no-untyped-def]
-    """Copy rows of x, which stand side by side in memory, as the tiles read them: one by one."""
+def pack_rows(
+    bits: int, x: int, x_column: int, room: int, deep: int, rows: int, start: int, stop: int
+) -> None:
+    """Pack x, stored by columns, so that tiles read it from one end to the other: MR rows by k."""
     for k in range(start, stop):
-        for i in range(0, rows, ROWS):
-            move(bits, x, i + k * xc, room, i * deep + (k - start) * ROWS)
-
-
-def products(gates: int, bits: int) -> Any:
-    """A function: y = base + x M in some rows of y, and in the units from one to another.
-
-    Addresses: x (R, K), whose entries are xr and xc apart, M (K, GH) as panels, base (GH,),
-    y (R, GH). The units begin and end where panels do, or at the end of y.
-    """
-    many, some, one = (strips(*shape, gates, bits) for shape in SHAPES)
-    units = VECTORS[gates] * BYTES * 8 // bits
-    size, number = bits // 8, {32: np.float32, 64: np.float64}[bits]
-    deep, apart = PIECE // (gates * units * size), LINE // size // ROWS  # keeps rows off one set
-
-    def product(x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
-        low, high, far = left // units, -(-right // units), min(K, deep) + apart
-        room = np.empty(min(BLOCK, last - first) * far if xr == 1 else 0, number)
-        for begin in range(first, last, BLOCK):
-            end, old = min(begin + BLOCK, last), base
-            stride = np.intp(0)  # no literal: each would be a type of its own
-            whole = end - (end - begin) % ROWS
-            for start in range(0, K, deep):
-                stop = min(start + deep, K)
-                of = (x, xr, xr, xc, P, K, old, stride, y, H)
-                if xr == 1:
-                    near = np.intp(room.ctypes.data)  # here, as Numba lets go after the last use
-                    gather(bits, x + begin * size, xc, near, far, whole - begin, start, stop)
-                    near -= (begin * far + start * ROWS) * size  # of row 0, entry 0
-                    gathered = (near, far, np.intp(1), np.intp(ROWS), P, K, old, stride, y, H)
-                    many(gathered, begin, whole, low, high, start, stop)
-                else:
-                    many(of, begin, whole, low, high, start, stop)
-                r = some(of, whole, end, low, high, start, stop)
-                one(of, r, end, low, high, start, stop)
-                old, stride = y, gates * H
-
-    product.__qualname__ = f"product_{gates}x{bits}"
-    return njit(nogil=True, error_model="numpy")(product)
+        for i in range(0, rows, MR):
+            copy_vector(bits, x, i + k * x_column, room, i * deep + (k - start) * MR)
 
 
 @intrinsic
-def call(typing, function, x, xr, xc, P, K, base, y, H, first, last, left, right):  # type: ignore[no-untyped-def]
-    """Call one of the products by its address."""
-    index = ir.IntType(64)
+def transpose_square(
+    typing: object, bits: Type, source: Type, apart: Type, target: Type, width: Type
+) -> Lowering | None:
+    """Copy the transpose of a square, as many elements each way as a vector has.
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [index] * 12)
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 13), generate
-
-
-@njit(nogil=True, error_model="numpy")
-def multiply(function, gates, x, column, P, zeros, y, first, last, left, right):  # type: ignore[no-untyped-def]
-    """Y = x[:, column : column + K] M in some rows and units; P: the panels of M (K, .)."""
-    start = np.intp(x.ctypes.data) + column * y.itemsize
-    matrix, base, out = P.ctypes.data, zeros.ctypes.data, y.ctypes.data
-    call(function, start, x.shape[1], 1, matrix, P.shape[1], base, out, y.shape[1] // gates,
-         first, last, left, right)  # fmt: skip
-
-
-def panels(N: int, K: int, gates: int, dtype: Any) -> Any:
-    """Room for a matrix (K, N) as panels, from the start of a line of the cache on."""
-    width = VECTORS[gates] * BYTES // dtype.itemsize
-    shape = (-(-(N // gates) // width), K, gates * width)
-    size, line = math.prod(shape), LINE // dtype.itemsize
-    room = empty((size + line,), dtype)
-    start = -room.ctypes.data % LINE // dtype.itemsize
-    return room[start : start + size].reshape(shape)
-
-
-@intrinsic
-def turn(typing, bits, source, apart, target, wide):  # type: ignore[no-untyped-def]
-    """Copy a square of numbers turned, as many each way as a vector has.
-
-    Its rows are so many numbers apart at the source, and wide at the target.
+    Its rows are `apart` elements apart at the source, and `width` at the target.
     """
     if not isinstance(bits, types.IntegerLiteral):
         return None
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit, index = Emit(context, builder, bits.literal_value), ir.IntType(64)
-        _, source, apart, target, wide = args
-        n, numbers = emit.lanes, range(emit.lanes)
-        rows = [emit.load(source, builder.mul(apart, index(i))) for i in numbers]
+    def generate(
+        context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]
+    ) -> ir.Value:
+        emit = Emitter(builder, bits.literal_value)
+        _, source, apart, target, width = args
+        n, lanes = emit.lanes, range(emit.lanes)
+        rows = [emit.load(source, builder.mul(apart, INDEX(i))) for i in lanes]
         for step in (s for s in (1, 2, 4, 8) if s < n):  # swap the squares beside the diagonal
-            low = [i if not i & step else n + i - step for i in numbers]
-            high = [i + step if not i & step else n + i for i in numbers]
-            for i in (i for i in numbers if not i & step):
+            low = [i if not i & step else n + i - step for i in lanes]
+            high = [i + step if not i & step else n + i for i in lanes]
+            for i in (i for i in lanes if not i & step):
                 pair = rows[i], rows[i + step]
                 rows[i], rows[i + step] = (
                     builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(ir.IntType(32), n), m))
                     for m in (low, high)
                 )
         for i, row in enumerate(rows):
-            emit.store(row, target, builder.mul(wide, index(i)), None)
+            emit.store(row, target, builder.mul(width, INDEX(i)))
         return context.get_dummy_value()
 
-    return types.void(bits, source, apart, target, wide), generate
+    return types.void(bits, source, apart, target, width), generate
 
 
 @njit(nogil=True, error_model="numpy")
-def pack(bits, M, P, gates, low, high):  # type: ignore[no-untyped-def]
-    """Copy M^T (N, K) into some of the panels, with zeros beside the last units."""
-    (_, K, wide), H, square, size = P.shape, len(M) // gates, BYTES * 8 // bits, bits // 8
-    units, down, across = wide // gates, M.strides[0] // size, M.strides[1] // size
-    source, target = np.intp(M.ctypes.data), np.intp(P.ctypes.data)
+def pack(bits: int, M: HostArray, P: HostArray, gates: int, low: int, high: int) -> None:
+    """Pack M^T (N, K) into some of the panels, with zeros beside the last units."""
+    (_, K, width), H, square, size = P.shape, len(M) // gates, VECTOR_BYTES * 8 // bits, bits // 8
+    units, down, across = width // gates, M.strides[0] // size, M.strides[1] // size
+    source, target = intp(M.ctypes.data), intp(P.ctypes.data)
     for p in range(low, high):
         count = min(units, H - p * units)
         if count < units:
             P[p] = 0
         for g in range(gates):
-            first, start, done = g * H + p * units, p * K * wide + g * units, 0
+            first, start, done = g * H + p * units, p * K * width + g * units, 0
             if count == units and across == 1:
                 done = K - K % square
                 for i in range(0, units, square):
                     for k in range(0, done, square):
-                        a, b = (first + i) * down + k, start + k * wide + i
-                        turn(bits, source + a * size, down, target + b * size, wide)
+                        a, b = (first + i) * down + k, start + k * width + i
+                        transpose_square(bits, source + a * size, down, target + b * size, width)
             elif count == units and down == 1:
                 done = K
                 for k in range(K):
-                    for i in range(0, units, ROWS):
-                        move(bits, source, first + i + k * across, target, start + k * wide + i)
+                    for i in range(0, units, MR):
+                        copy_vector(
+                            bits, source, first + i + k * across, target, start + k * width + i
+                        )
             rows, columns = M[first:][:count], P[p, :, g * units :]
             for k in range(done, K):
                 for i in range(count):
@@ -343,7 +447,7 @@ def pack(bits, M, P, gates, low, high):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def fill(bits, M, P, gates, left, right):  # type: ignore[no-untyped-def]
-    """Copy M^T into those panels that hold some of the units from left to right."""
+def pack_units(bits: int, M: HostArray, P: HostArray, gates: int, left: int, right: int) -> None:
+    """Pack M^T into those panels that hold some of the units from left to right."""
     units = P.shape[2] // gates
     pack(bits, M, P, gates, left // units, -(-right // units))

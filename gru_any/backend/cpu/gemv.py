@@ -4,42 +4,43 @@ from functools import lru_cache
 from typing import Any
 
 from ...codegen.numba_source import HEAD
+from ...typing import DType, HostArray
 from .jit_cache import compiled
-from .packed import own
+from .packed import ascarray
 
 SOURCE = """
 @njit("void({0}[::1], {0}[::1], {0}[:, ::1])", cache=CACHE, **flags)
-def outer(x, y, out):
+def outer(x, y, A):
     for i in range(len(x)):
         for j in range(len(y)):
-            out[i, j] = x[i] * y[j]
+            A[i, j] = x[i] * y[j]
 
 
 @njit("void({0}[::1], {0}[:, ::1], {0}[::1])", cache=CACHE, **flags)
-def plain(x, M, y):
-    sums(x, M, y)
+def stored(x, M, y):
+    gemv_t(x, M, y)
 
 
 @njit("void({0}[:, ::1], {0}[:, ::1], {0}[:, ::1])", cache=CACHE, **flags)
 def transposed(x, M, y):
-    dots(x, 0, M, y)
+    gemv(x, 0, M, y)
 """
 
 
 @lru_cache(maxsize=4)
-def _compiled(dtype: Any) -> Any:
+def _compiled(dtype: DType) -> Any:
     return compiled(HEAD.format(dtype=dtype) + SOURCE.format(dtype))
 
 
-def outer(x: Any, y: Any, out: Any) -> None:
-    """Fill out (M, N) with x (M,) times y (N,)."""
-    _compiled(out.dtype).outer(own(x), own(y), out)
+def ger(x: HostArray, y: HostArray, A: HostArray) -> None:
+    """Fill A (M, N) with the outer product of x (M,) and y (N,)."""
+    _compiled(A.dtype).outer(ascarray(x), ascarray(y), A)
 
 
-def times(x: Any, M: Any, out: Any) -> None:
-    """Fill out (N,) with x (K,) M (K, N)."""
-    code = _compiled(out.dtype)
+def gemv(x: HostArray, M: HostArray, y: HostArray) -> None:
+    """Fill y (N,) with x (K,) M (K, N); M may be a transpose."""
+    code = _compiled(y.dtype)
     if M.flags.c_contiguous:
-        code.plain(own(x), own(M), out)
+        code.stored(ascarray(x), ascarray(M), y)
     else:
-        code.transposed(own(x)[None], own(M.T), out[None])
+        code.transposed(ascarray(x)[None], ascarray(M.T), y[None])

@@ -1,5 +1,6 @@
 """Written source as a module for Numba, which keeps machine code only of source in a file."""
 
+import ast
 import hashlib
 import os
 import platform
@@ -140,14 +141,30 @@ def compiled(source: str) -> Any:
 
 
 def _key(source: str) -> str:
-    """A name for what the source and all that it imports compile to on this machine."""
+    """Return a name for what the source and all that it imports compile to on this machine."""
     import numba
 
-    specs = [find_spec(f".{name}", __package__) for name in ("gemm", "barrier")]
-    # the loader reads what there is: a file, one in a zip, or byte code alone
-    imported = [spec.loader.get_data(spec.origin) for spec in specs]  # type: ignore[union-attr]
+    imported = [_content(name) for name in imports_of(source)]
     told = f"{source}{numba.__version__}{platform.processor()}{platform.machine()}"
     return hashlib.sha256(b"".join([told.encode(), *imported])).hexdigest()[:16]
+
+
+def imports_of(source: str) -> list[str]:
+    """Return the modules of this folder that a source imports; these import no other of it."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.module == __package__:
+            found |= {f"{__package__}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(__package__):
+            found.add(str(node.module))
+    return sorted(found)
+
+
+@cache
+def _content(name: str) -> bytes:
+    """Read what there is of a module: a file, one in a zip, or byte code alone."""
+    spec = find_spec(name)
+    return spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
 
 
 def _from_file(name: str, source: str) -> Any:

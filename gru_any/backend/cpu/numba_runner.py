@@ -15,23 +15,15 @@ from ...codegen.numba_source import NumbaSource
 from ...codegen.schedule import HOST, Schedule, backward_schedule, forward_schedule
 from ...codegen.trace import Product
 from ...typing import DType, HostArray, Step
+from . import tuning
 from .buffers import empty
-from .gemv import outer, times
+from .gemv import gemv, ger
 from .jit_cache import compiled
 from .numpy_runner import NumPy
-from .packed import COPY, Packed, addresses, own, product
-from .threads import ALONE, GRAIN, count, split, submit, together
+from .packed import PackedMatrix, ascarray, gemm, kernel_addresses
+from .threads import NO_TEAM, count, parallel_for, run_team, submit
 
-FEW = 8  # rows at once of which each may meet a matrix alone
-FEWEST = 2  # rows, steps counted, up to which not even copies that are there pay
-SHORT, LONG = 12, 100  # rows, steps counted, up to which no copy pays, and from which one does
-WORTH = 4_000_000  # multiply-adds of those between that are worth copies
-SMALL = 250_000  # multiply-adds of a product for which BLAS wakes no threads
-SHARED = 40_000  # multiply-adds of a step that are worth a wait of the threads for each other
-BRIEF, LOW = 4, 64  # steps, and rows, up to which threads share the units and not the rows
-ONCE, LEAST, MOST = 2, 12, 128  # steps, and rows, for which BLAS on several threads is faster
-BUSY = 1_500_000  # if there are so many multiply-adds of rows and units
-NOTHING = np.zeros((0, 0), bool)
+NONE_ENDED = np.zeros((0, 0), bool)
 
 
 class Numba(NumPy):
@@ -45,14 +37,14 @@ class Numba(NumPy):
         return Brief(self.xp, self.device)
 
     def for_call(self, steps: int, rows: int, units: int) -> Any:
-        brief = steps <= ONCE and LEAST <= rows <= MOST and rows * units * units >= BUSY
-        return self.brief if brief and count() > 1 else self
+        return self.brief if tuning.brief(steps, rows, units, count()) else self
 
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
-        if isinstance(U, Packed):  # of a frozen model
-            return (W.matrix, U.matrix) if rows <= FEWEST else (W, U)
-        few = rows <= LONG and rows * (W.size + U.size) <= WORTH
-        return (W, U) if few or rows <= SHORT else (Packed(W), Packed(U))
+        if isinstance(U, PackedMatrix):  # of a frozen model
+            return (W.matrix, U.matrix) if rows <= tuning.current.frozen_rows else (W, U)
+        if tuning.packed(rows, W.size + U.size):
+            return PackedMatrix(W), PackedMatrix(U)
+        return W, U
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
         """Return an `Input`, which the walk computes."""
@@ -60,38 +52,38 @@ class Numba(NumPy):
 
     def multiply(self, left: Any, right: Any, out: Any) -> None:
         """Fill out with left @ right, by our own products; right may be packed."""
-        packed, matrix = (right, right.matrix) if isinstance(right, Packed) else (None, right)
+        packed, matrix = (right, right.matrix) if isinstance(right, PackedMatrix) else (None, right)
         R, (K, N) = len(left), matrix.shape
         if K == 1:
-            outer(left[:, 0], matrix[0], out)
+            ger(left[:, 0], matrix[0], out)
         elif packed is None and R == 1:
-            times(left[0], matrix, out[0])
-        elif (packed is None and (R <= FEW or R * K * N < SMALL)) or K < 2 or N < 4:
+            gemv(left[0], matrix, out[0])
+        elif (packed is None and tuning.by_blas(R, K, N)) or K < 2 or N < 4:
             super().multiply(left, matrix, out)
         else:
-            packed = packed or Packed(matrix)
-            product(left, packed.panels(slice(0, K), False, 1), None, out)
+            packed = packed or PackedMatrix(matrix)
+            gemm(left, packed.panels(slice(0, K), False, 1), None, out)
 
     def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         U, *vectors = recurrent
-        many = self.single_step(step, Packed(W), b, (Packed(U), *vectors))
+        many = self.single_step(step, PackedMatrix(W), b, (PackedMatrix(U), *vectors))
         scan, H = forward_scan(step, len(vectors), False, W.dtype), len(U) // 3
         b = np.zeros(3 * H, W.dtype) if b is None else b
         weights = np.concat([v.ravel() for v in (W.T, *scan.read(U), b, *vectors)])
         few = scan.step
 
         def one(x: Any, h: Any) -> Any:
-            if len(x) > FEW:
+            if not tuning.by_rows(len(x)):
                 return many(x, h)
             y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
-            few(own(x), own(h), y, new, weights)
+            few(ascarray(x), ascarray(h), y, new, weights)
             return y, new
 
         return one
 
     def frozen_weights(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
         (U, *vectors), H = recurrent, len(W) // 3
-        W, U = Packed(W), Packed(U)
+        W, U = PackedMatrix(W), PackedMatrix(U)
         for rows, op in forward_scan(step, len(vectors), False, U.matrix.dtype).products(H):
             U.panels(rows, op.transposed, len(op.outputs))
         W.panels(slice(0, 3 * H), True, 3)
@@ -99,7 +91,7 @@ class Numba(NumPy):
 
     def overlap_products(self, calls: Any, work: int) -> list[Any]:
         """Make the third call on another thread, where no product is large enough to be split."""
-        if count() < 2 or not GRAIN // 2 <= work < 2 * GRAIN:
+        if not tuning.overlaps(work, count()):
             return [call() for call in calls]
         other = submit(calls[2])
         found = [call() for call in calls[:2]]
@@ -117,22 +109,23 @@ class Numba(NumPy):
     ) -> tuple[Any, Any]:
         U, *vectors = recurrent
         scan, H = forward_scan(step, len(vectors), keep, h.dtype), len(U) // 3
+        stored = not isinstance(U, PackedMatrix)
         if isinstance(a, Input):
             (x, W, b), (K, B, _) = a, a.x.shape
-            a = empty((K if B < FEW or not isinstance(U, Packed) else 1, B, 3 * H), h.dtype)
+            a = empty((K if stored or tuning.inputs_at_once(B) else 1, B, 3 * H), h.dtype)
         else:
             x, W, b, (K, B, _) = a[..., :0], U, None, a.shape
         b = np.zeros(3 * H, h.dtype) if b is None else b
         steps, ended = _forwards(K, reverse), _ended(alive, B)
-        if not isinstance(U, Packed):
-            path, *saved = scan.few(*steps, ended, *map(own, (h, U, a, *vectors, x, W, b)))
+        if stored:
+            path, *saved = scan.few(*steps, ended, *map(ascarray, (h, U, a, *vectors, x, W, b)))
             return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
         saved = [empty((K, B, H), h.dtype) for _ in scan.widths]
-        W = W if isinstance(W, Packed) else Packed(W)
+        W = W if isinstance(W, PackedMatrix) else PackedMatrix(W)
         arrays = [path, a, *vectors, *saved, x, b]
-        scan(steps, ended, list(map(own, arrays)), U, W)
+        scan(steps, ended, list(map(ascarray, arrays)), U, W)
         return path, saved
 
     def backward(
@@ -151,14 +144,14 @@ class Numba(NumPy):
         scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype)
         steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
         if dy is not None:
-            given.insert(0, own(dy))  # the others are ours
-        if isinstance(U, Packed):
+            given.insert(0, ascarray(dy))  # the others are ours
+        if isinstance(U, PackedMatrix):
             parts = [empty((K, B, n * H), dh.dtype) for n in scan.widths]
             pair = np.empty((2, B, H), dh.dtype)
             pair[0] = dh
-            scan(steps, ended, list(map(own, [pair, *given, *parts])), U)
+            scan(steps, ended, list(map(ascarray, [pair, *given, *parts])), U)
         else:
-            pair, *parts = scan.few(*steps, ended, own(dh), own(U), *given)
+            pair, *parts = scan.few(*steps, ended, ascarray(dh), ascarray(U), *given)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
@@ -240,8 +233,8 @@ class Scan:
         steps: tuple[HostArray, HostArray, HostArray],
         ended: HostArray,
         arrays: list[HostArray],
-        U: Packed,
-        W: Packed | None = None,
+        U: PackedMatrix,
+        W: PackedMatrix | None = None,
     ) -> None:
         """Fill the arrays that results go to.
 
@@ -252,49 +245,38 @@ class Scan:
         wanted = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
         wanted += [] if W is None else [(W, slice(0, 3 * H), True, 3)]
         size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in wanted)
-        fresh = not any(M.made for M, *_ in wanted)
-        members = sharers(B, K, H, size, fresh)
-        fresh = fresh and (members > 1 or count() == 1 or K * B * size < 2 * GRAIN)
+        fresh = not any(M.packed for M, *_ in wanted)
+        members = tuning.team(K, B, H, size, fresh, count())
+        fresh = fresh and tuning.packs_inside(K * B * size, members, count())
         panels = [
-            (M.room if fresh else M.panels)(part, transposed, gates)
+            (M.empty_panels if fresh else M.panels)(part, transposed, gates)
             for M, part, transposed, gates in wanted
         ]
         sources = [M.source(part, transposed) for M, part, transposed, _ in wanted]
         buffers = [np.empty((B, v.columns * H), dtype) for v in self.schedule.buffers]
         arrays = [*panels, *arrays, *buffers, *sources]
-        zeros, scan, functions = np.zeros(3 * H, dtype), self.scan, addresses(dtype)
+        zeros, scan, functions = np.zeros(3 * H, dtype), self.scan, kernel_addresses(dtype)
 
         def rows(first: int, last: int) -> None:
-            scan(*steps, ended, zeros, first, last, 0, ALONE, fresh, functions, *arrays)
+            scan(*steps, ended, zeros, first, last, 0, NO_TEAM, fresh, functions, *arrays)
 
         def units(me: int, sync: np.ndarray) -> None:
             scan(*steps, ended, zeros, 0, B, me, sync, fresh, functions, *arrays)
 
         if members > 1:
-            together(units, members)
+            run_team(units, members)
         elif fresh:
             rows(0, B)
         else:
-            split(rows, B, K * B * size)
+            parallel_for(rows, B, K * B * size)
         for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
-            M.made[part.start, part.stop, transposed, gates] = P  # now that it is filled
-
-
-def sharers(B: int, K: int, H: int, size: int, fresh: bool) -> int:
-    """How many threads share the units of a walk; 1 where none do, and the rows may be split.
-
-    size: of all matrices; fresh: they are copied first, of which each thread then does its part.
-    """
-    members, of_step = min(count(), H // 64), B * size
-    few = B < FEW and of_step >= SHARED and K * of_step >= GRAIN
-    brief = K <= BRIEF and B <= LOW and K * of_step + COPY * size * fresh >= GRAIN
-    return members if few or brief else 1
+            M.packed[part.start, part.stop, transposed, gates] = P  # now that it is filled
 
 
 def _ended(alive: Any, B: int) -> Any:
     """Which rows have ended at which step, (K, B); empty where none has."""
     if alive is None:
-        return NOTHING
+        return NONE_ENDED
     ended = np.zeros((len(alive), B), bool)
     for row, mask in zip(ended, alive, strict=True):
         if mask is not None:

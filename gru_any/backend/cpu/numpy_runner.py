@@ -22,9 +22,8 @@ from ...codegen.schedule import (
 from ...typing import Array, DType, Shape, Step
 from ..reductions import reduced
 from ..reference import Plain
+from . import tuning
 from .buffers import empty
-
-LARGE = 768  # numbers in a state from which on exp is a faster way to tanh
 
 
 class NumPy(Plain):
@@ -91,7 +90,7 @@ class NumPy(Plain):
         keep: bool,
     ) -> tuple[Any, Any]:
         (K, B, _), H = a.shape, h.shape[-1]
-        step = by_exp(step) if B * H >= LARGE else step
+        step = by_exp(step) if tuning.current.exp_elements <= B * H else step
         program = forward_program(step, len(recurrent) - 1, keep)
         scan = forward_scan(step, len(recurrent) - 1, keep)
         path = self._empty((K + 1, B, H), a.dtype)

@@ -1,115 +1,128 @@
-"""Matrices of weights in the order that the compiled products read, and such products."""
+"""Matrices of weights packed into panels for the compiled products, and a product of such."""
 
+import math
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from ...typing import DType, HostArray
+from . import tuning
+from .buffers import empty
 from .jit_cache import compiled
-from .threads import split
+from .threads import parallel_for
 
-COPY = 8  # multiply-adds in the time that it takes to copy one number
 SOURCE = """\
 import numpy as np
 from numba import cfunc, float{bits}, intp, njit, void
-from gru_any.backend.cpu import gemm as tile
+from gru_any.backend.cpu import gemm
 
-fill1, fill2, fill3 = (tile.products(gates, {bits}) for gates in (1, 2, 3))
+kernel1, kernel2, kernel3 = (gemm.macro_kernel(gates, {bits}) for gates in (1, 2, 3))
 
 
 @njit(cache=CACHE, nogil=True, error_model="numpy")
 def pack(M, P, gates, low, high):
-    tile.pack({bits}, M, P, gates, low, high)
+    gemm.pack({bits}, M, P, gates, low, high)
 
 
 vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], float{bits}[:, :, ::1]
 
 
-@njit(void({numbers}, panels, vector, matrix, intp, intp), cache=CACHE, nogil=True)
-def product(function, x, xr, xc, K, P, base, y, first, last):
-    of, N = base.ctypes.data, y.shape[1]
-    tile.call(function, x, xr, xc, P.ctypes.data, K, of, y.ctypes.data, N, first, last, 0, N)
+@njit(void({integers}, panels, vector, matrix, intp, intp), cache=CACHE, nogil=True)
+def product(function, x, x_row, x_column, K, P, base, y, first, last):
+    N, zero = np.intp(y.shape[1]), np.intp(0)
+    P, base, y = np.intp(P.ctypes.data), np.intp(base.ctypes.data), np.intp(y.ctypes.data)
+    gemm.call(
+        function, gemm.Gemm(x, x_row, x_column, P, K, base, y, N, first, last, zero, N)
+    )
 """
-PRODUCT = """
+KERNEL = """
 
 @cfunc("void({types})", cache=CACHE)
 def product{gates}({names}):
-    fill{gates}({names})
+    kernel{gates}(gemm.Gemm({names}))
 """
-NAMES = "x, xr, xc, P, K, base, y, H, first, last, left, right"
 
 
 @lru_cache(maxsize=4)
-def _compiled(dtype: Any) -> Any:
-    bits, types = 8 * dtype.itemsize, ", ".join(["intp"] * 12)
-    products = [PRODUCT.format(types=types, gates=gates, names=NAMES) for gates in (1, 2, 3)]
-    numbers = ", ".join(["intp"] * 5)
-    return compiled(SOURCE.format(bits=bits, numbers=numbers) + "".join(products))
+def _compiled(dtype: DType) -> Any:
+    from .gemm import Gemm
+
+    fields = {"names": ", ".join(Gemm._fields), "types": ", ".join(["intp"] * len(Gemm._fields))}
+    source = SOURCE.format(bits=8 * dtype.itemsize, integers=", ".join(["intp"] * 5))
+    return compiled(source + "".join(KERNEL.format(gates=gates, **fields) for gates in (1, 2, 3)))
 
 
 @lru_cache(maxsize=4)
-def addresses(dtype: Any) -> Any:
-    """Where the compiled products for 1, 2 and 3 gates stand in memory."""
+def kernel_addresses(dtype: DType) -> HostArray:
+    """Return the addresses of the macro-kernels for 1, 2 and 3 gates."""
     code = _compiled(dtype)
     return np.array([code.product1.address, code.product2.address, code.product3.address])
 
 
-class Packed:
-    """A matrix of weights, and the copies of its parts as panels, each made when first needed.
+class PackedMatrix:
+    """A matrix of weights, and the packed copies of its parts, each made when first needed.
 
     The matrix must not change as long as this is in use.
     """
 
-    def __init__(self, matrix: Any) -> None:
-        self.matrix, self.shape, self.made = own(matrix), matrix.shape, {}  # type: ignore[var-annotated]
+    def __init__(self, matrix: HostArray) -> None:
+        self.matrix, self.shape = ascarray(matrix), matrix.shape
+        self.packed: dict[tuple[int, int, bool, int], HostArray] = {}
 
     def __len__(self) -> int:
         return len(self.matrix)
 
     @property
-    def arrays(self) -> list[Any]:
+    def arrays(self) -> list[HostArray]:
         """The matrix and the copies of it."""
-        return [self.matrix, *self.made.values()]
+        return [self.matrix, *self.packed.values()]
 
-    def panels(self, rows: slice, transposed: bool, gates: int) -> Any:
-        """Those of matrix[rows].T or matrix[rows], the columns of so many gates side by side."""
+    def panels(self, rows: slice, transposed: bool, gates: int) -> HostArray:
+        """Return matrix[rows].T or matrix[rows] as panels, for so many gates side by side."""
         key = rows.start, rows.stop, transposed, gates
-        if key not in self.made:
-            source, P = self.source(rows, transposed), self.room(rows, transposed, gates)
-            pack = _compiled(P.dtype).pack
-            split(lambda low, high: pack(source, P, gates, low, high), len(P), COPY * P.size)
-            self.made[key] = P
-        return self.made[key]
+        if key not in self.packed:
+            source, P = self.source(rows, transposed), self.empty_panels(rows, transposed, gates)
+            pack, work = _compiled(P.dtype).pack, tuning.current.copy_work * P.size
+            parallel_for(lambda low, high: pack(source, P, gates, low, high), len(P), work)
+            self.packed[key] = P
+        return self.packed[key]
 
-    def source(self, rows: slice, transposed: bool) -> Any:
-        """What panels are copied from, which are its transpose."""
+    def source(self, rows: slice, transposed: bool) -> HostArray:
+        """Return the transpose of what the panels hold, from which they are packed."""
         return self.matrix[rows] if transposed else self.matrix[rows].T
 
-    def room(self, rows: slice, transposed: bool, gates: int) -> Any:
-        """Panels that are yet to be filled."""
-        from .gemm import panels
+    def empty_panels(self, rows: slice, transposed: bool, gates: int) -> HostArray:
+        """Return panels that are yet to be filled, from the start of a line of the cache on."""
+        from .gemm import LINE_BYTES, VECTOR_BYTES, VECTORS
 
-        N, K = rows.stop - rows.start, self.shape[1]
-        return panels(*((N, K) if transposed else (K, N)), gates, self.matrix.dtype)
+        K, dtype = self.shape[1], self.matrix.dtype
+        N, K = (rows.stop - rows.start, K) if transposed else (K, rows.stop - rows.start)
+        width = VECTORS[gates] * VECTOR_BYTES // dtype.itemsize
+        shape = (-(-(N // gates) // width), K, gates * width)
+        size, line = math.prod(shape), LINE_BYTES // dtype.itemsize
+        room = empty((size + line,), dtype)
+        start = -room.ctypes.data % LINE_BYTES // dtype.itemsize
+        return room[start : start + size].reshape(shape)
 
 
-def product(x: Any, P: Any, base: Any, y: Any) -> None:
-    """Fill y = base + x M, the rows of y split over threads; P: the panels of M (K, N)."""
+def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> None:
+    """Fill y = base + x M, the rows of y split over threads; P: M (K, N) packed, base (N,)."""
     (R, K), N, code = x.shape, y.shape[1], _compiled(y.dtype)
-    base = np.zeros(N, y.dtype) if base is None else own(base)
+    base = np.zeros(N, y.dtype) if base is None else ascarray(base)
     if any(stride % x.itemsize for stride in x.strides):  # a field of records
         x = x.copy()
-    xr, xc = (stride // x.itemsize for stride in x.strides)
-    left, function = (x.ctypes.data, xr, xc, K), addresses(y.dtype)[0]
+    x_row, x_column = (stride // x.itemsize for stride in x.strides)
+    left, function = (x.ctypes.data, x_row, x_column, K), kernel_addresses(y.dtype)[0]
 
     def rows(first: int, last: int) -> None:
         code.product(function, *left, P, base, y, first, last)
 
-    split(rows, R, R * K * N)
+    parallel_for(rows, R, R * K * N)
 
 
-def own(v: Any) -> Any:
-    """Return an array of the layout that the compiled code takes, a copy where v has another.
+def ascarray(v: HostArray) -> HostArray:
+    """Return an array in the layout that compiled code takes, a copy where v has another.
 
     That is contiguous, aligned and not read-only. To let Numba find out takes 0.2 ms.
     """

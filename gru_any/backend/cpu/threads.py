@@ -3,23 +3,26 @@
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from itertools import count as numbers
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-GRAIN = 4_000_000  # multiply-adds that are worth waking a thread for: some 80 us
-PATIENCE = 100_000  # so many looks, some hundred microseconds, whether a thread has woken up
-ALONE = np.zeros(0, np.int64)  # for code that could wait for others: there are none
+from ...typing import HostArray
+from . import tuning
+
+Result = TypeVar("Result")
+NO_TEAM = np.zeros(0, np.int64)  # `sync` of a thread that shares its work with no other
 
 
 @cache
 def count() -> int:
-    """How many threads to use: OMP_NUM_THREADS, as BLAS does, or else one for each processor."""
+    """Return how many threads to use: OMP_NUM_THREADS, as BLAS does, else one a processor."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked):
         return int(asked)
@@ -29,14 +32,14 @@ def count() -> int:
         return os.cpu_count() or 1
 
 
-class _Job:
+class Job(Generic[Result]):
     """A call that another thread makes, unless it is cancelled before."""
 
-    def __init__(self, call: Callable[..., Any], arguments: Any) -> None:
+    def __init__(self, call: Callable[..., Result], arguments: tuple[object, ...]) -> None:
         self._call, self._arguments = call, arguments
         self._claimed, self._ended = threading.Lock(), threading.Lock()
         self._ended.acquire()
-        self._found: Any = None
+        self._found: Result
         self._error: BaseException | None = None
 
     def run(self, idle: list[None]) -> None:
@@ -55,8 +58,8 @@ class _Job:
         """Take the call away from the others; False if one of them has begun it."""
         return self._claimed.acquire(blocking=False)
 
-    def result(self) -> Any:
-        """Wait for the end of the call -> what it returned; its error is raised."""
+    def result(self) -> Result:
+        """Wait for the end of the call, and return its result or raise its error."""
         self._ended.acquire()
         if self._error is not None:
             raise self._error
@@ -71,7 +74,7 @@ class _Pool:
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[Job[Any]] = SimpleQueue()
         self._started = 0
         self._idle: list[None] = []  # an entry for each thread that waits for a job
         self._threads: list[int] = []
@@ -89,7 +92,7 @@ class _Pool:
         while True:
             self._jobs.get().run(self._idle)
 
-    def submit(self, call: Callable[..., Any], *arguments: Any) -> _Job:
+    def submit(self, call: Callable[..., Result], *arguments: object) -> Job[Result]:
         """Have a thread make this call; where none can be had, it waits to be cancelled."""
         if self._here and (here := self._here()) != self._away_from:
             self._away_from = here
@@ -98,7 +101,7 @@ class _Pool:
                 for thread in self._threads if others else ():
                     with suppress(OSError):
                         os.sched_setaffinity(thread, others)
-        job = _Job(call, arguments)
+        job = Job(call, arguments)
         try:
             self._idle.pop()
         except IndexError:
@@ -113,15 +116,15 @@ class _Pool:
             threading.Thread(target=self._work, name="gru_any", daemon=True).start()
         except RuntimeError as e:
             self._started -= 1
-            _tell(f"{e}: calls run on fewer threads, which is slower")
+            _warn(f"{e}: calls run on fewer threads, which is slower")
             return False
         return True
 
 
 @cache
-def _tell(words: str) -> None:
+def _warn(words: str) -> None:
     if not sys.is_finalizing():
-        print(f"gru_any: {words}", file=sys.stderr)
+        warnings.warn(words, RuntimeWarning, stacklevel=2)
 
 
 @cache
@@ -133,14 +136,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def submit(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Have another thread make the call -> a job with `cancel` and `result`."""
+def submit(call: Callable[..., Result], *arguments: object) -> Job[Result]:
+    """Have another thread make the call."""
     return _pool().submit(call, *arguments)
 
 
-def split(call: Callable[[int, int], object], rows: int, work: int) -> None:
-    """call(first, last) for all rows, in a few pieces at once; work is in multiply-adds."""
-    pieces = min(count(), work // GRAIN, rows // 4)
+def parallel_for(call: Callable[[int, int], object], rows: int, work: int) -> None:
+    """Make call(first, last) for all rows, in a few pieces at once; work: in multiply-adds."""
+    pieces = tuning.pieces(rows, work, count())
     if pieces < 2:
         call(0, rows)
         return
@@ -156,20 +159,20 @@ def split(call: Callable[[int, int], object], rows: int, work: int) -> None:
             other.result()
 
 
-def together(call: Callable[[int, np.ndarray], object], most: int) -> None:
-    """call(me, sync) in up to so many threads at once, which may wait for one another.
+def run_team(call: Callable[[int, HostArray], object], most: int) -> None:
+    """Make call(me, sync) in up to so many threads at once, which may wait for one another.
 
     me: 0, 1, ...; sync: see `barrier.py`. Those that are not there in time are left out.
     """
-    from .barrier import LINE, arrived
+    from .barrier import LINE, count_members
 
     sync, number = np.zeros(LINE * (most + 1), np.int64), numbers(1)
     try:
         others = [submit(lambda: call(next(number), sync)) for _ in range(1, most)]
-        sync[0] = arrived(sync, most, PATIENCE)
+        sync[0] = count_members(sync, most, tuning.current.wake_polls)
         call(0, sync)
     finally:
-        sync[0] = -1  # or those who have come would wait for ever, where another cannot be had
+        sync[0] = -1  # or those who have joined would wait for ever where no other can be had
     for other in others:
         if not other.cancel():
             other.result()

@@ -1,0 +1,118 @@
+"""Which way of running is taken for which sizes on the CPU: the numbers, and the decisions.
+
+Each value says its unit, what it decides, and where it comes from:
+
+    bench CELLS   python scripts/benchmark.py --rounds 7 --seconds 0.1 --threads 2 --cases CELLS
+                  with either decision; a cell is T,B,I,H; see docs/results.md
+    loop          a loop written for this question, which is not kept; see docs/results.md
+    chosen        not measured
+
+What is compiled into a kernel stands there: MR, MC and KC in `gemm.py`, the spins of a barrier in
+`barrier.py`.
+"""
+
+from typing import NamedTuple
+
+
+class Tuning(NamedTuple):
+    """The values. Work is in multiply-adds; rows are rows of a product: steps times batch."""
+
+    # threads
+    thread_work: int = 4_000_000  # work of a thread, at least, about 80 us; loop
+    thread_rows: int = 4  # rows of a thread, at least; chosen
+    wake_polls: int = 100_000  # looks, some 100 us, whether the threads of a team are there; chosen
+
+    # a team: threads that share the units of each step and meet at a barrier before each product
+    team_units: int = 64  # units of a thread, at least; chosen
+    team_step_work: int = (
+        40_000  # of a step with few rows, at least; bench 100,1,64,64 100,1,256,256
+    )
+    team_steps: int = 4  # of a block, at most, where more than few rows are shared; loop
+    team_rows: int = 64  # of the batch, at most, in such a block; loop
+
+    # products of weights as they are stored, or packed first
+    few_rows: int = 8  # at most, that are multiplied one by one; loop
+    stored_rows: int = 12  # at most, for which weights are never packed; bench 20,1,64,64
+    packed_rows: int = 100  # more than these, and weights are always packed; bench 100,1,64,64
+    packed_work: int = 4_000_000  # of the rows between, more than which is worth packing; loop
+    frozen_rows: int = 2  # at most, for which not even weights that are packed pay; loop
+    copy_work: int = 8  # in the time that it takes to pack one element; loop
+    blas_work: int = 250_000  # of one product, below which BLAS wakes no threads; loop
+
+    # one or two steps of a batch by BLAS; bench 1,32,128,256 1,256,128,256 4,32,128,256
+    brief_steps: int = 2  # at most
+    brief_least_rows: int = 12  # of the batch
+    brief_most_rows: int = 128  # of the batch
+    brief_work: int = 1_500_000  # rows of the batch times H^2, at least
+
+    # NumPy alone
+    exp_elements: int = 768  # of a state, from which tanh is made of exp; loop
+
+    # buffers
+    buffer_bytes: int = 2**16  # of a buffer, at least: smaller arrays need no new page; chosen
+    kept_bytes: int = 2**28  # of all buffers that are kept, at most; chosen
+
+
+current = Tuning()  # tests replace it
+
+
+def brief(steps: int, rows: int, units: int, threads: int) -> bool:
+    """Decide whether a call of few steps runs by BLAS; rows: of the batch."""
+    v = current
+    return (
+        steps <= v.brief_steps
+        and threads > 1
+        and v.brief_least_rows <= rows <= v.brief_most_rows
+        and rows * units * units >= v.brief_work
+    )
+
+
+def packed(rows: int, elements: int) -> bool:
+    """Decide whether weights of so many elements are packed for products of so many rows."""
+    v = current
+    return rows > v.stored_rows and (rows > v.packed_rows or rows * elements > v.packed_work)
+
+
+def by_rows(rows: int) -> bool:
+    """Decide whether rows are multiplied one by one."""
+    return rows <= current.few_rows
+
+
+def by_blas(rows: int, K: int, N: int) -> bool:
+    """Decide whether BLAS multiplies (rows, K) by (K, N) that is not packed."""
+    return rows <= current.few_rows or rows * K * N < current.blas_work
+
+
+def inputs_at_once(rows: int) -> bool:
+    """Decide whether packed input products of all steps of a block are one; rows: of the batch."""
+    return rows < current.few_rows
+
+
+def pieces(rows: int, work: int, threads: int) -> int:
+    """Decide how many threads rows are split over; less than 2: they are not."""
+    return min(threads, work // current.thread_work, rows // current.thread_rows)
+
+
+def team(steps: int, rows: int, units: int, size: int, unpacked: bool, threads: int) -> int:
+    """Decide how many threads share the units of a block; less than 2: its rows may be split.
+
+    rows: of the batch. size: elements of all its matrices. unpacked: these must be packed first,
+    of which each thread then packs its part.
+    """
+    v, of_step = current, rows * size
+    few = rows < v.few_rows and of_step >= v.team_step_work and steps * of_step >= v.thread_work
+    short = steps <= v.team_steps and rows <= v.team_rows
+    packing = v.copy_work * size * unpacked
+    if few or (short and steps * of_step + packing >= v.thread_work):
+        return min(threads, units // v.team_units)
+    return 1
+
+
+def packs_inside(work: int, members: int, threads: int) -> bool:
+    """Decide whether a compiled block packs its matrices itself; members: of its team."""
+    return members > 1 or threads == 1 or work < 2 * current.thread_work
+
+
+def overlaps(work: int, threads: int) -> bool:
+    """Decide whether two threads share products of so much work, none of which is split."""
+    return threads > 1 and current.thread_work // 2 <= work < 2 * current.thread_work
