@@ -12,7 +12,6 @@ from ...nn.cell import GRUCell
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Linear
-from ...nn.params import Params
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ONLY_FIRST = (
@@ -334,11 +333,7 @@ def _over(layer: Any, params: Any) -> Any:
     backend.dtype(dtype)  # it must have it
     put = _putter(backend)
     arrays = zip(layer.params, (put(p) for p in params), strict=True)
-    twin = object.__new__(type(layer))
-    twin.__dict__.update(layer.__dict__, backend=backend, dtype=dtype)
-    twin.__dict__.pop("arithmetic", None)  # which belongs to the dtype
-    twin.params = Params(backend, dtype, arrays)
-    return twin
+    return layer.over(backend, dtype, arrays)
 
 
 def _putter(backend: Backend) -> Any:
