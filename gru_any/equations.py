@@ -26,27 +26,31 @@ thirds r, z, n on top of each other; c (H,). Everything is arithmetic of the Pyt
 `xp` is the namespace it runs in.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from .typing import Array, Namespace, Saved, Step, WeightGradients
 
 
-def sigmoid(xp: Any, v: Any) -> Any:
+def sigmoid(xp: Namespace, v: Array) -> Array:
     """1 / (1 + exp(-v)), written so that nothing overflows."""
     return 0.5 + 0.5 * xp.tanh(0.5 * v)
 
 
-def thirds(v: Any) -> tuple[Any, Any, Any]:
+def thirds(v: Array) -> tuple[Array, Array, Array]:
     """(..., 3H) -> r, z, n, each (..., H)."""
     H = v.shape[-1] // 3
     return v[..., :H], v[..., H : 2 * H], v[..., 2 * H :]
 
 
-def halves(v: Any) -> tuple[Any, Any]:
+def halves(v: Array) -> tuple[Array, Array]:
     """(..., 2H) -> r, z, each (..., H)."""
     H = v.shape[-1] // 2
     return v[..., :H], v[..., H:]
 
 
-def reset_after(xp: Any, a: Any, h: Any, U: Any, c: Any) -> tuple[Any, Any]:
+def reset_after(
+    xp: Namespace, a: Array, h: Array, U: Array, c: Array
+) -> tuple[Array, tuple[Array, ...]]:
     """One step: h' (B, H), and what its gradient needs."""
     a_r, a_z, a_n = thirds(a)
     q_r, q_z, q_n = thirds(h @ U.T)
@@ -57,7 +61,9 @@ def reset_after(xp: Any, a: Any, h: Any, U: Any, c: Any) -> tuple[Any, Any]:
     return z * h + (1.0 - z) * n, (r, z, n, m)
 
 
-def reset_after_backward(xp: Any, g: Any, h: Any, saved: Any, U: Any) -> tuple[Any, Any]:
+def reset_after_backward(
+    xp: Namespace, g: Array, h: Array, saved: Saved, U: Array
+) -> tuple[Array, tuple[Array, ...]]:
     """Its gradient: dh (B, H); da and dq, each (B, 3H), where q = h U^T."""
     r, z, n, m = saved
     da_n = g * (1.0 - z) * (1.0 - n * n)
@@ -69,12 +75,14 @@ def reset_after_backward(xp: Any, g: Any, h: Any, saved: Any, U: Any) -> tuple[A
     return g * z + dq @ U, (da, dq)
 
 
-def reset_after_weights(xp: Any, h: Any, saved: Any, da: Any, dq: Any) -> tuple[Any, ...]:
+def reset_after_weights(
+    xp: Namespace, h: Array, saved: Saved, da: Array, dq: Array
+) -> tuple[Array, ...]:
     """The gradient to U (3H, H) and to the bias of h U^T (3H,), summed over the rows given."""
     return dq.T @ h, xp.sum(dq, axis=0)
 
 
-def reset_before(xp: Any, a: Any, h: Any, U: Any) -> tuple[Any, Any]:
+def reset_before(xp: Namespace, a: Array, h: Array, U: Array) -> tuple[Array, tuple[Array, ...]]:
     """One step: h' (B, H), and what its gradient needs."""
     H = h.shape[-1]
     a_r, a_z, a_n = thirds(a)
@@ -86,7 +94,9 @@ def reset_before(xp: Any, a: Any, h: Any, U: Any) -> tuple[Any, Any]:
     return z * h + (1.0 - z) * n, (r, z, n, s)
 
 
-def reset_before_backward(xp: Any, g: Any, h: Any, saved: Any, U: Any) -> tuple[Any, Any]:
+def reset_before_backward(
+    xp: Namespace, g: Array, h: Array, saved: Saved, U: Array
+) -> tuple[Array, tuple[Array, ...]]:
     """Its gradient: dh (B, H); da (B, 3H)."""
     H = h.shape[-1]
     r, z, n, _ = saved
@@ -98,7 +108,7 @@ def reset_before_backward(xp: Any, g: Any, h: Any, saved: Any, U: Any) -> tuple[
     return g * z + ds * r + da[..., : 2 * H] @ U[: 2 * H, :], (da,)
 
 
-def reset_before_weights(xp: Any, h: Any, saved: Any, da: Any) -> tuple[Any, ...]:
+def reset_before_weights(xp: Namespace, h: Array, saved: Saved, da: Array) -> tuple[Array, ...]:
     """The gradient to U (3H, H), summed over the rows given."""
     H = h.shape[-1]
     s = saved[3]
@@ -106,11 +116,11 @@ def reset_before_weights(xp: Any, h: Any, saved: Any, da: Any) -> tuple[Any, ...
 
 
 class Variant(NamedTuple):
-    """What the sweep over time needs to know of a variant."""
+    """The functions of a variant."""
 
-    step: Any
-    backward: Any
-    weights: Any
+    step: Step
+    backward: Step  # the gradient of a step
+    weights: WeightGradients  # the gradient to U and to the bias of h U^T
 
 
 def variant(after: bool) -> Variant:

@@ -1,5 +1,6 @@
 """A model that reads without end: steps or chunks come in, the state is kept between them."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from .errors import check_shape
 from .nn.chain import Chain
 from .nn.gru import GRU
 from .nn.layers import Last
+from .typing import Array, Lengths
 
 
 class Stream:
@@ -35,7 +37,7 @@ class Stream:
     call `refresh` after changing the model's parameters, or the change may not be seen.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: GRU | Chain) -> None:
         if not isinstance(model, GRU | Chain):
             raise TypeError(f"the model is a {type(model).__name__}, expected a GRU or a Chain")
         self.model = model
@@ -49,10 +51,10 @@ class Stream:
                 )
         if any(isinstance(layer, Last) for layer in self._layers):
             raise ValueError("a Chain with a Last cannot stream: it waits for the sequence's end")
-        self._states: list[Any] = [None] * len(self._grus)
+        self._states: list[Array | None] = [None] * len(self._grus)
         self.refresh()
 
-    def __call__(self, x: Any, lengths: Any = None) -> Any:
+    def __call__(self, x: Array, lengths: Lengths | None = None) -> Array:
         """Read a chunk x, shaped as the model takes it -> y; T may be anything, 0 too.
 
         With `batch_first` in the model x and y are (B, T, .); a step and its y_t have no time.
@@ -61,13 +63,14 @@ class Stream:
             How many steps of each row there are. A row with none keeps its state.
         """
         if isinstance(self.model, Chain):
-            y, self._states = self.model(x, self._states, lengths)
+            y, states = self.model(x, self._states, lengths)
         else:
             y, h = self.model(x, self._states[0], lengths)
-            self._states = [h]
+            states = [h]
+        self._states = [*states]
         return y
 
-    def step(self, x_t: Any) -> Any:
+    def step(self, x_t: Array) -> Array:
         """Read one step: x_t (B, I) or (I,), integers (B,) in front of an Embedding -> y_t."""
         y, states, new = x_t, iter(self._states), []
         for step, recurrent in self._steps:
@@ -83,8 +86,9 @@ class Stream:
         """Take the model's parameters as they are now; the state stays."""
         if isinstance(self.model, Chain):
             self.model.params.refuse_untied()
-        self._steps = [
-            (layer._prepared(), True) if isinstance(layer, GRU) else (layer, False)
+        # the function of each layer, and whether it takes a state
+        self._steps: list[tuple[Callable[..., Any], bool]] = [
+            (layer._prepared_step(), True) if isinstance(layer, GRU) else (layer, False)
             for layer in self._layers
         ]
 
@@ -101,11 +105,11 @@ class Stream:
         return copies if isinstance(self.model, Chain) else copies[0]
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: Array | Sequence[Array] | None) -> None:
         if state is None:
             self.reset()
             return
-        states = list(state) if isinstance(self.model, Chain) else [state]
+        states: list[Array] = list(state) if isinstance(self.model, Chain) else [state]
         if len(states) != len(self._grus):
             raise ValueError(f"state holds {len(states)}, expected {len(self._grus)}")
         for gru, h in zip(self._grus, states, strict=True):
@@ -114,31 +118,31 @@ class Stream:
             check_shape("state", h, "(L, H)" if h.ndim == 2 else "(L, B, H)", sizes)
         self._states = [self._copy(h) for h in states]
 
-    def reset(self, rows: Any = None) -> None:
+    def reset(self, rows: Sequence[bool] | Array | None = None) -> None:
         """Begin anew from zeros: all rows, or those where `rows`, B booleans, is true."""
         if rows is None:
             self._states = [None] * len(self._grus)
         elif all(h is not None for h in self._states):
             self._states = [self._without(h, rows) for h in self._states]
 
-    def _without(self, h: Any, rows: Any) -> Any:
+    def _without(self, h: Array, rows: Sequence[bool] | Array) -> Array:
         """Return h (L, B, H) with zeros in these rows of the batch."""
-        rows = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows)
-        if rows.dtype != bool or h.ndim != 3 or rows.shape != h.shape[1:2]:
+        chosen = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows)
+        if chosen.dtype != bool or h.ndim != 3 or chosen.shape != h.shape[1:2]:
             wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"
-            raise ValueError(f"rows is {rows.dtype} {rows.shape}, expected booleans {wanted}")
-        xp, there = self.model.backend.xp, self.model.backend.put(rows[None, :, None], "bool")
+            raise ValueError(f"rows is {chosen.dtype} {chosen.shape}, expected booleans {wanted}")
+        xp, there = self.model.backend.xp, self.model.backend.put(chosen[None, :, None], "bool")
         return xp.where(there, xp.zeros_like(h), h)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., "Stream"], tuple[GRU | Chain, Any]]:
         """A copy has the state of this moment, and the model's parameters as they are."""
         return _again, (self.model, self.state)
 
-    def _copy(self, h: Any) -> Any:
+    def _copy(self, h: Array) -> Array:
         return self.model.backend.xp.astype(h, h.dtype, copy=True)
 
 
-def _again(model: Any, state: Any) -> Stream:
+def _again(model: GRU | Chain, state: Array | Sequence[Array] | None) -> Stream:
     stream = Stream(model)
     stream.state = state
     return stream

@@ -5,7 +5,7 @@ Arrays of every library pass through this package, and the standard has no class
 checks the classes and protocols that are written with them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,3 +29,6 @@ Step: TypeAlias = Callable[..., tuple[Array, tuple[Array, ...]]]
 WeightGradients: TypeAlias = Callable[..., tuple[Array, ...]]
 # (y, target, mask=None) -> the value, dL/dy
 Loss: TypeAlias = Callable[..., tuple[Array, Array]]
+Saved: TypeAlias = Sequence[Array]  # what a step keeps for its gradient, each (B, H)
+Gradients: TypeAlias = dict[str, Array]  # by the name of the parameter
+Lengths: TypeAlias = Sequence[int] | Array  # B integers

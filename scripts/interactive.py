@@ -82,7 +82,7 @@ def parts(model: Chain) -> tuple[Embedding, GRU, Linear]:
 
 def layer(gru: GRU, number: int) -> Iterable[np.ndarray]:
     """W, b, U and, for reset after, c: as the library's own sweep takes them."""
-    W, b, recurrent = gru._stack.weights(gru.params, number, "")
+    W, b, recurrent = gru._stack(gru._runner).weights(gru.params, number, "")
     return W, np.zeros(len(W), W.dtype) if b is None else b, *recurrent
 
 

@@ -119,7 +119,7 @@ def test_what_is_lent_stays_as_it_is():
         arrays = batch(host, seed=seed)
         x, h0, dy, dh = (asarray(v, like=device) for v in arrays)
         steps.append((arrays, dy, dh, *device.vjp(x, h0)))
-    assert [isinstance(step[4]._tapes, recording.Lease) for step in steps] == [0, 1, 1, 0, 0]
+    assert [isinstance(step[4]._residuals, recording.Lease) for step in steps] == [0, 1, 1, 0, 0]
     for _ in range(2):
         for arrays, dy, dh, outputs, pullback in reversed(steps):
             assert_near([*outputs, *flat(pullback(dy, dh))], training(host, arrays))
@@ -160,7 +160,7 @@ def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
         run._runner.cache_clear()
         run._on_cuda.cache_clear()
         found += [training(device, arrays, lengths=lengths) for _ in range(3)]
-        [[made]] = device._run.graphs.kept.values()
+        [[made]] = device._runner.graphs.kept.values()
         [[back]] = made.backward.kept.values()
         assert [len(r.graph.capture.streams) for r in (made, back)] == [streams, streams]
     for other in found[1:]:
@@ -225,7 +225,7 @@ def test_no_steps_and_no_rows():
             assert (y.shape, h_n.shape) == ((T, B, 5), (2, B, 5))
             assert (dx.shape, dh0.shape) == ((T, B, 3), (2, B, 5))
             assert all(np.all(to_numpy(g) == 0) for g in grads.values())
-    assert not device._run.graphs.kept
+    assert not device._runner.graphs.kept
 
 
 # how many ----------------------------------------------------------------------------------------

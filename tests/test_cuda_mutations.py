@@ -213,7 +213,7 @@ def layers(monkeypatch):
             good += [np.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*pairs, strict=True)]
     except AssertionError as e:
         return type(e).__name__
-    assert device._run.graphs.kept
+    assert device._runner.graphs.kept
     return not all(good)
 
 

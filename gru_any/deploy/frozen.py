@@ -1,14 +1,17 @@
-"""Models whose weights are copied, and laid out for the processor, once and for all."""
+"""Models whose weights are copied and packed once and for all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-from .. import equations
+from ..backend.contract import Runner
+from ..equations import Variant
 from ..nn.chain import Chain
-from ..nn.gru import GRU
+from ..nn.gru import GRU, LayerStep
+from ..nn.params import BackendLike
 from ..nn.stack import Stack
 from ..nn.sweep import Weights
+from ..typing import Array, Arrays, Device, Namespace
 
 REFUSAL = (
     "the weights of a frozen model never change and have no gradients: work on the model that it "
@@ -16,7 +19,7 @@ REFUSAL = (
 )
 
 
-def freeze(model: Any) -> Any:
+def freeze(model: GRU | Chain) -> Any:
     """Return the model with private weights that never change, which makes calls cheaper.
 
     It is called like the model: whole sequences with h0 and lengths, `last`, `step`, `taps`, and a
@@ -61,16 +64,16 @@ def freeze(model: Any) -> Any:
     raise TypeError(f"the model is a {type(model).__name__}, expected a GRU or a Chain")
 
 
-class Copies(Mapping[str, Any]):
+class Copies(Mapping[str, Array]):
     """Parameters to be read: each entry is a copy."""
 
-    def __init__(self, params: Mapping[str, Any], xp: Any) -> None:
+    def __init__(self, params: Arrays, xp: Namespace) -> None:
         self._params, self._xp = params, xp
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Array:
         return self._xp.asarray(self._params[name], copy=True)
 
-    def __setitem__(self, name: str, array: Any) -> NoReturn:
+    def __setitem__(self, name: str, array: Array) -> NoReturn:
         raise TypeError(REFUSAL)
 
     def refuse_untied(self) -> None:
@@ -89,8 +92,10 @@ class FrozenGRU(GRU):
     def __init__(self, gru: GRU) -> None:
         self._own = gru.to()
         self.__dict__.update({k: v for k, v in vars(self._own).items() if k != "params"})
-        self._weights: tuple[Any, Any] = (None, {})  # made for which runner, and they
-        self._single: tuple[Any, Any] = (None, [])  # likewise, for `step`
+        # the runner that they were packed for; the weights by layer and suffix
+        self._weights: tuple[Runner | None, dict[tuple[int, str], Weights]] = None, {}
+        # the same for `step`
+        self._layer_steps: tuple[Runner | None, list[LayerStep]] = None, []
         self._packed()
 
     @property
@@ -99,53 +104,59 @@ class FrozenGRU(GRU):
         return Copies(self._own.params, self.backend.xp)
 
     @params.setter
-    def params(self, value: Any) -> NoReturn:
+    def params(self, value: object) -> NoReturn:
         raise TypeError(REFUSAL)
 
-    def _packed(self) -> dict[Any, Weights]:
-        """The weights by layer and direction, as the runner takes them; none on a device."""
-        made_for, weights = self._weights
-        run, stack = self._run, self._own._stack
-        if run is not made_for:
-            step = equations.variant(self.reset_after).step
+    def _packed(self) -> dict[tuple[int, str], Weights]:
+        """Return the packed weights by layer and suffix; none on a device."""
+        packed_for, weights = self._weights
+        run = self._runner
+        if run is not packed_for:
+            stack = self._own._stack(run)
             keys = [(n, suffix) for n in range(self.num_layers) for suffix in self.suffixes]
             weights = {
-                key: Weights(*run.frozen_weights(step, *stack.weights(self._own.params, *key)))
+                key: Weights(
+                    *run.frozen_weights(stack.variant.step, *stack.weights(self._own.params, *key))
+                )
                 for key in (keys if self.backend.host else [])
             }
             self._weights = run, weights
         return weights
 
-    def _stack_on(self, run: Any) -> Stack:
-        stack = self._own._stack_on(run)
-        return LaidOut(*stack) if self.backend.host else stack
+    def _new_stack(self, run: Runner, variant: Variant) -> Stack:
+        stack = super()._new_stack(run, variant)
+        return PackedStack(*stack) if self.backend.host else stack
 
-    def _given(self, entry: Any, rng: Any) -> Any:
-        given, full = self._own._given(entry, rng)
-        return (given._replace(params=self._packed()) if self.backend.host else given), full
+    def _arrays(self) -> Mapping[Any, Any]:
+        return self._packed() if self.backend.host else self._own._arrays()
 
-    def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
+    def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
         """Advance by one step, as `GRU.step` does."""
         if state is not None:
             self.backend.check("state", state, self.dtype)
-        return self._prepared()(x_t, state)
+        return self._prepared_step()(x_t, state)
 
-    def _prepared(self) -> Any:
-        made_for, steps = self._single
-        if made_for is not self._run:
-            steps = self._own._steps(self._run.prepare_step)
-            self._single = self._run, steps
+    def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
+        packed_for, steps = self._layer_steps
+        if packed_for is not self._runner:
+            steps = self._own._steps(self._runner.prepare_step)
+            self._layer_steps = self._runner, steps
         return partial(self._step, steps)
 
-    def vjp(self, *arguments: Any, **options: Any) -> NoReturn:
+    def vjp(self, *arguments: object, **options: object) -> NoReturn:
         """Refuse: there are no gradients."""
         raise TypeError(REFUSAL)
 
-    def load_params(self, mapping: Any) -> NoReturn:
+    def load_params(self, mapping: Arrays) -> NoReturn:
         """Refuse: the weights never change."""
         raise TypeError(REFUSAL)
 
-    def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> Any:
+    def to(
+        self,
+        backend: BackendLike | None = None,
+        device: Device = None,
+        dtype: str | None = None,
+    ) -> "FrozenGRU":
         """Return a frozen model on another backend, device or dtype."""
         return FrozenGRU(self._own.to(backend, device, dtype))
 
@@ -158,16 +169,17 @@ class FrozenGRU(GRU):
         size = sum(getattr(v, "nbytes", 0) for v in {id(v): v for v in held}.values())
         return f"freeze({text})  # {note}, {size / 1e6:.1f} MB"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[GRU]]:
         return freeze, (self._own,)
 
 
-class LaidOut(Stack):
-    """A stack that is given weights in place of the parameters."""
+class PackedStack(Stack):
+    """A stack that reads packed weights in place of parameters."""
 
-    def weights(self, params: Any, layer: int, suffix: str) -> Weights:
-        """Of one layer in one direction."""
-        return params[layer, suffix]
+    def weights(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Weights:
+        """Return those of one layer in one direction."""
+        packed: Weights = params[layer, suffix]
+        return packed
 
 
 class FrozenChain(Chain):
@@ -177,23 +189,28 @@ class FrozenChain(Chain):
         super().__init__(*(FrozenGRU(v) if isinstance(v, GRU) else v.to() for v in chain.layers))
         self.params: Any = Copies(self.params, self.backend.xp)
 
-    def vjp(self, *arguments: Any, **options: Any) -> NoReturn:
+    def vjp(self, *arguments: object, **options: object) -> NoReturn:
         """Refuse: there are no gradients."""
         raise TypeError(REFUSAL)
 
-    def load_params(self, mapping: Any) -> NoReturn:
+    def load_params(self, mapping: Arrays) -> NoReturn:
         """Refuse: the weights never change."""
         raise TypeError(REFUSAL)
 
     def _thawed(self) -> Chain:
         return Chain(*(v._own if isinstance(v, FrozenGRU) else v for v in self.layers))
 
-    def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> Chain:
+    def to(
+        self,
+        backend: BackendLike | None = None,
+        device: Device = None,
+        dtype: str | None = None,
+    ) -> "FrozenChain":
         """Return a frozen model on another backend, device or dtype."""
         return FrozenChain(self._thawed().to(backend, device, dtype))
 
     def __repr__(self) -> str:
         return f"freeze({super().__repr__()})"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Chain]]:
         return freeze, (self._thawed(),)

@@ -52,26 +52,14 @@ class GRUCell(Layer):
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
-        input_size = arguments.size("input_size", input_size)
-        hidden_size = arguments.size("hidden_size", hidden_size)
-        bias = arguments.flag("bias", bias)
-        reset_after = arguments.flag("reset_after", reset_after)
-        self.input_size, self.hidden_size = input_size, hidden_size
-        self.bias, self.reset_after = bias, reset_after
-        rng, bound = arguments.seed(seed), 1 / math.sqrt(hidden_size)
-        shapes = parameter_shapes(input_size, hidden_size, bias, reset_after)
-        self._create(
-            {
-                "input_size": input_size,
-                "hidden_size": hidden_size,
-                "bias": bias,
-                "reset_after": reset_after,
-            },
-            backend,
-            device,
-            dtype,
-            ((name, uniform(rng, shape, bound)) for name, shape in shapes.items()),
-        )
+        self.input_size = arguments.size("input_size", input_size)
+        self.hidden_size = arguments.size("hidden_size", hidden_size)
+        self.bias = arguments.flag("bias", bias)
+        self.reset_after = arguments.flag("reset_after", reset_after)
+        rng, bound = arguments.seed(seed), 1 / math.sqrt(self.hidden_size)
+        shapes = parameter_shapes(self.input_size, self.hidden_size, self.bias, self.reset_after)
+        arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
+        self._create(GRUCell, backend, device, dtype, arrays)
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)
@@ -92,10 +80,8 @@ class GRUCell(Layer):
             refuse_stale(self.params, version)
             self.backend.check("dh", dh, self.dtype)
             check_shape("dh", dh, "(B, H)" if len(shape) == 2 else "(H,)", _sizes(shape))
-            dx, dh0, found = sweep.backward(x3, tape, None, self._compute(self._rows(dh)))
-            names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
-            named = dict(zip(names, found, strict=False))
-            grads = {name: self._stored(named[name]) for name in self.params}
+            dx, dh0, found = sweep.backward(x3, tape, None, self._to_arithmetic(self._rows(dh)))
+            grads = dict(zip(self.params, map(self._to_storage, found), strict=False))
             xp = self.backend.xp
             return grads, xp.reshape(dx, tuple(x.shape)), self._leave(dh0, shape)
 
@@ -112,25 +98,22 @@ class GRUCell(Layer):
         else:
             self.backend.check("h0", h0, self.dtype)
             check_shape("h0", h0, "(H,)" if x.ndim == 1 else "(B, H)", _sizes(shape))
-            h = self._compute(self._rows(h0), copy=True)
+            h = self._to_arithmetic(self._rows(h0), copy=True)
         return self.backend.xp.expand_dims(rows, axis=0), h, shape
 
     def _leave(self, h: Any, shape: tuple[int, ...]) -> Any:
-        return self._stored(self.backend.xp.reshape(h, shape))
+        return self._to_storage(self.backend.xp.reshape(h, shape))
 
     def _rows(self, v: Any) -> Any:
         return self.backend.xp.expand_dims(v, axis=0) if v.ndim == 1 else v
 
     def _sweep(self) -> Sweep:
         run, dtype = runner(self.backend, dtype=self.dtype), self.backend.dtype(self.arithmetic)
-
-        def get(name: str) -> Any:
-            return run.upcast(self.params[name], dtype)
-
+        own = [run.upcast(v, dtype) for v in self.params.values()]
         return Sweep(
             run,
             equations.variant(self.reset_after),
-            weights(self.backend.xp, get, self.bias, self.reset_after),
+            weights(self.backend.xp, self.reset_after, *own),
             None,
             False,
             dtype,

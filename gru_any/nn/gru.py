@@ -3,21 +3,24 @@
 from __future__ import annotations  # numpy.random is loaded on first need
 
 import math
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from typing import Any, TypeAlias
 
 from .. import arguments, equations
-from ..backend import runner, to_numpy
+from ..backend import runner
+from ..backend.contract import Runner
+from ..equations import Variant
 from ..errors import check_shape
+from ..typing import Array, Device, HostArray, Lengths, Rng
 from .init import uniform
-from .params import Layer
-from .pullback import Call, Pullback
+from .layout import Call, SequenceLayout
+from .params import BackendLike, Layer
+from .pullback import Pullback
 from .stack import ForwardInputs, Stack
-from .sweep import Padding
 from .weights import parameter_shapes, variant_advice
+
+LayerStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> y_t, h
 
 
 class GRU(Layer):
@@ -103,57 +106,35 @@ class GRU(Layer):
         dropout: float = 0.0,
         bidirectional: bool = False,
         reset_after: bool = False,
-        backend: Any = None,
-        device: Any = None,
+        backend: BackendLike | None = None,
+        device: Device = None,
         dtype: str = "float32",
         seed: int | None = None,
         precision: str = "full",
         recompute: str | int | None = None,
         reverse: bool = False,
     ) -> None:
-        input_size = arguments.size("input_size", input_size)
-        hidden_size = arguments.size("hidden_size", hidden_size)
-        num_layers = arguments.size("num_layers", num_layers)
-        bias, batch_first, bidirectional, reset_after, reverse = (
-            arguments.flag(name, value)
-            for name, value in (
-                ("bias", bias),
-                ("batch_first", batch_first),
-                ("bidirectional", bidirectional),
-                ("reset_after", reset_after),
-                ("reverse", reverse),
-            )
-        )
-        dropout = _dropout(dropout, num_layers)
-        recompute = _recompute(recompute)
-        _check_precision(precision)
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
-        self.reset_after, self.precision, self.recompute = reset_after, precision, recompute
-        if reverse and bidirectional:
+        self.input_size = arguments.size("input_size", input_size)
+        self.hidden_size = arguments.size("hidden_size", hidden_size)
+        self.num_layers = arguments.size("num_layers", num_layers)
+        self.bias = arguments.flag("bias", bias)
+        self.batch_first = arguments.flag("batch_first", batch_first)
+        self.bidirectional = arguments.flag("bidirectional", bidirectional)
+        self.reset_after = arguments.flag("reset_after", reset_after)
+        self.reverse = arguments.flag("reverse", reverse)
+        self.dropout = _dropout(dropout, self.num_layers)
+        self.recompute = _recompute(recompute)
+        self.precision = _precision(precision)
+        if self.reverse and self.bidirectional:
             raise ValueError("reverse and bidirectional are both True, expected one of them")
-        self.suffixes = ["_reverse"] if reverse else ["", "_reverse"] if bidirectional else [""]
-        self._create(
-            {
-                "input_size": input_size,
-                "hidden_size": hidden_size,
-                "num_layers": num_layers,
-                "bias": bias,
-                "batch_first": batch_first,
-                "dropout": dropout,
-                "bidirectional": bidirectional,
-                "reset_after": reset_after,
-                "precision": precision,
-                "recompute": recompute,
-                **({"reverse": True} if reverse else {}),
-            },
-            backend,
-            device,
-            dtype,
-            self._initial(arguments.seed(seed)),
+        self.suffixes = (
+            ["", "_reverse"] if self.bidirectional else ["_reverse" if self.reverse else ""]
         )
+        self._create(GRU, backend, device, dtype, self._initial(arguments.seed(seed)))
+        if not self.reverse:  # as in files that were written before there was this setting
+            del self.settings["reverse"]
 
-    def _initial(self, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    def _initial(self, rng: Rng) -> Iterator[tuple[str, HostArray]]:
         """Name and first value of each parameter, in the order they are drawn."""
         H, bound = self.hidden_size, 1 / math.sqrt(self.hidden_size)
         for layer in range(self.num_layers):
@@ -168,7 +149,12 @@ class GRU(Layer):
 
     # the public calls ----------------------------------------------------------------------------
 
-    def __call__(self, x: Any, h0: Any = None, lengths: Any = None) -> tuple[Any, Any]:
+    def __call__(
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+    ) -> tuple[Array, Array]:
         """Run the sequences without keeping residuals; no dropout.
 
         Parameters
@@ -191,11 +177,17 @@ class GRU(Layer):
         """
         return self._forward(x, h0, lengths, outputs=True)
 
-    def last(self, x: Any, h0: Any = None, lengths: Any = None) -> Any:
+    def last(self, x: Array, h0: Array | None = None, lengths: Lengths | None = None) -> Array:
         """Return h_n alone; the outputs of the last layer are not kept."""
         return self._forward(x, h0, lengths, outputs=False)[1]
 
-    def vjp(self, x: Any, h0: Any = None, lengths: Any = None, rng: Any = None) -> Any:
+    def vjp(
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+        rng: Rng | None = None,
+    ) -> tuple[tuple[Array, Array], Pullback]:
         """Run the sequences and keep the residuals for the backward pass.
 
         Parameters are those of a plain call, and
@@ -213,11 +205,13 @@ class GRU(Layer):
         """
         arguments.generator("rng", rng)
         self._refuse_complex()
-        entry = self._enter(x, h0, lengths)
-        (y, h_n), tapes = self._call(entry, keep=True, rng=rng)
-        return self._leave(entry, y, h_n), Pullback(self, entry, tapes, self.params.version)
+        call = self._layout.enter(x, h0, lengths)
+        stack = self._stack_for(call)
+        (y, h_n), residuals = self._run(stack, call, keep=True, rng=rng)
+        pullback = Pullback(self.params, self._layout, stack, call, residuals)
+        return self._layout.leave(call, y, h_n), pullback
 
-    def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
+    def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
         """Advance by one step, for streams.
 
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
@@ -225,31 +219,35 @@ class GRU(Layer):
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)
-        return self._step(self._steps(self._run.single_step), x_t, state)
+        return self._step(self._steps(self._runner.single_step), x_t, state)
 
-    def _prepared(self) -> Any:
-        """`step` with the parameters taken as they are now, for a stream: less to do in each."""
-        return partial(self._step, self._steps(self._run.prepare_step))
+    def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
+        """Return `step` with the parameters as they are now, perhaps copies: cheaper to call."""
+        return partial(self._step, self._steps(self._runner.prepare_step))
 
-    def _steps(self, make: Any) -> list[Any]:
+    def _steps(self, make: Callable[..., LayerStep]) -> list[LayerStep]:
+        """Return a function for each layer, made by a method of the runner."""
         if "_reverse" in self.suffixes:
-            way = "bidirectional" if len(self.suffixes) == 2 else "reverse"
+            way = "bidirectional" if self.bidirectional else "reverse"
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
-        step = equations.variant(self.reset_after).step
-        layers = range(self.num_layers)
-        taken = [self._stack.weights(self.params, layer, "") for layer in layers]
-        steps = [make(step, *of_layer) for of_layer in taken]
+        stack = self._stack(self._runner)
+        taken = [stack.weights(self.params, layer, "") for layer in range(self.num_layers)]
+        steps = [make(stack.variant.step, *of_layer) for of_layer in taken]
         return steps if self.arithmetic == self.dtype else [self._half(step) for step in steps]
 
-    def _half(self, step: Any) -> Any:
-        """A step between arrays that are stored as halves."""
+    def _half(self, step: LayerStep) -> LayerStep:
+        """Return a step between arrays in half precision, given one between float32."""
 
-        def wide(x: Any, h: Any) -> Any:
-            return [self._stored(v) for v in step(self._upcast(x), self._compute(h))]
+        def half(x: Array, h: Array) -> tuple[Array, Array]:
+            x = self._runner.upcast(x, self.backend.dtype(self.arithmetic))
+            y, h = step(x, self._to_arithmetic(h))
+            return self._to_storage(y), self._to_storage(h)
 
-        return wide
+        return half
 
-    def _step(self, steps: list[Any], x_t: Any, state: Any = None) -> tuple[Any, Any]:
+    def _step(
+        self, steps: list[LayerStep], x_t: Array, state: Array | None = None
+    ) -> tuple[Array, Array]:
         self.backend.check("x_t", x_t, self.dtype)
         rows = x_t.shape[:-1]
         if len(rows) > 1 or x_t.shape[-1:] != (self.input_size,):
@@ -268,82 +266,59 @@ class GRU(Layer):
         state = h[None, ...] if len(states) == 1 else self.backend.xp.stack(states)
         return (y, state) if rows else (y[0, :], state[:, 0, :])
 
-    def taps(self, x: Any, h0: Any = None, lengths: Any = None) -> dict[str, Any]:
+    def taps(
+        self, x: Array, h0: Array | None = None, lengths: Lengths | None = None
+    ) -> dict[str, Array]:
         """Return the gates r and z, the candidate n and the state h of every step.
 
         Each is (L*D, T, B, H), time first whatever `batch_first` says; at padded steps 0.
         """
-        entry = self._enter(x, h0, lengths)
-        given, full = self._given(entry, None)
-        _, tapes = self._stack_for(entry).forward(full, True, None, True, given)
-        xp = self.backend.xp
-        rows = [sweep.gates(layer.x, tape) for layer in tapes for sweep, tape in layer.sweeps]
-        names = ("r", "z", "n", "h")
-        return {k: self._stored(xp.stack([row[i] for row in rows])) for i, k in enumerate(names)}
-
-    # from the user's arrays to time-major ones, and back -----------------------------------------
-
-    def _enter(self, x: Any, h0: Any, lengths: Any) -> Call:
-        xp, rank = self.backend.xp, getattr(x, "ndim", 3)
-        self.backend.check("x", x, self.dtype)
-        letters = "(T, I)" if rank == 2 else "(B, T, I)" if self.batch_first else "(T, B, I)"
-        check_shape("x", x, letters, {"I": self.input_size})
-        x = self._time_major(x, rank == 2)
-        B, states = x.shape[1], self.num_layers * len(self.suffixes)
-        if h0 is None:
-            h0 = self.backend.zeros((states, B, self.hidden_size), self.arithmetic)
-        else:
-            self.backend.check("h0", h0, self.dtype)
-            sizes = {"L*D": states, "B": B, "H": self.hidden_size}
-            check_shape("h0", h0, "(L*D, H)" if rank == 2 else "(L*D, B, H)", sizes)
-            h0 = self._compute(xp.reshape(h0, (states, B, self.hidden_size)), copy=True)
-        if lengths is not None and rank == 2:
-            raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
-        return Call(x, h0, self._padding(lengths, x.shape[0], B), rank == 2)
-
-    def _time_major(self, v: Any, single: bool) -> Any:
-        if single:
-            return self.backend.xp.expand_dims(v, axis=1)
-        return self.backend.xp.permute_dims(v, (1, 0, 2)) if self.batch_first else v
-
-    def _leave(self, entry: Call, y: Any, h_n: Any) -> tuple[Any, Any]:
-        if entry.single:
-            return (None if y is None else y[:, 0, :]), h_n[:, 0, :]
-        if self.batch_first and y is not None:
-            y = self.backend.xp.permute_dims(y, (1, 0, 2))
-        return y, h_n
-
-    def _padding(self, lengths: Any, T: int, B: int) -> Padding | None:
-        """Read lengths on the host; None where there is nothing to pad."""
-        if lengths is None:
-            return None
-        n = arguments.lengths(to_numpy(lengths, "lengths"), T, B)
-        if isinstance(lengths, (list, tuple)) and any(isinstance(v, bool) for v in lengths):
-            raise TypeError(f"lengths is {lengths!r}, expected integers")
-        if (n == T).all():
-            return None
-        alive = np.arange(T)[:, None, None] < n[None, :, None]
-        return Padding(self.backend.put(alive, "bool"), int(n.min()))
-
-    @property
-    def _run(self) -> Any:
-        return runner(self.backend, self.precision, self.dtype)
-
-    def _upcast(self, v: Any) -> Any:
-        if self.arithmetic == self.dtype:
-            return v
-        return self._run.upcast(v, self.backend.dtype(self.arithmetic))
+        call = self._layout.enter(x, h0, lengths)
+        stack = self._stack_for(call)
+        unmasked, given = self._inputs(stack, call, None)
+        _, residuals = stack.forward(unmasked, True, None, True, given)
+        rows = [
+            sweep.gates(layer.x, segments)
+            for layer in residuals
+            for sweep, segments in layer.sweeps
+        ]
+        stacked = [self.backend.xp.stack(columns) for columns in zip(*rows, strict=True)]
+        return {name: self._to_storage(v) for name, v in zip("rznh", stacked, strict=True)}
 
     # the stack of layers -------------------------------------------------------------------------
 
-    @property
-    def _stack(self) -> Stack:
-        return self._stack_on(self._run)
+    @cached_property
+    def _layout(self) -> SequenceLayout:
+        return SequenceLayout(
+            self.backend,
+            self.dtype,
+            self.arithmetic,
+            self.batch_first,
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            len(self.suffixes),
+        )
 
-    def _stack_on(self, run: Any) -> Stack:
+    @property
+    def _runner(self) -> Runner:
+        return runner(self.backend, self.precision, self.dtype)
+
+    @cached_property
+    def _stacks(self) -> dict[tuple[Runner, Variant], Stack]:
+        return {}
+
+    def _stack(self, run: Runner) -> Stack:
+        """Return the layers on this runner."""
+        key = run, equations.variant(self.reset_after)
+        if key not in self._stacks:
+            self._stacks[key] = self._new_stack(*key)
+        return self._stacks[key]
+
+    def _new_stack(self, run: Runner, variant: Variant) -> Stack:
         return Stack(
             run,
-            equations.variant(self.reset_after),
+            variant,
             self.bias,
             self.reset_after,
             self.num_layers,
@@ -352,38 +327,44 @@ class GRU(Layer):
             self.backend.dtype(self.dtype),
         )
 
-    def _stack_for(self, entry: Call) -> Stack:
-        """The stack, with the runner for a call of this size."""
-        T, B, _ = entry.x.shape
-        return self._stack_on(self._run.for_call(T, B, self.hidden_size))
+    def _stack_for(self, call: Call) -> Stack:
+        """Return the layers on the runner for a call of this size."""
+        T, B, _ = call.x.shape
+        return self._stack(self._runner.for_call(T, B, self.hidden_size))
 
-    def _forward(self, x: Any, h0: Any, lengths: Any, outputs: bool) -> tuple[Any, Any]:
-        entry = self._enter(x, h0, lengths)
-        (y, h_n), _ = self._call(entry, keep=False, rng=None, outputs=outputs)
-        return self._leave(entry, y, h_n)
+    def _forward(
+        self, x: Array, h0: Array | None, lengths: Lengths | None, outputs: bool
+    ) -> tuple[Array, Array]:
+        call = self._layout.enter(x, h0, lengths)
+        (y, h_n), _ = self._run(self._stack_for(call), call, keep=False, outputs=outputs)
+        return self._layout.leave(call, y, h_n)
 
-    def _call(self, entry: Call, keep: bool, rng: Any, outputs: bool = True) -> Any:
-        """Return (y, h_n), and the residuals as the backend keeps them."""
-        stack, T = self._stack_for(entry), entry.x.shape[0]
-        given, full = self._given(entry, rng)
-        static = (full, keep, self._segment(T), outputs)
-        return stack.run.run_graph(Stack.forward, stack, static, given, self._steps_of(entry))
+    def _run(
+        self, stack: Stack, call: Call, keep: bool, rng: Rng | None = None, outputs: bool = True
+    ) -> Any:
+        """Return (y, h_n), and the residuals as the runner keeps them."""
+        unmasked, given = self._inputs(stack, call, rng)
+        segment = self.recompute
+        if segment == "sqrt":
+            segment = max(1, math.isqrt(call.x.shape[0]))
+        static = unmasked, keep, segment, outputs
+        return stack.run.run_graph(Stack.forward, stack, static, given, stack.steps(call.x))
 
-    def _steps_of(self, entry: Call) -> int:
-        """How many steps a call has, all layers and directions together."""
-        return entry.x.shape[0] * self.num_layers * len(self.suffixes)
+    def _inputs(self, stack: Stack, call: Call, rng: Rng | None) -> tuple[int, ForwardInputs]:
+        """Return the first step at which a mask is needed, and the arrays of a forward pass."""
+        x, h0, mask, _ = call
+        dropout = None
+        if rng is not None and self.dropout:
+            shape = (*x.shape[:2], self.hidden_size * len(self.suffixes))
+            drawn = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
+            dropout = (None, *drawn)
+        alive, unmasked = (None, 0) if mask is None else mask
+        unmasked = unmasked and stack.run.unmasked_prefix(unmasked)
+        return unmasked, ForwardInputs(x, h0, self._arrays(), alive, dropout)
 
-    def _given(self, entry: Call, rng: Any) -> tuple[ForwardInputs, int]:
-        """The arrays of a call, and the step before which all rows are alive."""
-        x, h0, padding, _ = entry
-        shape = (*x.shape[:2], self.hidden_size * len(self.suffixes))
-        masks = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
-        alive, full = padding or (None, 0)
-        given = ForwardInputs(x, h0, dict(self.params), alive, (None, *masks))
-        return given, full and self._run.unmasked_prefix(full)
-
-    def _segment(self, T: int) -> int | None:
-        return max(1, math.isqrt(T)) if self.recompute == "sqrt" else self.recompute  # type: ignore[return-value]
+    def _arrays(self) -> Mapping[Any, Any]:
+        """Return the parameters as the stack reads them."""
+        return dict(self.params)
 
 
 def _dropout(dropout: Any, num_layers: int) -> float:
@@ -396,9 +377,10 @@ def _dropout(dropout: Any, num_layers: int) -> float:
     return dropout
 
 
-def _check_precision(precision: str) -> None:
+def _precision(precision: str) -> str:
     if precision not in ("full", "tf32"):
         raise ValueError(f'precision is {precision!r}, expected "full" or "tf32"')
+    return precision
 
 
 def _recompute(recompute: Any) -> str | int | None:

@@ -8,6 +8,7 @@ import numpy as np
 from .. import arguments
 from ..backend import runner
 from ..errors import ShapeError, check_shape
+from ..typing import Shape
 from .init import uniform
 from .params import Layer, refuse_stale
 
@@ -49,27 +50,25 @@ class Linear(Layer):
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
-        in_features = arguments.size("in_features", in_features)
-        out_features = arguments.size("out_features", out_features)
-        bias = arguments.flag("bias", bias)
-        self.in_features, self.out_features, self.bias = in_features, out_features, bias
-        rng, bound = arguments.seed(seed), 1 / math.sqrt(in_features)
-        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
-        if bias:
-            shapes["bias"] = (out_features,)
-        settings = {"in_features": in_features, "out_features": out_features, "bias": bias}
+        self.in_features = arguments.size("in_features", in_features)
+        self.out_features = arguments.size("out_features", out_features)
+        self.bias = arguments.flag("bias", bias)
+        rng, bound = arguments.seed(seed), 1 / math.sqrt(self.in_features)
+        shapes: dict[str, Shape] = {"weight": (self.out_features, self.in_features)}
+        if self.bias:
+            shapes["bias"] = (self.out_features,)
         arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
-        self._create(settings, backend, device, dtype, arrays)
+        self._create(Linear, backend, device, dtype, arrays)
 
     def __call__(self, x: Any) -> Any:
         """Return y (..., O) of x (..., I)."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(..., I)", {"I": self.in_features})
         run = runner(self.backend, dtype=self.dtype)
-        y = run.product(self._rows(x), self._compute(self.params["weight"]).T)
+        y = run.product(self._rows(x), self._to_arithmetic(self.params["weight"]).T)
         if self.bias:
-            y = y + self._compute(self.params["bias"])
-        return self._stored(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
+            y = y + self._to_arithmetic(self.params["bias"])
+        return self._to_storage(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
 
     def vjp(self, x: Any, rng: Any = None) -> Any:
         """Return y, and `pullback(dy) -> grads, dx`, which may be called again."""
@@ -85,14 +84,14 @@ class Linear(Layer):
             grads = {"weight": run.product(d.T, self._rows(x))}
             if self.bias:
                 grads["bias"] = run.row_sum(d)
-            dx = run.product(d, self._compute(self.params["weight"]))
+            dx = run.product(d, self._to_arithmetic(self.params["weight"]))
             dx = self.backend.xp.reshape(dx, tuple(x.shape))
-            return {name: self._stored(g) for name, g in grads.items()}, self._stored(dx)
+            return {name: self._to_storage(g) for name, g in grads.items()}, self._to_storage(dx)
 
         return y, pullback
 
     def _rows(self, v: Any) -> Any:
-        return runner(self.backend, dtype=self.dtype).as_matrix(self._compute(v))
+        return runner(self.backend, dtype=self.dtype).as_matrix(self._to_arithmetic(v))
 
 
 class Embedding(Layer):
@@ -130,10 +129,9 @@ class Embedding(Layer):
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
-        n, size = arguments.size("n", n), arguments.size("size", size)
-        self.n, self.size = n, size
-        table = arguments.seed(seed).standard_normal((n, size))
-        self._create({"n": n, "size": size}, backend, device, dtype, [("weight", table)])
+        self.n, self.size = arguments.size("n", n), arguments.size("size", size)
+        table = arguments.seed(seed).standard_normal((self.n, self.size))
+        self._create(Embedding, backend, device, dtype, [("weight", table)])
 
     def __call__(self, x: Any) -> Any:
         """Return the rows (..., size) of x (...), integers in 0..n-1.
@@ -156,9 +154,9 @@ class Embedding(Layer):
         def pullback(dy: Any) -> tuple[dict[str, Any], None]:
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
-            rows = self._compute(self.backend.xp.reshape(dy, (-1, self.size)))
+            rows = self._to_arithmetic(self.backend.xp.reshape(dy, (-1, self.size)))
             grad = self.backend.scatter_add(self._indices(x), rows, self.n)
-            return {"weight": self._stored(grad)}, None
+            return {"weight": self._to_storage(grad)}, None
 
         return y, pullback
 
@@ -183,8 +181,8 @@ class Dropout(Layer):
     def __init__(
         self, p: float = 0.5, *, backend: Any = None, device: Any = None, dtype: str = "float32"
     ) -> None:
-        self.p = p = arguments.number("p", p, below=1)
-        self._create({"p": p}, backend, device, dtype, [])
+        self.p = arguments.number("p", p, below=1)
+        self._create(Dropout, backend, device, dtype, [])
 
     def __call__(self, x: Any) -> Any:
         """Return x."""
@@ -222,7 +220,7 @@ class Last(Layer):
     """
 
     def __init__(self, *, backend: Any = None, device: Any = None, dtype: str = "float32") -> None:
-        self._create({}, backend, device, dtype, [])
+        self._create(Last, backend, device, dtype, [])
 
     def __call__(self, h_n: Any, directions: int = 1) -> Any:
         """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side."""

@@ -1,29 +1,32 @@
 """What layers have in common: named parameters, loading them, moving to another device."""
 
-from collections.abc import Iterable, Mapping, MutableMapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import cache, cached_property
+from inspect import signature
 from itertools import combinations
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn, Protocol, Self, TypeAlias
 
 import numpy as np
 
 from ..backend import Backend, disjoint, overlap, plain_name, select, to_numpy
 from ..errors import ShapeError
+from ..typing import Array, Arrays, Device, HostArray, Rng, Shape
 
+BackendLike: TypeAlias = str | ModuleType | Backend
+HOME = ("backend", "device", "dtype", "seed")  # arguments of a layer that are no settings
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
-class Params(dict[str, Any]):
-    """A dict name -> array. An entry can be replaced by an array that fits, nothing else.
+class Params(dict[str, Array]):
+    """A dict name -> array. An entry can be replaced by an array that fits, nothing else."""
 
-    `version` counts the replacements, so that a pullback notices that weights changed under it.
-    """
-
-    def __init__(self, backend: Backend, dtype: str, arrays: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, backend: Backend, dtype: str, arrays: Iterable[tuple[str, Array]]) -> None:
         super().__init__(arrays)
-        self.backend, self.dtype, self.version = backend, dtype, 0
+        self.backend, self.dtype = backend, dtype  # of the arrays
+        self.version = 0  # how many were replaced, which a pullback must not miss
 
-    def __setitem__(self, name: str, array: Any) -> None:
+    def __setitem__(self, name: str, array: Array) -> None:
         if name not in self:
             raise KeyError(f"{name!r} is no parameter; there are {', '.join(self)}")
         if array is not self[name]:
@@ -32,7 +35,7 @@ class Params(dict[str, Any]):
         super().__setitem__(name, array)
         self.version += 1
 
-    def update(self, *mappings: Any, **arrays: Any) -> None:
+    def update(self, *mappings: Any, **arrays: Array) -> None:
         """Replace several entries, each checked as alone."""
         for name, array in dict(*mappings, **arrays).items():
             self[name] = array
@@ -41,50 +44,65 @@ class Params(dict[str, Any]):
         self.update(mapping)
         return self
 
-    def setdefault(self, name: str, default: Any = None) -> Any:
+    def setdefault(self, name: str, default: Array = None) -> Array:
         """Return the entry, which is there."""
         if name not in self:
             self[name] = default  # raises
         return self[name]
 
-    def _refuse(self, *arguments: Any) -> Any:
+    def _refuse(self, *arguments: object) -> NoReturn:
         raise TypeError("parameters cannot be taken out; the layer needs them")
 
     pop = popitem = clear = _refuse
 
-    def __delitem__(self, name: str) -> None:
+    def __delitem__(self, name: str) -> NoReturn:
         raise TypeError(f"{name!r} cannot be deleted; the layer needs it")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Array]]]:
         return dict, (dict(self),)
 
 
-class Layer:
-    """A layer is its settings (the arguments that make it again) and its params."""
+class Parametrised(Protocol):
+    """A layer or a Chain: something with named parameters."""
 
-    settings: dict[str, Any]
-    params: Params
     backend: Backend
     dtype: str
 
+    @property
+    def params(self) -> MutableMapping[str, Array]:
+        """The parameters by name."""
+
+
+class Layer:
+    """A layer is its settings and its parameters."""
+
+    settings: dict[str, Any]  # the arguments that make it again
+    params: Params
+    backend: Backend  # where the parameters are
+    dtype: str  # of the parameters
+
     def _create(
         self,
-        settings: dict[str, Any],
-        backend: Any,
-        device: Any,
+        kind: type,
+        backend: BackendLike | None,
+        device: Device,
         dtype: str,
-        arrays: Iterable[tuple[str, np.ndarray]],
+        arrays: Iterable[tuple[str, HostArray]],
     ) -> None:
-        """Set what every layer has. `arrays`: the name and first value of each parameter."""
+        """Set what every layer has.
+
+        kind: the class whose arguments are attributes of the layer by now. arrays: the name and
+        initial value of each parameter.
+        """
         _refuse_dtype(dtype)
-        self.settings = settings
+        self.settings = {name: getattr(self, name) for name in _settings(kind)}
         self.backend = select(backend, device)
         self.dtype = dtype
         self.backend.dtype(dtype)
         drawn = [(name, self.backend.put(array, dtype)) for name, array in arrays]
         self.params = Params(self.backend, dtype, drawn)
 
-    def load_params(self, mapping: Mapping[str, Any]) -> None:
+    def load_params(self, mapping: Arrays) -> None:
         """Replace all parameters by copies of the arrays of `mapping`, whose names must be ours.
 
         The arrays may be of any library and any real floating dtype; they are converted to the
@@ -102,7 +120,12 @@ class Layer:
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return ""
 
-    def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> Any:
+    def to(
+        self,
+        backend: BackendLike | None = None,
+        device: Device = None,
+        dtype: str | None = None,
+    ) -> Self:
         """Return a new layer with these weights on another backend, device or dtype.
 
         `backend=None` keeps the backend (and, where `device` is None too, the device).
@@ -110,14 +133,12 @@ class Layer:
         if backend is None:
             backend = self.backend if device is None else self.backend.name
         dtype = self.dtype if dtype is None else dtype
-        make: Any = type(self)
+        make: Callable[..., Self] = type(self)
         new = make(**self.settings, backend=backend, device=device, dtype=dtype)
         new.load_params(self.params)
         return new
 
     def __repr__(self) -> str:
-        from inspect import signature
-
         usual = signature(type(self)).parameters
         told = ("reset_after",)  # the variant, whichever it is
         given = {k: v for k, v in self.settings.items() if k in told or v != usual[k].default}
@@ -128,9 +149,21 @@ class Layer:
             f"dtype={self.dtype!r})  # {count:,} parameters"
         )
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., "Layer"], tuple[object, ...]]:
         host = {name: to_numpy(array) for name, array in self.params.items()}
         return _again, (type(self), self.settings, self.backend, self.dtype, host)
+
+    def over(self, backend: Backend, dtype: str, arrays: Iterable[tuple[str, Array]]) -> Self:
+        """Return this layer over other arrays, which are neither copied nor checked."""
+        twin = object.__new__(type(self))
+        cached = {
+            name
+            for name in vars(self)
+            if isinstance(getattr(type(self), name, None), cached_property)
+        }
+        twin.__dict__ = {name: v for name, v in vars(self).items() if name not in cached}
+        twin.backend, twin.dtype, twin.params = backend, dtype, Params(backend, dtype, arrays)
+        return twin
 
     # the dtype of the arithmetic, and of what is stored ------------------------------------------
 
@@ -139,20 +172,20 @@ class Layer:
         """float32 for the half precisions, else the layer's own dtype."""
         return "float32" if self.dtype in ("float16", "bfloat16") else self.dtype
 
-    def _compute(self, v: Any, copy: bool = False) -> Any:
+    def _to_arithmetic(self, v: Array, copy: bool = False) -> Array:
         if self.arithmetic == self.dtype and not copy:
             return v
         return self.backend.xp.astype(v, self.backend.dtype(self.arithmetic), copy=copy)
 
-    def _stored(self, v: Any) -> Any:
+    def _to_storage(self, v: Array) -> Array:
         if self.arithmetic == self.dtype:
             return v
         return self.backend.xp.astype(v, self.backend.dtype(self.dtype), copy=False)
 
-    def _mask(self, rng: Any, shape: tuple[int, ...], p: float) -> Any:
-        """0 with probability p, else 1 / (1 - p), drawn on the host; None where nothing drops.
+    def _mask(self, rng: Rng | None, shape: Shape, p: float) -> Array | None:
+        """Return a mask of dropout: 0 with probability p, else 1 / (1 - p); None for none.
 
-        A byte for each number goes to the device, which does not wait for it.
+        It is drawn on the host. A byte an element goes to the device, which does not wait for it.
         """
         if rng is None or not p:
             return None
@@ -164,7 +197,13 @@ class Layer:
             raise TypeError("dtype complex128 serves the plain forward call alone, not vjp")
 
 
-def _refuse_dtype(dtype: Any) -> None:
+@cache
+def _settings(kind: type) -> tuple[str, ...]:
+    """Return the names of the arguments of a layer that are its settings."""
+    return tuple(name for name in signature(kind).parameters if name not in HOME)
+
+
+def _refuse_dtype(dtype: object) -> None:
     """Raise ValueError where it is not the name of a dtype that a model can have."""
     if isinstance(dtype, str) and dtype in DTYPES:
         return
@@ -173,10 +212,10 @@ def _refuse_dtype(dtype: Any) -> None:
     raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}{way}")
 
 
-def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
+def load(layer: Parametrised, mapping: Arrays, advice: Callable[[set[str], set[str]], str]) -> None:
     """Put copies of the arrays of `mapping` into `layer.params`; strict, all or nothing."""
     check_mapping(mapping)
-    ours: MutableMapping[str, Any] = layer.params
+    ours = layer.params
     missing, unused = set(ours) - set(mapping), set(mapping) - set(ours)
     if missing or unused:
         raise KeyError(
@@ -188,7 +227,7 @@ def load(layer: Any, mapping: Mapping[str, Any], advice: Any) -> None:
         ours[name] = array
 
 
-def check_mapping(mapping: Any) -> None:
+def check_mapping(mapping: object) -> None:
     """Raise TypeError where parameters do not come as a mapping."""
     if not isinstance(mapping, Mapping):
         raise TypeError(
@@ -197,7 +236,7 @@ def check_mapping(mapping: Any) -> None:
         )
 
 
-def _converted(layer: Any, name: str, array: Any) -> Any:
+def _converted(layer: Parametrised, name: str, array: Array) -> Array:
     host = to_numpy(array, name)
     if host.dtype.kind not in ("fc" if layer.dtype == "complex128" else "f"):
         raise TypeError(f"{name} has dtype {host.dtype}, expected a real floating dtype")
@@ -205,18 +244,24 @@ def _converted(layer: Any, name: str, array: Any) -> Any:
     return layer.backend.put(host, layer.dtype)
 
 
-def _same_shape(name: str, array: Any, ours: Any) -> None:
+def _same_shape(name: str, array: Array, ours: Array) -> None:
     if tuple(array.shape) != tuple(ours.shape):
         raise ShapeError(f"{name} is {tuple(array.shape)}, expected {tuple(ours.shape)}")
 
 
-def _again(cls: Any, settings: Any, backend: Any, dtype: str, params: Any) -> Any:
+def _again(
+    cls: Callable[..., Layer],
+    settings: dict[str, Any],
+    backend: Backend,
+    dtype: str,
+    params: Arrays,
+) -> Layer:
     layer = cls(**settings, backend=backend, dtype=dtype)
     layer.load_params(params)
     return layer
 
 
-def refuse_shared(arrays: Mapping[str, Any], what: str = "params") -> None:
+def refuse_shared(arrays: Arrays, what: str = "params") -> None:
     """Raise ValueError where two names hold one array: a change of one would change the other."""
     if disjoint(arrays.values()):
         return

@@ -1,183 +1,184 @@
 """Layers on top of one another, in one or two directions, as functions of arrays and nothing else.
 
-So a device can record a whole call and replay it over other arrays.
+So a device can capture a whole call and replay it on other arrays.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..backend.contract import Runner
+from ..backend.contract import Output, Result, Runner
 from ..equations import Variant
-from .sweep import Padding, Sweep, Weights
-from .weights import weights
+from ..typing import Array, DType, Gradients
+from .sweep import Segment, SequenceMask, Sweep, Weights
+from .weights import parameter_names, weights
 
 
 class ForwardInputs(NamedTuple):
-    """The arrays of a call: x (T, B, I), h0 (L*D, B, H), the parameters by name.
+    """The arrays of a forward pass."""
 
-    alive: (T, B, 1) of bool, None where nothing is padded; masks: of the input of each layer, None
-    where no dropout acts.
-    """
-
-    x: Any
-    h0: Any
-    params: dict[str, Any]
-    alive: Any
-    masks: tuple[Any, ...]
+    x: Array  # (T, B, I)
+    h0: Array  # (L*D, B, H), in the dtype of the arithmetic
+    params: Mapping[Any, Any]  # what `Stack.weights` reads: the parameters by name
+    alive: Array | None  # as of `SequenceMask`; None: no sequence is padded
+    dropout: tuple[Array | None, ...] | None  # of the input of each layer; None: there is none
 
 
 class BackwardInputs(NamedTuple):
-    """The inputs of the backward pass: dy (T, B, D*H) or None, dh_n (L*D, B, H)."""
+    """The arrays of a backward pass."""
 
-    dy: Any
-    dh_n: Any
+    dy: Array | None  # (T, B, D*H)
+    dh_n: Array  # (L*D, B, H), in the dtype of the arithmetic
 
 
-class LayerTape(NamedTuple):
-    """The residuals of one layer: its input, its dropout mask, its directions."""
+class LayerResiduals(NamedTuple):
+    """What the backward pass needs of a layer."""
 
-    x: Any
-    mask: Any
-    sweeps: list[tuple[Sweep, Any]]
+    x: Array  # (T, B, .), its input after dropout
+    dropout: Array | None  # the mask that its input was multiplied by
+    sweeps: list[tuple[Sweep, list[Segment]]]  # of each direction
 
 
 class Stack(NamedTuple):
-    """What all calls have in common: how blocks run, the equations, the layers, the dtypes.
+    """The layers of a GRU without their parameters."""
 
-    suffixes: of the parameters of each direction; dtype: of the arithmetic; stored: of results.
-    """
-
-    run: Any
-    variant: Variant
+    run: Runner  # how a block of steps runs
+    variant: Variant  # the equations
     bias: bool
     reset_after: bool
-    layers: int
-    suffixes: tuple[str, ...]
-    dtype: Any
-    stored: Any
+    layers: int  # L
+    suffixes: tuple[str, ...]  # the ends of the parameters' names, one for each direction
+    dtype: DType  # of the arithmetic
+    storage: DType  # of inputs, outputs and gradients
 
     def on(self, run: Runner) -> "Stack":
-        """Return the stack on another runner."""
+        """Return the layers on another runner."""
         return self if run is self.run else self._replace(run=run)
 
     def forward(
-        self, full: int, keep: bool, segment: int | None, outputs: bool, given: ForwardInputs
-    ) -> tuple[Any, list[LayerTape]]:
-        """Run all layers -> (y (T, B, D*H) or None, h_n (L*D, B, H)), and their tapes.
+        self,
+        unmasked: int,
+        keep: bool,
+        segment: int | None,
+        outputs: bool,
+        given: ForwardInputs,
+    ) -> tuple[tuple[Array | None, Array], list[LayerResiduals]]:
+        """Run all layers; return y (T, B, D*H) and h_n (L*D, B, H), and the residuals.
 
-        full: before this step all rows are alive; the rest is that of `Sweep.forward`. There are no
-        tapes without `keep`: they would hold the outputs of all layers at once.
+        unmasked: as of `SequenceMask`; the rest is that of `Sweep.forward`. There are no residuals
+        without `keep`: they would hold the outputs of all layers at once.
         """
-        padding = None if given.alive is None else Padding(given.alive, full)
-        states: list[Any] = []
-        tapes: list[LayerTape] = []
+        x, h0, params, alive, dropout = given
+        mask = None if alive is None else SequenceMask(alive, unmasked)
+        D, states = len(self.suffixes), []
+        residuals: list[LayerResiduals] = []
 
-        def through(layer: int, run: Runner, x: Any) -> Any:
+        def run_layer(layer: int, run: Runner, x: Array) -> Array:
             wanted = outputs or layer + 1 < self.layers
-            y, hs, tape = self._layer(run, layer, given, padding, x, keep, segment, wanted)
-            states.extend(hs)
-            if keep:
-                tapes.append(tape)
-            return y
+            dropped = None if dropout is None else dropout[layer]
+            x = x if dropped is None else x * dropped
+            sweeps = [self.sweep(params, layer, suffix, mask) for suffix in self.suffixes]
 
-        calls = [partial(through, layer) for layer in range(self.layers)]
-        y = self.run.pipeline(calls, given.x, self._overlap(given.masks, given.h0))
-        return (y, self._together(states)), tapes
+            def run_sweep(d: int, run: Runner) -> tuple[Array | None, Array, list[Segment]]:
+                h = h0[layer * D + d, :, :]
+                return sweeps[d].on(run).forward(x, h, keep, segment, wanted)
+
+            found = _concurrent(run_sweep, D, run)
+            states.extend([h for _, h, _ in found])
+            if keep:
+                pairs = [(sweep, kept) for sweep, (_, _, kept) in zip(sweeps, found, strict=True)]
+                residuals.append(LayerResiduals(x, dropped, pairs))
+            ys = [y for y, _, _ in found]
+            return run.xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
+
+        y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
+        return (y, self._stacked(states)), residuals
 
     def backward(
-        self, given: BackwardInputs, tapes: list[LayerTape], taps: list[Any] | None = None
-    ) -> tuple[Any, None]:
-        """Walk all layers back -> (the gradients by name, dx, dh0 (L*D, B, H)), and no tape.
+        self, taps: list[Output] | None, given: BackwardInputs, residuals: list[LayerResiduals]
+    ) -> tuple[tuple[Gradients, Array, Array], None]:
+        """Run the backward pass of all layers; return the gradients, dx and dh0, no residuals.
 
-        taps: an output for each state, as `Sweep.backward` fills it.
+        taps: None, or an output for each state, which `Sweep.backward` fills.
         """
-        grads: dict[str, Any] = {}
-        dh0: list[Any] = []
+        D, (_, _, H) = len(self.suffixes), given.dh_n.shape
+        grads: Gradients = {}
+        states: list[Array] = []
 
-        def back(layer: int, run: Runner, dy: Any) -> Any:
-            dx, of_states = self._layer_back(run, layer, tapes[layer], dy, given.dh_n, grads, taps)
-            dh0[:0] = of_states
-            return dx
+        def run_layer(layer: int, run: Runner, dy: Array | None) -> Array:
+            x, dropped, sweeps = residuals[layer]
 
-        calls = [partial(back, layer) for layer in range(self.layers - 1, -1, -1)]
-        masks = tuple(tape.mask for tape in tapes)
-        dx = self.run.pipeline(calls, given.dy, self._overlap(masks, given.dh_n))
-        return (grads, dx, self._together(dh0)), None
+            def run_sweep(d: int, run: Runner) -> tuple[Array, Array, list[Array]]:
+                sweep, segments = sweeps[d]
+                part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
+                tap = None if taps is None else taps[layer * D + d]
+                dh = given.dh_n[layer * D + d, :, :]
+                return sweep.on(run).backward(x, segments, part, dh, tap)
 
-    def weights(self, params: Any, layer: int, suffix: str) -> Weights:
-        """Of one layer in one direction, in the dtype of the arithmetic."""
+            total, found = None, _concurrent(run_sweep, D, run)
+            for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):
+                names = parameter_names(self.bias, self.reset_after, layer, suffix)
+                grads.update(zip(names, map(self.to_storage, of_weights), strict=False))
+                total = dx if total is None else total + dx
+            states[:0] = [dh for _, dh, _ in found]
+            return total if dropped is None else total * dropped
 
-        def get(name: str) -> Any:
-            return self.run.upcast(params[f"{name}_l{layer}{suffix}"], self.dtype)
+        layers = range(self.layers - 1, -1, -1)
+        dropout = residuals[-1].dropout  # which acts on all layers but the first
+        dx = self._pipeline(run_layer, layers, given.dy, given.dh_n, dropout)
+        return (grads, dx, self._stacked(states)), None
 
-        return weights(self.run.xp, get, self.bias, self.reset_after)
+    def steps(self, x: Array) -> int:
+        """Return how many steps x (T, B, I) takes, all layers and directions together."""
+        return int(x.shape[0]) * self.layers * len(self.suffixes)
 
-    def sweep(self, params: Any, layer: int, suffix: str, padding: Padding | None) -> Sweep:
-        """One layer in one direction."""
-        taken = self.weights(params, layer, suffix)
-        reverse = suffix == "_reverse"
-        return Sweep(self.run, self.variant, taken, padding, reverse, self.dtype)
+    def weights(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Weights:
+        """Return the weights of one layer in one direction, in the dtype of the arithmetic."""
+        names = parameter_names(self.bias, self.reset_after, layer, suffix)
+        own = [params[name] for name in names]
+        if self.dtype != self.storage:
+            own = [self.run.upcast(v, self.dtype) for v in own]
+        return weights(self.run.xp, self.reset_after, *own)
 
-    def _layer(
+    def sweep(
+        self, params: Mapping[Any, Any], layer: int, suffix: str, mask: SequenceMask | None
+    ) -> Sweep:
+        """Return one layer in one direction."""
+        own, reverse = self.weights(params, layer, suffix), suffix == "_reverse"
+        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype)
+
+    def _pipeline(
         self,
-        run: Runner,
-        layer: int,
-        given: ForwardInputs,
-        padding: Any,
-        x: Any,
-        keep: bool,
-        segment: Any,
-        wanted: bool,
-    ) -> tuple[Any, Any, LayerTape]:
-        """Through one layer -> its outputs (T, B, D*H), the last states, its tape."""
-        mask, D = given.masks[layer], len(self.suffixes)
-        x = x if mask is None else x * mask
-        sweeps = [self.sweep(given.params, layer, suffix, padding) for suffix in self.suffixes]
+        run_layer: Callable[[int, Runner, Array], Array],
+        layers: Sequence[int],
+        x: Array,
+        states: Array,
+        dropout: object,
+    ) -> Array:
+        """Run layers one after the other, each on the result of the one before."""
+        if len(layers) == 1:
+            return run_layer(layers[0], self.run, x)
+        # in two directions, or with dropout, a layer needs all of another at once
+        alone = len(self.suffixes) == 2 or dropout is not None
+        overlap = None if alone else states.shape[1] * states.shape[2]
+        return self.run.pipeline([partial(run_layer, layer) for layer in layers], x, overlap)
 
-        def forward(sweep: Sweep, h0: Any, run: Runner) -> Any:
-            return sweep.on(run).forward(x, h0, keep, segment, wanted)
-
-        h0 = [given.h0[layer * D + d, :, :] for d in range(D)]
-        found = run.concurrent([partial(forward, *pair) for pair in zip(sweeps, h0, strict=True)])
-        y = found[0][0]
-        if D == 2 and wanted:
-            y = self.run.xp.concat([y, found[1][0]], axis=-1)
-        pairs = [(sweep, kept) for sweep, (_, _, kept) in zip(sweeps, found, strict=True)]
-        return y, [h for _, h, _ in found], LayerTape(x, mask, pairs)
-
-    def _layer_back(
-        self, run: Runner, layer: int, tape: LayerTape, dy: Any, dh_n: Any, grads: Any, taps: Any
-    ) -> Any:
-        """Through one layer: dL/d of its outputs -> of its inputs, and of its first states."""
-        D, H, total, dh0, calls = len(tape.sweeps), dh_n.shape[-1], None, [], []
-
-        def backward(sweep: Sweep, kept: Any, dy: Any, dh: Any, taps: Any, run: Runner) -> Any:
-            return sweep.on(run).backward(tape.x, kept, dy, dh, taps)
-
-        for d, (sweep, kept) in enumerate(tape.sweeps):
-            part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
-            tap = None if taps is None else taps[layer * D + d]
-            dh = dh_n[layer * D + d, :, :]
-            calls.append(partial(backward, sweep, kept, part, dh, tap))
-        for d, (dx, dh, of_weights) in enumerate(run.concurrent(calls)):
-            names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
-            for name, grad in zip(names, of_weights, strict=False):
-                grads[f"{name}_l{layer}{self.suffixes[d]}"] = self._stored(grad)
-            total = dx if total is None else total + dx
-            dh0.append(dh)
-        return (total if tape.mask is None else total * tape.mask), dh0
-
-    def _overlap(self, masks: tuple[Any, ...], states: Any) -> int | None:
-        """How many numbers a state has; None where a layer needs all of another at once."""
-        alone = len(self.suffixes) == 2 or any(mask is not None for mask in masks)
-        return None if alone else states.shape[1] * states.shape[2]
-
-    def _together(self, states: list[Any]) -> Any:
-        """One (B, H) for each state -> (L*D, B, H), in the dtype of results."""
-        out = self.run.output((len(states), *states[0].shape), self.stored)
+    def _stacked(self, states: list[Array]) -> Array:
+        """Return the states (B, H) as one array (L*D, B, H) in the storage dtype."""
+        out = self.run.output((len(states), *states[0].shape), self.storage)
         for n, state in enumerate(states):
-            out.put(slice(n, n + 1), self._stored(state)[None, :, :])
+            out.put(slice(n, n + 1), self.to_storage(state)[None, :, :])
         return out.array()
 
-    def _stored(self, v: Any) -> Any:
-        return v if v.dtype == self.stored else self.run.xp.astype(v, self.stored)
+    def to_storage(self, v: Array) -> Array:
+        """Cast to the dtype of outputs and gradients."""
+        return v if v.dtype == self.storage else self.run.xp.astype(v, self.storage)
+
+
+def _concurrent(
+    run_sweep: Callable[[int, Runner], Result], directions: int, run: Runner
+) -> Sequence[Result]:
+    """Run the sweeps of a layer, which do not depend on one another."""
+    if directions == 1:
+        return (run_sweep(0, run),)
+    return run.concurrent([partial(run_sweep, d) for d in range(directions)])

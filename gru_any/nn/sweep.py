@@ -1,242 +1,261 @@
 """Time: one layer in one direction over a whole sequence, forward and backward.
 
 The sequence is cut into blocks of K steps. The input products and the gradients of the weights are
-one product a block, summed in the order of the blocks, so that what has to be in memory at once
-does not grow with T, and recomputing a block gives the same bits.
+one product a block, summed in the order of the blocks. So the memory in use at once does not grow
+with T, and recomputing a block gives the same bits.
 
-A row of the batch that has ended keeps its state and gives the output 0. So the last state is each
-row's own last state, and a walk from the other end starts at each row's own end.
+A sequence that has finished keeps its state and gives the output 0. So the last state is each row's
+own last state, and a sweep from the other end starts at each row's own end.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..backend.contract import Runner
+from ..backend.contract import Output, Recurrent, Runner
+from ..equations import Variant
+from ..typing import Array, DType, Namespace
 
-STEPS = 64  # of a block, at least; there is no more in memory at once, however large T is
+STEPS = 64  # of a block, at least: the steps in memory at once, however large T is
 ROWS = 256  # of a block, over all steps, at least: enough for efficient products
 
 
 class Weights(NamedTuple):
-    """Of one layer in one direction: W (3H, I), b (3H,) or None, and (U (3H, H), ...)."""
+    """The weights of one layer in one direction, in the dtype of the arithmetic."""
 
-    W: Any
-    b: Any
-    recurrent: tuple[Any, ...]
+    W: Array  # (3H, I), or packed
+    b: Array | None  # (3H,)
+    recurrent: Recurrent  # U (3H, H), or packed, and with reset_after c (H,)
 
 
-class StepMask:
-    """For each step of a block None, where all rows are alive, or (B, 1) of bool.
+class StepMask(Sequence[Array]):
+    """The masks of a block by step: (B, 1) of bool, or None where no sequence has finished."""
 
-    block (K, B, 1): all of them; before step `full` all rows are alive.
-    """
-
-    def __init__(self, block: Any, full: int = 0) -> None:
-        self.block, self.full = block, full
+    def __init__(self, block: Array, unmasked: int = 0) -> None:
+        self.block = block  # (K, B, 1): all masks
+        self.unmasked = unmasked  # how many of the leading steps have None
 
     def __len__(self) -> int:
-        return self.block.shape[0]
+        return int(self.block.shape[0])
 
-    def __getitem__(self, t: int) -> Any:
-        return None if t < self.full else self.block[t, :, :]
+    def __getitem__(self, t: Any) -> Array:
+        return None if t < self.unmasked else self.block[t, :, :]
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self[t] for t in range(len(self)))
+    def zero_padding(self, xp: Namespace, v: Array) -> Array:
+        """Return v (K, B, .) with zeros at the padded steps, whatever v holds there."""
+        return xp.where(self.block, v, xp.zeros_like(v))
 
 
-class Padding(NamedTuple):
-    """Which steps count. alive (T, B, 1) of bool; before step `full` all rows are alive."""
+class SequenceMask(NamedTuple):
+    """Which steps of a batch belong to its sequences."""
 
-    alive: Any
-    full: int
+    alive: Array  # (T, B, 1) of bool: False from the end of a sequence on
+    unmasked: int  # how many leading steps are those of all sequences
 
-    def steps(self, block: slice) -> "StepMask | None":
-        """Of a block; None where all rows are alive throughout."""
-        if block.stop <= self.full:
+    def steps(self, block: slice) -> StepMask | None:
+        """Return the masks of a block; None where no sequence has finished in it."""
+        if block.stop <= self.unmasked:
             return None
-        return StepMask(self.alive[block, :, :], self.full - block.start)
-
-    def clean(self, xp: Any, v: Any, block: slice) -> Any:
-        """Return v (K, B, .) with zeros at the padded steps, whatever stood there."""
-        if block.stop <= self.full:
-            return v
-        return xp.where(self.alive[block, :, :], v, xp.zeros_like(v))
+        return StepMask(self.alive[block, :, :], self.unmasked - block.start)
 
 
 class Residuals(NamedTuple):
-    """The residuals of one block: its K + 1 states, and what each step saved."""
+    """What the backward pass needs of a block."""
 
-    path: Any
-    saved: Any
+    states: Array  # (K + 1, B, H), in the order of time
+    saved: Sequence[Array]  # what each step saved, each (K, B, H)
 
 
 class Segment(NamedTuple):
-    """Blocks that are recomputed together, in the order walked, from the state before them.
+    """Blocks that the backward pass recomputes together, or none of them."""
 
-    `kept` is None where they are to be recomputed.
-    """
-
-    blocks: list[slice]
-    h: Any
-    kept: list[Residuals] | None
+    blocks: Sequence[slice]  # in the order in which the sweep reads them
+    h: Array  # (B, H), the state before the first
+    residuals: list[Residuals] | None  # of each block; None: they are recomputed
 
 
 class Sweep(NamedTuple):
-    """One layer in one direction: how to run it, its equations and its weights.
+    """One layer in one direction."""
 
-    run: how the backend runs a block; variant: the equations; dtype: of the arithmetic.
-    """
-
-    run: Any
-    variant: Any
+    run: Runner  # how a block of steps runs
+    variant: Variant  # the equations
     weights: Weights
-    padding: Padding | None
-    reverse: bool
-    dtype: Any
+    mask: SequenceMask | None  # None: no sequence is padded
+    reverse: bool  # from the last step to the first
+    dtype: DType  # of the arithmetic
 
     def on(self, run: Runner) -> "Sweep":
         """Return the sweep on another runner."""
         return self if run is self.run else self._replace(run=run)
 
     def forward(
-        self, x: Any, h: Any, keep: bool = False, segment: int | None = None, outputs: bool = True
-    ) -> tuple[Any, Any, list[Segment]]:
-        """Run x (T, B, I) from h (B, H): y (T, B, H) or None, the last state (B, H), the tape.
+        self,
+        x: Array,
+        h: Array,
+        keep: bool = False,
+        segment: int | None = None,
+        outputs: bool = True,
+    ) -> tuple[Array | None, Array, list[Segment]]:
+        """Run x (T, B, I) from h (B, H).
 
-        keep: make the tape of residuals for `backward`. segment: the number of steps that the
-        backward pass recomputes together; None keeps everything.
+        keep: whether a backward pass will follow. segment: the number of steps that it recomputes
+        together; None keeps all residuals. Returns y (T, B, H), or None without `outputs`; the last
+        state (B, H); and with `keep` what `backward` needs.
         """
-        y = self.run.output((*x.shape[:2], h.shape[-1]), x.dtype) if outputs else None
+        (T, B, _), run, mask = x.shape, self.run, None
+        y = run.output((T, B, h.shape[-1]), x.dtype) if outputs else None
         weights = self._packed(x)
-        tape: list[Segment] = []
-        for blocks in _segments(x.shape[0], x.shape[1], segment, self.reverse):
-            kept: list[Residuals] | None = [] if keep and segment is None else None
+        segments: list[Segment] = []
+        for blocks in _segments(T, B, segment, self.reverse, STEPS, ROWS):
+            residuals: list[Residuals] | None = [] if keep and segment is None else None
             if keep:
-                tape.append(Segment(blocks, h, kept))
+                segments.append(Segment(blocks, h, residuals))
             for block in blocks:
-                of_block, h = self._block(weights, x, h, block, kept is not None)
-                if kept is not None:
-                    kept.append(of_block)
+                if self.mask is not None:
+                    mask = self.mask.steps(block)
+                states, saved, h = self._block(weights, x, h, block, mask, residuals is not None)
+                if residuals is not None:
+                    residuals.append(Residuals(states, saved or ()))
                 if y is not None:
-                    y.put(block, self._stored(self._clean(self._after(of_block.path), block), x))
-        return (None if y is None else y.array()), h, tape
+                    states = self._after(states)
+                    if mask is not None:
+                        states = mask.zero_padding(run.xp, states)
+                    y.put(
+                        block, states if states.dtype == x.dtype else run.xp.astype(states, x.dtype)
+                    )
+        return (None if y is None else y.array()), h, segments
 
     def backward(
-        self, x: Any, tape: list[Segment], dy: Any, dh: Any, taps: Any = None
-    ) -> tuple[Any, Any, list[Any]]:
-        """Dy (T, B, H) or None, dh (B, H) -> dx (T, B, I), dh0 (B, H), [dW, db, dU, ...].
+        self,
+        x: Array,
+        segments: list[Segment],
+        dy: Array | None,
+        dh: Array,
+        taps: Output | None = None,
+    ) -> tuple[Array, Array, list[Array]]:
+        """Return dx (T, B, I), dh0 (B, H) and [dW, dU, db, ...] of dy (T, B, H) and dh (B, H).
 
-        taps: an output, into which dL/dh' (K, B, H) of each block is put.
+        taps: an output to be filled with dL/dh' (T, B, H) of every step.
         """
-        dx, weights = self.run.output(x.shape, x.dtype), self._packed(x)
-        total: list[Any] = []
-        for segment in reversed(tape):
-            kept = segment.kept or self._recompute(weights, x, segment)
-            for block, of_block in zip(reversed(segment.blocks), reversed(kept), strict=True):
-                found = self._block_back(weights, x, block, of_block, dy, dh, taps is not None)
-                piece, dh, g, grads = found
+        run, weights = self.run, self._packed(x)
+        output = run.output(x.shape, x.dtype)
+        total: list[Array] = []
+        for segment in reversed(segments):
+            residuals = segment.residuals or self._recompute(weights, x, segment)
+            for block, kept in zip(reversed(segment.blocks), reversed(residuals), strict=True):
+                found = self._block_back(weights, x, block, kept, dy, dh, taps is not None)
+                dx, dh, g, grads = found
                 total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
-                dx.put(block, self._stored(piece, x))
+                output.put(block, dx if dx.dtype == x.dtype else run.xp.astype(dx, x.dtype))
                 if taps is not None:
-                    taps.put(block, self._clean(g, block))
-        return dx.array(), dh, total or self._zeros()
+                    taps.put(block, g)
+        return output.array(), dh, total or self._zeros()
 
-    def _zeros(self) -> list[Any]:
-        """The gradients of a sequence without steps."""
+    def _zeros(self) -> list[Array]:
+        """Return the gradients of a sequence without steps."""
         W, _, (U, *c) = self.weights
-        like = [W, W[:, 0], U, *(U[:, 0] for _ in c)]
+        like = [W, U, W[:, 0], *(U[:, 0] for _ in c)]
         return [self.run.xp.zeros_like(v) for v in like]
 
-    def gates(self, x: Any, tape: list[Segment]) -> list[Any]:
-        """What a tape that keeps everything holds: r, z, n and h', each (T, B, H)."""
+    def gates(self, x: Array, segments: list[Segment]) -> list[Array]:
+        """Return r, z, n and h', each (T, B, H), of a forward pass that kept all residuals."""
         shape = (*x.shape[:2], self.weights.recurrent[0].shape[-1])
         outputs = [self.run.output(shape, self.dtype) for _ in range(4)]
-        for segment in tape:
-            for block, kept in zip(segment.blocks, segment.kept or [], strict=True):
-                arrays = (*kept.saved[:3], self._after(kept.path))
+        for segment in segments:
+            for block, (states, saved) in zip(segment.blocks, segment.residuals or [], strict=True):
+                mask = None if self.mask is None else self.mask.steps(block)
+                arrays = (*saved[:3], self._after(states))
                 for output, v in zip(outputs, arrays, strict=True):
-                    output.put(block, self._clean(v, block))
+                    output.put(block, v if mask is None else mask.zero_padding(self.run.xp, v))
         return [output.array() for output in outputs]
 
-    def _recompute(self, weights: Weights, x: Any, segment: Segment) -> list[Residuals]:
-        kept, h = [], segment.h
+    def _recompute(self, weights: Weights, x: Array, segment: Segment) -> list[Residuals]:
+        residuals, h = [], segment.h
         for block in segment.blocks:
-            of_block, h = self._block(weights, x, h, block, True)
-            kept.append(of_block)
-        return kept
+            mask = None if self.mask is None else self.mask.steps(block)
+            states, saved, h = self._block(weights, x, h, block, mask, True)
+            residuals.append(Residuals(states, saved or ()))
+        return residuals
 
-    def _packed(self, x: Any) -> Weights:
-        """The weights as the backend likes them in memory."""
+    def _packed(self, x: Array) -> Weights:
+        """Return the weights as the runner multiplies so many rows by them."""
         W, b, (U, *c) = self.weights
-        W, U = self.run.pack_weights(W, U, x.shape[0] * x.shape[1])
-        return Weights(W, b, (U, *c))
+        packed, U = self.run.pack_weights(W, U, x.shape[0] * x.shape[1])
+        return self.weights if packed is W else Weights(packed, b, (U, *c))
 
     def _block(
-        self, weights: Weights, x: Any, h: Any, block: slice, keep: bool
-    ) -> tuple[Residuals, Any]:
-        """Forward through one block -> its states and saved arrays, and the last state."""
-        W, b, recurrent = weights
-        a = self.run.affine(self._input(x, block), W, b)
-        path, saved = self.run.forward(
-            self.variant.step, a, h, recurrent, self._alive(block), self.reverse, keep
-        )
-        return Residuals(path, saved), self.run.as_contiguous(path[0 if self.reverse else -1, :, :])
+        self,
+        weights: Weights,
+        x: Array,
+        h: Array,
+        block: slice,
+        mask: StepMask | None,
+        keep: bool,
+    ) -> tuple[Array, Sequence[Array] | None, Array]:
+        """Run one block forward; return its states, what it saved, and the state after it."""
+        run, (W, b, recurrent) = self.run, weights
+        a = run.affine(self._read(x, block, mask), W, b)
+        states, saved = run.forward(self.variant.step, a, h, recurrent, mask, self.reverse, keep)
+        return states, saved, run.as_contiguous(states[0 if self.reverse else -1, :, :])
 
     def _block_back(
-        self, weights: Weights, x: Any, block: slice, kept: Residuals, dy: Any, dh: Any, taps: bool
-    ) -> Any:
-        """Back through one block -> dx (K, B, I), dh, g if wanted (K, B, H), the gradients."""
-        xp, (W, _, (U, *_)) = self.run.xp, weights
-        if dy is not None:
-            dy = self._clean(self._upcast(dy[block, :, :]), block)
-        previous, alive = self._before(kept.path), self._alive(block)
-        parts, dh, g = self.run.backward(
-            self.variant.backward, dy, dh, previous, kept.saved, U, alive, self.reverse, taps
+        self,
+        weights: Weights,
+        x: Array,
+        block: slice,
+        kept: Residuals,
+        dy: Array | None,
+        dh: Array,
+        taps: bool,
+    ) -> tuple[Array, Array, Array | None, list[Array]]:
+        """Run the backward pass of one block; return dx (K, B, I), dh, the taps, the gradients."""
+        run, (W, _, (U, *_)), (states, saved) = self.run, weights, kept
+        mask = None if self.mask is None else self.mask.steps(block)
+        dy = None if dy is None else self._read(dy, block, mask)
+        previous = self._before(states)
+        parts, dh, g = run.backward(
+            self.variant.backward, dy, dh, previous, saved, U, mask, self.reverse, taps
         )
-        rows, product = self.run.as_matrix, self.run.product
-        gradients = self.run.weight_gradients
-        cleaned = [rows(self._clean(part, block)) for part in parts]
-        da = cleaned[0]
+        if mask is not None:
+            parts = tuple(mask.zero_padding(run.xp, part) for part in parts)
+            g = None if g is None else mask.zero_padding(run.xp, g)
+        rows, product = run.as_matrix, run.product
+        matrices = [rows(part) for part in parts]
+        da = matrices[0]
         calls = (
             lambda: product(da, W),
-            lambda: [product(da.T, rows(self._input(x, block))), self.run.row_sum(da)],
-            lambda: list(gradients(self.variant.weights, previous, kept.saved, cleaned)),
+            lambda: (product(da.T, rows(self._read(x, block, mask))), run.row_sum(da)),
+            lambda: list(run.weight_gradients(self.variant.weights, previous, saved, matrices)),
         )
-        work = previous.shape[0] * previous.shape[1] * U.shape[0] * U.shape[1]
-        dx, of_input, of_recurrent = self.run.overlap_products(calls, work)
-        dx = xp.reshape(dx, (block.stop - block.start, *x.shape[1:]))
-        return dx, dh, g, of_input + of_recurrent
+        K, B, _ = previous.shape
+        work = K * B * U.shape[0] * U.shape[1]
+        dx, (dW, db), (dU, *dc) = run.overlap_products(calls, work)
+        return run.xp.reshape(dx, (K, *x.shape[1:])), dh, g, [dW, dU, db, *dc]
 
-    def _before(self, path: Any) -> Any:
+    def _before(self, states: Array) -> Array:
         """The state before each step of a block."""
-        return path[1:, :, :] if self.reverse else path[:-1, :, :]
+        return states[1:, :, :] if self.reverse else states[:-1, :, :]
 
-    def _after(self, path: Any) -> Any:
+    def _after(self, states: Array) -> Array:
         """The state after each step of a block."""
-        return path[:-1, :, :] if self.reverse else path[1:, :, :]
+        return states[:-1, :, :] if self.reverse else states[1:, :, :]
 
-    def _input(self, x: Any, block: slice) -> Any:
-        return self._clean(self._upcast(x[block, :, :]), block)
-
-    def _upcast(self, v: Any) -> Any:
-        return self.run.upcast(v, self.dtype)
-
-    def _stored(self, v: Any, x: Any) -> Any:
-        return v if v.dtype == x.dtype else self.run.xp.astype(v, x.dtype)
-
-    def _alive(self, block: slice) -> StepMask | None:
-        return None if self.padding is None else self.padding.steps(block)
-
-    def _clean(self, v: Any, block: slice) -> Any:
-        return v if self.padding is None else self.padding.clean(self.run.xp, v, block)
+    def _read(self, v: Array, block: slice, mask: StepMask | None) -> Array:
+        """Return the steps of a block of v (T, B, .), upcast, with zeros at padded steps."""
+        v = self.run.upcast(v[block, :, :], self.dtype)
+        return v if mask is None else mask.zero_padding(self.run.xp, v)
 
 
-def _segments(T: int, B: int, length: int | None, reverse: bool) -> Iterator[list[slice]]:
-    """Cut T steps into blocks, and group them by about `length` steps, in the order walked."""
-    K = max(STEPS, ROWS // max(B, 1))
+@lru_cache(maxsize=16)
+def _segments(
+    T: int, B: int, length: int | None, reverse: bool, steps: int, rows: int
+) -> tuple[tuple[slice, ...], ...]:
+    """Cut T steps into blocks, grouped by about `length` steps, in the order of the sweep."""
+    K = max(steps, rows // max(B, 1))
     n = 1 if length is None else math.ceil(length / K)
-    starts = range(0, T, K)
-    starts = starts[::-1] if reverse else starts
-    for first in range(0, len(starts), n):
-        yield [slice(t, min(t + K, T)) for t in starts[first : first + n]]
+    starts = range(0, T, K)[::-1] if reverse else range(0, T, K)
+    return tuple(
+        tuple(slice(t, min(t + K, T)) for t in starts[first : first + n])
+        for first in range(0, len(starts), n)
+    )

@@ -1,14 +1,14 @@
 """The parameters of one layer in one direction: names, shapes, and what a sweep makes of them."""
 
-from collections.abc import Callable
-from typing import Any
+from functools import cache
 
+from ..typing import Array, Namespace, Shape
 from .sweep import Weights
 
 
-def parameter_shapes(I: int, H: int, bias: bool, reset_after: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the parameters of one layer in one direction."""
-    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (3 * H, I), "weight_hh": (3 * H, H)}
+def parameter_shapes(I: int, H: int, bias: bool, reset_after: bool) -> dict[str, Shape]:
+    """Return the name and shape of each parameter of one layer in one direction."""
+    shapes: dict[str, Shape] = {"weight_ih": (3 * H, I), "weight_hh": (3 * H, H)}
     if bias:
         shapes["bias_ih"] = (3 * H,)
     if bias and reset_after:
@@ -16,25 +16,36 @@ def parameter_shapes(I: int, H: int, bias: bool, reset_after: bool) -> dict[str,
     return shapes
 
 
-def weights(xp: Any, get: Callable[[str], Any], bias: bool, reset_after: bool) -> Weights:
-    """What a sweep needs, from the named parameters.
+@cache
+def parameter_names(bias: bool, reset_after: bool, layer: int, suffix: str) -> tuple[str, ...]:
+    """Return the names in a GRU of the parameters of one layer in one direction."""
+    return tuple(f"{name}_l{layer}{suffix}" for name in parameter_shapes(1, 1, bias, reset_after))
 
-    The bias of h U^T is added outside the loop, but for the candidate's third, which r multiplies.
+
+def weights(
+    xp: Namespace,
+    reset_after: bool,
+    W: Array,
+    U: Array,
+    b: Array | None = None,
+    c: Array | None = None,
+) -> Weights:
+    """Return the weights of a sweep, made of parameters in the order of `parameter_shapes`.
+
+    With reset_after two thirds of c, the bias of h U^T, are added outside of the loop over the
+    steps; r multiplies the candidate's third.
     """
-    W, U = get("weight_ih"), get("weight_hh")
-    b = get("bias_ih") if bias else None
     if not reset_after:
         return Weights(W, b, (U,))
     H = U.shape[-1]
-    if b is None:
+    if b is None or c is None:
         return Weights(W, None, (U, xp.zeros_like(U[:H, 0])))
-    c = get("bias_hh")
     b = xp.concat((b[: 2 * H] + c[: 2 * H], b[2 * H :]))
     return Weights(W, b, (U, c[2 * H :]))
 
 
 def variant_advice(missing: set[str], unused: set[str]) -> str:
-    """What to say when weights are of the other variant."""
+    """Return what an error says where weights are of the other variant, else nothing."""
     if any("bias_hh" in name for name in unused):
         return (
             "; bias_hh belongs to reset_after=True, which PyTorch's and most of Keras' weights need"

@@ -31,7 +31,7 @@ PROOFS = [
 PATHS = {"plain": {"GRU_ANY_PLAIN": "1"}, "traced": {"GRU_ANY_NO_NUMBA": "1"}, "compiled": {}}
 BY_HAND = [
     ("gru_any/nn/weights.py", "b[: 2 * H] + c[: 2 * H]", "b[: 2 * H]"),
-    ("gru_any/nn/weights.py", 'b = get("bias_ih") if bias else None', "b = None"),
+    ("gru_any/nn/weights.py", "return Weights(W, b, (U,))", "return Weights(W, None, (U,))"),
     ("gru_any/equations.py", "(1.0 - n * n)", "((1.0 - n) * (1.0 - n))"),
 ]
 

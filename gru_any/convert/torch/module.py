@@ -13,7 +13,7 @@ from ...nn.cell import GRUCell
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Linear
-from ...nn.params import Layer, Params
+from ...nn.params import Layer
 from ...typing import Array, Rng
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
@@ -385,11 +385,7 @@ def _over(layer: Recurrent, params: Sequence[torch.Tensor]) -> Recurrent:
     backend.dtype(dtype)  # raises where the backend lacks it
     put = _putter(backend)
     arrays = zip(layer.params, (put(p) for p in params), strict=True)
-    twin: Recurrent = object.__new__(type(layer))
-    twin.__dict__.update(layer.__dict__, backend=backend, dtype=dtype)
-    twin.__dict__.pop("arithmetic", None)  # which belongs to the dtype
-    twin.params = Params(backend, dtype, arrays)
-    return twin
+    return layer.over(backend, dtype, arrays)
 
 
 def _putter(backend: Backend) -> Callable[[torch.Tensor], Array]:
