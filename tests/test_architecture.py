@@ -20,7 +20,6 @@ HOST = [
     "inspect/gradcheck",
     "inspect/values",
     "nn/init",
-    "nn/layers",
     "nn/layout",
     "nn/params",
     "stream",

@@ -15,7 +15,7 @@ import gru_any
 PACKAGE = Path(gru_any.__file__).parent
 ROOT = Path(__file__).parent.parent
 SHARE = 0.45  # of the parameters may be a bare Any
-NOTICED = 10  # of the mistakes below, at least
+NOTICED = 14  # of the mistakes below, at least
 
 
 class Mistake(NamedTuple):
@@ -30,28 +30,30 @@ class Mistake(NamedTuple):
 
 MISTAKES = [
     Mistake("a misspelt method of a runner",
-            "nn/sweep.py", "Sweep._upcast", "self.run.upcast(", "self.run.upcats("),
+            "nn/sweep.py", "Sweep._read", "self.run.upcast(", "self.run.upcats("),
     Mistake("a wrong number of arguments to a runner",
             "nn/sweep.py", "Sweep._block", ".as_contiguous(", ".as_contiguous(h, "),
     Mistake("an array and a slice that changed places",
-            "nn/sweep.py", "Sweep._recompute", "x, h, block, True", "x, block, h, True"),
+            "nn/sweep.py", "Sweep._recompute", "x, h, block, mask", "x, block, h, mask"),
     Mistake("None, where it was not asked for",
-            "nn/sweep.py", "Sweep._alive",
-            "None if self.padding is None else self.padding.steps(block)",
-            "self.padding.steps(block)"),
+            "nn/sweep.py", "Sweep.gates",
+            "None if self.mask is None else self.mask.steps(block)",
+            "self.mask.steps(block)"),
     Mistake("a tuple unpacked in the wrong number",
-            "nn/sweep.py", "Sweep._block_back", "(W, _, (U, *_)) =", "(W, (U, *_)) ="),
+            "nn/sweep.py", "Sweep._block_back", "(W, _, (U, *_))", "(W, (U, *_))"),
     Mistake("a field left out",
-            "nn/stack.py", "Stack.sweep", "padding, reverse, self.dtype", "reverse, self.dtype"),
-    Mistake("a misspelt attribute of a GRU",
-            "nn/pullback.py", "Pullback._enter", "gru.hidden_size", "gru.hidden_sizes"),
+            "nn/stack.py", "Stack.sweep", "mask, reverse, self.dtype", "reverse, self.dtype"),
+    Mistake("a misspelt attribute of a layout",
+            "nn/layout.py", "SequenceLayout._check_states",
+            "self.hidden_size", "self.hidden_sizes"),
     Mistake("a backend in place of a runner",
-            "nn/gru.py", "GRU._stack", "self._stack_on(self._run)", "self._stack_on(self.backend)"),
+            "nn/gru.py", "GRU._stack_for",
+            "self._stack(self._runner", "self._stack(self.backend"),
     Mistake("a step function in place of a variant",
-            "nn/gru.py", "GRU._stack_on",
-            "equations.variant(self.reset_after),", "equations.reset_after,"),
+            "nn/gru.py", "GRU._stack",
+            "equations.variant(self.reset_after)", "equations.reset_after"),
     Mistake("a function that a module does not have",
-            "nn/gru.py", "GRU._steps", "equations.variant(", "equations.variants("),
+            "nn/cell.py", "GRUCell._sweep", "equations.variant(", "equations.variants("),
     Mistake("a program in place of its stages",
             "backend/cuda/walk.py", "forward_walk", "staged(program, inputs, results)", "program"),
     Mistake("a string in place of a path",

@@ -169,7 +169,7 @@ class FrozenGRU(GRU):
         size = sum(getattr(v, "nbytes", 0) for v in {id(v): v for v in held}.values())
         return f"freeze({text})  # {note}, {size / 1e6:.1f} MB"
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[GRU]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
         return freeze, (self._own,)
 
 
@@ -212,5 +212,5 @@ class FrozenChain(Chain):
     def __repr__(self) -> str:
         return f"freeze({super().__repr__()})"
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Chain]]:
+    def __reduce__(self) -> tuple[Callable[..., Chain], tuple[object, ...]]:
         return freeze, (self._thawed(),)

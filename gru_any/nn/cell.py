@@ -1,13 +1,14 @@
 """One step of a GRU as a layer of its own."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 from .. import arguments, equations
 from ..backend import runner
 from ..errors import check_shape
+from ..typing import Array, Device, Gradients, Shape
 from .init import uniform
-from .params import Layer, refuse_stale
+from .params import BackendLike, Layer, refuse_stale
 from .sweep import Sweep
 from .weights import parameter_shapes, variant_advice, weights
 
@@ -47,8 +48,8 @@ class GRUCell(Layer):
         *,
         bias: bool = True,
         reset_after: bool = False,
-        backend: Any = None,
-        device: Any = None,
+        backend: BackendLike | None = None,
+        device: Device = None,
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
@@ -64,30 +65,32 @@ class GRUCell(Layer):
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)
 
-    def __call__(self, x: Any, h0: Any = None) -> Any:
+    def __call__(self, x: Array, h0: Array | None = None) -> Array:
         """Return the next state (B, H) or (H,) of x (B, I) or (I,) and h0, zeros if None."""
         x3, h, shape = self._enter(x, h0)
         return self._leave(self._sweep().forward(x3, h)[1], shape)
 
-    def vjp(self, x: Any, h0: Any = None) -> Any:
+    def vjp(
+        self, x: Array, h0: Array | None = None
+    ) -> tuple[Array, Callable[[Array], tuple[Gradients, Array, Array]]]:
         """Return the next state h, and `pullback(dh) -> grads, dx, dh0`; it may be called again."""
         self._refuse_complex()
         x3, h, shape = self._enter(x, h0)
         sweep, version = self._sweep(), self.params.version
-        _, h_n, tape = sweep.forward(x3, h, keep=True)
+        _, h_n, segments = sweep.forward(x3, h, keep=True)
 
-        def pullback(dh: Any) -> tuple[dict[str, Any], Any, Any]:
+        def pullback(dh: Array) -> tuple[Gradients, Array, Array]:
             refuse_stale(self.params, version)
             self.backend.check("dh", dh, self.dtype)
             check_shape("dh", dh, "(B, H)" if len(shape) == 2 else "(H,)", _sizes(shape))
-            dx, dh0, found = sweep.backward(x3, tape, None, self._to_arithmetic(self._rows(dh)))
+            dx, dh0, found = sweep.backward(x3, segments, None, self._to_arithmetic(self._rows(dh)))
             grads = dict(zip(self.params, map(self._to_storage, found), strict=False))
             xp = self.backend.xp
             return grads, xp.reshape(dx, tuple(x.shape)), self._leave(dh0, shape)
 
         return self._leave(h_n, shape), pullback
 
-    def _enter(self, x: Any, h0: Any) -> tuple[Any, Any, tuple[int, ...]]:
+    def _enter(self, x: Array, h0: Array | None) -> tuple[Array, Array, Shape]:
         """Return x (1, B, I), h0 (B, H) for the arithmetic, and the shape of the state."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(I,)" if x.ndim == 1 else "(B, I)", {"I": self.input_size})
@@ -101,10 +104,10 @@ class GRUCell(Layer):
             h = self._to_arithmetic(self._rows(h0), copy=True)
         return self.backend.xp.expand_dims(rows, axis=0), h, shape
 
-    def _leave(self, h: Any, shape: tuple[int, ...]) -> Any:
+    def _leave(self, h: Array, shape: Shape) -> Array:
         return self._to_storage(self.backend.xp.reshape(h, shape))
 
-    def _rows(self, v: Any) -> Any:
+    def _rows(self, v: Array) -> Array:
         return self.backend.xp.expand_dims(v, axis=0) if v.ndim == 1 else v
 
     def _sweep(self) -> Sweep:
@@ -120,5 +123,5 @@ class GRUCell(Layer):
         )
 
 
-def _sizes(shape: tuple[int, ...]) -> dict[str, int]:
+def _sizes(shape: Shape) -> dict[str, int]:
     return dict(zip(("B", "H"), shape, strict=True)) if len(shape) == 2 else {"H": shape[0]}

@@ -1,15 +1,20 @@
 """Layers one after the other, with the states of the GRUs among them."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 from ..backend import to_numpy
 from ..errors import ShapeError
+from ..typing import Array, Arrays, Device, Gradients, Lengths, Rng
 from .cell import GRUCell
 from .gru import GRU
 from .layers import Last
-from .params import Layer, check_mapping, load, refuse_shared
+from .params import BackendLike, Layer, check_mapping, load, refuse_shared
+
+States: TypeAlias = Sequence[Array | None]  # h (L*D, B, H) of each GRU
+# dy, dstate -> grads, dx, dstate
+ChainPullback: TypeAlias = Callable[..., tuple[Gradients, Array, list[Array]]]
 
 
 class Chain:
@@ -59,7 +64,7 @@ class Chain:
     ['0.weight', '1.weight_ih_l0', '1.weight_hh_l0']
     """
 
-    def __init__(self, *layers: Any, tied: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *layers: Layer, tied: Mapping[str, str] | None = None) -> None:
         for layer in layers:
             if not isinstance(layer, Layer) or isinstance(layer, GRUCell):
                 raise TypeError(
@@ -80,13 +85,15 @@ class Chain:
                 "the GRUs of a Chain must share batch_first: one reads (T, B, .), another (B, T, .)"
             )
         self.batch_first = True in layouts
-        self.layers = layers
+        self.layers: tuple[Any, ...] = layers  # each with a call and a vjp of its own
         self.tied: Mapping[str, str] = MappingProxyType(dict(tied or {}))
         self.params = _AllParams(layers, self.tied)
         refuse_shared(self.params)
         self.backend, self.dtype = layers[0].backend, layers[0].dtype
 
-    def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[Any, list[Any]]:
+    def __call__(
+        self, x: Array, state: States | None = None, lengths: Lengths | None = None
+    ) -> tuple[Array, list[Array]]:
         """Run all layers without keeping residuals; return y and the new state."""
         self.params.refuse_untied()
         states, new = self._states(state), []
@@ -100,7 +107,13 @@ class Chain:
                 x = layer(x)
         return x, new
 
-    def vjp(self, x: Any, state: Any = None, lengths: Any = None, rng: Any = None) -> Any:
+    def vjp(
+        self,
+        x: Array,
+        state: States | None = None,
+        lengths: Lengths | None = None,
+        rng: Rng | None = None,
+    ) -> tuple[tuple[Array, list[Array]], ChainPullback]:
         """Run all layers; with `rng` dropout acts.
 
         Returns
@@ -111,8 +124,10 @@ class Chain:
             list like state. It may be called again.
         """
         self.params.refuse_untied()
-        states, new, pullbacks = self._states(state), [], []
+        states, new = self._states(state), []
+        pullbacks: list[Callable[..., Any]] = []
         for layer in self.layers:
+            back: Callable[..., Any]
             if isinstance(layer, GRU):
                 (x, h), back = layer.vjp(x, next(states), lengths, rng)
                 new.append(h)
@@ -122,7 +137,9 @@ class Chain:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
 
-        def pullback(dy: Any, dstate: Any = None) -> Any:
+        def pullback(
+            dy: Array | None, dstate: States | None = None
+        ) -> tuple[Gradients, Array, list[Array]]:
             if dy is None and dstate is None:
                 raise ValueError("pullback got neither dy nor dstate; one of them must be given")
             return self._back(
@@ -131,7 +148,9 @@ class Chain:
 
         return (x, new), pullback
 
-    def _back(self, pullbacks: list[Any], dy: Any, dstate: Any) -> Any:
+    def _back(
+        self, pullbacks: list[Callable[..., Any]], dy: Array | None, dstate: States | None
+    ) -> tuple[Gradients, Array, list[Array]]:
         given, found, grads = list(self._states(dstate)), [], {}
         for i in range(len(self.layers) - 1, -1, -1):
             if isinstance(self.layers[i], GRU):
@@ -153,7 +172,7 @@ class Chain:
         """Of the last GRU, whose states a Last takes."""
         return [len(layer.suffixes) for layer in self.layers if isinstance(layer, GRU)][-1]
 
-    def _states(self, state: Any) -> Iterator[Any]:
+    def _states(self, state: States | None) -> Iterator[Array | None]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)
         if isinstance(state, (str, Mapping)) or not (state is None or hasattr(state, "__iter__")):
             raise TypeError(f"state is a {type(state).__name__}, expected a list, one for each GRU")
@@ -162,13 +181,13 @@ class Chain:
             raise ValueError(f"state holds {len(state)}, expected {count}, one for each GRU")
         return iter(state)
 
-    def load_params(self, mapping: Mapping[str, Any]) -> None:
+    def load_params(self, mapping: Arrays) -> None:
         """Load all layers; strict, like `GRU.load_params`. Nothing is loaded unless all fits.
 
         A tied parameter may come under each of its names, but only with the same bits.
         """
         check_mapping(mapping)
-        named: dict[str, Any] = {}
+        named: dict[str, Array] = {}
         for given, array in mapping.items():
             name = self.tied.get(given, given)
             if name in named and not _same_bits(named[name], array):
@@ -179,7 +198,12 @@ class Chain:
             named[name] = array
         load(self, named, lambda missing, unused: "")
 
-    def to(self, backend: Any = None, device: Any = None, dtype: str | None = None) -> "Chain":
+    def to(
+        self,
+        backend: BackendLike | None = None,
+        device: Device = None,
+        dtype: str | None = None,
+    ) -> "Chain":
         """Return a new chain with these weights on another backend, device or dtype."""
         refuse_shared(self.params)
         return _chain([layer.to(backend, device, dtype) for layer in self.layers], dict(self.tied))
@@ -189,21 +213,21 @@ class Chain:
         lines += [f"tied={dict(self.tied)!r}"] if self.tied else []
         return "Chain(\n  " + "\n  ".join(lines) + "\n)"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., "Chain"], tuple[object, ...]]:
         refuse_shared(self.params)
         return _chain, (self.layers, dict(self.tied))
 
 
-def _chain(layers: Any, tied: dict[str, str]) -> Chain:
+def _chain(layers: Sequence[Layer], tied: dict[str, str]) -> Chain:
     return Chain(*layers, tied=tied)
 
 
-def _same_bits(a: Any, b: Any) -> bool:
-    a, b = to_numpy(a), to_numpy(b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+def _same_bits(x: Array, y: Array) -> bool:
+    a, b = to_numpy(x), to_numpy(y)
+    return bool(a.dtype == b.dtype) and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def _check_last(layers: tuple[Any, ...]) -> None:
+def _check_last(layers: Sequence[Layer]) -> None:
     """Raise where a Last does not follow a GRU, or a GRU comes after it: there is no time left."""
     places = [i for i, layer in enumerate(layers) if isinstance(layer, Last)]
     for i in places:
@@ -213,13 +237,13 @@ def _check_last(layers: tuple[Any, ...]) -> None:
             raise ValueError(f"a GRU comes after the Last at {i}, which leaves no steps to read")
 
 
-class _AllParams(MutableMapping[str, Any]):
+class _AllParams(MutableMapping[str, Array]):
     """The params of several layers as one mapping; writing to it writes to them.
 
     A tied parameter is one array that stands in the entries of several layers.
     """
 
-    def __init__(self, layers: tuple[Any, ...], tied: Mapping[str, str]) -> None:
+    def __init__(self, layers: Sequence[Layer], tied: Mapping[str, str]) -> None:
         self._tied = tied
         # the layers, and their names for it, in which each parameter stands
         self._homes = {
@@ -232,7 +256,7 @@ class _AllParams(MutableMapping[str, Any]):
             layer.params[entry] = self[name]
             self._homes[name].append((layer, entry))
 
-    def _refuse_tie(self, alias: Any, name: Any) -> None:
+    def _refuse_tie(self, alias: str, name: str) -> None:
         told = f"tied is {{{alias!r}: {name!r}}}"
         for given in (alias, name):
             if given not in self._homes:
@@ -253,18 +277,18 @@ class _AllParams(MutableMapping[str, Any]):
                     f"write chain.params[{name!r}] = array, which sets both"
                 )
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Array:
         if name in self._tied:
             raise KeyError(f"{name!r} is tied, and stands here as {self._tied[name]!r}")
         layer, entry = self._homes[name][0]
         return layer.params[entry]
 
-    def __setitem__(self, name: str, array: Any) -> None:
+    def __setitem__(self, name: str, array: Array) -> None:
         _ = self[name]  # a name that is not there
         for layer, entry in self._homes[name]:
             layer.params[entry] = array
 
-    def __delitem__(self, name: str) -> None:
+    def __delitem__(self, name: str) -> NoReturn:
         raise TypeError(f"{name!r} cannot be deleted; the layer needs it")
 
     def __iter__(self) -> Iterator[str]:

@@ -1,7 +1,5 @@
 """The GRU over whole sequences: layers, directions, lengths, dropout between layers."""
 
-from __future__ import annotations  # numpy.random is loaded on first need
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
@@ -367,14 +365,14 @@ class GRU(Layer):
         return dict(self.params)
 
 
-def _dropout(dropout: Any, num_layers: int) -> float:
-    dropout = arguments.number("dropout", dropout, below=1)
-    if dropout and num_layers == 1:
+def _dropout(dropout: float, num_layers: int) -> float:
+    p = arguments.number("dropout", dropout, below=1)
+    if p and num_layers == 1:
         raise ValueError(
             "dropout acts between layers, and num_layers is 1: set dropout=0, or put a Dropout "
             "layer after this one in a Chain"
         )
-    return dropout
+    return p
 
 
 def _precision(precision: str) -> str:
@@ -383,7 +381,7 @@ def _precision(precision: str) -> str:
     return precision
 
 
-def _recompute(recompute: Any) -> str | int | None:
+def _recompute(recompute: str | int | None) -> str | int | None:
     if recompute is None or (isinstance(recompute, str) and recompute == "sqrt"):
         return recompute
     try:

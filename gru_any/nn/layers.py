@@ -1,16 +1,17 @@
 """The layers around a GRU, and a chain of layers. Each has a plain call and a `vjp`."""
 
 import math
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable
+from typing import TypeAlias
 
 from .. import arguments
 from ..backend import runner
 from ..errors import ShapeError, check_shape
-from ..typing import Shape
+from ..typing import Array, Device, Gradients, HostArray, Rng, Shape
 from .init import uniform
-from .params import Layer, refuse_stale
+from .params import BackendLike, Layer, refuse_stale
+
+LayerPullback: TypeAlias = Callable[[Array], tuple[Gradients, Array]]  # dy -> grads, dx
 
 
 class Linear(Layer):
@@ -21,7 +22,7 @@ class Linear(Layer):
     in_features, out_features : int
         I and O.
     bias, backend, device, dtype, seed
-        As in `GRU`; the first values are uniform in +-1/sqrt(I).
+        As in `GRU`; the initial values are uniform in +-1/sqrt(I).
 
     Attributes
     ----------
@@ -45,8 +46,8 @@ class Linear(Layer):
         out_features: int,
         *,
         bias: bool = True,
-        backend: Any = None,
-        device: Any = None,
+        backend: BackendLike | None = None,
+        device: Device = None,
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
@@ -60,7 +61,7 @@ class Linear(Layer):
         arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
         self._create(Linear, backend, device, dtype, arrays)
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         """Return y (..., O) of x (..., I)."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(..., I)", {"I": self.in_features})
@@ -70,13 +71,13 @@ class Linear(Layer):
             y = y + self._to_arithmetic(self.params["bias"])
         return self._to_storage(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
 
-    def vjp(self, x: Any, rng: Any = None) -> Any:
+    def vjp(self, x: Array, rng: Rng | None = None) -> tuple[Array, LayerPullback]:
         """Return y, and `pullback(dy) -> grads, dx`, which may be called again."""
         self._refuse_complex()
         y, version = self(x), self.params.version
         shape = tuple(y.shape)
 
-        def pullback(dy: Any) -> tuple[dict[str, Any], Any]:
+        def pullback(dy: Array) -> tuple[Gradients, Array]:
             refuse_stale(self.params, version)
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
@@ -90,7 +91,7 @@ class Linear(Layer):
 
         return y, pullback
 
-    def _rows(self, v: Any) -> Any:
+    def _rows(self, v: Array) -> Array:
         return runner(self.backend, dtype=self.dtype).as_matrix(self._to_arithmetic(v))
 
 
@@ -102,7 +103,7 @@ class Embedding(Layer):
     n, size : int
         How many rows, and how long each is.
     backend, device, dtype, seed
-        As in `GRU`; the first values are normal with variance 1.
+        As in `GRU`; the initial values are normal with variance 1.
 
     Attributes
     ----------
@@ -124,8 +125,8 @@ class Embedding(Layer):
         n: int,
         size: int,
         *,
-        backend: Any = None,
-        device: Any = None,
+        backend: BackendLike | None = None,
+        device: Device = None,
         dtype: str = "float32",
         seed: int | None = None,
     ) -> None:
@@ -133,7 +134,7 @@ class Embedding(Layer):
         table = arguments.seed(seed).standard_normal((self.n, self.size))
         self._create(Embedding, backend, device, dtype, [("weight", table)])
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         """Return the rows (..., size) of x (...), integers in 0..n-1.
 
         An index out of range raises IndexError where the array is on the host (NumPy). On a device
@@ -146,12 +147,12 @@ class Embedding(Layer):
             rows = xp.where(xp.expand_dims(inside, axis=1), rows, xp.full_like(rows, math.nan))
         return xp.reshape(rows, (*x.shape, self.size))
 
-    def vjp(self, x: Any, rng: Any = None) -> Any:
+    def vjp(self, x: Array, rng: Rng | None = None) -> tuple[Array, LayerPullback]:
         """Return y, and `pullback(dy) -> grads, None`, which may be called again."""
         y = self(x)
         shape = tuple(y.shape)
 
-        def pullback(dy: Any) -> tuple[dict[str, Any], None]:
+        def pullback(dy: Array) -> tuple[Gradients, None]:
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
             rows = self._to_arithmetic(self.backend.xp.reshape(dy, (-1, self.size)))
@@ -160,12 +161,12 @@ class Embedding(Layer):
 
         return y, pullback
 
-    def check_range(self, x: np.ndarray) -> None:
+    def check_range(self, x: HostArray) -> None:
         """Raise IndexError where a host array holds indices out of range."""
         if x.size and (x.min() < 0 or x.max() >= self.n):
             raise IndexError(f"x holds {x.min()} to {x.max()}, expected 0 to n - 1 = {self.n - 1}")
 
-    def _indices(self, x: Any) -> Any:
+    def _indices(self, x: Array) -> Array:
         x = self.backend.integers("x", x)
         if self.backend.host:
             self.check_range(x)
@@ -173,29 +174,34 @@ class Embedding(Layer):
 
 
 class Dropout(Layer):
-    """Sets numbers to 0 with probability p, and divides the others by 1 - p; in `vjp` alone.
+    """Sets elements to 0 with probability p, and divides the others by 1 - p; in `vjp` alone.
 
     The mask is drawn on the host from the generator given to `vjp`; without one nothing is dropped.
     """
 
     def __init__(
-        self, p: float = 0.5, *, backend: Any = None, device: Any = None, dtype: str = "float32"
+        self,
+        p: float = 0.5,
+        *,
+        backend: BackendLike | None = None,
+        device: Device = None,
+        dtype: str = "float32",
     ) -> None:
         self.p = arguments.number("p", p, below=1)
         self._create(Dropout, backend, device, dtype, [])
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         """Return x."""
         self.backend.check("x", x, self.dtype)
         return x
 
-    def vjp(self, x: Any, rng: Any = None) -> Any:
+    def vjp(self, x: Array, rng: Rng | None = None) -> tuple[Array, LayerPullback]:
         """Return y, and `pullback(dy) -> {}, dx`, which may be called again."""
         arguments.generator("rng", rng)
         x, shape = self(x), tuple(x.shape)
         mask = self._mask(rng, shape, self.p)
 
-        def pullback(dy: Any) -> tuple[dict[str, Any], Any]:
+        def pullback(dy: Array) -> tuple[Gradients, Array]:
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
             return {}, dy if mask is None else dy * mask
@@ -219,10 +225,12 @@ class Last(Layer):
     (2, 2)
     """
 
-    def __init__(self, *, backend: Any = None, device: Any = None, dtype: str = "float32") -> None:
+    def __init__(
+        self, *, backend: BackendLike | None = None, device: Device = None, dtype: str = "float32"
+    ) -> None:
         self._create(Last, backend, device, dtype, [])
 
-    def __call__(self, h_n: Any, directions: int = 1) -> Any:
+    def __call__(self, h_n: Array, directions: int = 1) -> Array:
         """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side."""
         self.backend.check("h_n", h_n, self.dtype)
         rows = h_n.shape[0]
@@ -231,12 +239,14 @@ class Last(Layer):
         top = [h_n[i, ...] for i in range(rows - directions, rows)]
         return self.backend.xp.concat(top, axis=-1)
 
-    def vjp(self, h_n: Any, directions: int = 1, rng: Any = None) -> Any:
+    def vjp(
+        self, h_n: Array, directions: int = 1, rng: Rng | None = None
+    ) -> tuple[Array, Callable[..., tuple[Gradients, Array]]]:
         """Return y, and `pullback(dy, dh_n=None) -> {}, dh_n` with what comes through y added."""
         y, states = self(h_n, directions), tuple(h_n.shape)
         shape, H = tuple(y.shape), states[-1]
 
-        def pullback(dy: Any, dh_n: Any = None) -> tuple[dict[str, Any], Any]:
+        def pullback(dy: Array, dh_n: Array | None = None) -> tuple[Gradients, Array]:
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
             xp = self.backend.xp
@@ -253,6 +263,6 @@ class Last(Layer):
         return y, pullback
 
 
-def _same_shape(name: str, array: Any, shape: Any) -> None:
+def _same_shape(name: str, array: Array, shape: Shape) -> None:
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} is {tuple(array.shape)}, expected {tuple(shape)}, the shape of y")

@@ -1,20 +1,20 @@
 """Losses: the value and its gradient together, `value, grad = loss(y, target)`.
 
-value is a mean, a number without axes on the device of y (reading it waits for the device); grad
-has the shape and dtype of y. Half precision is summed in float32. What `mask` leaves out counts for
-nothing, whatever stands there; where it leaves out everything, value and gradient are 0.
+value is a mean, a scalar on the device of y (reading it waits for the device); grad has the shape
+and dtype of y. Half precision is summed in float32. What `mask` leaves out counts for nothing,
+whatever stands there; where it leaves out everything, value and gradient are 0.
 """
 
 import math
-from typing import Any
 
-from ..backend import of
+from ..backend import Backend, of
 from ..errors import ShapeError
+from ..typing import Array, DType, Namespace, Shape
 
 
 def softmax_cross_entropy(
-    y: Any, target: Any, weight: Any = None, mask: Any = None
-) -> tuple[Any, Any]:
+    y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
+) -> tuple[Array, Array]:
     """-log of the probability that softmax(y) gives to the target, as `torch.nn.CrossEntropyLoss`.
 
         p = exp(y) / sum(exp(y));  L = -sum(t * log p);  dL/dy = p * sum(t) - t
@@ -72,8 +72,8 @@ def softmax_cross_entropy(
 
 
 def sigmoid_cross_entropy(
-    y: Any, target: Any, weight: Any = None, mask: Any = None
-) -> tuple[Any, Any]:
+    y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
+) -> tuple[Array, Array]:
     """-log of the probability that sigmoid(y) gives to a target of 0 to 1, for each number alone.
 
         L = max(y, 0) - y t + log(1 + exp(-|y|));  dL/dy = sigmoid(y) - t
@@ -106,7 +106,9 @@ def sigmoid_cross_entropy(
     return _mean(xp, loss, slope, weight, keep, y)
 
 
-def squared_error(y: Any, target: Any, weight: Any = None, mask: Any = None) -> tuple[Any, Any]:
+def squared_error(
+    y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
+) -> tuple[Array, Array]:
     """The mean of (y - t)^2, as `torch.nn.MSELoss`; dL/dy = 2 (y - t) / count.
 
     Parameters and errors as in `sigmoid_cross_entropy`; the target may be any number.
@@ -125,7 +127,9 @@ def squared_error(y: Any, target: Any, weight: Any = None, mask: Any = None) -> 
     return _mean(xp, (z - t) * (z - t), 2 * (z - t), weight, keep, y)
 
 
-def _mean(xp: Any, loss: Any, slope: Any, weight: Any, keep: Any, y: Any) -> tuple[Any, Any]:
+def _mean(
+    xp: Namespace, loss: Array, slope: Array, weight: Array | None, keep: Array | None, y: Array
+) -> tuple[Array, Array]:
     if weight is not None:
         if weight.ndim not in (1, loss.ndim):
             raise ShapeError(
@@ -141,9 +145,9 @@ def _mean(xp: Any, loss: Any, slope: Any, weight: Any, keep: Any, y: Any) -> tup
 
 
 def _enter(
-    y: Any, target: Any, weight: Any, mask: Any, axes: int | None = None
-) -> tuple[Any, Any, Any, Any]:
-    """Return the backend, its namespace, y for the arithmetic, and the mask over y's first axes."""
+    y: Array, target: Array, weight: Array | None, mask: Array | None, axes: int | None = None
+) -> tuple[Backend, Namespace, Array, Array | None]:
+    """Return the backend, its namespace, y for the arithmetic, and the mask over y[:axes]."""
     backend = of(*(v for v in (y, target, weight, mask) if v is not None))
     xp = backend.xp
     if not xp.isdtype(y.dtype, "real floating"):
@@ -161,16 +165,18 @@ def _enter(
     return backend, xp, z, mask
 
 
-def _spread(xp: Any, name: str, v: Any, shape: Any) -> Any:
-    """V, broadcast to the shape."""
+def _spread(xp: Namespace, name: str, v: Array, shape: Shape) -> Array:
+    """Broadcast an array to the shape, or raise ShapeError by its name."""
     try:
         return xp.broadcast_to(v, tuple(shape))
     except (ValueError, RuntimeError):
         raise ShapeError(f"{name} is {tuple(v.shape)}, expected {tuple(shape)}") from None
 
 
-def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> Any:
-    """(...) -> (..., C) with 1 at the target; NaN in the whole row of a target out of range."""
+def _one_hot(
+    backend: Backend, target: Array, classes: int, dtype: DType, mask: Array | None
+) -> Array:
+    """Return (..., C) of targets (...): 1 at the target; NaN in the row of one out of range."""
     xp = backend.xp
     target = backend.integers("target", target)
     numbers = xp.arange(classes, dtype=target.dtype, device=backend.device)
@@ -184,8 +190,8 @@ def _one_hot(backend: Any, target: Any, classes: int, dtype: Any, mask: Any) -> 
     return xp.where(xp.expand_dims(wrong, axis=-1), xp.full_like(hot, math.nan), hot)
 
 
-def _probabilities(backend: Any, t: Any) -> Any:
-    """The targets, of which none is outside of 0 to 1; NaN in place of these on a device."""
+def _probabilities(backend: Backend, t: Array) -> Array:
+    """Refuse targets outside of 0 to 1; on a device return them as NaN."""
     wrong = (t < 0) | (t > 1)
     if not backend.host:
         return backend.xp.where(wrong, backend.xp.full_like(t, math.nan), t)
@@ -196,29 +202,30 @@ def _probabilities(backend: Any, t: Any) -> Any:
     return t
 
 
-def _times(xp: Any, t: Any, z: Any) -> Any:
-    """T * z, but 0 where t is 0: a score of minus infinity may have no probability."""
+def _times(xp: Namespace, t: Array, z: Array) -> Array:
+    """Return t * z, but 0 where t is 0: a score of minus infinity may have no probability."""
     return t * xp.where(t == 0, xp.zeros_like(z), z)
 
 
-def _cleaned(xp: Any, keep: Any, *arrays: Any) -> list[Any]:
+def _cleaned(xp: Namespace, keep: Array | None, *arrays: Array) -> list[Array]:
+    """Return the arrays with 0 in place of what does not count."""
     if keep is None:
         return list(arrays)
     return [xp.where(keep, v, xp.zeros_like(v)) for v in arrays]
 
 
-def _number(xp: Any, keep: Any, size: int, like: Any) -> Any:
-    """How many count."""
+def _number(xp: Namespace, keep: Array | None, size: int, like: Array) -> int | Array:
+    """Return how many elements count, of `size` elements."""
     return size if keep is None else xp.sum(xp.astype(keep, like.dtype))
 
 
-def _count(xp: Any, n: Any) -> Any:
-    """The divisor of a mean: 1 in place of 0, where the sum is 0 too."""
+def _count(xp: Namespace, n: int | Array) -> int | Array:
+    """Return the divisor of a mean: 1 in place of 0, where the sum is 0 too."""
     if isinstance(n, int):
         return max(n, 1)
     return xp.where(n == 0, xp.ones_like(n), n)
 
 
-def _same(name: str, array: Any, shape: Any) -> None:
+def _same(name: str, array: Array, shape: Shape) -> None:
     if tuple(array.shape) != tuple(shape):
         raise ShapeError(f"{name} is {tuple(array.shape)}, expected {tuple(shape)}")

@@ -9,9 +9,9 @@ own last state, and a sweep from the other end starts at each row's own end.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..backend.contract import Output, Recurrent, Runner
 from ..equations import Variant
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     recurrent: Recurrent  # U (3H, H), or packed, and with reset_after c (H,)
 
 
-class StepMask(Sequence[Array]):
+class StepMask:
     """The masks of a block by step: (B, 1) of bool, or None where no sequence has finished."""
 
     def __init__(self, block: Array, unmasked: int = 0) -> None:
@@ -39,8 +39,11 @@ class StepMask(Sequence[Array]):
     def __len__(self) -> int:
         return int(self.block.shape[0])
 
-    def __getitem__(self, t: Any) -> Array:
+    def __getitem__(self, t: int) -> Array | None:
         return None if t < self.unmasked else self.block[t, :, :]
+
+    def __iter__(self) -> Iterator[Array | None]:
+        return (self[t] for t in range(len(self)))
 
     def zero_padding(self, xp: Namespace, v: Array) -> Array:
         """Return v (K, B, .) with zeros at the padded steps, whatever v holds there."""
