@@ -247,10 +247,10 @@ def test_a_buffer_that_two_layers_use_at_the_same_time(monkeypatch):
     """Each stage of a step, in a recording alone."""
     right, made = runner.Plan, {}
 
-    def wrong(ops, blas, walk, *shape):
+    def wrong(ops, blas, scan, *shape):
         if memory.capturing() is None:
-            return right(ops, blas, walk, *shape)
-        return made.setdefault((walk, *map(str, shape)), right(ops, blas, walk, *shape))
+            return right(ops, blas, scan, *shape)
+        return made.setdefault((scan, *map(str, shape)), right(ops, blas, scan, *shape))
 
     monkeypatch.setattr(runner, "Plan", wrong)
     assert layers(monkeypatch) == "StreamError"

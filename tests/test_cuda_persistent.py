@@ -27,13 +27,13 @@ NUMBERS = (None, "float16", "bfloat16")  # how those of a half model are stored;
 STORED = ("U", "dy", "p0", "p1")  # which these are
 
 
-def walks(after, number="float32", name="", half=None):
+def scans(after, number="float32", name="", half=None):
     variant, types = equations.variant(after), tuple((n, half) for n in STORED if half)
     found = [
         forward_scan(variant.step, int(after), True, number, (), f"{name}forward"),
         backward_scan(variant.backward, 4, True, False, number, (), f"{name}backward"),
     ]
-    return [typed(walk, types) for walk in found]
+    return [typed(scan, types) for scan in found]
 
 
 @pytest.mark.parametrize("after", EVERY, ids=["before", "after"])
@@ -42,11 +42,11 @@ def test_nvrtc_compiles_them(after, architecture, record_property):
     sizes = {"float32": (33, 64, 128), "float64": (64,)} if THOROUGH else {"float32": (128,)}
     for number, of_number in sizes.items():
         for H in of_number:
-            for walk in walks(after, number):
-                cubin, usage = compiled(persistent_kernel(walk, H, ROWS).source, architecture)
+            for scan in scans(after, number):
+                cubin, usage = compiled(persistent_kernel(scan, H, ROWS).source, architecture)
                 assert cubin.startswith(b"\x7fELF")
                 [(registers, spilled)] = usage.values()
-                record_property(f"{walk.name} H={H} {number} sm_{architecture}", usage)
+                record_property(f"{scan.name} H={H} {number} sm_{architecture}", usage)
                 assert registers * 3 * H <= 65536
                 assert spilled <= SPILLED
 
@@ -55,10 +55,10 @@ def test_nvrtc_compiles_them(after, architecture, record_property):
 @pytest.mark.parametrize("architecture", ARCHITECTURES if THOROUGH else (80,))
 def test_nvrtc_compiles_those_over_halves(architecture, half, record_property):
     for after in EVERY if THOROUGH else [True]:
-        for walk in walks(after, half=half):
+        for scan in scans(after, half=half):
             kernels = (
-                persistent_kernel(walk, 128, ROWS),
-                cooperative.cooperative_kernel(walk, 32, 1024, 8),
+                persistent_kernel(scan, 128, ROWS),
+                cooperative.cooperative_kernel(scan, 32, 1024, 8),
             )
             for kernel in kernels:
                 _, usage = compiled(kernel.source, architecture)
@@ -69,27 +69,27 @@ def test_nvrtc_compiles_those_over_halves(architecture, half, record_property):
 
 
 def test_what_fits():
-    (forward, _), (wide, _) = walks(True), walks(True, "float64")
+    (forward, _), (wide, _) = scans(True), scans(True, "float64")
     assert [fits(forward, H) for H in (1, 128, 129)] == [True, True, False]
     assert [fits(wide, H) for H in (64, 65)] == [True, False]
     assert LARGEST["float32"] * 3 <= 1024
 
 
-def job(walk, kernel, B, H, K, rows, values):
+def job(scan, kernel, B, H, K, rows, values):
     """The launch of a kernel over arrays that are exactly as long as they must be."""
-    width = {"a": 3, **{f"p{n}": w for n, w in enumerate(walk.widths)}}
+    width = {"a": 3, **{f"p{n}": w for n, w in enumerate(scan.widths)}}
     arrays = {
-        name: values((K + (name == "path"), B, width.get(name, 1) * H), walk.dtype(name))
-        for name in walk.arrays
+        name: values((K + (name == "path"), B, width.get(name, 1) * H), scan.dtype(name))
+        for name in scan.arrays
     }
     alive = np.ones((K, B), bool)
     alive[K // 2 :, B // 2] = False
     numbers = [K, B, 0, 1, 1, alive, B, 1]
-    numbers += [values((3 * H, H), walk.dtype("U")), values((B, H)), values((B, H))]
-    for name in walk.arrays:
+    numbers += [values((3 * H, H), scan.dtype("U")), values((B, H)), values((B, H))]
+    for name in scan.arrays:
         steps, n, _ = (s // arrays[name].itemsize for s in arrays[name].strides)
         numbers += [arrays[name], *((0, 0) if name.startswith("c") else (steps, n))]
-    shape = (-(-B // rows), 1, 3 * H, 4 * shared_numbers(walk, H, rows), 1)
+    shape = (-(-B // rows), 1, 3 * H, 4 * shared_numbers(scan, H, rows), 1)
     return kernel.name, shape, numbers
 
 
@@ -104,24 +104,24 @@ def random():
     return values
 
 
-def every_walk(halves):
+def every_scan(halves):
     return [
-        walk
+        scan
         for half in halves
         for after in EVERY
-        for walk in walks(after, name=f"{half}_{('before', 'after')[after]}_", half=half)
+        for scan in scans(after, name=f"{half}_{('before', 'after')[after]}_", half=half)
     ]
 
 
 def jobs(H, rows=2, B=3, K=3, halves=(None,)):
     """A source with every kernel for H units, and a launch of each."""
     text, launches, values = "", [], random()
-    for walk in every_walk(halves):
-        kernel = persistent_kernel(walk, H, rows)
+    for scan in every_scan(halves):
+        kernel = persistent_kernel(scan, H, rows)
         common, mark, own = kernel.source.partition("constexpr")
         text = text or common
-        text += f"namespace {walk.name} {{\n{mark}{own}}}\nusing {walk.name}::{kernel.name};\n"
-        launches.append(job(walk, kernel, B, H, K, rows, values))
+        text += f"namespace {scan.name} {{\n{mark}{own}}}\nusing {scan.name}::{kernel.name};\n"
+        launches.append(job(scan, kernel, B, H, K, rows, values))
     assert text.startswith(prelude("float32"))
     return text, launches
 
@@ -147,8 +147,8 @@ def test_a_missing_barrier_is_found(barrier, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES if THOROUGH else (80, 120))
 def test_nvrtc_compiles_those_of_the_whole_device(after, architecture, record_property):
     for B, H in ((32, 1024), (1, 777)) if THOROUGH else ((32, 1024),):
-        for walk in walks(after):
-            kernel = cooperative.cooperative_kernel(walk, B, H, cooperative.units(H, 132))
+        for scan in scans(after):
+            kernel = cooperative.cooperative_kernel(scan, B, H, cooperative.units(H, 132))
             _, usage = compiled(kernel.source, architecture)
             [(registers, spilled)] = usage.values()
             record_property(f"{kernel.name} {B} {H} sm_{architecture}", usage)
@@ -157,7 +157,7 @@ def test_nvrtc_compiles_those_of_the_whole_device(after, architecture, record_pr
 
 
 def test_what_a_device_holds():
-    forward, _ = walks(True)
+    forward, _ = scans(True)
     h100 = (132, 227 * 1024)
     sizes = [(1, 1024), (32, 1024), (64, 512), (65, 64), (32, 2048)]
     assert [cooperative.holds(forward, *s, *h100) for s in sizes] == [
@@ -173,15 +173,15 @@ def test_what_a_device_holds():
 def whole_jobs(B=3, H=5, own=2, K=3, halves=(None,)):
     """As `jobs`, without what every source begins with: three blocks, the last with a unit less."""
     text, launches, values = "", [], random()
-    for walk in every_walk(halves):
-        kernel = cooperative.cooperative_kernel(walk, B, H, own)
+    for scan in every_scan(halves):
+        kernel = cooperative.cooperative_kernel(scan, B, H, own)
         start = len(prelude("float32"))
         text += f"namespace {kernel.name}_ {{\n{kernel.source[start:]}}}\n"
         text += f"using {kernel.name}_::{kernel.name};\n"
-        _, _, (_, _, first, *rest) = job(walk, kernel, B, H, K, 1, values)
-        shared = [values((2, B, v.columns * H)) for v in cooperative.exchanged(walk)]
+        _, _, (_, _, first, *rest) = job(scan, kernel, B, H, K, 1, values)
+        shared = [values((2, B, v.columns * H)) for v in cooperative.exchanged(scan)]
         numbers = [K, first, *rest[:8], np.zeros(1, "u4"), *shared, *rest[8:]]
-        size = 4 * cooperative.shared_numbers(walk, B, H, own)
+        size = 4 * cooperative.shared_numbers(scan, B, H, own)
         shape = (-(-H // own), 1, cooperative.threads(B, own), size, 2)
         launches.append((kernel.name, shape, numbers))
     return text, launches
@@ -219,7 +219,7 @@ if THOROUGH:
     BLOCKS = [(dtype, *size) for dtype in LIMITS for size in SIZES]
 
 
-def walked(run, after, arrays, alive, reverse, kept=None):
+def scanned(run, after, arrays, alive, reverse, kept=None):
     """Forward, and back over what that kept, or over `kept` -> path, saved..., first, parts..."""
     (a, h, dy, dh, *recurrent), variant = arrays, equations.variant(after)
     path, saved = run.forward(variant.step, a, h, recurrent, alive, reverse, True)
@@ -245,10 +245,10 @@ def test_all_steps_in_one_launch(dtype, way, B, H, after):
     there, wide = [fake.asarray(v) for v in arrays], [v.astype("f8") for v in arrays]
     for reverse in EVERY:
         before = count["launches"]
-        found = walked(device, after, there, StepMask(fake.asarray(alive)), reverse)
+        found = scanned(device, after, there, StepMask(fake.asarray(alive)), reverse)
         assert count["launches"] == before + 2
         kept = [v.get().astype("f8") for v in found[:5]]
-        expected = walked(plain, after, wide, StepMask(alive), reverse, kept)
+        expected = scanned(plain, after, wide, StepMask(alive), reverse, kept)
         for ours, theirs in zip(found, expected, strict=True):
             gap = np.abs(ours.get().astype("f8") - theirs).max() / np.abs(theirs).max()
             assert gap <= LIMITS[str(ours.dtype)]

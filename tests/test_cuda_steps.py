@@ -31,7 +31,7 @@ STORAGE = {
 }
 
 
-def walks(after, dtype, name=""):
+def scans(after, dtype, name=""):
     """Forward, forward without keeping, back; with every input and output there is."""
     variant, types = equations.variant(after), STORAGE[dtype]
     number = "float64" if dtype == "float64" else "float32"
@@ -41,11 +41,11 @@ def walks(after, dtype, name=""):
         backward_scan(variant.backward, 4, True, True, number, types, f"{name}backward"),
         backward_scan(variant.backward, 4, False, False, number, types, f"{name}last"),
     ]
-    return [walk.narrow for walk in found]
+    return [scan.narrow for scan in found]
 
 
-def source(walk):
-    return walk.set_table.source
+def source(scan):
+    return scan.set_table.source
 
 
 @VARIANTS
@@ -59,11 +59,11 @@ def source(walk):
     ],
 )
 def test_nvrtc_compiles_every_kernel(after, dtype, architecture, record_property):
-    for walk in walks(after, dtype)[:: 1 if THOROUGH else 2]:
-        cubin, usage = compiled(source(walk), architecture)
+    for scan in scans(after, dtype)[:: 1 if THOROUGH else 2]:
+        cubin, usage = compiled(source(scan), architecture)
         assert cubin.startswith(b"\x7fELF")
-        assert set(usage) == {*(k.name for k in walk.kernels.values()), "set_table"}
-        record_property(f"{walk.name} sm_{architecture}", usage)
+        assert set(usage) == {*(k.name for k in scan.kernels.values()), "set_table"}
+        record_property(f"{scan.name} sm_{architecture}", usage)
         for registers, spilled in usage.values():
             assert registers <= 168
             assert spilled == 0
@@ -71,8 +71,8 @@ def test_nvrtc_compiles_every_kernel(after, dtype, architecture, record_property
 
 @VARIANTS
 def test_two_launches_a_step_or_four(after):
-    for walk in walks(after, "float32"):
-        assert len(walk.schedule.stages) == (2 if after else 4)
+    for scan in scans(after, "float32"):
+        assert len(scan.schedule.stages) == (2 if after else 4)
 
 
 def test_a_broken_source_is_refused():
@@ -151,15 +151,15 @@ def test_half_storage(after, dtype, K, limit):
     U = rounded(U, dtype)[0].astype(np.float32)
     wide = [v.astype(np.float64) for v in (U, *c)]
     path, saved = run.forward(variant.step, a, h, wide, None, False, True)
-    forward, _, backward, _ = walks(after, dtype)
+    forward, _, backward, _ = scans(after, dtype)
 
     def bits(*shape):
         return ops.empty(shape, "uint16")
 
-    def plan(walk, order, shift, arrays, state):
+    def plan(scan, order, shift, arrays, state):
         full = {name: fake.asarray(v) if isinstance(v, np.ndarray) else v
                 for name, v in arrays.items()}  # fmt: skip
-        made = Plan(ops, ops.blas("full"), walk, (B, H), order, shift)
+        made = Plan(ops, ops.blas("full"), scan, (B, H), order, shift)
         state = fake.asarray(state.astype(np.float32))
         return made(full, None, state, fake.asarray(U)).get()
 
@@ -194,7 +194,7 @@ CONVERSIONS = [("to16", "float", "f16"), ("to16b", "float", "bf16"), ("from16b",
 
 def test_conversions_of_halves():
     """Rounded to the nearest, and to even between two."""
-    text = source(walks(True, "float16")[0]) + "".join(
+    text = source(scans(True, "float16")[0]) + "".join(
         f'extern "C" __global__ void {name}(const {of}* x, {to}* y) '
         f"{{ put(y[threadIdx.x], get(x[threadIdx.x])); }}\n"
         for name, of, to in CONVERSIONS
@@ -228,29 +228,29 @@ def test_sanitizers(sanitizer, tmp_path):
     """Every kernel once, each array exactly as long as it must be."""
     B, H = 3, 5
     found = [w for after in (False, True) for dtype in STORAGE if dtype != "float64"
-             for w in walks(after, dtype, f"{dtype}_{after}_")]  # fmt: skip
+             for w in scans(after, dtype, f"{dtype}_{after}_")]  # fmt: skip
     head = source(found[0]).partition("extern")[0]
-    text = head + "\n".join(body for walk in found for body in bodies(walk))
+    text = head + "\n".join(body for scan in found for body in bodies(scan))
     launches = []
-    for walk in found:
-        width = {"a": 3, **{f"p{n}": w for n, w in enumerate(walk.widths)}}
-        shapes = {name: (2, B, width.get(name, 1) * H) for name in walk.arrays}
-        shapes |= {v.name: (B, v.columns * H) for v in walk.schedule.buffers}
+    for scan in found:
+        width = {"a": 3, **{f"p{n}": w for n, w in enumerate(scan.widths)}}
+        shapes = {name: (2, B, width.get(name, 1) * H) for name in scan.arrays}
+        shapes |= {v.name: (B, v.columns * H) for v in scan.schedule.buffers}
         arrays = {
-            name: np.zeros(shape, "u2" if "16" in walk.dtype(name) else "f4")
+            name: np.zeros(shape, "u2" if "16" in scan.dtype(name) else "f4")
             for name, shape in shapes.items()
         }
         arrays["state"], alive = np.zeros((B, H), "f4"), np.ones((2, B), bool)
-        table = [x for n in walk.arrays for x in place(arrays[n])] + place(alive)
-        for kernel in walk.kernels.values():
+        table = [x for n in scan.arrays for x in place(arrays[n])] + place(alive)
+        for kernel in scan.kernels.values():
             for t in (0, 1):
                 numbers = [table, t, t, B, H, *(arrays[n] for n in kernel.buffers)]
                 launches.append((kernel.name, (1, 2, 32, 0, 0), numbers))
     run_program(tmp_path, text, launches, sanitizer)
 
 
-def bodies(walk):
-    text = source(walk).partition('extern "C"')
+def bodies(scan):
+    text = source(scan).partition('extern "C"')
     return ['extern "C"' + part for part in text[2].split('extern "C"') if "set_table" not in part]
 
 

@@ -10,6 +10,8 @@ from .numpy_source import NumPySource
 from .schedule import HOST, forward_program, forward_schedule
 
 PAGE = """\
+<!-- fmt: off -->
+
 # One equation becoming each target's code
 
 `python -m gru_any.codegen` prints this page from the code, and a test holds it to that. It follows

@@ -8,7 +8,10 @@ library; whoever runs the list does.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from types import EllipsisType
+from typing import NamedTuple, TypeAlias
+
+from ..typing import Step
 
 
 class Op(NamedTuple):
@@ -139,9 +142,10 @@ def _added(terms: tuple[Term, ...]) -> str:
 
 
 MATRIX = "matrix"
+Argument: TypeAlias = int | str | tuple[int, ...]
 
 
-def trace(function: Callable[..., Any], *arguments: Any) -> Program:
+def trace(function: Step, *arguments: Argument) -> Program:
     """Write down `function(xp, *arguments)`, which returns an array and a tuple of arrays.
 
     An argument is the number of its columns, a tuple of such, or MATRIX for one of (3H, H).
@@ -175,18 +179,18 @@ class _Tape:
         self.known: dict[tuple[str, ...], int] = {}
         self.made: dict[int, Op] = {}
 
-    def stand_in(self, argument: Any) -> Any:
-        if argument == MATRIX:
+    def stand_in(self, argument: Argument) -> "_Matrix | _Columns | tuple[_Columns, ...]":
+        if isinstance(argument, str):
             return _Matrix(slice(0, 3), False)
         if isinstance(argument, tuple):
-            return tuple(self.stand_in(n) for n in argument)
+            return tuple(_Columns(self, self.new(n)) for n in argument)
         return _Columns(self, self.new(argument))
 
     def new(self, n: int) -> tuple[int, ...]:
         self.count += n
         return tuple(range(self.count - n, self.count))
 
-    def op(self, name: str, *inputs: Any) -> int:
+    def op(self, name: str, *inputs: int | float) -> int:
         """The column of an operation; the same one where it was done before."""
         key = name, *map(repr, inputs)  # 1.0 is a number, 1 a column
         if key not in self.known:
@@ -198,9 +202,9 @@ class _Tape:
             self.known[key] = column
         return self.known[key]
 
-    def _joined(self, name: str, k: Any, v: Any = None) -> int | None:
+    def _joined(self, name: str, k: int | float, v: int | float | None = None) -> int | None:
         """The column of k (m w), as that of (k m) w; None where no two numbers can be joined."""
-        inner = self.made.get(v)
+        inner = self.made.get(v) if isinstance(v, int) else None
         if inner is None or not isinstance(k, float) or not isinstance(inner.inputs[0], float):
             return None
         m, w = inner.inputs
@@ -244,7 +248,7 @@ class _Matrix:
     def T(self) -> "_Matrix":  # noqa: N802, the name of the standard
         return _Matrix(self.rows, not self.transposed)
 
-    def __getitem__(self, key: Any) -> "_Matrix":
+    def __getitem__(self, key: tuple[slice, slice]) -> "_Matrix":
         return _Matrix(slice(*key[0].indices(3)[:2]), self.transposed)
 
 
@@ -281,14 +285,14 @@ class _Columns:
         self.tape, self.ids = tape, ids
 
     @property
-    def shape(self) -> tuple[Any, int]:
+    def shape(self) -> tuple[None, int]:
         return None, len(self.ids)
 
     @property
     def T(self) -> "_Transposed":  # noqa: N802, the name of the standard
         return _Transposed(self.ids)
 
-    def __getitem__(self, key: Any) -> "_Columns":
+    def __getitem__(self, key: tuple[EllipsisType | slice, slice]) -> "_Columns":
         return _Columns(self.tape, self.ids[key[-1]])
 
     def __matmul__(self, matrix: _Matrix) -> "_Columns":
@@ -297,7 +301,7 @@ class _Columns:
         self.tape.ops.append(Product(self.ids, matrix.rows, matrix.transposed, outputs))
         return _Columns(self.tape, outputs)
 
-    def _with(self, name: str, other: Any, swapped: bool = False) -> "_Columns":
+    def _with(self, name: str, other: "_Columns | float", swapped: bool = False) -> "_Columns":
         n = len(self.ids)
         theirs = other.ids if isinstance(other, _Columns) else (float(other),) * n
         pairs = (
@@ -305,26 +309,26 @@ class _Columns:
         )
         return _Columns(self.tape, tuple(self.tape.op(name, i, j) for i, j in pairs))
 
-    def __add__(self, other: Any) -> "_Columns":
+    def __add__(self, other: "_Columns | float") -> "_Columns":
         return self._with("add", other)
 
-    def __radd__(self, other: Any) -> "_Columns":
+    def __radd__(self, other: "_Columns | float") -> "_Columns":
         return self._with("add", other, True)
 
-    def __sub__(self, other: Any) -> "_Columns":
+    def __sub__(self, other: "_Columns | float") -> "_Columns":
         return self._with("subtract", other)
 
-    def __rsub__(self, other: Any) -> "_Columns":
+    def __rsub__(self, other: "_Columns | float") -> "_Columns":
         return self._with("subtract", other, True)
 
-    def __mul__(self, other: Any) -> "_Columns":
+    def __mul__(self, other: "_Columns | float") -> "_Columns":
         return self._with("multiply", other)
 
-    def __truediv__(self, other: Any) -> "_Columns":
+    def __truediv__(self, other: "_Columns | float") -> "_Columns":
         return self._with("divide", other)
 
-    def __rtruediv__(self, other: Any) -> "_Columns":
+    def __rtruediv__(self, other: "_Columns | float") -> "_Columns":
         return self._with("divide", other, True)
 
-    def __rmul__(self, other: Any) -> "_Columns":
+    def __rmul__(self, other: "_Columns | float") -> "_Columns":
         return self._with("multiply", other, True)

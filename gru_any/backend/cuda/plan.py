@@ -1,4 +1,4 @@
-"""Blocks of steps on a device: a plan for each shape, and the workspaces that plans share."""
+"""Scans on a device: a plan for each shape, and the workspaces that plans share."""
 
 import threading
 import warnings
@@ -10,19 +10,32 @@ from typing import Any
 
 from ...codegen.cuda_source import Scan
 from ...codegen.schedule import NARROW, STATE, Gemm
+from ...typing import Array
+from .ops import Ops
 
 PLANS = 32  # that a workspace keeps
 THREADS = 256  # of a block, at most
 
 
 class Plan:
-    """The launches of one block of steps, written down once and replayed over other arrays.
+    """A scan over one block of steps, captured as a CUDA graph and replayed over other arrays.
 
-    It owns what lives within a step, a copy of U, and the table of the arrays. The first block runs
-    launch by launch, which compiles all there is to compile; the second is recorded.
+    It owns the buffers of a step, a copy of U, and the table of the arrays. The first block is
+    launched kernel by kernel, which compiles them; the second is captured.
+
+    blas: as `Products`; sizes: (B, H); order: of the steps; shift: from the number of a step to
+    that of the state after it in the path.
     """
 
-    def __init__(self, ops: Any, blas: Any, scan: Scan, sizes: Any, order: range, shift: int):
+    def __init__(
+        self,
+        ops: Ops,
+        blas: Callable[..., None],
+        scan: Scan,
+        sizes: tuple[int, int],
+        order: range,
+        shift: int,
+    ) -> None:
         self.ops, self.blas, self.scan, self.sizes = ops, blas, scan, sizes
         self.order, self.shift = order, shift
         B, H = sizes
@@ -35,7 +48,9 @@ class Plan:
         self.pointers = {name: ops.pointer(v) for name, v in self.buffers.items()}
         self.runs, self.graph = 0, None
 
-    def __call__(self, arrays: dict[str, Any], alive: Any, state: Any, U: Any) -> Any:
+    def __call__(
+        self, arrays: dict[str, Array], alive: Array | None, state: Array, U: Array
+    ) -> Array:
         """Run the block over these arrays, from this state (B, H) -> the last state, a copy."""
         for array in (STATE, NARROW):
             if array.name in self.buffers:
@@ -89,7 +104,7 @@ class Plan:
         self.blas(transposed, False, N, B, k, M, H, left, k, beta, out, N, dtype)
 
 
-def place(ops: Any, array: Any) -> tuple[int, int, int]:
+def place(ops: Ops, array: Array | None) -> tuple[int, int, int]:
     """Address of an array (K, B, N) or (H,), and how far apart its steps and rows are.
 
     Zeros for None.
@@ -102,8 +117,8 @@ def place(ops: Any, array: Any) -> tuple[int, int, int]:
     return ops.pointer(array), steps, rows
 
 
-def _recorded(ops: Any, steps: Callable[[], None]) -> Any:
-    """The steps as a graph; None where the device refuses, which is told once."""
+def _recorded(ops: Ops, steps: Callable[[], None]) -> Any:
+    """Capture the steps as a graph; None where the device refuses, with one warning."""
     try:
         return ops.capture(steps)
     except (RuntimeError, NotImplementedError) as e:
@@ -119,7 +134,7 @@ def _recorded(ops: Any, steps: Callable[[], None]) -> Any:
 class Workspace:
     """The memory of one stream's products, and the plans that use it, one at a time."""
 
-    def __init__(self, ops: Any, precision: str) -> None:
+    def __init__(self, ops: Ops, precision: str) -> None:
         self.ops, self.precision, self.lock = ops, precision, threading.RLock()
         self.plans: OrderedDict[Hashable, Any] = OrderedDict()
         self.done: Any = None  # an event, and the stream it was recorded on
