@@ -173,6 +173,13 @@ def test_what_cached_code_imports_is_in_its_key():
     }
 
 
+def test_who_writes_to_stderr_and_to_a_log():
+    """As docs/architecture.md says: what takes long, and details of a conversion."""
+    stderr = {room(p) for p in FILES if any(n.attr == "stderr" for n in nodes(p, ast.Attribute))}
+    log = {room(p) for p in FILES if "logging" in foreign(p)}
+    assert (stderr, log) == ({"backend", "train", "checkpoint", "testing"}, {"convert"})
+
+
 def test_there_are_no_circles():
     graph = {module(path): ours(path) for path in FILES}
     assert list(TopologicalSorter(graph).static_order())

@@ -6,6 +6,7 @@ namespace `xp` of one, and asks no questions.
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..typing import Array, Device, DType, HostArray, Namespace, Shape
 from .cuda import device as cuda
 
 VARIABLE = "GRU_ANY_BACKEND"
@@ -45,11 +47,11 @@ class Backend:
     """
 
     name: str
-    xp: Any
-    device: Any
+    xp: Namespace
+    device: Device
 
-    def __reduce__(self) -> Any:
-        return select, (self.name, None if self.name == "numpy" else str(self.device))
+    def __reduce__(self) -> tuple[Callable[..., "Backend"], tuple[str, Device]]:
+        return select, (self.name, _portable(self.name, self.device))
 
     @cached_property
     def host(self) -> bool:
@@ -62,10 +64,10 @@ class Backend:
         return self.name in cuda.OPERATIONS
 
     @cached_property
-    def _dtypes(self) -> dict[str, Any]:
+    def _dtypes(self) -> dict[str, DType]:
         return {}
 
-    def dtype(self, name: str) -> Any:
+    def dtype(self, name: str) -> DType:
         """Return the library's dtype of this name; ValueError where there is none."""
         if name not in self._dtypes:
             found = getattr(self.xp, name, None)
@@ -79,12 +81,13 @@ class Backend:
     def _require_x64(self, name: str) -> None:
         import jax
 
-        if name != "int64" and not jax.config.read("jax_enable_x64"):
+        config: Any = jax.config  # whose attributes are made at run time
+        if name != "int64" and not config.jax_enable_x64:
             raise ValueError(
                 f'dtype {name} in JAX needs jax.config.update("jax_enable_x64", True) first'
             )
 
-    def put(self, host: np.ndarray, dtype: str | None = None) -> Any:
+    def put(self, host: HostArray, dtype: str | None = None) -> Array:
         """Copy a NumPy array to the device, as the dtype of this name.
 
         Raises
@@ -103,14 +106,14 @@ class Backend:
                 _refuse_cut(host, self.xp.iinfo(array.dtype))
             return array if dtype == known else self.xp.astype(array, self.dtype("bfloat16"))
 
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Zeros of this shape and dtype on the device."""
+    def zeros(self, shape: Shape, dtype: str) -> Array:
+        """Return zeros of this shape and dtype on the device."""
         if self.host:
             return np.zeros(shape, self.dtype(dtype))
         with cuda.current(self):
             return self.xp.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 
-    def check(self, name: str, array: Any, dtype: str) -> None:
+    def check(self, name: str, array: Array, dtype: str) -> None:
         """Raise TypeError where `array` is not of this library, device and dtype."""
         if self.host and type(array) is np.ndarray and array.dtype == self._dtypes[dtype]:
             return
@@ -128,7 +131,7 @@ class Backend:
                 f"{name}.detach()"
             )
 
-    def integers(self, name: str, array: Any) -> Any:
+    def integers(self, name: str, array: Array) -> Array:
         """Return an array of integers in a dtype that can count more than it holds: int32 or wider.
 
         uint8 has no 256, so a class of that number would be taken for class 0.
@@ -149,7 +152,7 @@ class Backend:
             return self.xp.astype(array, self.dtype("int64"))
         return array
 
-    def _check_home(self, name: str, array: Any) -> None:
+    def _check_home(self, name: str, array: Array) -> None:
         wanted = f"expected an array of {self.name} on {self.device}"
         way = f"convert it with gru_any.asarray({name}, like=model)"
         refuse_masked(name, array, wanted)
@@ -165,22 +168,20 @@ class Backend:
             raise TypeError(f"{name} is on {home.device}, {wanted}: {way}")
         cuda.check_current(name, self)
 
-    def to_numpy(self, array: Any) -> np.ndarray:
+    def to_numpy(self, array: Array) -> HostArray:
         """Copy an array of this backend to the host (NumPy arrays are returned as they are)."""
-        if self.host:
-            return array
         if self.name == "torch":
             array = array.detach().cpu()
-            return (array.float() if plain_name(array.dtype) == "bfloat16" else array).numpy()
-        if self.cuda:
-            return array.get()
-        if self.name == "array_api_strict":
+            array = (array.float() if plain_name(array.dtype) == "bfloat16" else array).numpy()
+        elif self.cuda:
+            array = array.get()
+        elif self.name == "array_api_strict":
             array = array.to_device(self.xp.Device("CPU_DEVICE"))
-        host = np.asarray(array)
+        host: HostArray = array if self.host else np.asarray(array)
         return host.astype(np.float32) if host.dtype.kind == "V" else host
 
-    def scatter_add(self, indices: Any, rows: Any, n: int) -> Any:
-        """Indices (N,), rows (N, size) -> (n, size): the sum of the rows of each index.
+    def scatter_add(self, indices: Array, rows: Array, n: int) -> Array:
+        """Return (n, size), the sum of the rows (N, size) of each index; indices: (N,).
 
         The order of the sum is fixed, so it gives the same bits every time.
         """
@@ -199,11 +200,11 @@ class Backend:
         """Wait until the device has done all that was asked of it."""
         if self.name == "cupy":
             self.xp.cuda.get_current_stream().synchronize()
-        elif self.name == "torch" and str(self.device).startswith("cuda"):
+        elif self.name == "torch" and self.device.type == "cuda":
             importlib.import_module("torch").cuda.synchronize(self.device)
 
 
-def _scatter_add_host(indices: Any, rows: Any, n: int) -> Any:
+def _scatter_add_host(indices: HostArray, rows: HostArray, n: int) -> HostArray:
     out = np.zeros((n, rows.shape[1]), rows.dtype)
     if indices.size:
         order = np.argsort(indices, kind="stable")
@@ -213,7 +214,7 @@ def _scatter_add_host(indices: Any, rows: Any, n: int) -> Any:
     return out
 
 
-def _refuse_cut(host: np.ndarray, info: Any) -> None:
+def _refuse_cut(host: HostArray, info: Any) -> None:
     """Raise ValueError where a narrower dtype would keep the lower bits alone."""
     if host.size and (host.min() < info.min or host.max() > info.max):
         raise ValueError(
@@ -222,7 +223,9 @@ def _refuse_cut(host: np.ndarray, info: Any) -> None:
         )
 
 
-def refuse_masked(name: str, array: Any, wanted: str = "expected an array without a mask") -> None:
+def refuse_masked(
+    name: str, array: object, wanted: str = "expected an array without a mask"
+) -> None:
     """Raise TypeError where NumPy would drop a mask silently."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
@@ -231,8 +234,8 @@ def refuse_masked(name: str, array: Any, wanted: str = "expected an array withou
         )
 
 
-def plain_name(dtype: Any) -> str:
-    """The name of a dtype of any library."""
+def plain_name(dtype: DType) -> str:
+    """Return the name of a dtype of any library."""
     return str(dtype).rpartition(".")[2]
 
 
@@ -240,7 +243,7 @@ class _NumPy20:
     """NumPy 2.0, with the one function of the standard that came in 2.1."""
 
     @staticmethod
-    def astype(x: Any, dtype: Any, /, *, copy: bool = True) -> Any:
+    def astype(x: HostArray, dtype: DType, /, *, copy: bool = True) -> HostArray:
         return x.astype(dtype, copy=copy)
 
     def __getattr__(self, name: str) -> Any:
@@ -253,7 +256,7 @@ NUMPY = Backend("numpy", np if hasattr(np, "astype") else _NumPy20(), "cpu")
 # from what the user said -------------------------------------------------------------------------
 
 
-def select(backend: Any = None, device: Any = None) -> Backend:
+def select(backend: object = None, device: Device = None) -> Backend:
     """Return the backend of this name or module, on this device.
 
     Parameters
@@ -294,7 +297,7 @@ def select(backend: Any = None, device: Any = None) -> Backend:
     return Backend(name, xp, _device(name, xp, device))
 
 
-def _namespace(name: str) -> Any:
+def _namespace(name: str) -> Namespace:
     try:
         xp = importlib.import_module(_NAMESPACES.get(name, name))
     except (ImportError, ValueError, TypeError) as e:
@@ -307,8 +310,8 @@ def _namespace(name: str) -> Any:
     return xp
 
 
-def _device(name: str, xp: Any, device: Any) -> Any:
-    """The library's own device object; `device` checked by making an array there."""
+def _device(name: str, xp: Namespace, device: Device) -> Device:
+    """Return the library's own device object, checked by making an array there."""
     try:
         if name == "cupy":
             return xp.cuda.Device(cuda.index(device))
@@ -317,21 +320,33 @@ def _device(name: str, xp: Any, device: Any) -> Any:
         if name == "jax.numpy" and isinstance(device, str):
             device = _jax_device(device)
         if name == "array_api_strict" and isinstance(device, str):
+            # or as str(device) gives it
             device = xp.Device(device.removeprefix("array_api_strict.Device('").rstrip("')"))
         return _device_of(xp.empty(0, dtype=xp.float32, device=device))
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as e:
         raise BackendError(f"{name} cannot use device {device!r}: {e}") from e
 
 
-def _jax_device(device: str) -> Any:
+def _jax_device(device: str) -> Device:
     import jax
 
     kind, _, index = device.lower().removesuffix("(id=0)").partition(":")
-    kind = kind.removeprefix("tfrt_").partition("_")[0]
+    kind = kind.removeprefix("tfrt_").partition("_")[0]  # as str(device) gives it
     return jax.devices(kind)[int(index or 0)]
 
 
-def _device_of(array: Any) -> Any:
+def _portable(name: str, device: Device) -> Device:
+    """Return what `select` takes for this device, and pickle as well."""
+    if name == "numpy":
+        return None
+    if name == "jax.numpy":
+        import jax
+
+        return f"{device.platform}:{jax.devices(device.platform).index(device)}"
+    return f"cuda:{device.id}" if name == "cupy" else device
+
+
+def _device_of(array: Array) -> Device:
     from array_api_compat import device
 
     return device(array)
@@ -340,7 +355,7 @@ def _device_of(array: Any) -> Any:
 # from the user's arrays --------------------------------------------------------------------------
 
 
-def of(*arrays: Any) -> Backend:
+def of(*arrays: Array) -> Backend:
     """Return the backend that these arrays live on; TypeError where they are of several."""
     if all(type(array) is np.ndarray for array in arrays):
         return NUMPY
@@ -351,7 +366,7 @@ def of(*arrays: Any) -> Backend:
     return homes.pop()
 
 
-def _home(array: Any) -> Backend:
+def _home(array: Array) -> Backend:
     refuse_masked("an array", array)
     if isinstance(array, np.matrix):  # whose * is another product
         raise TypeError("an array is a matrix, expected numpy.asarray of it")
@@ -369,5 +384,5 @@ def _home(array: Any) -> Backend:
 
 
 @lru_cache(maxsize=64)
-def _backend(name: str, device: Any) -> Backend:
+def _backend(name: str, device: Device) -> Backend:
     return Backend(name, _namespace(name), device)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
+from ..typing import Array, HostArray
 from .libraries import Backend, of, plain_name, refuse_masked
 
 
-def to_numpy(x: Any, name: str = "x") -> np.ndarray:
+def to_numpy(x: object, name: str = "x") -> HostArray:
     """Return an array of any backend as a NumPy array, without a copy where that is possible.
 
     bfloat16 becomes float32; lists and numbers become arrays. `name` is what errors call it.
@@ -29,7 +30,7 @@ def to_numpy(x: Any, name: str = "x") -> np.ndarray:
         raise TypeError(f"{name} is a {type(x).__name__}, expected an array or a list: {e}") from e
 
 
-def asarray(x: Any, like: Any) -> Any:
+def asarray(x: Any, like: Any) -> Array:
     """Return x where `like` lives, without a copy where that is possible.
 
     Parameters
@@ -68,8 +69,8 @@ def asarray(x: Any, like: Any) -> Any:
     return backend.xp.astype(there, backend.dtype(dtype), copy=False) if floating else there
 
 
-def overlap(x: Any, y: Any) -> bool:
-    """Whether two arrays are one object, or share memory as far as their library tells."""
+def overlap(x: Array, y: Array) -> bool:
+    """Return whether two arrays are one object, or share memory as far as their library tells."""
     if x is y:
         return True
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
@@ -78,14 +79,14 @@ def overlap(x: Any, y: Any) -> bool:
     return bool(start) and start == _start(y)
 
 
-def disjoint(arrays: Iterable[Any]) -> bool:
-    """Whether no two of them can overlap, by where they begin and end; quicker than all pairs."""
+def disjoint(arrays: Iterable[Array]) -> bool:
+    """Return whether no two of them can overlap, by their addresses; quicker than all pairs."""
     spans = sorted(map(_span, arrays))
     return all(stop <= start for (_, stop), (start, _) in pairwise(spans))
 
 
-def _span(x: Any) -> tuple[int, int]:
-    """Where it begins and ends in memory; of what does not tell it, a place of its own."""
+def _span(x: Array) -> tuple[int, int]:
+    """Return the first and last address; where the library does not tell, those of the object."""
     if isinstance(x, np.ndarray):
         start = x.__array_interface__["data"][0]
         return (start, start + x.nbytes) if x.flags.forc else byte_bounds(x)
@@ -93,25 +94,25 @@ def _span(x: Any) -> tuple[int, int]:
     return start, start + 1
 
 
-def _start(x: Any) -> int:
-    """The address of the first byte on its device; 0 where the library does not tell it."""
+def _start(x: Array) -> int:
+    """Return the address of the first byte on its device; 0 where the library does not tell."""
     if hasattr(x, "data_ptr"):  # PyTorch
         return int(x.data_ptr())
     return int(getattr(getattr(x, "data", None), "ptr", 0))  # CuPy
 
 
-def _numbers(name: str, x: Any) -> np.ndarray:
+def _numbers(name: str, x: object) -> HostArray:
     try:
-        x = np.asarray(x)
+        found = np.asarray(x)
     except ValueError as e:  # rows of different lengths
         raise ValueError(f"{name} is no array of numbers: {e}") from None
-    if x.dtype.kind not in "biufc":
-        raise TypeError(f"{name} has dtype {x.dtype}, expected numbers")
-    return x
+    if found.dtype.kind not in "biufc":
+        raise TypeError(f"{name} has dtype {found.dtype}, expected numbers")
+    return found
 
 
-def _shared(x: Any, backend: Backend) -> Any:
-    """X as an array of the backend over the same memory, or None."""
+def _shared(x: Array, backend: Backend) -> Array | None:
+    """Return an array of the backend over the same memory, or None."""
     try:
         if of(x) == backend:
             return x
