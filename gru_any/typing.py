@@ -24,3 +24,4 @@ Rng: TypeAlias = np.random.Generator
 Step: TypeAlias = Callable[..., tuple[Array, tuple[Array, ...]]]
 # (xp, h, saved, ...) -> gradients to U and to the biases of the step
 WeightGradients: TypeAlias = Callable[..., tuple[Array, ...]]
+Pytree: TypeAlias = Any  # arrays and Nones in nested tuples, lists and dicts

@@ -1,13 +1,27 @@
 """What a sweep over time asks of a runner, by concern. `Plain` documents each method."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from ..typing import Array, Device, DType, Namespace, Shape, Step, WeightGradients
+from ..typing import Array, Device, DType, Namespace, Pytree, Shape, Step, WeightGradients
 
 Result = TypeVar("Result")
 Recurrent = tuple[Array, ...]  # U (3H, H), or U packed, and the vectors (H,) of a step
-Alive = Sequence[Array | None] | None  # the steps at which rows have ended: masks (B, 1)
+
+
+class StepMask(Protocol):
+    """For each step of a block None, or (B, 1) of bool: False where a sequence has finished."""
+
+    block: Array  # (K, B, 1), the masks of all steps
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, t: int) -> Array | None: ...
+
+    def __iter__(self) -> Iterator[Array | None]: ...
+
+
+Alive = StepMask | None  # None: no sequence has finished
 
 
 class Output(Protocol):
@@ -117,8 +131,11 @@ class Schedules(Protocol):
         """Call functions that do not depend on one another, each with its runner."""
 
     def pipeline(
-        self, calls: Sequence[Callable[["Runner", Any], Any]], x: Any, overlap: int | None = None
-    ) -> Any:
+        self,
+        calls: Sequence[Callable[["Runner", Array | None], Array | None]],
+        x: Array | None,
+        overlap: int | None = None,
+    ) -> Array | None:
         """Call each function with its runner, on the result of the one before."""
 
     def unmasked_prefix(self, steps: int) -> int:
@@ -126,13 +143,13 @@ class Schedules(Protocol):
 
     def run_graph(
         self,
-        function: Callable[..., tuple[Any, Any]],
+        function: Callable[..., tuple[Pytree, object]],
         owner: Movable,
-        static: tuple[Any, ...],
-        arrays: Any,
+        static: tuple[Hashable, ...],
+        arrays: Pytree,
         steps: int | None = None,
-        tape: Any = None,
-    ) -> tuple[Any, Any]:
+        tape: object = None,
+    ) -> tuple[Pytree, object]:
         """Return function(owner.on(runner), *static, arrays[, tape])."""
 
 

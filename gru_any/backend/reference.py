@@ -5,9 +5,10 @@ faster runner has the methods of `Plain`, documented here, and is tested against
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from ..typing import Array, Pytree
 from .contract import Movable, Output, Result, Runner
 
 
@@ -122,8 +123,11 @@ class Plain:
         return [call(self) for call in calls]
 
     def pipeline(
-        self, calls: Sequence[Callable[[Runner, Any], Any]], x: Any, overlap: int | None = None
-    ) -> Any:
+        self,
+        calls: Sequence[Callable[[Runner, Array | None], Array | None]],
+        x: Array | None,
+        overlap: int | None = None,
+    ) -> Array | None:
         """Call each function on the result of the one before, the first on x.
 
         Each is given the runner that it must use.
@@ -140,13 +144,13 @@ class Plain:
 
     def run_graph(
         self,
-        function: Callable[..., tuple[Any, Any]],
+        function: Callable[..., tuple[Pytree, object]],
         owner: Movable,
-        static: tuple[Any, ...],
-        arrays: Any,
+        static: tuple[Hashable, ...],
+        arrays: Pytree,
         steps: int | None = None,
-        tape: Any = None,
-    ) -> tuple[Any, Any]:
+        tape: object = None,
+    ) -> tuple[Pytree, object]:
         """Return function(owner.on(runner), *static, arrays[, tape]): its results, and a tape.
 
         A device may capture the call and replay it, since nothing but `owner`, `static` and the

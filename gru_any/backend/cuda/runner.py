@@ -1,14 +1,17 @@
-"""How a CUDA device runs a block of steps: one kernel between two products, recorded and replayed.
+"""How a CUDA device runs a block of steps: one kernel between two products, captured and replayed.
 
-The loop over the steps is written against a handful of operations (see ops.py), so that it runs
-launch by launch, or is recorded as a CUDA graph, or runs on a device that the host plays (fake.py).
-How whole calls are recorded is in calls.py.
+The loop over the steps is written against a handful of operations (operations.py). So it can run
+launch by launch, be captured as a CUDA graph, or run on the fake device of the tests. How whole
+calls are captured is in calls.py.
 """
 
 import importlib
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
+from ...typing import Array, DType, Namespace, Shape, Step
+from ..contract import Alive, Recurrent
+from ..libraries import Backend
 from .calls import Calls
 from .device import OPERATIONS
 from .persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
@@ -23,15 +26,15 @@ from .whole import shared_numbers as shared_by_all
 class CUDA(Calls):
     """Runs blocks of steps with fused kernels, in float32 and float64.
 
-    Of a half model, what products read is stored in its dtype; arithmetic, states, gates and sums
-    are float32.
+    In a float16 or bfloat16 model, what products read is stored in that dtype; arithmetic, states,
+    gates and sums are float32.
 
-    way: "eager", "blocks", "graph", "persistent" or "whole", the fastest that may be taken;
-    precision: of products in float32, "full" or "tf32".
+    way: the fastest path that may be taken: "eager", "blocks", "graph", "persistent" or "whole".
+    precision: of float32 products, "full" or "tf32".
     """
 
     def path(self, hidden_size: int, dtype: str) -> tuple[str, str]:
-        """Return the path that a block of this size takes, and why not a faster one."""
+        """Return the path that a block of this size takes, and why it takes no faster one."""
         if self.way == "eager":
             return "eager", "GRU_ANY_CUDA is set to eager"
         if not self.ops.captures:
@@ -48,25 +51,25 @@ class CUDA(Calls):
             return "graph", "GRU_ANY_CUDA is set to graph"
         return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
 
-    def as_contiguous(self, v: Any) -> Any:
+    def as_contiguous(self, v: Array) -> Array:
         return self.ops.copy(v)
 
-    def upcast(self, v: Any, dtype: Any) -> Any:
+    def upcast(self, v: Array, dtype: DType) -> Array:
         """Upcast vectors alone: kernels and products read half precision as it is."""
         return super().upcast(v, dtype) if v.ndim == 1 else v
 
-    def as_matrix(self, v: Any) -> Any:
+    def as_matrix(self, v: Array) -> Array:
         """Route products to cuBLAS directly: CuPy refuses its own during a capture."""
         rows = super().as_matrix(v)
         return Rows(rows, self._product) if rows.size and str(v.dtype) in KINDS else rows
 
-    def _product(self, left: Any, right: Any) -> Any:
+    def _product(self, left: Array, right: Array) -> Array:
         if right.dtype != left.dtype:  # states, beside halves
             right = self.xp.astype(right, left.dtype)
         with self.locked():
             return multiply(self.ops, self.workspace.blas, left, right)
 
-    def affine(self, x: Any, W: Any, b: Any) -> Any:
+    def affine(self, x: Array, W: Array, b: Array | None) -> Array:
         a = super().affine(x, W, None)
         if b is not None:
             a += b
@@ -74,14 +77,14 @@ class CUDA(Calls):
 
     def forward(
         self,
-        step: Any,
-        a: Any,
-        h: Any,
-        recurrent: Any,
-        alive: Any,
+        step: Step,
+        a: Array,
+        h: Array,
+        recurrent: Recurrent,
+        alive: Alive,
         reverse: bool,
         keep: bool,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Array, tuple[Array, ...] | None]:
         (K, B, _), H = a.shape, h.shape[-1]
         if not B or str(h.dtype) not in ("float32", "float64"):
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
@@ -97,16 +100,16 @@ class CUDA(Calls):
 
     def backward(
         self,
-        step: Any,
-        dy: Any,
-        dh: Any,
-        previous: Any,
-        saved: Any,
-        U: Any,
-        alive: Any,
+        step: Step,
+        dy: Array | None,
+        dh: Array,
+        previous: Array,
+        saved: tuple[Array, ...],
+        U: Array,
+        alive: Alive,
         reverse: bool,
         taps: bool,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[tuple[Array, ...], Array, Array | None]:
         K, B, H = previous.shape
         if not B or str(dh.dtype) not in ("float32", "float64"):
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps)
@@ -119,18 +122,28 @@ class CUDA(Calls):
         return tuple(parts), dh, g
 
     def _run(
-        self, walk: Walk, arrays: Any, alive: Any, state: Any, U: Any, order: range, shift: int
-    ) -> Any:
-        """Fill the result arrays, step after step in this order, and return the last state."""
+        self,
+        walk: Walk,
+        arrays: dict[str, Array | None],
+        alive: Alive,
+        state: Array,
+        U: Array,
+        order: range,
+        shift: int,
+    ) -> Array:
+        """Fill the result arrays, step after step in this order, and return the last state.
+
+        shift: from the index of a step to that of its new state in `path`.
+        """
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
         mask = None if alive is None else alive.block
         kinds = [(n, str(v.dtype)) for n, v in (*arrays.items(), ("U", U)) if v is not None]
         walk = typed(walk, tuple((n, kind) for n, kind in kinds if kind != walk.number))
         (B, H), device = state.shape, (self.ops.multiprocessors, self.ops.shared)
         if self.way == "whole" and holds(walk, B, H, *device):
-            return self._on_the_whole_device(walk, arrays, mask, state, U, order, shift)
+            return self._cooperative(walk, arrays, mask, state, U, order, shift)
         if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
-            return self._all_at_once(walk, arrays, mask, state, U, order, shift)
+            return self._persistent(walk, arrays, mask, state, U, order, shift)
         workspace, sizes, walk = self.workspace, state.shape, walk.narrow
         make = partial(Plan, self.ops, workspace.blas, walk, sizes, order, shift)
         if self.context.exclusive:
@@ -138,10 +151,17 @@ class CUDA(Calls):
         with self.locked():
             return workspace.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
 
-    def _all_at_once(
-        self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
-    ) -> Any:
-        """One kernel for all steps."""
+    def _persistent(
+        self,
+        walk: Walk,
+        arrays: dict[str, Array | None],
+        mask: Array | None,
+        state: Array,
+        U: Array,
+        order: range,
+        shift: int,
+    ) -> Array:
+        """Run all steps in one kernel, whose thread blocks are independent of one another."""
         B, H = state.shape
         rows = min(-(-B // self.ops.multiprocessors), ROWS)
         kernel, last = persistent_kernel(walk, H, rows), self._empty(state.shape, state)
@@ -153,10 +173,17 @@ class CUDA(Calls):
         self.ops.launch(kernel, (-(-B // rows), 1), 3 * H, numbers, shared)
         return last
 
-    def _on_the_whole_device(
-        self, walk: Walk, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
-    ) -> Any:
-        """One kernel for all steps, alone on the device: its blocks wait for one another."""
+    def _cooperative(
+        self,
+        walk: Walk,
+        arrays: dict[str, Array | None],
+        mask: Array | None,
+        state: Array,
+        U: Array,
+        order: range,
+        shift: int,
+    ) -> Array:
+        """Run all steps in one kernel, alone on the device: its thread blocks share a barrier."""
         B, H = state.shape
         own, last = units(H, self.ops.multiprocessors), self._empty(state.shape, state)
         U, state = (self.xp.ascontiguousarray(v) for v in (U, state))
@@ -171,20 +198,20 @@ class CUDA(Calls):
             self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last
 
-    def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
+    def _empty(self, shape: Shape, like: Array) -> Array:
         return self.xp.empty(shape, dtype=like.dtype, device=self.device)
 
 
-def runner_on(backend: Any, way: str, precision: str) -> CUDA:
-    """Return the runner of a library that has registered its operations."""
+def runner_on(backend: Backend, way: str, precision: str) -> CUDA:
+    """Return the runner of an array library that has registered its operations."""
     ops = importlib.import_module(OPERATIONS[backend.name]).operations()
     return CUDA(backend.xp, backend.device, ops, way, precision)
 
 
-def _named(letter: str, arrays: Any) -> dict[str, Any]:
+def _named(letter: str, arrays: Iterable[Array]) -> dict[str, Array]:
     return {f"{letter}{n}": v for n, v in enumerate(arrays)}
 
 
-def _tight(xp: Any, v: Any) -> Any:
-    """Make the last axis contiguous, as the kernels expect it."""
+def _tight(xp: Namespace, v: Array) -> Array:
+    """Make the last axis contiguous, as the kernels expect it to be."""
     return v if v.strides[-1] == v.itemsize else xp.ascontiguousarray(v)
