@@ -32,3 +32,4 @@ Loss: TypeAlias = Callable[..., tuple[Array, Array]]
 Saved: TypeAlias = Sequence[Array]  # what a step keeps for its gradient, each (B, H)
 Gradients: TypeAlias = dict[str, Array]  # by the name of the parameter
 Lengths: TypeAlias = Sequence[int] | Array  # B integers
+Pytree: TypeAlias = Any  # arrays and Nones in nested tuples, lists and dicts

@@ -44,6 +44,10 @@ def test_numpy_is_the_only_library_imported(work):
     run("import sys, numpy\nbefore = set(sys.modules)\nimport gru_any\n" + work + NEW)
 
 
+def test_the_test_equipment_is_not_imported():
+    run(f"import sys, gru_any\n{TRAIN}\nsys.exit(any('.testing' in m for m in sys.modules))")
+
+
 def test_numpy_is_the_only_library_needed():
     run(f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\nimport gru_any\n" + TRAIN)
 

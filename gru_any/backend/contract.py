@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from ..typing import Array, Device, DType, Namespace, Shape, Step, WeightGradients
+from ..typing import Array, Device, DType, Namespace, Pytree, Shape, Step, WeightGradients
 
 Result = TypeVar("Result")
 Matrix: TypeAlias = Any  # an array (N, K), or its packed form, which only its runner reads
@@ -64,6 +64,8 @@ class Mode(StrEnum):
 
 class StepMask(Protocol):
     """Which sequences are alive at each of K steps: None where all are, else (B, 1) of bool."""
+
+    block: Array  # (K, B, 1), the masks of all steps
 
     def __len__(self) -> int: ...
 
@@ -206,8 +208,11 @@ class Schedules(Protocol):
         """Call functions that do not depend on one another, each with its runner."""
 
     def pipeline(
-        self, calls: Sequence[Callable[["Runner", Any], Any]], x: Any, overlap: int | None = None
-    ) -> Any:
+        self,
+        calls: Sequence[Callable[["Runner", Array | None], Array | None]],
+        x: Array | None,
+        overlap: int | None = None,
+    ) -> Array | None:
         """Call each function with its runner, on the result of the one before."""
 
     def unmasked_prefix(self, steps: int) -> int:
@@ -215,13 +220,13 @@ class Schedules(Protocol):
 
     def run_graph(
         self,
-        function: Callable[..., tuple[Any, Any]],
+        function: Callable[..., tuple[Pytree, object]],
         owner: Movable,
         static: tuple[Any, ...],
-        arrays: Any,
+        arrays: Pytree,
         steps: int | None = None,
-        tape: Any = None,
-    ) -> tuple[Any, Any]:
+        tape: object = None,
+    ) -> tuple[Pytree, object]:
         """Return function(owner.on(runner), *static, arrays[, tape])."""
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..typing import Array, Device, DType, Namespace, Shape, Step, WeightGradients
+from ..typing import Array, Device, DType, Namespace, Pytree, Shape, Step, WeightGradients
 from .contract import (
     Alive,
     InputProducts,
@@ -116,8 +116,11 @@ class Plain:
         return [call(self) for call in calls]
 
     def pipeline(
-        self, calls: Sequence[Callable[[Runner, Any], Any]], x: Any, overlap: int | None = None
-    ) -> Any:
+        self,
+        calls: Sequence[Callable[[Runner, Array | None], Array | None]],
+        x: Array | None,
+        overlap: int | None = None,
+    ) -> Array | None:
         """Call each function on the result of the one before, the first on x.
 
         Each is given the runner that it must use.
@@ -134,13 +137,13 @@ class Plain:
 
     def run_graph(
         self,
-        function: Callable[..., tuple[Any, Any]],
+        function: Callable[..., tuple[Pytree, object]],
         owner: Movable,
         static: tuple[Any, ...],
-        arrays: Any,
+        arrays: Pytree,
         steps: int | None = None,
-        tape: Any = None,
-    ) -> tuple[Any, Any]:
+        tape: object = None,
+    ) -> tuple[Pytree, object]:
         """Return function(owner.on(runner), *static, arrays[, tape]): its results, and a tape.
 
         A device may capture the call and replay it, since nothing but `owner`, `static` and the

@@ -9,9 +9,9 @@ library; whoever runs the list does.
 from collections.abc import Callable
 from functools import partial
 from types import EllipsisType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from ..typing import Step
+from ..typing import Step, WeightGradients
 
 
 class Op(NamedTuple):
@@ -158,7 +158,7 @@ def trace(function: Step, *arguments: Argument) -> Program:
     return Program(columns, tape.ops, result.ids[0], [extra.ids for extra in extras]).needed()
 
 
-def trace_reductions(function: Callable[..., Any], *arguments: Any) -> Reductions:
+def trace_reductions(function: WeightGradients, *arguments: Argument) -> Reductions:
     """Write down `function(xp, *arguments)`, which returns sums over the rows of its arguments.
 
     Arguments are as of `trace`. Each result is a sum over axis 0, a product v.T @ w of two
@@ -166,7 +166,8 @@ def trace_reductions(function: Callable[..., Any], *arguments: Any) -> Reduction
     """
     tape = _Tape()
     stands = [tape.stand_in(argument) for argument in arguments]
-    inputs = [s.ids for stand in stands for s in (stand if isinstance(stand, tuple) else (stand,))]
+    flat = [s for stand in stands for s in (stand if isinstance(stand, tuple) else (stand,))]
+    inputs = [s.ids for s in flat if isinstance(s, _Columns)]
     return Reductions(inputs, [sums.parts for sums in function(tape, *stands)])
 
 
@@ -226,7 +227,7 @@ class _Tape:
     def sum(self, v: "_Columns", axis: int) -> "_Sums":
         return _Sums(((Term(1.0, RowSum(v.ids)),),))
 
-    def concat(self, parts: Any, axis: int) -> Any:
+    def concat(self, parts: Any, axis: int) -> Any:  # of columns or sums
         if axis == 0:
             return _Sums(tuple(part for sums in parts for part in sums.parts))
         return _Columns(self, tuple(i for part in parts for i in part.ids))

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
-from ...typing import Array, Device, DType, Namespace, Shape
+from ...typing import Array, Device, DType, Namespace, Pytree, Shape
 from ..contract import Movable, Output, Result, Runner
 from ..cpu.numpy_runner import Filled
 from ..reference import Plain
+from .operations import Event, Operations
 from .plan import Workspace
 from .recording import CapturedCall, GraphCache, Lease, leaves, signature
 
@@ -32,6 +33,30 @@ class Context(NamedTuple):
     overlapped: bool = False
 
 
+class Arriving:
+    """The blocks of an array that one stream computes; other streams wait for each block."""
+
+    def __init__(self, ops: Operations, shape: Shape, dtype: DType) -> None:
+        self.ops, self.shape, self.dtype = ops, shape, dtype
+        self.pieces: dict[int, Array] = {}
+        self.events: dict[int, Event] = {}
+
+    def put(self, block: slice, piece: Array) -> None:
+        """Add a block, with an event that marks its completion."""
+        self.pieces[block.start] = piece
+        self.events[block.start] = self.ops.event()
+
+    def array(self) -> Self:
+        """Return itself, to be read block by block."""
+        return self
+
+    def __getitem__(self, key: tuple[slice, ...]) -> Array:
+        start = key[0].start
+        if start in self.events:
+            self.ops.wait(self.events[start])
+        return self.pieces[start]
+
+
 class Calls(Plain):
     """Schedules calls on the device of `ops`: concurrent and captured where possible.
 
@@ -39,7 +64,7 @@ class Calls(Plain):
     """
 
     def __init__(
-        self, xp: Namespace, device: Device, ops: Any, way: str, precision: str = "full"
+        self, xp: Namespace, device: Device, ops: Operations, way: str, precision: str = "full"
     ) -> None:
         super().__init__(xp, device)
         self.ops, self.way, self.context = ops, way, Context()
@@ -70,7 +95,7 @@ class Calls(Plain):
         return nullcontext() if self.context.exclusive else self.workspace.locked()
 
     @contextmanager
-    def _on_stream(self, n: int, start: Any, ends: list[Any]) -> Iterator[Self]:
+    def _on_stream(self, n: int, start: Event, ends: list[Event]) -> Iterator[Self]:
         """Enter stream n after the event `start`, and append its end to `ends`.
 
         Gives the runner for that stream. Stream 0 is the current one.
@@ -89,7 +114,7 @@ class Calls(Plain):
         if self.way == "whole" or len(calls) == 1:
             return super().concurrent(calls)
         start, results = self.ops.event(), []
-        ends: list[Any] = []
+        ends: list[Event] = []
         for n, call in enumerate(calls):
             with self._on_stream(n % STREAMS, start, ends) as run:
                 results.append(call(run))
@@ -98,14 +123,17 @@ class Calls(Plain):
         return results
 
     def pipeline(
-        self, calls: Sequence[Callable[[Runner, Any], Any]], x: Any, overlap: int | None = None
-    ) -> Any:
+        self,
+        calls: Sequence[Callable[[Runner, Array | None], Array | None]],
+        x: Array | None,
+        overlap: int | None = None,
+    ) -> Array | None:
         """Run layers as a wavefront, where a single layer would leave most of the device idle."""
         alone = overlap is None or overlap > IDLE or len(calls) == 1
         if alone or self.way in ("eager", "whole"):
             return super().pipeline(calls, x)
         start, passed = self.ops.event(), [x]  # kept alive until all streams have finished
-        ends: list[Any] = []
+        ends: list[Event] = []
         overlapped = self._within(self.context._replace(overlapped=True))
         for n, call in enumerate(calls):
             with overlapped._on_stream(n % STREAMS, start, ends) as run:
@@ -117,7 +145,7 @@ class Calls(Plain):
                 v.events.clear()
         return self._joined(passed[-1])
 
-    def _joined(self, v: Any) -> Any:
+    def _joined(self, v: Array | Arriving) -> Array:
         """Concatenate the blocks of `v`, where it is not an array yet."""
         if not isinstance(v, Arriving):
             return v
@@ -139,18 +167,18 @@ class Calls(Plain):
 
     def run_graph(
         self,
-        function: Callable[..., tuple[Any, Any]],
+        function: Callable[..., tuple[Pytree, object]],
         owner: Movable,
-        static: tuple[Any, ...],
-        arrays: Any,
+        static: tuple[Pytree, ...],
+        arrays: Pytree,
         steps: int | None = None,
-        tape: Any = None,
-    ) -> tuple[Any, Any]:
+        tape: object = None,
+    ) -> tuple[Pytree, object]:
         """Run the call; from the second call of a shape on, capture it and replay it."""
         lease = tape if isinstance(tape, Lease) else None
         tape = lease.call.tape if lease else tape
 
-        def launch(run: Calls, arrays: Any) -> tuple[Any, Any]:
+        def launch(run: Calls, arrays: Pytree) -> tuple[Pytree, object]:
             return Plain.run_graph(run, function, owner, static, arrays, tape=tape)
 
         capturable = self._capturable(arrays, steps)
@@ -169,7 +197,7 @@ class Calls(Plain):
                 return launch(self, arrays)
             return found(arrays), None if lease else Lease(found)
 
-    def _capturable(self, arrays: Any, steps: int | None) -> bool:
+    def _capturable(self, arrays: Pytree, steps: int | None) -> bool:
         found = [v for v in leaves(arrays) if v is not None]
         sizes = all(v.size and v.dtype.kind != "c" for v in found)
         return self.whole_calls and steps is not None and steps <= STEPS and sizes
@@ -183,7 +211,7 @@ class Calls(Plain):
             yield
 
     def _captured(
-        self, function: Callable[[Any], tuple[Any, Any]], arrays: Any
+        self, function: Callable[[Pytree], tuple[Pytree, object]], arrays: Pytree
     ) -> CapturedCall | None:
         """Capture the call; None where the device refuses, with one warning per process."""
         try:
@@ -219,27 +247,3 @@ class Calls(Plain):
             self.graphs.clear()
             for workspace in self.workspaces:
                 workspace.plans.clear()
-
-
-class Arriving:
-    """The blocks of an array that one stream computes; other streams wait for each block."""
-
-    def __init__(self, ops: Any, shape: Shape, dtype: DType) -> None:
-        self.ops, self.shape, self.dtype = ops, shape, dtype
-        self.pieces: dict[int, Array] = {}
-        self.events: dict[int, Any] = {}
-
-    def put(self, block: slice, piece: Array) -> None:
-        """Add a block, with an event that marks its completion."""
-        self.pieces[block.start] = piece
-        self.events[block.start] = self.ops.event()
-
-    def array(self) -> Self:
-        """Return itself, to be read block by block."""
-        return self
-
-    def __getitem__(self, key: tuple[Any, ...]) -> Array:
-        start = key[0].start
-        if start in self.events:
-            self.ops.wait(self.events[start])
-        return self.pieces[start]

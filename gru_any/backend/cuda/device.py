@@ -1,19 +1,35 @@
-"""What stands between this machine and CuPy on a CUDA device, in words."""
+"""Diagnose why CuPy cannot use a CUDA device here."""
 
 import importlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
+from typing import Protocol
+
+from ...typing import Device, Namespace
 
 WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-5-0", "cupy-rocm-7-0")
 INSTALL = 'pip install "gru-any[cuda13]" (driver 580 or newer) or "gru-any[cuda12]" (driver 525)'
-# an array library on CUDA devices -> the module of what plans need of it; others register here
+# an array library on CUDA devices -> the module with its `operations`; others register here
 OPERATIONS = {"cupy": "gru_any.backend.cuda.ops"}
 NO_DEVICE, OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDriver
 
 
-def index(device: Any) -> int:
-    """None, 1, "1", "cuda" or "cuda:1" -> the number of the device."""
+class Home(Protocol):
+    """What is asked of a `Backend` here."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def xp(self) -> Namespace: ...  # noqa: D102
+
+    @property
+    def device(self) -> Device: ...  # noqa: D102
+
+
+def index(device: Device) -> int:
+    """Return the number of the device that None, 1, "1", "cuda" or "cuda:1" names."""
     text = str(device if device is not None else 0)
     kind, _, number = text.rpartition(":")
     kind, number = (number, "0") if number == "cuda" else (kind, number)
@@ -23,13 +39,13 @@ def index(device: Any) -> int:
     return int(number)
 
 
-def problem(device: Any = None) -> str:
-    """Why CuPy cannot be used on this device, with what mends it; "" where it can."""
+def problem(device: Device = None) -> str:
+    """Say why CuPy cannot be used on this device, and what helps; "" where it can."""
     number = index(device)
-    return _installed() or _devices(number) or _answers(number)
+    return _installation() or _devices(number) or _answers(number)
 
 
-def _installed() -> str:
+def _installation() -> str:
     found = [name for name in WHEELS if _version(name)]
     if len(found) > 1:
         names = " ".join(found)
@@ -73,7 +89,7 @@ def _devices(number: int) -> str:
     return ""
 
 
-def _driver(runtime: Any) -> str:
+def _driver(runtime: ModuleType) -> str:
     has, needs = runtime.driverGetVersion(), runtime.runtimeGetVersion()
     if not has:
         return "no CUDA driver is installed: install NVIDIA's driver, then check nvidia-smi"
@@ -102,22 +118,25 @@ def _answers(number: int) -> str:
     return ""
 
 
-def _kernel(cupy: Any) -> bool:
+def _kernel(cupy: ModuleType) -> bool:
     return float((cupy.arange(4, dtype="float32") * 2).get()[3]) == 6.0
 
 
-def _product(cupy: Any) -> bool:
+def _product(cupy: ModuleType) -> bool:
     eye = cupy.asarray([[0.0, 1.0], [1.0, 0.0]], dtype="float32")
     return bool(((eye @ eye).get() == [[1, 0], [0, 1]]).all())
 
 
-def current(backend: Any) -> Any:
-    """A context in which new arrays of CuPy go to the backend's device."""
-    return backend.device if backend.name == "cupy" else nullcontext()
+def current(backend: Home) -> AbstractContextManager[object]:
+    """Return a context in which CuPy makes new arrays on the backend's device."""
+    if backend.name != "cupy":
+        return nullcontext()
+    device: AbstractContextManager[object] = backend.device
+    return device
 
 
-def check_current(name: str, backend: Any) -> None:
-    """CuPy runs kernels on the thread's current device, which must be the one of the arrays."""
+def check_current(name: str, backend: Home) -> None:
+    """Raise TypeError where the thread's current device, which runs kernels, is not the array's."""
     if backend.name == "cupy" and backend.xp.cuda.Device() != backend.device:
         number = backend.device.id
         raise TypeError(

@@ -11,7 +11,7 @@ from typing import Any
 from ...codegen.cuda_source import Scan
 from ...codegen.schedule import NARROW, STATE, Gemm
 from ...typing import Array
-from .ops import Ops
+from .operations import Operations
 
 PLANS = 32  # that a workspace keeps
 THREADS = 256  # of a block, at most
@@ -29,7 +29,7 @@ class Plan:
 
     def __init__(
         self,
-        ops: Ops,
+        ops: Operations,
         blas: Callable[..., None],
         scan: Scan,
         sizes: tuple[int, int],
@@ -104,7 +104,7 @@ class Plan:
         self.blas(transposed, False, N, B, k, M, H, left, k, beta, out, N, dtype)
 
 
-def place(ops: Ops, array: Array | None) -> tuple[int, int, int]:
+def place(ops: Operations, array: Array | None) -> tuple[int, int, int]:
     """Address of an array (K, B, N) or (H,), and how far apart its steps and rows are.
 
     Zeros for None.
@@ -117,7 +117,7 @@ def place(ops: Ops, array: Array | None) -> tuple[int, int, int]:
     return ops.pointer(array), steps, rows
 
 
-def _recorded(ops: Ops, steps: Callable[[], None]) -> Any:
+def _recorded(ops: Operations, steps: Callable[[], None]) -> Any:
     """Capture the steps as a graph; None where the device refuses, with one warning."""
     try:
         return ops.capture(steps)
@@ -134,7 +134,7 @@ def _recorded(ops: Ops, steps: Callable[[], None]) -> Any:
 class Workspace:
     """The memory of one stream's products, and the plans that use it, one at a time."""
 
-    def __init__(self, ops: Ops, precision: str) -> None:
+    def __init__(self, ops: Operations, precision: str) -> None:
         self.ops, self.precision, self.lock = ops, precision, threading.RLock()
         self.plans: OrderedDict[Hashable, Any] = OrderedDict()
         self.done: Any = None  # an event, and the stream it was recorded on

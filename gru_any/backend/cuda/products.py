@@ -1,15 +1,16 @@
-"""Matrix products by cuBLAS, through ctypes: CuPy refuses its own while launches are recorded.
+"""Matrix products by cuBLAS, through ctypes: CuPy refuses its own during a capture.
 
-The handle is ours, and so is the workspace: with one of cuBLAS' own, a recorded product would
-allocate memory each time it is replayed.
+The handle and the workspace are ours: with cuBLAS' own workspace, a captured product would allocate
+memory at every replay.
 """
 
 import ctypes
 import weakref
 from functools import cache
-from typing import Any
 
+from ...typing import Array, Namespace
 from .device import INSTALL
+from .operations import Blas, Operations
 
 MIB = 1 << 20
 KINDS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType
@@ -17,7 +18,7 @@ FULL, TF32, DOUBLE = 68, 77, 70  # cublasComputeType
 ANY_ALGORITHM = -1
 TRANSPOSED = {False: 0, True: 1}
 P, N = ctypes.c_void_p, ctypes.c_int
-SIGNATURES: dict[str, list[Any]] = {
+SIGNATURES: dict[str, list[type]] = {
     "cublasCreate_v2": [P],
     "cublasDestroy_v2": [P],
     "cublasSetStream_v2": [P, P],
@@ -27,8 +28,8 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 @cache
-def library() -> Any:
-    """The cuBLAS that CuPy uses, with the types of what we call."""
+def library() -> ctypes.CDLL:
+    """Load the cuBLAS that CuPy uses, and declare the functions that are called here."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
@@ -41,12 +42,12 @@ def library() -> Any:
 
 
 class Products:
-    """C = A B + beta C, column by column, on the current stream of CuPy.
+    """Matrix products on CuPy's current stream, as `operations.Blas` describes them.
 
-    precision: "full" or, for float32, "tf32". Of halves the products are float32.
+    precision: "full" or, for float32, "tf32".
     """
 
-    def __init__(self, cupy: Any, precision: str) -> None:
+    def __init__(self, cupy: Namespace, precision: str) -> None:
         self.lib, self.current = library(), cupy.cuda.get_current_stream
         self.single = TF32 if precision == "tf32" else FULL
         self.handle = ctypes.c_void_p()
@@ -73,35 +74,32 @@ class Products:
         ldc: int,
         dtype: str,
     ) -> None:
-        """A (m, k), B (k, n), C (m, n) at these addresses, with these leading dimensions.
-
-        dtype: of A and B; C is float32 where they are halves.
-        """
+        """Set C (m, n) to A (m, k) B (k, n) + beta C."""
         self._bind(self.current().ptr)
         number = ctypes.c_double if dtype == "float64" else ctypes.c_float
-        kind, of_sums = KINDS[dtype], KINDS["float64" if dtype == "float64" else "float32"]
+        kind, kind_of_sums = KINDS[dtype], KINDS["float64" if dtype == "float64" else "float32"]
         compute = {"float64": DOUBLE, "float32": self.single}.get(dtype, FULL)
         one, old = number(1), number(beta)
         sizes = (TRANSPOSED[transa], TRANSPOSED[transb], m, n, k)
         left, right = (a, kind, lda), (b, kind, ldb)
         self._do("cublasGemmEx", self.handle, *sizes, ctypes.byref(one), *left, *right,
-                 ctypes.byref(old), c, of_sums, ldc, compute, ANY_ALGORITHM)  # fmt: skip
+                 ctypes.byref(old), c, kind_of_sums, ldc, compute, ANY_ALGORITHM)  # fmt: skip
 
     def _bind(self, stream: int) -> None:
-        """Go on in this stream; cuBLAS forgets the workspace with each change."""
+        """Switch to this stream; cuBLAS forgets the workspace at each change."""
         if stream != self.stream:
             self._do("cublasSetStream_v2", self.handle, stream)
             space = self.workspace
             self._do("cublasSetWorkspace_v2", self.handle, space.data.ptr, space.nbytes)
             self.stream = stream
 
-    def _do(self, name: str, *arguments: Any) -> None:
+    def _do(self, name: str, *arguments: object) -> None:
         status = getattr(self.lib, name)(*arguments)
         if status:
             raise RuntimeError(f"{name} failed with cuBLAS status {status}")
 
 
-def multiply(ops: Any, blas: Any, left: Any, right: Any, out: Any) -> None:
+def multiply(ops: Operations, blas: Blas, left: Array, right: Array, out: Array) -> None:
     """Fill out (m, n) with left (m, k) @ right (k, n), row by row: C^T = right^T left^T to cuBLAS.
 
     out is contiguous, and float32 for halves.
@@ -113,7 +111,7 @@ def multiply(ops: Any, blas: Any, left: Any, right: Any, out: Any) -> None:
     blas(r_turned, l_turned, n, m, k, *pointers, 0.0, ops.pointer(out), n, dtype)
 
 
-def _as_stored(ops: Any, v: Any) -> tuple[Any, bool, int]:
+def _as_stored(ops: Operations, v: Array) -> tuple[Array, bool, int]:
     """The matrix, whether it is stored column by column, and how far apart rows (columns) are."""
     rows, columns = (stride // v.itemsize for stride in v.strides)
     if columns == 1 and rows >= v.shape[1]:

@@ -25,7 +25,9 @@ block by block. When the pullback is deleted, its lease ends, and the captured c
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+
+from ...typing import Array, Pytree
+from .operations import Operations
 
 PLANS = 8  # shapes of which captured calls are kept
 COPIES = 2  # of one shape: a loop often keeps its last pullback during the next forward
@@ -33,8 +35,8 @@ PAID = 32  # calls that pay for another capture, if there are many shapes
 SEEN = 1024  # shapes that are remembered
 
 
-def leaves(nested: Any) -> Iterator[Any]:
-    """Yield the arrays, and the Nones, in nested tuples, lists and dicts."""
+def leaves(nested: Pytree) -> Iterator[Array | None]:
+    """Yield the arrays and the Nones."""
     if isinstance(nested, dict):
         nested = tuple(nested.values())
     if isinstance(nested, (tuple, list)):
@@ -44,8 +46,8 @@ def leaves(nested: Any) -> Iterator[Any]:
         yield nested
 
 
-def mapped(function: Callable[[Any], Any], nested: Any) -> Any:
-    """Apply the function to each array of the nested structure."""
+def mapped(function: Callable[[Array], Array], nested: Pytree) -> Pytree:
+    """Apply the function to each array."""
     if nested is None:
         return None
     if isinstance(nested, dict):
@@ -56,7 +58,7 @@ def mapped(function: Callable[[Any], Any], nested: Any) -> Any:
     return function(nested)
 
 
-def signature(arrays: Any) -> Hashable:
+def signature(arrays: Pytree) -> Hashable:
     """Return the shapes and dtypes, as a key."""
     return tuple(None if v is None else (tuple(v.shape), str(v.dtype)) for v in leaves(arrays))
 
@@ -67,7 +69,12 @@ class CapturedCall:
     leased: whether a caller may still read the tape; backward: captured calls that read it.
     """
 
-    def __init__(self, ops: Any, function: Callable[[Any], tuple[Any, Any]], arrays: Any) -> None:
+    def __init__(
+        self,
+        ops: Operations,
+        function: Callable[[Pytree], tuple[Pytree, object]],
+        arrays: Pytree,
+    ) -> None:
         self.ops, self.leased, self.backward = ops, False, GraphCache()
         self.pool = ops.pool()
         with ops.memory(self.pool):
@@ -87,13 +94,13 @@ class CapturedCall:
         vars(self).clear()
         pool.free_all_blocks()
 
-    def fill(self, arrays: Any) -> None:
+    def fill(self, arrays: Pytree) -> None:
         """Copy the arguments into the inputs."""
         for mine, new in zip(leaves(self.inputs), leaves(arrays), strict=True):
             if mine is not None:
                 mine[...] = new
 
-    def __call__(self, arrays: Any) -> Any:
+    def __call__(self, arrays: Pytree) -> Pytree:
         """Replay the call on these arguments, and return copies of the results."""
         self.fill(arrays)
         self.graph.launch()

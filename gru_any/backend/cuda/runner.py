@@ -1,18 +1,21 @@
-"""How a CUDA device runs a block of steps: one kernel between two products, recorded and replayed.
+"""How a CUDA device runs a block of steps: one kernel between two products, captured and replayed.
 
-The loop over the steps is written against a handful of operations (see ops.py), so that it runs
-launch by launch, or is recorded as a CUDA graph, or runs on a device that the host plays (fake.py).
-How whole calls are recorded is in calls.py.
+The loop over the steps is written against a handful of operations (operations.py). So it can run
+launch by launch, be captured as a CUDA graph, or run on the fake device of the tests. How whole
+calls are captured is in calls.py.
 """
 
 import importlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from ...codegen.cuda_cooperative import cooperative_kernel, exchanged, holds, threads, units
 from ...codegen.cuda_cooperative import shared_numbers as shared_by_all
 from ...codegen.cuda_persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from ...codegen.cuda_source import Scan, backward_scan, forward_scan, typed
+from ...typing import Array, DType, Namespace, Shape, Step, WeightGradients
+from ..contract import Alive, Recurrent
+from ..libraries import Backend
 from ..reductions import reduced
 from .calls import Calls
 from .device import OPERATIONS
@@ -23,15 +26,15 @@ from .products import KINDS, multiply
 class CUDA(Calls):
     """Runs blocks of steps with fused kernels, in float32 and float64.
 
-    Of a half model, what products read is stored in its dtype; arithmetic, states, gates and sums
-    are float32.
+    In a float16 or bfloat16 model, what products read is stored in that dtype; arithmetic, states,
+    gates and sums are float32.
 
-    way: "eager", "blocks", "graph", "persistent" or "whole", the fastest that may be taken;
-    precision: of products in float32, "full" or "tf32".
+    way: the fastest path that may be taken: "eager", "blocks", "graph", "persistent" or "whole".
+    precision: of float32 products, "full" or "tf32".
     """
 
     def path(self, hidden_size: int, dtype: str) -> tuple[str, str]:
-        """Return the path that a block of this size takes, and why not a faster one."""
+        """Return the path that a block of this size takes, and why it takes no faster one."""
         if self.way == "eager":
             return "eager", "GRU_ANY_CUDA is set to eager"
         if not self.ops.captures:
@@ -48,19 +51,19 @@ class CUDA(Calls):
             return "graph", "GRU_ANY_CUDA is set to graph"
         return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
 
-    def as_contiguous(self, v: Any) -> Any:
+    def as_contiguous(self, v: Array) -> Array:
         return self.ops.copy(v)
 
-    def upcast(self, v: Any, dtype: Any) -> Any:
+    def upcast(self, v: Array, dtype: DType) -> Array:
         """Upcast vectors alone: kernels and products read half precision as it is."""
         return super().upcast(v, dtype) if v.ndim == 1 else v
 
-    def product(self, left: Any, right: Any) -> Any:
+    def product(self, left: Array, right: Array) -> Array:
         out = self._sums((left.shape[0], right.shape[1]), left.dtype)
         self.multiply(left, right, out)
         return out
 
-    def multiply(self, left: Any, right: Any, out: Any) -> None:
+    def multiply(self, left: Array, right: Array, out: Array) -> None:
         """Fill out with left @ right by cuBLAS: CuPy refuses its own products in a capture.
 
         Of halves it is in float32, which CuPy would round.
@@ -73,17 +76,19 @@ class CUDA(Calls):
         with self.locked():
             multiply(self.ops, self.workspace.blas, left, right, out)
 
-    def row_sum(self, v: Any) -> Any:
+    def row_sum(self, v: Array) -> Array:
         return v.sum(axis=0, dtype="float32") if v.itemsize == 2 else v.sum(axis=0)
 
-    def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
+    def weight_gradients(
+        self, weights: WeightGradients, h: Array, saved: Sequence[Array], parts: Sequence[Array]
+    ) -> Iterator[Array]:
         return reduced(self, weights, h, saved, parts, self._sums)
 
-    def _sums(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _sums(self, shape: Shape, dtype: DType) -> Array:
         """Return memory for sums of numbers of this dtype, which are float32 for halves."""
         return self.ops.empty(shape, "float32" if dtype.itemsize == 2 else str(dtype))
 
-    def affine(self, x: Any, W: Any, b: Any) -> Any:
+    def affine(self, x: Array, W: Array, b: Array | None) -> Array:
         a = super().affine(x, W, None)
         if b is not None:
             a += b
@@ -91,14 +96,14 @@ class CUDA(Calls):
 
     def forward(
         self,
-        step: Any,
-        a: Any,
-        h: Any,
-        recurrent: Any,
-        alive: Any,
+        step: Step,
+        a: Array,
+        h: Array,
+        recurrent: Recurrent,
+        alive: Alive,
         reverse: bool,
         keep: bool,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Array, Sequence[Array] | None]:
         (K, B, _), H = a.shape, h.shape[-1]
         if not B or str(h.dtype) not in ("float32", "float64"):
             return super().forward(step, a, h, recurrent, alive, reverse, keep)
@@ -114,16 +119,16 @@ class CUDA(Calls):
 
     def backward(
         self,
-        step: Any,
-        dy: Any,
-        dh: Any,
-        previous: Any,
-        saved: Any,
-        U: Any,
-        alive: Any,
+        step: Step,
+        dy: Array | None,
+        dh: Array,
+        previous: Array,
+        saved: Sequence[Array],
+        U: Array,
+        alive: Alive,
         reverse: bool,
         taps: bool,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[tuple[Array, ...], Array, Array | None]:
         K, B, H = previous.shape
         if not B or str(dh.dtype) not in ("float32", "float64"):
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps)
@@ -136,18 +141,28 @@ class CUDA(Calls):
         return tuple(parts), dh, g
 
     def _run(
-        self, walk: Scan, arrays: Any, alive: Any, state: Any, U: Any, order: range, shift: int
-    ) -> Any:
-        """Fill the result arrays, step after step in this order, and return the last state."""
+        self,
+        walk: Scan,
+        arrays: dict[str, Array | None],
+        alive: Alive,
+        state: Array,
+        U: Array,
+        order: range,
+        shift: int,
+    ) -> Array:
+        """Fill the result arrays, step after step in this order, and return the last state.
+
+        shift: from the index of a step to that of its new state in `path`.
+        """
         arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
         mask = None if alive is None else alive.block
         kinds = [(n, str(v.dtype)) for n, v in (*arrays.items(), ("U", U)) if v is not None]
         walk = typed(walk, tuple((n, kind) for n, kind in kinds if kind != walk.number))
         (B, H), device = state.shape, (self.ops.multiprocessors, self.ops.shared)
         if self.way == "whole" and holds(walk, B, H, *device):
-            return self._on_the_whole_device(walk, arrays, mask, state, U, order, shift)
+            return self._cooperative(walk, arrays, mask, state, U, order, shift)
         if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
-            return self._all_at_once(walk, arrays, mask, state, U, order, shift)
+            return self._persistent(walk, arrays, mask, state, U, order, shift)
         workspace, sizes, walk = self.workspace, state.shape, walk.narrow
         make = partial(Plan, self.ops, workspace.blas, walk, sizes, order, shift)
         if self.context.exclusive:
@@ -155,10 +170,17 @@ class CUDA(Calls):
         with self.locked():
             return workspace.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
 
-    def _all_at_once(
-        self, walk: Scan, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
-    ) -> Any:
-        """One kernel for all steps."""
+    def _persistent(
+        self,
+        walk: Scan,
+        arrays: dict[str, Array | None],
+        mask: Array | None,
+        state: Array,
+        U: Array,
+        order: range,
+        shift: int,
+    ) -> Array:
+        """Run all steps in one kernel, whose thread blocks are independent of one another."""
         B, H = state.shape
         rows = min(-(-B // self.ops.multiprocessors), ROWS)
         kernel, last = persistent_kernel(walk, H, rows), self._empty(state.shape, state)
@@ -170,10 +192,17 @@ class CUDA(Calls):
         self.ops.launch(kernel, (-(-B // rows), 1), 3 * H, numbers, shared)
         return last
 
-    def _on_the_whole_device(
-        self, walk: Scan, arrays: Any, mask: Any, state: Any, U: Any, order: range, shift: int
-    ) -> Any:
-        """One kernel for all steps, alone on the device: its blocks wait for one another."""
+    def _cooperative(
+        self,
+        walk: Scan,
+        arrays: dict[str, Array | None],
+        mask: Array | None,
+        state: Array,
+        U: Array,
+        order: range,
+        shift: int,
+    ) -> Array:
+        """Run all steps in one kernel, alone on the device: its thread blocks share a barrier."""
         B, H = state.shape
         own, last = units(H, self.ops.multiprocessors), self._empty(state.shape, state)
         U, state = (self.xp.ascontiguousarray(v) for v in (U, state))
@@ -188,20 +217,20 @@ class CUDA(Calls):
             self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last
 
-    def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
+    def _empty(self, shape: Shape, like: Array) -> Array:
         return self.xp.empty(shape, dtype=like.dtype, device=self.device)
 
 
-def runner_on(backend: Any, way: str, precision: str) -> CUDA:
-    """Return the runner of a library that has registered its operations."""
+def runner_on(backend: Backend, way: str, precision: str) -> CUDA:
+    """Return the runner of an array library that has registered its operations."""
     ops = importlib.import_module(OPERATIONS[backend.name]).operations()
     return CUDA(backend.xp, backend.device, ops, way, precision)
 
 
-def _named(letter: str, arrays: Any) -> dict[str, Any]:
+def _named(letter: str, arrays: Iterable[Array]) -> dict[str, Array]:
     return {f"{letter}{n}": v for n, v in enumerate(arrays)}
 
 
-def _tight(xp: Any, v: Any) -> Any:
-    """Make the last axis contiguous, as the kernels expect it."""
+def _tight(xp: Namespace, v: Array) -> Array:
+    """Make the last axis contiguous, as the kernels expect it to be."""
     return v if v.strides[-1] == v.itemsize else xp.ascontiguousarray(v)

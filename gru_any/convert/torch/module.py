@@ -385,7 +385,7 @@ def _over(layer: Recurrent, params: Sequence[torch.Tensor]) -> Recurrent:
     backend.dtype(dtype)  # raises where the backend lacks it
     put = _putter(backend)
     arrays = zip(layer.params, (put(p) for p in params), strict=True)
-    return layer.over(backend, dtype, arrays)
+    return layer.over(backend, dtype, arrays)  # type: ignore[return-value]
 
 
 def _putter(backend: Backend) -> Callable[[torch.Tensor], Array]:

@@ -1,1 +1,7 @@
-"""A CUDA device that the host plays, and CUDA source compiled for the CPU."""
+"""The fake device: a CUDA device that the host plays.
+
+array.py   its arrays and functions; importing it registers the library with `backend.cuda.device`
+ops.py     launches, products, streams and captured graphs
+memory.py  its memory and its streams, with a checker of both
+shim.py    CUDA source, compiled for the CPU
+"""

@@ -1,9 +1,8 @@
-"""CUDA source on the host, for checks without a device: unchanged, between a header and a footer.
+"""CUDA source compiled for the CPU: the source as it is, between a header and a footer.
 
-Without barriers, the threads of a block are turns of a loop. With barriers they are fibers, or, for
-the sanitizers, threads of the host.
-A thread that leaves a barrier out, or memory that two threads use at once, shows under the thread
-sanitizer; what lies outside of an array under the address sanitizer.
+Without barriers, the threads of a block are iterations of a loop. With barriers they are fibers or,
+for the sanitizers, threads of the host. The thread sanitizer finds a missing barrier, and memory
+that two threads access at once; the address sanitizer finds accesses outside of an array.
 """
 
 import ctypes
@@ -14,7 +13,6 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from ...backend.cpu.jit_cache import replacing
 
@@ -44,14 +42,14 @@ template <class... A> static void call(void (*kernel)(A...), const long long* v)
   call(kernel, v, typename Count<sizeof...(A)>::type{});
 }
 
-// shape: blocks along x and y, threads a block, bytes of shared memory, and how:
-// 0 no barrier in the kernel, 1 blocks one after the other, 2 all blocks at once
-template <class F> static void together(const long long* shape, F run);
+// shape: blocks along x and y, threads of a block, bytes of its shared memory, and its barrier:
+// 0 none, 1 within a block (blocks run one after the other), 2 across blocks (all run at once)
+template <class F> static void run_blocks(const long long* shape, F run);
 template <class F> static void grid(const long long* shape, F run) {
   const long long across = shape[0], blocks = shape[0] * shape[1], threads = shape[2];
   gridDim = {shape[0], shape[1]}, blockDim = {threads, 1};
 #ifdef BARRIERS
-  if (shape[4]) return together(shape, run);
+  if (shape[4]) return run_blocks(shape, run);
 #endif
   for (long long k = 0; k < blocks; ++k)
     for (long long t = 0; t < threads; ++t) {
@@ -65,7 +63,7 @@ BARRIERS = r"""
 #define __ldcg(place) (*(place))
 #define SHARED(name) unsigned char* const name = block->memory
 """
-# for the sanitizers, which look for what threads do at the same time
+# for the sanitizers: each thread of the device is a thread of the host
 THREADS = r"""
 #include <atomic>
 #include <barrier>
@@ -84,16 +82,16 @@ static inline unsigned seen(const unsigned* place) {
   return __atomic_load_n(place, __ATOMIC_SEQ_CST);
 }
 """
-TOGETHER_IN_THREADS = r"""
-template <class F> static void together(const long long* shape, F run) {
+BLOCKS_IN_THREADS = r"""
+template <class F> static void run_blocks(const long long* shape, F run) {
   const long long across = shape[0], blocks = shape[0] * shape[1], threads = shape[2];
   const long long at_once = shape[4] == 2 ? blocks : 1;
   for (long long first = 0; first < blocks; first += at_once) {
     std::vector<std::thread> all;
-    std::vector<Block> own(at_once);
+    std::vector<Block> group(at_once);
     std::vector<std::unique_ptr<std::barrier<>>> barriers;
     std::vector<std::unique_ptr<long double[]>> memory;  // aligned to 16 bytes
-    for (auto& block_ : own) {
+    for (auto& block_ : group) {
       barriers.push_back(std::make_unique<std::barrier<>>(threads));
       memory.push_back(std::make_unique<long double[]>(shape[3] / sizeof(long double) + 1));
       memset((void*)memory.back().get(), 0xff, shape[3]);  // not a number
@@ -101,7 +99,7 @@ template <class F> static void together(const long long* shape, F run) {
     }
     for (long long k = first; k < first + at_once; ++k)
       for (long long t = 0; t < threads; ++t)
-        all.emplace_back([=, block_ = &own[k - first]] {
+        all.emplace_back([=, block_ = &group[k - first]] {
           blockIdx = {k % across, k / across}, threadIdx = {t, 0}, block = block_;
           run();
         });
@@ -109,12 +107,12 @@ template <class F> static void together(const long long* shape, F run) {
   }
 }
 """
-# in one thread of the host: each goes on until it has to wait, then the next
+# each thread of the device is a fiber, which runs until it has to wait; then the next one runs
 FIBERS = r"""
 #include <ucontext.h>
 #include <vector>
 #define __threadfence()
-struct Block { unsigned char* memory; long long arrived, turn; };
+struct Block { unsigned char* memory; long long arrived, phase; };
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -127,19 +125,19 @@ static Fiber* fiber;
 static Block* block;
 static inline void wait() { swapcontext(&fiber->context, &scheduler); }
 """
-TOGETHER_IN_FIBERS = r"""
+BLOCKS_IN_FIBERS = r"""
 static inline void __syncthreads() {
   Block* const mine = block;
-  const long long turn = mine->turn;
-  if (++mine->arrived == blockDim.x) mine->arrived = 0, ++mine->turn;
-  while (mine->turn == turn) wait();
+  const long long phase = mine->phase;
+  if (++mine->arrived == blockDim.x) mine->arrived = 0, ++mine->phase;
+  while (mine->phase == phase) wait();
 }
 static inline unsigned atomicAdd(unsigned* place, unsigned v) { return (*place += v) - v; }
 static inline unsigned seen(const unsigned* place) { return wait(), *place; }
 static void (*entry)();
 static void enter() { entry(), fiber->done = true, wait(); }
 
-template <class F> static void together(const long long* shape, F run) {
+template <class F> static void run_blocks(const long long* shape, F run) {
   const long long across = shape[0], blocks = shape[0] * shape[1], threads = shape[2];
   const long long at_once = shape[4] == 2 ? blocks : 1;
   static F* kernel;
@@ -147,13 +145,13 @@ template <class F> static void together(const long long* shape, F run) {
   std::vector<long double> memory((shape[3] / sizeof(long double) + 1) * at_once);
   for (long long first = 0; first < blocks; first += at_once) {
     memset((void*)memory.data(), 0xff, memory.size() * sizeof(long double));  // not a number
-    std::vector<Block> own(at_once);
+    std::vector<Block> group(at_once);
     for (long long k = 0; k < at_once; ++k)
-      own[k] = {(unsigned char*)(memory.data() + memory.size() / at_once * k), 0, 0};
+      group[k] = {(unsigned char*)(memory.data() + memory.size() / at_once * k), 0, 0};
     std::vector<Fiber> all(at_once * threads);
     for (size_t i = 0; i < all.size(); ++i) {
       const long long k = i / threads, t = i % threads;
-      all[i].stack.resize(1 << 16), all[i].done = false, all[i].block = &own[k];
+      all[i].stack.resize(1 << 16), all[i].done = false, all[i].block = &group[k];
       all[i].thread = {t, 0}, all[i].group = {(first + k) % across, (first + k) / across};
       getcontext(&all[i].context);
       all[i].context.uc_stack.ss_sp = all[i].stack.data();
@@ -177,8 +175,8 @@ HALF = """
 static inline float get(f16 v) { _Float16 x; memcpy(&x, &v, 2); return x; }
 static inline void put(f16& place, float v) { const _Float16 x = v; memcpy(&place, &x, 2); }
 """
-# a program that runs kernels: a file of arrays and launches in, the arrays back into it; an
-# argument is (0, a number), (1, the number of an array) or (2, so many arguments in a table)
+# a program that reads arrays and launches from a file, runs the kernels, and writes the arrays
+# back; an argument is (0, integer), (1, index of an array) or (2, length of a table, its entries)
 MAIN = r"""
 #include <cstdio>
 #include <cstdlib>
@@ -229,7 +227,7 @@ int main(int, char** names) {
 
 
 def host_source(source: str, threads: bool = False) -> str:
-    """The source as C++ for the host, with a function run_NAME for each kernel."""
+    """Return the source as C++ for the host, with a function run_NAME for each kernel."""
     head, mark, rest = source.partition("#ifndef HOST")
     source = head + HALF + mark + rest if mark else source
     runs = [
@@ -239,24 +237,24 @@ def host_source(source: str, threads: bool = False) -> str:
     ]
     if "__syncthreads" not in source:
         return "\n".join([HEADER, source, *runs, ""])
-    before, after = (THREADS, TOGETHER_IN_THREADS) if threads else (FIBERS, TOGETHER_IN_FIBERS)
+    before, after = (THREADS, BLOCKS_IN_THREADS) if threads else (FIBERS, BLOCKS_IN_FIBERS)
     return "\n".join([BARRIERS, HEADER, before, after, source, *runs, ""])
 
 
 def kernels(source: str) -> list[str]:
-    """The names of the kernels of a source."""
+    """Return the names of the kernels in a source."""
     return re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', source)
 
 
 def folder() -> Path:
-    """Where what was built in this process's session is kept."""
+    """Return the folder of this user's compiled sources, made if need be."""
     path = Path(tempfile.gettempdir()) / f"gru_any_shim_{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
 def build(text: str, *flags: str, suffix: str = "") -> Path:
-    """Compile C++ -> the file; what was built before is taken again."""
+    """Compile C++ unless that was done before, and return the file."""
     key = hashlib.sha256("\0".join([text, *flags]).encode()).hexdigest()[:20]
     target = folder() / f"{key}{suffix}"
     if not target.exists():
@@ -269,12 +267,12 @@ def build(text: str, *flags: str, suffix: str = "") -> Path:
 
 
 @cache
-def library(source: str) -> Any:
-    """The kernels of a source as functions of this process, one at a time."""
+def library(source: str) -> ctypes.PyDLL:
+    """Return the kernels of a source as functions, which hold the lock of the interpreter."""
     return ctypes.PyDLL(str(build(host_source(source), "-shared", "-fPIC", suffix=".so")))
 
 
 def program(source: str, *flags: str) -> Path:
-    """A program that runs one kernel of the source, for the sanitizers."""
+    """Return a program that runs kernels of the source, for the sanitizers."""
     rows = ", ".join(f'{{"{name}", run_{name}}}' for name in kernels(source))
     return build(host_source(source, threads=True) + MAIN % rows, *flags)
