@@ -164,7 +164,8 @@ def imports_of(source: str) -> list[str]:
 def _content(name: str) -> bytes:
     """Read what there is of a module: a file, one in a zip, or byte code alone."""
     spec = find_spec(name)
-    return spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
+    content: bytes = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
+    return content
 
 
 def _from_file(name: str, source: str) -> Any:
