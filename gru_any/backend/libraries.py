@@ -170,14 +170,16 @@ class Backend:
 
     def to_numpy(self, array: Array) -> HostArray:
         """Copy an array of this backend to the host (NumPy arrays are returned as they are)."""
+        host: HostArray
+        if self.host or self.cuda:
+            host = array if self.host else array.get()
+            return host
         if self.name == "torch":
             array = array.detach().cpu()
             array = (array.float() if plain_name(array.dtype) == "bfloat16" else array).numpy()
-        elif self.cuda:
-            array = array.get()
         elif self.name == "array_api_strict":
             array = array.to_device(self.xp.Device("CPU_DEVICE"))
-        host: HostArray = array if self.host else np.asarray(array)
+        host = np.asarray(array)
         return host.astype(np.float32) if host.dtype.kind == "V" else host
 
     def scatter_add(self, indices: Array, rows: Array, n: int) -> Array:
