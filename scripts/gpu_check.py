@@ -286,18 +286,18 @@ def whole(check: "Check", cell: Cell) -> Any:
 
 def apart(check: "Check", cell: Cell) -> Any:
     """Ours with one layer after the other, where they would overlap; None where they do not."""
-    from gru_any.backend.cuda import calls
+    from gru_any.backend.cuda import tuning
 
-    if cell.layers == 1 or cell.directions == 2 or cell.B * cell.H > calls.IDLE:
+    if cell.layers == 1 or cell.directions == 2 or not tuning.overlaps(cell.B * cell.H):
         return None
     wait, made = ours(check, cell)
 
     def taking(call: Any) -> None:
-        before, calls.IDLE = calls.IDLE, 0
+        before, tuning.current = tuning.current, tuning.current._replace(idle=0)
         try:
             call()
         finally:
-            calls.IDLE = before
+            tuning.current = before
 
     return wait, {mode: partial(taking, call) for mode, call in made.items()}
 
@@ -306,7 +306,7 @@ def rule(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Where ours should choose otherwise: figures for the rules, and every size they come from.
 
     whole: hidden size -> the batch up to which that kernel was the faster at every size measured, 0
-    for none; overlap: the same of layers at the same time, as B H (`IDLE` in calls.py).
+    for none; overlap: the same of layers at the same time, as B H (`idle` in cuda/tuning.py).
     """
     found: dict[str, Any] = {}
     for mode in ("forward", "training"):

@@ -10,7 +10,7 @@ from conftest import require
 from cuda_tools import compiled
 
 from gru_any.backend import BackendError, runner, select
-from gru_any.backend.cuda import products
+from gru_any.backend.cuda import products, tuning
 from gru_any.backend.cuda.ops import Ops
 from gru_any.codegen.cuda_source import Kernel
 from gru_any.testing.fake_cuda import array as fake
@@ -125,7 +125,7 @@ def test_stream_workspace_and_precision(cupy, stream, monkeypatch):
         names = [name for name, _ in lib.calls]
         bound = ["cublasSetStream_v2", "cublasSetWorkspace_v2"]  # in this order
         assert names == ["cublasCreate_v2", *bound, *["cublasGemmEx"] * 2, *bound, "cublasGemmEx"]
-        assert lib.calls[2][1][1:] == (99, 32 * products.MIB)
+        assert lib.calls[2][1][1:] == (99, 32 * tuning.MIB)
         assert lib.calls[3][1][-2:] == (compute, products.ANY_ALGORITHM)
     assert compute == 77
     monkeypatch.setattr(products, "library", lambda: Library(status=13))
