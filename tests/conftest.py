@@ -28,7 +28,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
 os.environ.pop("GRU_ANY_BACKEND", None)
 
 BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]
-HOST = "gru_any.testing.fake_cuda.array"  # a CUDA device that the host plays
+HOST = "gru_any.testing.fake_cuda.array"  # a CUDA device that the host emulates
 BACKENDS.append(HOST)
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
 

@@ -1,4 +1,4 @@
-"""Whole calls on a device that the host plays: recorded once for a shape, and replayed."""
+"""Whole calls on a device that the host emulates: recorded once for a shape, and replayed."""
 
 import warnings
 import weakref

@@ -261,7 +261,7 @@ def test_nvrtc_is_there_and_names_the_line():
 
 
 def test_the_mapping_is_that_of_the_host():
-    """The stand-in for cuBLAS here and the device that the host plays multiply alike."""
+    """The stand-in for cuBLAS here and the emulated device multiply alike."""
     assert gemm.__code__.co_varnames[:13] == products.Products.__call__.__code__.co_varnames[1:14]
 
 

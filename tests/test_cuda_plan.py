@@ -1,4 +1,4 @@
-"""Whole GRUs on a device that the host plays: recorded, replayed, and stricter than a device."""
+"""Whole GRUs on a device that the host emulates: recorded, replayed, and stricter than a device."""
 
 import os
 import warnings
