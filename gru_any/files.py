@@ -1,12 +1,24 @@
-"""Files that are written whole or not at all, whenever the power fails."""
+"""Files are read whole, and written whole or not at all, whenever the power fails."""
 
+import errno
 import glob
 import os
 import platform
 import re
+import stat
 from pathlib import Path
 
 from .typing import Path as PathLike
+
+# without waiting for somebody who writes into a pipe
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def write_atomically(path: PathLike, content: bytes) -> None:
@@ -34,6 +46,40 @@ def write_atomically(path: PathLike, content: bytes) -> None:
             raise OSError(e.errno, f"{path} was not written ({e.strerror})") from e
         raise
     settle(path.parent)
+
+
+def read_whole(path: PathLike) -> bytes:
+    """Return the content of a regular file.
+
+    Pipes and devices, which may never end, are refused. So is a file that another process cuts or
+    extends meanwhile.
+
+    Raises
+    ------
+    OSError
+        There is no such file, it is no regular file, or it cannot be read.
+    MemoryError
+        It does not fit into the memory.
+    """
+    try:
+        handle = os.open(path, READ)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(e.errno, f"there is no file {path}") from e
+    except OSError as e:
+        raise OSError(e.errno, f"{path} cannot be read ({e.strerror})") from e
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"{path} is {kind}, expected a regular file")
+    with open(handle, "rb") as file:
+        try:
+            content = file.read(found.st_size + 1)
+        except MemoryError as e:
+            raise MemoryError(f"{path} has {found.st_size} bytes, more than the memory") from e
+    if len(content) != found.st_size:
+        raise OSError(errno.EIO, f"{path} had {found.st_size} bytes, and changed while it was read")
+    return content
 
 
 def clear_temporaries(folder: Path, name: str = "*") -> None:

@@ -29,14 +29,12 @@ HOST = [
     "typing",
 ]
 FOREIGN = {name: {"numpy"} for name in HOST} | {
-    "checkpoint": {"numpy", "safetensors"},
-    "train/resume": {"numpy", "safetensors"},
+    "tensors": {"numpy", "safetensors"},
     "train/history": {"matplotlib"},
     "train/loop": {"tqdm"},
 }
 # the converters: what their files import beside NumPy
 CONVERT = {
-    "files": {"safetensors"},
     "keras/hdf5": {"h5py"},
     "torch/__init__": {"torch"},
     "torch/module": {"torch"},
@@ -82,6 +80,7 @@ LAYERS = [
     {"backend/libraries", "backend/reference"},
     {"backend/contract"},
     {"backend/cuda/device", "backend/cuda/operations"},
+    {"tensors"},
     {"arguments", "errors", "files", "version"},
     {"codegen", "inspect/formulas"},
     {"typing"},

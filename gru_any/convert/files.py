@@ -5,28 +5,18 @@ import math
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from tokenize import TokenError
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import IO
 
 import numpy as np
 
 from ..files import write_atomically
+from ..tensors import content_of, read
 from ..typing import Array, Arrays, HostArray, Path
 
 # how many times a compressed file may grow; trained weights hardly compress at all
 GROWTH = 100
-DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "C64": "<c8", "BOOL": "?"}
-DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
-
-
-class Unread(NamedTuple):
-    """Stands for an array of a dtype that NumPy lacks, so that an error can name the dtype."""
-
-    dtype: str
-
-
-Entry: TypeAlias = dict[str, Any]  # of a safetensors file: "dtype", "shape" and "data"
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
@@ -37,31 +27,12 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     ValueError
         The file is damaged or of another kind.
     """
-    from safetensors import SafetensorError, deserialize
-
-    decode: Callable[[bytes], list[tuple[str, Entry]]] = deserialize
-    try:
-        entries = decode(pathlib.Path(path).read_bytes())
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from e
-    return {name: _array(entry) for name, entry in entries}
-
-
-def _array(entry: Entry) -> HostArray | Unread:
-    if entry["dtype"] not in DTYPES:
-        return Unread(entry["dtype"])
-    flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
-    if entry["dtype"] == "BF16":
-        flat = (flat.astype("<u4") << 16).view("<f4")
-    return flat.reshape(entry["shape"])
+    return read(path)[1]
 
 
 def write_safetensors(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
     """Write arrays to a safetensors file, whole or not at all."""
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    write_atomically(path, save(arrays, metadata))
+    write_atomically(path, content_of(arrays, metadata))
 
 
 def read_npz(path: Path) -> dict[str, HostArray]:

@@ -57,10 +57,11 @@ class GRUCell(Layer):
         self.hidden_size = arguments.size("hidden_size", hidden_size)
         self.bias = arguments.flag("bias", bias)
         self.reset_after = arguments.flag("reset_after", reset_after)
-        rng, bound = arguments.seed(seed), 1 / math.sqrt(self.hidden_size)
         shapes = parameter_shapes(self.input_size, self.hidden_size, self.bias, self.reset_after)
-        arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
-        self._create(GRUCell, backend, device, dtype, arrays)
+        self._create(
+            GRUCell, backend, device, dtype, shapes.items(), seed,
+            lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
+        )  # fmt: skip
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)

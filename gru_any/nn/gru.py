@@ -10,7 +10,7 @@ from ..backend import runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
-from ..typing import Array, Device, HostArray, Lengths, Rng
+from ..typing import Array, Device, Lengths, Rng, Shape
 from .init import uniform
 from .layout import Call, SequenceLayout
 from .params import BackendLike, Layer
@@ -128,19 +128,22 @@ class GRU(Layer):
         self.suffixes = (
             ["", "_reverse"] if self.bidirectional else ["_reverse" if self.reverse else ""]
         )
-        self._create(GRU, backend, device, dtype, self._initial(arguments.seed(seed)))
+        self._create(
+            GRU, backend, device, dtype, self._shapes(), seed,
+            lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
+        )  # fmt: skip
         if not self.reverse:  # as in files that were written before there was this setting
             del self.settings["reverse"]
 
-    def _initial(self, rng: Rng) -> Iterator[tuple[str, HostArray]]:
-        """Name and first value of each parameter, in the order they are drawn."""
-        H, bound = self.hidden_size, 1 / math.sqrt(self.hidden_size)
+    def _shapes(self) -> Iterator[tuple[str, Shape]]:
+        """Name and shape of each parameter, in the order they are drawn."""
+        H = self.hidden_size
         for layer in range(self.num_layers):
             width = H * len(self.suffixes) if layer else self.input_size
             for suffix in self.suffixes:
                 shapes = parameter_shapes(width, H, self.bias, self.reset_after)
                 for name, shape in shapes.items():
-                    yield f"{name}_l{layer}{suffix}", uniform(rng, shape, bound)
+                    yield f"{name}_l{layer}{suffix}", shape
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)

@@ -24,7 +24,7 @@ from ...nn.gru import GRU
 from ...nn.layers import Embedding, Linear
 from ...nn.params import Layer
 from ...typing import Array, Arrays, HostArray, Path
-from ..cells import assemble, assemble_cell, check_gru, one_dtype, shown
+from ..cells import assemble, assemble_cell, check_gru, layer_of, one_dtype, shown
 from ..files import read_safetensors, write_safetensors
 from ..table import Cell, check_variant, floating
 from .state import part, refuse_others, weight
@@ -190,13 +190,10 @@ def _layer(arrays: Arrays, number: int, batch_first: bool) -> Layer:
         raise ShapeError(f"layer {number} is {shapes}, expected a matrix, 'weight'")
     rows, columns = host["weight"].shape
     dtype = one_dtype([host])
-    layer: Embedding | Linear
     if number == 0 and set(host) == {"weight"}:
-        layer = Embedding(rows, columns, dtype=dtype, backend="numpy")
-    else:
-        layer = Linear(columns, rows, bias="bias" in host, dtype=dtype, backend="numpy")
-    layer.load_params(host)
-    return layer
+        return layer_of(Embedding, {"n": rows, "size": columns}, host, dtype)
+    settings = {"in_features": columns, "out_features": rows, "bias": "bias" in host}
+    return layer_of(Linear, settings, host, dtype)
 
 
 def _state_dict(layer: object) -> dict[str, HostArray]:
