@@ -23,7 +23,7 @@ from ...typing import Array, DType, Shape, Step
 from ..reductions import reduced
 from ..reference import Plain
 from . import tuning
-from .buffers import empty
+from .buffers import empty, result
 
 
 class NumPy(Plain):
@@ -59,7 +59,7 @@ class NumPy(Plain):
         return v.reshape(math.prod(v.shape[:-1]), v.shape[-1])  # faster than np.reshape
 
     def product(self, left: Any, right: Any) -> Any:
-        out = np.empty((len(left), right.shape[1]), left.dtype)
+        out = result((len(left), right.shape[1]), left.dtype)
         self.multiply(left, right, out)
         return out
 
@@ -74,10 +74,10 @@ class NumPy(Plain):
         return np.add.reduce(v, 0)
 
     def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        return reduced(self, weights, h, saved, parts, np.empty)
+        return reduced(self, weights, h, saved, parts, result)
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return Filled(np.empty(shape, dtype))
+        return Filled(result(shape, dtype))
 
     def forward(
         self,
