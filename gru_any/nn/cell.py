@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from .. import arguments, equations
-from ..backend import runner
+from ..backend import by_place, runner
 from ..errors import check_shape
 from ..typing import Array, Device, Gradients, Shape
 from .init import uniform
@@ -66,11 +66,13 @@ class GRUCell(Layer):
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)
 
+    @by_place
     def __call__(self, x: Array, h0: Array | None = None) -> Array:
         """Return the next state (B, H) or (H,) of x (B, I) or (I,) and h0, zeros if None."""
         x3, h, shape = self._enter(x, h0)
         return self._leave(self._sweep().forward(x3, h)[1], shape)
 
+    @by_place
     def vjp(
         self, x: Array, h0: Array | None = None
     ) -> tuple[Array, Callable[[Array], tuple[Gradients, Array, Array]]]:

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from .. import arguments, equations
-from ..backend import runner
+from ..backend import by_place, runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
@@ -150,6 +150,7 @@ class GRU(Layer):
 
     # the public calls ----------------------------------------------------------------------------
 
+    @by_place
     def __call__(
         self,
         x: Array,
@@ -178,10 +179,12 @@ class GRU(Layer):
         """
         return self._forward(x, h0, lengths, outputs=True)
 
+    @by_place
     def last(self, x: Array, h0: Array | None = None, lengths: Lengths | None = None) -> Array:
         """Return h_n alone; the outputs of the last layer are not kept."""
         return self._forward(x, h0, lengths, outputs=False)[1]
 
+    @by_place
     def vjp(
         self,
         x: Array,
@@ -212,6 +215,7 @@ class GRU(Layer):
         pullback = Pullback(self.params, self._layout, stack, call, residuals)
         return self._layout.leave(call, y, h_n), pullback
 
+    @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
         """Advance by one step, for streams.
 
@@ -222,6 +226,7 @@ class GRU(Layer):
             self.backend.check("state", state, self.dtype)
         return self._step(self._steps(self._runner.single_step), x_t, state)
 
+    @by_place
     def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
         """Return `step` with the parameters as they are now, perhaps copies: cheaper to call."""
         return partial(self._step, self._steps(self._runner.prepare_step))
@@ -267,6 +272,7 @@ class GRU(Layer):
         state = h[None, ...] if len(states) == 1 else self.backend.xp.stack(states)
         return (y, state) if rows else (y[0, :], state[:, 0, :])
 
+    @by_place
     def taps(
         self, x: Array, h0: Array | None = None, lengths: Lengths | None = None
     ) -> dict[str, Array]:

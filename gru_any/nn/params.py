@@ -212,6 +212,20 @@ class Layer:
         twin.backend, twin.dtype, twin.params = backend, dtype, Params(backend, dtype, arrays)
         return twin
 
+    @cached_property
+    def twins(self) -> dict[str, Self]:
+        """Twins of this layer over the backends that run its calls; see `backend.bridge`."""
+        return {}
+
+    def twin(self, backend: Backend, dtype: str) -> Self:
+        """Return this layer for another backend, without parameters."""
+        return self.over(backend, dtype, ())
+
+    def follow(self, twin: Self, views: Callable[[object], Any]) -> None:
+        """Give a twin the settings and parameters as they are now; views: makes the latter."""
+        own = vars(self)
+        vars(twin).update({name: own[name] for name in self.settings}, params=views(self))
+
     # the dtype of the arithmetic, and of what is stored ------------------------------------------
 
     @cached_property
