@@ -35,7 +35,8 @@ def write_atomically(path: PathLike, content: bytes) -> None:
     clear_temporaries(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that had this number
+        with open(temporary, "xb") as file:  # and through no link that somebody laid there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -77,7 +78,8 @@ def read_whole(path: PathLike) -> bytes:
             content = file.read(found.st_size + 1)
         except MemoryError as e:
             raise MemoryError(f"{path} has {found.st_size} bytes, more than the memory") from e
-    if len(content) != found.st_size:
+        after = os.fstat(handle)
+    if len(content) != found.st_size or after.st_mtime_ns != found.st_mtime_ns:
         raise OSError(errno.EIO, f"{path} had {found.st_size} bytes, and changed while it was read")
     return content
 
@@ -105,10 +107,17 @@ def _alive(process: int) -> bool:
 
 
 def settle(folder: Path) -> None:
-    """Flush the entries of a folder to the disk, if the system can."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Flush the entries of a folder to the disk, if the system can and the folder may be read."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system without it
+            raise
+    finally:
+        os.close(handle)
