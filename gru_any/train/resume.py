@@ -36,7 +36,8 @@ def store(folder: Path, header: Header, arrays: Mapping[str, HostArray]) -> None
     try:
         write_atomically(made, content)
     except OSError as e:
-        kept = f"; the last good checkpoint is {newest}" if newest.exists() else ""
+        good = next((name for name in (newest, before) if name.exists()), None)
+        kept = f"; the last good checkpoint is {good}" if good else "; there is no earlier one"
         raise OSError(e.errno, f"{e.strerror}{kept}") from e
     if newest.exists():
         os.replace(newest, before)
