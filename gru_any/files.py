@@ -1,11 +1,13 @@
-"""Files are read whole, and written whole or not at all, whenever the power fails."""
+"""Files are read whole; files and folders are written whole or not at all."""
 
 import errno
 import glob
 import os
 import platform
 import re
+import shutil
 import stat
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .typing import Path as PathLike
@@ -84,13 +86,61 @@ def read_whole(path: PathLike) -> bytes:
     return content
 
 
+def write_folder_atomically(
+    folder: PathLike, files: Mapping[str, bytes], replaces: Collection[str] = ()
+) -> None:
+    """Write a folder so that it is never there in part.
+
+    One that is there is replaced, if all that it holds is of the same names or in `replaces`.
+
+    Raises
+    ------
+    FileExistsError
+        The folder holds something else, which would be lost.
+    OSError
+        It cannot be written; what was there before still is.
+    """
+    folder = Path(os.path.abspath(folder))
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if others := there - {*files, *replaces}:
+        raise FileExistsError(f"{folder} holds {min(others)}, which would be lost: name another")
+    clear_temporaries(folder.parent, folder.name)
+    temporary, old = (
+        folder.with_name(f".{folder.name}{end}.{platform.node()}.{os.getpid()}.part")
+        for end in ("", ".old")
+    )
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            write_atomically(temporary / name, content)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+    except BaseException as e:
+        if old.exists():
+            os.replace(old, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise OSError(e.errno, f"{folder} was not written ({e.strerror})") from e
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    settle(folder.parent)
+
+
 def clear_temporaries(folder: Path, name: str = "*") -> None:
     """Remove what dead processes of this machine left: temporary files of one name, or of all."""
     name = name if name == "*" else glob.escape(name)
     for left in folder.glob(f".{name}.*.part"):
         found = re.fullmatch(rf".*\.{re.escape(platform.node())}\.(\d+)\.part", left.name)
         if found and not _alive(int(found[1])):
-            left.unlink(missing_ok=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
