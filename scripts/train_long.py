@@ -39,6 +39,11 @@ SYMBOLS, RECALLED = 10, 10  # blank, eight symbols, the sign to recall; how many
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    with training.ranks(args):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     made = recipe(args)
     model, loss = made["model"], made["loss"]
     print(model)
@@ -47,10 +52,12 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in ("task", "length", "batch", "rate", "grow")}
     history = training.train(
         args, made, settings, steps=args.steps, validate_every=args.validate_every,
-        valid=lambda: evaluate(model, loss, kept["valid"]),
+        valid=lambda: evaluate(model, loss, kept["valid"], comm=args.comm),
     )  # fmt: skip
+    test = evaluate(model, loss, kept["test"], comm=args.comm)
+    if not args.first:
+        return
     draw(history, args, trivial, Path(args.out) / "curve.png")
-    test = evaluate(model, loss, kept["test"])
     training.write_result(args, history, {"test": test, "trivial": trivial, "valid": history.best})
     print(
         f"{history.reason} after {training.seconds(history):.0f} s; test {test:.3g}, "

@@ -45,6 +45,11 @@ Pieces = list[np.ndarray]  # each (T, 88), or (T, 180) with `--recall`, of 0 and
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    with training.ranks(args):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     parts = data(args)
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
     made = recipe(args, train)
@@ -62,10 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
     settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames, "recall": args.recall}
     history = training.train(
         args, made, settings, epochs=args.epochs, steps=args.steps,
-        valid=lambda: score(model, valid),
+        valid=lambda: score(model, valid, args.comm),
     )  # fmt: skip
+    figures = {"valid": history.best, "test": score(model, test, args.comm)}
+    if not args.first:
+        return
     history.draw(Path(args.out) / "history.png")
-    figures = {"valid": history.best, "test": score(model, test)}
     by_piece = float(np.mean([score(model, [p]) for p in test if len(p) > 1]))
     training.write_result(args, history, {**figures, "test_by_piece": by_piece})
     print(f"{history.reason} after {training.seconds(history):.0f} s; " + ", ".join(
@@ -300,10 +307,11 @@ def by_frames(full: int) -> Any:
     return loss
 
 
-def score(model: Chain, pieces: Pieces) -> float:
+def score(model: Chain, pieces: Pieces, comm: Any = None) -> float:
     """Return the nats per frame over whole pieces."""
     groups = buckets([len(p) - 1 for p in pieces], 32)
-    return evaluate(model, nats, (batch([pieces[i] for i in g]) for g in groups), chunk=200)
+    parts = (batch([pieces[i] for i in g]) for g in groups)
+    return evaluate(model, nats, parts, chunk=200, comm=comm)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -333,6 +341,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--average", type=float, help="decay of a running average of the weights")
     args = parser.parse_args(arguments)
     args.tbptt = tuple(args.tbptt)
+    if args.by_frames and args.distributed:
+        parser.error("--by-frames counts the frames of a whole batch, of which a rank has a part")
     return args
 
 

@@ -44,6 +44,11 @@ class Part(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    with training.ranks(args):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     names, train, test = data(args)
     made = recipe(args, names, train)
     model = made["model"]
@@ -55,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     settings = {"data": digest(train), "batch": args.batch, "rate": args.rate, "noise": args.noise}
     history = training.train(args, made, settings, epochs=args.epochs, steps=args.steps)
+    if not args.first:
+        return
     out = Path(args.out)
     history.draw(out / "history.png")
     found = scores(model, test).argmax(axis=1)
@@ -186,6 +193,7 @@ def recipe(args: argparse.Namespace, names: list[str], train: Part) -> dict[str,
     return {
         "model": model,
         "loss": mean_score,
+        "reduction": "sequences",
         "batches": lambda epoch: batches(train, args, epoch),
         "optimiser": AdamW(model.params, lr=args.rate, weight_decay=args.decay),
         "clip": args.clip,

@@ -40,7 +40,8 @@ class Text(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
-        run(args)
+        with training.ranks(args):
+            run(args)
     except (BackendError, FloatingPointError, OSError, ValueError) as e:
         sys.exit(f"{type(e).__name__}: {e}")
     except KeyboardInterrupt:  # before or after the training, during which fit handles it
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         text = split(read(args.data))
         characters, prompt = text.characters, prompted(args.prompt, text.characters)
         model = train(text, args)
-    if args.sample:
+    if args.sample and args.first:
         rng = np.random.default_rng(args.seed)
         print(write(model, characters, prompt, args.sample, args.temperature, rng))
 
@@ -138,6 +139,8 @@ def train(text: Text, args: argparse.Namespace) -> Chain:
         args, made, settings, lambda record: shown(record, args.chunk * args.batch),
         steps=args.steps, minutes=args.minutes,
     )  # fmt: skip
+    if not args.first:
+        return model
     if history.reason == "interrupted":
         print(
             "\nstopped; the weights so far are kept, and the same command goes on",

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 import gru_any
-from gru_any.train import fit
+from gru_any.backend import NUMPY
+from gru_any.train import distributed, fit
 from gru_any.train.history import History
 
 try:
@@ -43,7 +45,35 @@ def parser(description: str, *, out: str, contents: str, seed: str) -> argparse.
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help=seed)
     add("--quiet", action="store_true", help="no progress bar")
+    add("--distributed", action="store_true", help="share each batch among the ranks of mpiexec")
     return made
+
+
+@contextmanager
+def ranks(args: argparse.Namespace) -> Iterator[None]:
+    """Set args.comm, and args.first: whether this process is the one that writes and prints."""
+    args.comm, args.first = None, True
+    if not args.distributed:
+        if (started := distributed.launched()) > 1:
+            sys.exit(f"{started} processes were started: give --distributed to share one run")
+        yield
+        return
+    try:
+        args.comm = distributed.world()
+    except RuntimeError as e:
+        sys.exit(f"--distributed: {e}")
+    args.first = args.comm.rank == 0
+    if not args.first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if args.device is None and args.backend in ("auto", "cupy") and args.comm.size > 1:
+        args.device = distributed.local_rank(args.comm)
+    try:
+        with distributed.ranks_of(args.comm, NUMPY).guard():
+            yield
+    except BaseException:
+        if args.first:
+            raise
+        sys.exit(1)  # the same happened on all ranks, and the first one tells of it
 
 
 def positive(text: str) -> int:
@@ -106,8 +136,10 @@ def train(
         out=args.out,
         settings=settings,
         bar=not args.quiet and bar,
+        comm=args.comm,
     )
-    gru_any.save(Path(args.out) / "model.safetensors", recipe["model"])
+    if args.first:
+        gru_any.save(Path(args.out) / "model.safetensors", recipe["model"])
     return history
 
 

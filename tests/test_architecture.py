@@ -31,12 +31,15 @@ HOST = [
     "train/data",
     "train/mixed",
     "train/run",
+    "train/share",
     "typing",
 ]
 FOREIGN = {name: {"numpy"} for name in HOST} | {
     "tensors": {"numpy", "safetensors"},
     "train/history": {"matplotlib"},
     "train/loop": {"tqdm"},
+    "train/distributed": {"numpy", "mpi4py"},
+    "train/watch": {"mpi4py"},
 }
 # the converters: what their files import beside NumPy
 CONVERT = {
@@ -65,10 +68,12 @@ LAYERS = [
     {"train/__init__"},
     {"train/loop"},
     {"train/run"},
+    {"train/distributed"},
+    {"train/share"},
     {"convert", "deploy", "train/history", "train/mixed", "train/resume", "stream"},
     {"checkpoint", "inspect/__init__"},
     {"inspect/explain", "inspect/gradcheck", "inspect/values"},
-    {"train/data", "train/lock", "train/schedules"},
+    {"train/data", "train/lock", "train/schedules", "train/watch"},
     {"nn/chain"},
     {"nn/gru", "nn/cell", "nn/layers", "nn/losses", "train/optim"},
     {"nn/pullback"},
