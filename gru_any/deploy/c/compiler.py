@@ -48,7 +48,7 @@ def build(
         The model cannot be written as C.
     RuntimeError
         There is no compiler (the environment variable CC, cc, gcc or clang), it fails, or what it
-        made computes something else than the model.
+        made computes something else than the model. CFLAGS may add flags.
     OSError
         The library cannot be written.
     """
@@ -59,6 +59,7 @@ def build(
     arguments.flag("native", native)
     parts, command = parts_of(model, weights), [*compiler(), *FLAGS]
     command += ["-march=native"] if native else []
+    command += shlex.split(os.environ.get("CFLAGS", ""))
     with tempfile.TemporaryDirectory() as folder:
         files = sources(parts, "gru", constants=False)
         files["gru_library.c"] = library(parts, features(command) if native else [])
