@@ -49,8 +49,12 @@ def work(name: str, folder: str) -> None:
     except (MissingError, ImportError) as e:
         print(json.dumps({"missing": str(e)}), flush=True)
         return
-    answered = time.perf_counter()
-    report = {"import": imported - start, "first": answered - start, "memory": memory()}
+    report = {
+        "import": imported - start,
+        "first": time.perf_counter() - start,
+        "computing": time.process_time(),
+        "memory": memory(),
+    }
     print(json.dumps(report | {"y": [float(v) for v in first.ravel()[:5]]}), flush=True)
     for line in sys.stdin:
         what, H, count = json.loads(line)
@@ -137,8 +141,8 @@ def main() -> None:
         times = measured(folder, [*starts], args.sizes, args.rounds, args.steps)
     for what, clock, title in (
         ("step", 0, "step, us: median (99th percentile)"),
-        ("step", 1, "the thread's own time of it"),
-        ("sequence", 0, f"{STEPS} steps in a call, us"),
+        ("step", 1, "the thread's own time of it, us"),
+        ("sequence", 1, f"{STEPS} steps in a call, the thread's own time, us"),
     ):
         show_times(times, [*starts], args.sizes, what, clock, title)
 
@@ -187,14 +191,20 @@ def measured(folder: str, names: list[str], sizes: list[int], rounds: int, count
 
 
 def show_starts(starts: dict[str, list[Any]]) -> None:
-    row("", ["installed, MB", "import, s", "first answer, s", "memory, MB"])
-    print("|---" * 5 + "|")
+    columns = [
+        "installed, MB",
+        "import, s",
+        "first answer, s",
+        "processor time of it",
+        "memory, MB",
+    ]
+    row("", columns)
+    print("|---" * 6 + "|")
     for name, reports in starts.items():
-        into, first, held = (
-            statistics.median(r[key] for r in reports) for key in ("import", "first", "memory")
-        )
-        cells = f"{size(name) / 1e6:.0f}", f"{into:.2f}", f"{first:.2f}", f"{held / 1e6:.0f}"
-        row(name, cells)
+        keys = ("import", "first", "computing")
+        taken = [f"{statistics.median(r[key] for r in reports):.2f}" for key in keys]
+        held = statistics.median(r["memory"] for r in reports)
+        row(name, [f"{size(name) / 1e6:.0f}", *taken, f"{held / 1e6:.0f}"])
 
 
 def show_times(

@@ -498,7 +498,7 @@ def test_indices(tmp_path):
     assert np.array_equal([stream.step(np.array(3)), stream.step(np.array([10]))[0]], y[:2])
     assert np.array_equal(stream.step(x[2]), y[2])
     kept = stream.state
-    for wrong in (-1, 11):
+    for wrong in (-1, 11, 2**32 + 3):
         with pytest.raises(IndexError, match=f"x_t holds {wrong} to {wrong}, expected 0 to 10"):
             stream.step(np.array([wrong]))
     with pytest.raises(TypeError, match="has dtype float64, expected integers"):

@@ -127,7 +127,8 @@ def library(parts: "Parts", needed: list[str]) -> bytes:
     image = binary_weights(parts, "=")
     octal = np.array([f"\\{byte:03o}" for byte in range(256)], "S4")  # which compiles much faster
     text = octal[np.frombuffer(image, "u1")].tobytes().decode()  # than numbers do
-    kind, x = ("int32_t", "x[t]") if parts.embeds else ("float", "x + t * GRU_INPUTS")
+    kind, x = ("int64_t", "(int32_t)x[t]") if parts.embeds else ("float", "x + t * GRU_INPUTS")
+    wrong = "x[t] < 0 || x[t] >= GRU_INPUTS || " if parts.embeds else ""
     return f"""\
 #include <stddef.h>
 
@@ -144,7 +145,7 @@ int gru_any_steps(gru_state *state, size_t steps, const {kind} *x, float *y);
 int gru_any_steps(gru_state *state, size_t steps, const {kind} *x, float *y)
 {{
     for (size_t t = 0; t < steps; t++)
-        if (gru_step(&stored.weights, state, {x}, y + t * GRU_OUTPUTS))
+        if ({wrong}gru_step(&stored.weights, state, {x}, y + t * GRU_OUTPUTS))
             return 1;
     return 0;
 }}
