@@ -100,7 +100,7 @@ def write_folder_atomically(
     OSError
         It cannot be written; what was there before still is.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if others := there - {*files, *replaces}:
         raise FileExistsError(f"{folder} holds {min(others)}, which would be lost: name another")

@@ -1,10 +1,12 @@
-"""What it takes to run a trained GRU: size, import, first answer, memory, latency of a step.
+"""What it takes to run a trained GRU: size, import, first answer, memory, steps and sequences.
 
     python scripts/deployment.py
+    python scripts/deployment.py --only C Numba onnxruntime --sizes 64 256
 
-This library with its run-time dependencies alone ("numpy"), with Numba, PyTorch and onnxruntime run
-the same weights (reset after, I = H, one row, one thread), each in a process of its own. Steps are
-measured in turns. onnx and packaging are needed beside the contenders.
+This library with its run-time dependencies alone ("NumPy"), with Numba, with frozen weights, and as
+C runs the same weights (reset after, I = H, one row, one thread) as PyTorch, onnxruntime and
+OpenVINO, each in a process of its own. Steps and sequences are measured in turns. PyTorch, onnx and
+packaging are needed beside the contenders; what a contender lacks is printed.
 """
 
 import argparse
@@ -20,41 +22,50 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-NAMES = ["numpy", "numba", "torch", "onnxruntime"]
-SIZES = [64, 256, 512]
+from benchmarks.deployed import COMPILED, LIBRARIES, MAKERS, NEEDS, STEPS, MissingError, write
+
+SIZES = [64, 256, 512, 1024]
+FIRST = 256  # H of the first answer
 HOME = Path(__file__).parent.parent
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"),
     "PYTHONPATH": str(HOME),
 }
+Times = dict[tuple[str, str, int], list[Any]]  # contender, "step" or "sequence", H
 
 
 # in the process of a contender --------------------------------------------------------------------
 
 
 def work(name: str, folder: str) -> None:
-    """First the seconds of import and first answer and the memory; then steps on demand."""
+    """First the seconds of import and first answer and the memory; then calls on demand."""
     start = time.perf_counter()
-    library = {"numpy": "gru_any", "numba": "gru_any"}.get(name, name)
-    __import__(library)
-    imported = time.perf_counter()
-    make = {"torch": torch, "onnxruntime": onnxruntime}.get(name, ours)
-    step = make(folder, SIZES[1])
-    first = step()
-    answered = time.perf_counter()
-    report = {"import": imported - start, "first": answered - start, "memory": memory()}
+    try:
+        __import__(LIBRARIES.get(name, "gru_any"))
+        imported = time.perf_counter()
+        step = MAKERS[name](folder, FIRST).step
+        first = step()
+    except (MissingError, ImportError) as e:
+        print(json.dumps({"missing": str(e)}), flush=True)
+        return
+    report = {
+        "import": imported - start,
+        "first": time.perf_counter() - start,
+        "computing": time.process_time(),
+        "memory": memory(),
+    }
     print(json.dumps(report | {"y": [float(v) for v in first.ravel()[:5]]}), flush=True)
     for line in sys.stdin:
-        H, count = json.loads(line)
-        step = make(folder, H)
-        print(json.dumps([seconds(step) for _ in range(count + 50)][50:]), flush=True)
+        what, H, count = json.loads(line)
+        call, before = getattr(MAKERS[name](folder, H), what), 3 + count // 20
+        print(json.dumps([seconds(call) for _ in range(count + before)][before:]), flush=True)
 
 
-def seconds(step: Callable[[], Any]) -> tuple[float, float]:
-    """How long a step takes, and how long of it this thread computes and does not wait."""
+def seconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """How long a call takes, and how long of it this thread computes and does not wait."""
     start, computing = time.perf_counter(), time.thread_time()
-    step()
+    call()
     return time.perf_counter() - start, time.thread_time() - computing
 
 
@@ -62,90 +73,6 @@ def memory() -> int:
     """Bytes of this process in memory now."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.partition("VmRSS:")[2].split()[0])
-
-
-def ours(folder: str, H: int) -> Callable[[], Any]:
-    import numpy as np
-
-    from gru_any import load
-    from gru_any.stream import Stream
-
-    stream, x = Stream(load(f"{folder}/{H}.safetensors")), np.ones((1, H), "float32")
-    return lambda: stream.step(x)
-
-
-def torch(folder: str, H: int) -> Callable[[], Any]:
-    import torch as library
-
-    library.set_num_threads(1)
-    cell, x = library.nn.GRUCell(H, H), library.ones(1, H)
-    cell.load_state_dict(library.load(f"{folder}/{H}.pt", weights_only=True))
-    h = library.zeros(1, H)
-
-    def step() -> Any:
-        nonlocal h
-        with library.inference_mode():
-            h = cell(x, h)
-            return h.numpy()
-
-    return step
-
-
-def onnxruntime(folder: str, H: int) -> Callable[[], Any]:
-    import numpy as np
-    import onnxruntime as library
-
-    options = library.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = library.InferenceSession(f"{folder}/{H}.onnx", options)
-    x, h = np.ones((1, 1, H), "float32"), np.zeros((1, 1, H), "float32")
-
-    def step() -> Any:
-        nonlocal h
-        (h,) = session.run(None, {"x": x, "h": h})
-        return h
-
-    return step
-
-
-# the weights, for each contender ------------------------------------------------------------------
-
-
-def write(folder: str) -> None:
-    import numpy as np
-    import torch as library
-
-    from gru_any import GRU, save
-
-    for H in SIZES:
-        gru = GRU(H, H, reset_after=True, seed=0)
-        save(f"{folder}/{H}.safetensors", gru)
-        cell = {k.removesuffix("_l0"): library.tensor(np.array(a)) for k, a in gru.params.items()}
-        library.save(cell, f"{folder}/{H}.pt")
-        Path(f"{folder}/{H}.onnx").write_bytes(onnx_step(gru))
-
-
-def onnx_step(gru: Any) -> bytes:
-    """A step as one node of ONNX: x (1, 1, I), h (1, 1, H) -> the next h."""
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
-
-    from gru_any.convert import keras
-
-    H = gru.hidden_size
-    W, R, b = keras.to_arrays(gru)  # whose gates are those of ONNX, z, r, n
-    weights = {"W": W.T[None], "R": R.T[None], "B": b.reshape(1, -1)}
-    node = helper.make_node(
-        "GRU", ["x", "W", "R", "B", "", "h"], ["", "next"], hidden_size=H, linear_before_reset=1
-    )
-    inputs, outputs = (
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 1, H)) for name in names]
-        for names in (("x", "h"), ("next",))
-    )
-    constants = [numpy_helper.from_array(np.ascontiguousarray(a), k) for k, a in weights.items()]
-    graph = helper.make_graph([node], "step", inputs, outputs, constants)
-    opset = [helper.make_opsetid("", 14)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
 
 
 # what is installed --------------------------------------------------------------------------------
@@ -174,15 +101,12 @@ def installed(names: Iterable[str]) -> int:
     return total
 
 
-def sizes() -> dict[str, int]:
+def size(name: str) -> int:
+    """Bytes that are installed for a contender; ours with its source."""
+    if name in LIBRARIES:
+        return installed([LIBRARIES[name]])
     source = sum(p.stat().st_size for p in (HOME / "gru_any").rglob("*.py"))
-    needs = ["numpy", "array-api-compat", "safetensors"]
-    return {
-        "numpy": source + installed(needs),
-        "numba": source + installed([*needs, "numba"]),
-        "torch": installed(["torch"]),
-        "onnxruntime": installed(["onnxruntime"]),
-    }
+    return source + installed([*NEEDS, *(["numba"] if name in COMPILED else [])])
 
 
 # the report ---------------------------------------------------------------------------------------
@@ -190,7 +114,7 @@ def sizes() -> dict[str, int]:
 
 def start(name: str, folder: str) -> tuple[subprocess.Popen, Any]:
     """A new process of this contender, and its first report."""
-    environment = ENVIRONMENT | ({"GRU_ANY_NO_NUMBA": "1"} if name == "numpy" else {})
+    environment = ENVIRONMENT | ({"GRU_ANY_NO_NUMBA": "1"} if name == "NumPy" else {})
     process = subprocess.Popen(
         [sys.executable, __file__, "--work", name, "--folder", folder],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -202,6 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1000, help="of each size in a round")
+    parser.add_argument("--only", nargs="+", default=[*MAKERS], choices=[*MAKERS], metavar="NAME")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="H")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -209,58 +135,95 @@ def main() -> None:
         work(args.work, args.folder)
         return
     with tempfile.TemporaryDirectory() as folder:
-        write(folder)
-        starts: dict[str, list[Any]] = {name: [] for name in NAMES}
-        for i in range(args.rounds + 1):
-            for name in NAMES:
-                process, report = start(name, folder)
-                process.stdin.close()
-                process.wait()
-                starts[name] += [report] if i else []  # the first one fills caches
-        latencies = steps(folder, args.rounds, args.steps)
-    answers = [report["y"] for name in NAMES for report in starts[name]]
-    assert all(max(abs(a - b) for a, b in zip(y, answers[0], strict=True)) < 1e-6 for y in answers)
-    show(starts, latencies)
+        write(folder, sorted({FIRST, *args.sizes}))
+        starts = begun(folder, args.only, args.rounds)
+        show_starts(starts)
+        times = measured(folder, [*starts], args.sizes, args.rounds, args.steps)
+    for what, clock, title in (
+        ("step", 0, "step, us: median (99th percentile)"),
+        ("step", 1, "the thread's own time of it, us"),
+        ("sequence", 1, f"{STEPS} steps in a call, the thread's own time, us"),
+    ):
+        show_times(times, [*starts], args.sizes, what, clock, title)
 
 
-def steps(folder: str, rounds: int, count: int) -> dict[tuple[str, int], list[Any]]:
-    """The seconds of each step, contenders in turn."""
-    processes = {name: start(name, folder)[0] for name in NAMES}
-    found: dict[tuple[str, int], list[Any]] = {}
-    for H in SIZES * rounds:
-        for name, process in processes.items():
-            process.stdin.write(json.dumps([H, count]) + "\n")
-            process.stdin.flush()
-            found.setdefault((name, H), []).extend(json.loads(process.stdout.readline()))
+def begun(folder: str, names: list[str], rounds: int) -> dict[str, list[Any]]:
+    """The first reports of each contender that runs here; what the others lack is printed."""
+    starts: dict[str, list[Any]] = {}
+    for i in range(rounds + 1):
+        for name in names if not i else [*starts]:
+            process, report = start(name, folder)
+            process.stdin.close()
+            process.wait()
+            if missing := report.get("missing"):
+                print(f"{name} is missing: {missing}")
+            else:  # the first one fills caches
+                starts.setdefault(name, []).extend([report] if i else [])
+    agree(starts)
+    return starts
+
+
+def agree(starts: dict[str, list[Any]]) -> None:
+    """Raise where a contender computes something else."""
+    answers = {name: reports[0]["y"] for name, reports in starts.items()}
+    expected = next(iter(answers.values()))
+    for name, y in answers.items():
+        limit = 1e-6 if not name.endswith(("int8", "bfloat16")) else 0.02
+        worst = max(abs(a - b) for a, b in zip(y, expected, strict=True))
+        assert worst < limit, f"{name} is off by {worst}"
+
+
+def measured(folder: str, names: list[str], sizes: list[int], rounds: int, count: int) -> Times:
+    """The seconds of each call, contenders in turn."""
+    processes = {name: start(name, folder)[0] for name in names}
+    found: Times = {}
+    for H in sizes * rounds:
+        for what, calls in (("step", count), ("sequence", max(3, count // STEPS))):
+            for name, process in processes.items():
+                process.stdin.write(json.dumps([what, H, calls]) + "\n")
+                process.stdin.flush()
+                answer = json.loads(process.stdout.readline())
+                found.setdefault((name, what, H), []).extend(answer)
     for process in processes.values():
         process.stdin.close()
         process.wait()
     return found
 
 
-def show(starts: dict[str, list[Any]], latencies: dict[tuple[str, int], list[Any]]) -> None:
-    size = sizes()
-    row("", NAMES)
-    print("|---" * (len(NAMES) + 1) + "|")
-    row("installed, MB", (f"{size[name] / 1e6:.0f}" for name in NAMES))
-    for key, title, unit in (
-        ("import", "import, s", 1),
-        ("first", "first answer, s", 1),
-        ("memory", "memory at rest, MB", 1e6),
-    ):
-        medians = [statistics.median(r[key] for r in starts[name]) / unit for name in NAMES]
-        row(title, (f"{m:.2f}" if unit == 1 else f"{m:.0f}" for m in medians))
-    for clock, title in ((0, "step"), (1, "step, the thread's own time")):
-        for H in SIZES:
-            cells = []
-            for name in NAMES:
-                times = sorted(1e6 * step[clock] for step in latencies[name, H])
-                cells.append(f"{times[len(times) // 2]:.0f} ({times[-len(times) // 100]:.0f})")
-            row(f"{title} at H = {H}, us: median (99th percentile)", cells)
+def show_starts(starts: dict[str, list[Any]]) -> None:
+    columns = [
+        "installed, MB",
+        "import, s",
+        "first answer, s",
+        "processor time of it",
+        "memory, MB",
+    ]
+    row("", columns)
+    print("|---" * 6 + "|")
+    for name, reports in starts.items():
+        keys = ("import", "first", "computing")
+        taken = [f"{statistics.median(r[key] for r in reports):.2f}" for key in keys]
+        held = statistics.median(r["memory"] for r in reports)
+        row(name, [f"{size(name) / 1e6:.0f}", *taken, f"{held / 1e6:.0f}"])
+
+
+def show_times(
+    times: Times, names: list[str], sizes: list[int], what: str, clock: int, title: str
+) -> None:
+    print()
+    row(title, (f"H = {H}" for H in sizes))
+    print("|---" * (len(sizes) + 1) + "|")
+    for name in names:
+        cells = []
+        for H in sizes:
+            found = sorted(1e6 * call[clock] for call in times[name, what, H])
+            end = f" ({found[-len(found) // 100]:.0f})" if what == "step" and not clock else ""
+            cells.append(f"{found[len(found) // 2]:.0f}{end}")
+        row(name, cells)
 
 
 def row(title: str, cells: Iterable[str]) -> None:
-    print(f"| {title} | " + " | ".join(cells) + " |")
+    print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

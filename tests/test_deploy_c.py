@@ -60,6 +60,11 @@ def make(folder, *arguments):
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def quickly_compiled(monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-O1")
+
+
 @pytest.fixture(scope="module")
 def gru_library(tmp_path_factory):
     path = tmp_path_factory.mktemp("library") / "gru.so"
@@ -209,7 +214,8 @@ def test_a_library_computes_what_numpy_does(tmp_path, model, weights):
 
 
 @VARIANTS
-def test_ten_thousand_steps(tmp_path, after):
+def test_ten_thousand_steps(tmp_path, after, monkeypatch):
+    monkeypatch.delenv("CFLAGS")
     gru = GRU(16, 32, reset_after=after, seed=0)
     c.build(gru, tmp_path / "gru.so")
     x = RNG.standard_normal((10_000, 1, 16)).astype("float32")
@@ -218,6 +224,19 @@ def test_ten_thousand_steps(tmp_path, after):
     stream = c.load(tmp_path / "gru.so")
     assert np.abs(stream(x) - y).max() < 1e-6
     assert np.abs(stream.state - h).max() < 1e-6
+
+
+def test_inputs_beyond_all_bounds(gru_library):
+    """As in NumPy: what overflows saturates, NaN stays NaN, in the step at hand and for good."""
+    path, gru = gru_library
+    x = np.zeros((6, 1, 3), "float32")
+    x[0], x[1], x[2, 0, 1], x[4, 0, 2] = 1e30, -1e30, np.inf, np.nan
+    with running("traced"), np.errstate(all="ignore"):
+        y, _ = gru(x)
+    found = c.load(path)(x)
+    np.testing.assert_allclose(found, y, rtol=0, atol=1e-6)
+    assert np.isfinite(found[:4]).all()
+    assert np.isnan(found[4:]).all()
 
 
 @VARIANTS
@@ -304,7 +323,8 @@ def test_rows_of_zeros_and_frozen_models(tmp_path):
     gru = GRU(3, 5, seed=0)
     gru.params["weight_hh_l0"][4] = 0
     gru.params["weight_ih_l0"][[1, 2]] = 0
-    c.build(freeze(gru), tmp_path / "gru.so", "int8")
+    with running("traced"):
+        c.build(freeze(gru), tmp_path / "gru.so", "int8")
     x = RNG.standard_normal((20, 3)).astype("float32")
     assert np.abs(c.load(tmp_path / "gru.so", gru)(x) - stepped(gru, x)).max() < 0.02
 
@@ -316,6 +336,7 @@ REFUSED = [
     (lambda: Chain(GRU(3, 4, reverse=True)), {}, "reads from the end"),
     (lambda: Chain(GRU(3, 4), Last(), Linear(4, 2)), {}, "Last cannot be written as C"),
     (lambda: Chain(Embedding(3, 4), Linear(4, 2)), {}, "has no GRU"),
+    (lambda: Chain(Linear(3, 4), Dropout(0.5)), {}, "has no GRU"),
     (lambda: GRU(3, 4, dtype="float64"), {}, r'float64, .*model.to\(dtype="float32"\)'),
     (lambda: GRUCell(3, 4), {}, "a GRUCell, expected a GRU or a Chain"),
     (lambda: GRU(3, 4), {"weights": "int4"}, "weights is 'int4', expected one of float32, int8"),
@@ -477,7 +498,7 @@ def test_indices(tmp_path):
     assert np.array_equal([stream.step(np.array(3)), stream.step(np.array([10]))[0]], y[:2])
     assert np.array_equal(stream.step(x[2]), y[2])
     kept = stream.state
-    for wrong in (-1, 11):
+    for wrong in (-1, 11, 2**32 + 3):
         with pytest.raises(IndexError, match=f"x_t holds {wrong} to {wrong}, expected 0 to 10"):
             stream.step(np.array([wrong]))
     with pytest.raises(TypeError, match="has dtype float64, expected integers"):

@@ -1,5 +1,6 @@
 """scripts/deployment.py compares the same steps; scripts/benchmarks/int8.py rounds as it says."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,20 +13,46 @@ from gru_any import GRU
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "benchmarks")]
 deployment = pytest.importorskip("deployment")
+deployed = pytest.importorskip("benchmarks.deployed")
 
 
-def test_the_contenders_agree(tmp_path, monkeypatch):
+def test_the_contenders_agree(tmp_path):
+    """Each that runs here: steps, and what a sequence of equal steps ends in."""
     for name in ("torch", "onnx", "onnxruntime"):
         require(name)
-    monkeypatch.setattr(deployment, "SIZES", [8])
-    deployment.write(str(tmp_path))
-    makers = (deployment.ours, deployment.torch, deployment.onnxruntime)
+    deployed.write(str(tmp_path), [8])
+    found = {}
     with running("traced"):
-        steps = [make(str(tmp_path), 8) for make in makers]
-        for _ in range(3):
-            ours, *others = (step().ravel() for step in steps)
-            for theirs in others:
-                assert np.allclose(ours, theirs, rtol=0, atol=1e-6)
+        for name, make in deployed.MAKERS.items():
+            try:
+                found[name] = make(str(tmp_path), 8)
+            except (deployed.MissingError, ImportError):
+                continue
+        ours, T = found["NumPy"], deployed.STEPS
+        expected = [ours.step().ravel().copy() for _ in range(T)]
+        assert {"NumPy", "PyTorch", "onnxruntime"} <= set(found)
+        for name, them in found.items():
+            limit = 2e-6 if not name.endswith(("int8", "bfloat16")) else 0.02
+            ends = [
+                them.sequence(),
+                *(() if them is ours else [them.step() for _ in range(T)][-1:]),
+            ]
+            for end in ends:
+                np.testing.assert_allclose(np.ravel(end), expected[-1], rtol=0, atol=limit)
+
+
+def test_the_report_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deployment, "start", started)
+    starts = deployment.begun(str(tmp_path), ["C", "NumPy"], 1)
+    assert (list(starts), len(starts["NumPy"])) == (["NumPy"], 1)
+    assert "C is missing: no C compiler" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match=r"int8 is off by 0\.5"):
+        deployment.agree({"NumPy": [{"y": [0.0]}], "C int8": [{"y": [0.5]}]})
+
+
+def started(name, folder):
+    done = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+    return done, {"missing": "no C compiler"} if name == "C" else {"y": [1.0]}
 
 
 def test_what_is_installed_is_counted():

@@ -48,7 +48,7 @@ def build(
         The model cannot be written as C.
     RuntimeError
         There is no compiler (the environment variable CC, cc, gcc or clang), it fails, or what it
-        made computes something else than the model.
+        made computes something else than the model. CFLAGS may add flags.
     OSError
         The library cannot be written.
     """
@@ -59,6 +59,7 @@ def build(
     arguments.flag("native", native)
     parts, command = parts_of(model, weights), [*compiler(), *FLAGS]
     command += ["-march=native"] if native else []
+    command += shlex.split(os.environ.get("CFLAGS", ""))
     with tempfile.TemporaryDirectory() as folder:
         files = sources(parts, "gru", constants=False)
         files["gru_library.c"] = library(parts, features(command) if native else [])
@@ -126,7 +127,8 @@ def library(parts: "Parts", needed: list[str]) -> bytes:
     image = binary_weights(parts, "=")
     octal = np.array([f"\\{byte:03o}" for byte in range(256)], "S4")  # which compiles much faster
     text = octal[np.frombuffer(image, "u1")].tobytes().decode()  # than numbers do
-    kind, x = ("int32_t", "x[t]") if parts.embeds else ("float", "x + t * GRU_INPUTS")
+    kind, x = ("int64_t", "(int32_t)x[t]") if parts.embeds else ("float", "x + t * GRU_INPUTS")
+    wrong = "x[t] < 0 || x[t] >= GRU_INPUTS || " if parts.embeds else ""
     return f"""\
 #include <stddef.h>
 
@@ -143,7 +145,7 @@ int gru_any_steps(gru_state *state, size_t steps, const {kind} *x, float *y);
 int gru_any_steps(gru_state *state, size_t steps, const {kind} *x, float *y)
 {{
     for (size_t t = 0; t < steps; t++)
-        if (gru_step(&stored.weights, state, {x}, y + t * GRU_OUTPUTS))
+        if ({wrong}gru_step(&stored.weights, state, {x}, y + t * GRU_OUTPUTS))
             return 1;
     return 0;
 }}

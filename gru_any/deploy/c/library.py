@@ -111,7 +111,7 @@ class CStream:
         )
         self._state = np.zeros(about["floats"], "float32")
         self._x = (
-            np.zeros(1, "int32") if self._embeds else np.zeros((1, about["inputs"]), "float32")
+            np.zeros(1, "int64") if self._embeds else np.zeros((1, about["inputs"]), "float32")
         )
         self._y = np.zeros((1, about["outputs"]), "float32")
         self._steps = code.gru_any_steps
@@ -127,11 +127,14 @@ class CStream:
         ValueError, TypeError, IndexError
             x_t has another shape or dtype, or an index is out of range.
         """
-        rows = self._checked("x_t", x_t, self._step_letters)
+        usual = isinstance(x_t, np.ndarray) and x_t.shape == self._x.shape
+        if not (usual and x_t.dtype == self._x.dtype):  # the check takes longer than a small step
+            self._checked("x_t", x_t, self._step_letters)
         self._x[...] = x_t
-        self._steps(*self._step)
+        if self._steps(*self._step):
+            self._refuse("x_t", x_t)
         y = self._y.copy()
-        return y if rows else y[0]
+        return y if x_t.ndim == self._x.ndim else y[0]
 
     def __call__(self, x: HostArray) -> HostArray:
         """Read a chunk: x (T, I) or (T, 1, I), integers (T,) or (T, 1) for an Embedding -> y.
@@ -142,6 +145,8 @@ class CStream:
         axis = int(not self.about["batch_first"])  # of the rows
         steps = x.shape[1 - axis] if rows else len(x)
         flat = np.ascontiguousarray(x, self._x.dtype)
+        if self._embeds and x.size and (x.min() < 0 or x.max() >= self.about["inputs"]):
+            self._refuse("x", x)
         y = np.empty((steps, self.about["outputs"]), "float32")
         self._steps(self._step[0], steps, flat.ctypes.data, y.ctypes.data)
         return np.expand_dims(y, axis) if rows else y
@@ -191,7 +196,8 @@ class CStream:
         if rows or x.ndim:
             sizes = {"I": self.about["inputs"], "B": 1}
             check_shape(name, x, with_rows if rows else alone, sizes)
-        if self._embeds and x.size and (x.min() < 0 or x.max() >= self.about["inputs"]):
-            last = self.about["inputs"] - 1
-            raise IndexError(f"{name} holds {x.min()} to {x.max()}, expected 0 to {last}")
         return rows
+
+    def _refuse(self, name: str, x: HostArray) -> NoReturn:
+        last = self.about["inputs"] - 1
+        raise IndexError(f"{name} holds {x.min()} to {x.max()}, expected 0 to {last}")
