@@ -51,6 +51,7 @@ CONVERT = {
     "onnx/read": {"onnx"},
     "onnx/reshape": {"onnx"},
     "onnx/walk": {"onnx"},
+    "onnx/wire": {"google"},
     "onnx/write": {"onnx"},
     "onnx/prove": {"onnxruntime"},
 }
