@@ -41,11 +41,13 @@ FOREIGN = {name: {"numpy"} for name in HOST} | {
     "train/distributed": {"numpy", "mpi4py"},
     "train/watch": {"mpi4py"},
 }
+TORCH = [f"torch/{name}" for name in (
+    "autograd", "call", "chain", "check", "evaluate", "module", "replace", "weights",
+)]  # fmt: skip
 # the converters: what their files import beside NumPy
 CONVERT = {
     "keras/hdf5": {"h5py"},
-    "torch/__init__": {"torch"},
-    "torch/module": {"torch"},
+    **{name: {"torch"} for name in TORCH},
     "onnx/check": {"onnx"},
     "onnx/part": {"onnx"},
     "onnx/read": {"onnx"},
