@@ -1,7 +1,8 @@
 """Test and time everything on a machine with a CUDA device, in one command and under 8 minutes.
 
     python scripts/gpu_check.py                  versions, tests, every path against NumPy, speed
-    python scripts/gpu_check.py --part bench     one part alone: tests (all of them), paths or bench
+    python scripts/gpu_check.py --part bench     one part alone: tests (all of them), paths,
+                                                 libraries or bench
     python scripts/gpu_check.py --dry-run        on the emulated device: its figures mean nothing
 
 It needs CuPy. Where PyTorch is installed, its GRU is timed too, in the same precision. After each
@@ -129,6 +130,29 @@ def paths(check: "Check") -> list[dict[str, Any]]:
     return rows
 
 
+def libraries(check: "Check") -> list[dict[str, Any]]:
+    """Arrays of other libraries on the device, on CuPy's paths, against NumPy."""
+    from gru_any import GRU
+    from gru_any.backend import BackendError, bridged, select
+
+    rows: list[dict[str, Any]] = []
+    others = ["gru_any.testing.fake_cuda.other"] if check.dry else ["torch", "jax.numpy"]
+    for name in others:
+        row: dict[str, Any] = {"library": name}
+        try:
+            home = select(name, None if check.dry else "cuda")
+            model = GRU(3, 5, 2, reset_after=True, seed=0)
+            way, worst = bridged(home, "float32"), gap(home, model, 8 if check.dry else 130)
+            row |= {"way": way, "worst": worst, "good": bool(way) and worst <= LIMITS["float32"]}
+        except BackendError as e:  # it is not installed, or has no device
+            row |= {"left out": str(e), "good": True}
+        except Exception as e:
+            row |= {"error": repr(e), "good": False}
+        rows.append(row)
+        print("  ", row, flush=True)
+    return rows
+
+
 # of the differences; float16 is held against float64 on the same rounded numbers
 LIMITS = {"float32": 2e-6, "float64": 1e-13, "float16": 8 * 2.0**-10}
 
@@ -150,7 +174,7 @@ def compare(name: str, way: str, after: bool, dtype: str) -> tuple[float, float]
     return worst, LIMITS[dtype]
 
 
-def gap(name: str, model: Any, T: int) -> float:
+def gap(name: Any, model: Any, T: int) -> float:
     """Return the largest difference over four calls, the last of which are replayed."""
     from gru_any import to_numpy
 
@@ -424,9 +448,10 @@ class Check:
         rows = self.results.get("bench", [])
         names = list(dict.fromkeys(name for row in rows for name in row))
         lines = [f"# Results of {self.results['date']}{', a dry run' if self.dry else ''}", ""]
-        later = ("bench", "paths", "rule")
+        later = ("bench", "libraries", "paths", "rule")
         lines += [f"- {k}: {v}" for k, v in self.results.items() if k not in later]
-        lines += [f"- {row}" for row in self.results.get("paths", [])]
+        both = [self.results.get(name, []) for name in ("paths", "libraries")]
+        lines += [f"- {row}" for rows_ in both for row in rows_]
         lines += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         for row in rows:
             lines.append("| " + " | ".join(_short(row.get(name, "")) for name in names) + " |")
@@ -464,7 +489,7 @@ def _short(v: Any) -> str:
     return f"{v:.3g}" if isinstance(v, float) else str(v)
 
 
-PARTS = {"tests": tests, "paths": paths, "bench": bench}
+PARTS = {"tests": tests, "paths": paths, "libraries": libraries, "bench": bench}
 
 
 def main() -> int:
@@ -490,7 +515,8 @@ def main() -> int:
         if given.part in (None, name):
             check.part(name, function)
     print((given.out / "results.md").read_text("utf-8"))
-    bad = [row for row in check.results.get("paths", []) if not row["good"]]
+    rows = [row for name in ("paths", "libraries") for row in check.results.get(name, [])]
+    bad = [row for row in rows if not row["good"]]
     bad += [text for text in (check.results.get("tests", ""),) if text.startswith("FAILED")]
     return 1 if bad or any(" error" in k for k in check.results) else 0
 

@@ -220,11 +220,12 @@ def test_memory_of_a_recording_is_wanted_more_than_what_is_spare(cupy, spare):
 
 
 def test_a_launch(cupy):
-    launched = []
+    launched, cooperative = [], []
 
     class Module:
-        def __init__(self, code, options):
+        def __init__(self, code, options, enable_cooperative_groups):
             assert options == ("--std=c++17",)
+            cooperative.append(enable_cooperative_groups)
 
         def get_function(self, name):
             class Function:
@@ -240,6 +241,8 @@ def test_a_launch(cupy):
     assert launched[0] == ("k", ((3, 2), (64,), (1, 2)), {"shared_mem": 0}, {})
     assert launched[1][3] == {"max_dynamic_shared_size_bytes": 1 << 16}
     assert ops.multiprocessors == 132
+    ops.launch(Kernel("k", "one whose blocks wait for each other", barrier=2), (3, 1), 64, [])
+    assert cooperative == [False, True]
 
 
 def test_real_cupy_without_a_device_says_why():

@@ -1,10 +1,11 @@
 """The Python blocks of the README and of every page of docs/ run, in order, a program a page."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import require, running
+from conftest import refuse, require, running
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh.md"]
@@ -27,6 +28,8 @@ def blocks(page):
 def test_the_blocks_run(page, tmp_path, monkeypatch):
     for name in NEEDS.get(page, []):
         require(name)
+    if page == "docs/c.md" and shutil.which("cc") is None:
+        refuse("cc", "no C compiler")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     with running("plain" if page in PLAIN else "compiled" if page in READMES else "traced"):

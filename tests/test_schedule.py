@@ -10,6 +10,7 @@ from replaced import replaced
 from gru_any import equations
 from gru_any.backend.cpu.numpy_runner import columns_of, executed, steps_over, turned
 from gru_any.codegen import (
+    c_source,
     cuda_source,
     javascript_source,
     numba_source,
@@ -197,6 +198,7 @@ def test_a_new_operation_is_one_entry_for_each_target(monkeypatch):
     monkeypatch.setitem(numba_source.OPERATIONS, "abs", "abs({})")
     monkeypatch.setitem(cuda_source.OPERATIONS, "abs", "fabs{f}({})")
     monkeypatch.setitem(javascript_source.OPERATIONS, "abs", "Math.abs({})")
+    monkeypatch.setitem(c_source.OPERATIONS, "abs", "fabsf({})")
 
     def step(xp, a, h, U, c):
         return xp.abs(h) + c, (h, h, h)
@@ -211,6 +213,8 @@ def test_a_new_operation_is_one_entry_for_each_target(monkeypatch):
         scan = cuda_source.forward_scan(step, 1, True, number)
         assert f"= {name}(v3);" in scan.set_table.source
     assert "= Math.abs(v3);" in javascript(schedule)
+    in_place = forward_schedule(step, 1, False, c_source.IN_PLACE)
+    assert "= fabsf(v3);" in c_source.CSource(in_place, "it", False).function(2, 3, False)
 
 
 def test_the_page_of_the_documentation_is_what_the_command_prints():

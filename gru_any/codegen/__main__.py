@@ -3,6 +3,7 @@
 from inspect import getsource
 
 from .. import equations
+from .c_source import IN_PLACE, CSource
 from .cuda_source import forward_scan
 from .javascript_source import javascript
 from .numba_source import NumbaSource
@@ -16,8 +17,8 @@ PAGE = """\
 
 `python -m gru_any.codegen` prints this page from the code, and a test holds it to that. It follows
 one step, the GRU with the reset gate before the product, from
-[`gru_any/equations.py`](../gru_any/equations.py) to NumPy, Numba, CUDA and JavaScript. The gradient
-goes the same way.
+[`gru_any/equations.py`](../gru_any/equations.py) to NumPy, Numba, CUDA, C and
+JavaScript. The gradient goes the same way, except in the last two.
 
 ## The equation
 
@@ -72,6 +73,14 @@ from the same schedule. The first group:
 
 {cuda}
 
+## C
+
+`gru_any/codegen/c_source.py` prints a C99 function for each layer of a model that is [written as
+C](c.md). One array holds the state before and after the step, and all buffers lie in `work`, which
+the caller owns. `gemv` is a loop over the inputs that adds to all outputs. For I = 64, H = 128:
+
+{c}
+
 ## JavaScript
 
 `gru_any/codegen/javascript_source.py` prints the step of the [live page](interactive.html).
@@ -85,6 +94,7 @@ def page() -> str:
     step = equations.reset_before
     host = forward_schedule(step, 0, False, HOST)
     scan = forward_scan(step, 0, False, "float32")
+    in_place = forward_schedule(step, 0, False, IN_PLACE)
     numba, cuda = NumbaSource(host, "float32").few(), scan.set_table.source
     return PAGE.format(
         equation=_box("py", getsource(step)),
@@ -94,6 +104,7 @@ def page() -> str:
         numpy=_box("py", NumPySource(host).source()),
         numba=_box("py", numba[numba.index("@njit(**flags)\ndef fused") :]),
         cuda=_box("cpp", cuda[cuda.index('extern "C"') : cuda.index("\n\nextern")]),
+        c=_box("c", CSource(in_place, "gru0", int8=False).function(64, 128, bias=True)),
         javascript=_box("js", javascript(host)),
     )
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .rational import LIMIT, P, Q
 from .schedule import CUT, ArrayRef, Gemm, Group, Kind, Place, Schedule
 from .trace import Op
 
@@ -88,21 +89,19 @@ def affine(x, W, b, a):
 
 
 '''
-# float32: from a rational function p / q = tanh(x / 2), whose errors tanh(x) = 2pq / (q^2 + p^2)
-# damps: within 2.1e-7, and relatively within 5e-7 down to the smallest normal number; exactly 1
-# where float32 rounds to that; NaN stays NaN; it vectorises
+# float32: the rational function; NaN stays NaN; it vectorises
 TANH = {
-    "float32": """
-@njit(nogil=True, error_model="numpy", fastmath={"contract"})
+    "float32": f"""
+@njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
 def tanh(x):
     y = f(0.5) * x
     u = y * y
     v = u * u
-    p = f(-1.7583789182401143e-08) * v + (f(1.046749918750416e-05) * u + f(0.003036098315318411))
-    p = (p * v + (f(0.1302255336823433) * u + f(0.9999998719479379))) * y
-    q = f(0.00024486609330362513) * u + f(0.024222763997786688)
-    q = q * v + (f(0.46355838509634517) * u + f(1.0))
-    return math.copysign(f(1.0), x) if abs(x) >= f(9.01) else (p + p) * q / (q * q + p * p)
+    p = f({P[4]}) * v + (f({P[3]}) * u + f({P[2]}))
+    p = (p * v + (f({P[1]}) * u + f({P[0]}))) * y
+    q = f({Q[3]}) * u + f({Q[2]})
+    q = q * v + (f({Q[1]}) * u + f({Q[0]}))
+    return math.copysign(f(1.0), x) if abs(x) >= f({LIMIT}) else (p + p) * q / (q * q + p * p)
 """,
     "float64": """
 tanh = math.tanh

@@ -4,7 +4,8 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from .. import arguments
@@ -14,6 +15,7 @@ from ..typing import Loss
 from ..typing import Path as PathLike
 from .data import Batch, Piece, ahead, arranged, cut, pair, whole
 from .history import History, Record
+from .lock import alone_in
 from .optim import Optimizer
 from .run import Plan, Run
 from .schedules import Schedule
@@ -117,10 +119,10 @@ def fit(
     ValueError
         A number is out of its range; patience or validate_every is given without valid, which
         gives the loss to judge; the parts of a batch do not match each other or the model;
-        `settings` has the name of an argument, or differs from the checkpoint's; or no checkpoint
-        can be used.
+        `settings` has the name of an argument, or differs from the checkpoint's; no checkpoint
+        can be used; or another run writes to `out`.
     OSError
-        A checkpoint cannot be written; the last good one is kept.
+        A checkpoint cannot be written; the last good one is kept, if there is one.
     """
     _check_chain(model)
     _check_optimiser(optimiser)
@@ -133,12 +135,27 @@ def fit(
     bar = bar if callable(bar) else arguments.flag("bar", bar)
     settings = _writable(settings or {})
     run = Run(model, optimiser, plan)
-    run.open(out, settings, schedule)
+    with nullcontext() if out is None else alone_in(Path(out)):
+        run.open(out, settings, schedule)
+        _train(run, loss, batches, schedule, valid, save_every, bar)
+        return run.close(valid)
+
+
+def _train(
+    run: Run,
+    loss: Loss,
+    batches: Batches,
+    schedule: Schedule | None,
+    valid: Callable[[], float] | None,
+    save_every: int,
+    bar: bool | Shown,
+) -> None:
+    """Run piece after piece, until the run has a reason to end."""
     with _interrupts() as stop, _progress(bar, run) as show, run.quiet():
         for epoch, number, piece in _pieces(run, batches):
             if epoch > run.epoch:
                 run.epoch, run.piece = epoch, 0
-                if valid and not plan.validate_every:
+                if valid and not run.plan.validate_every:
                     run.validate(valid)
             run.reason = run.ended()
             if not run.pending:  # between two updates, so that no gradient is lost
@@ -148,11 +165,10 @@ def fit(
             run.rate(schedule)
             run.add_gradient(loss, piece)
             run.piece = number + 1
-            if run.pending >= plan.accumulate:
+            if run.pending >= run.plan.accumulate:
                 run.update()
                 _follow_up(run, valid, save_every)
                 show()
-    return run.close(valid)
 
 
 def _follow_up(run: Run, valid: Callable[[], float] | None, save_every: int) -> None:

@@ -270,7 +270,7 @@ class Run:
     def open(
         self, out: PathLike | None, settings: dict[str, object], schedule: Schedule | None
     ) -> None:
-        """Resume the run that the folder `out` holds, or start one there.
+        """Resume the run that is in the folder `out`, which exists, or start one there.
 
         settings : what decides the numbers beside the plan
         """
@@ -288,7 +288,6 @@ class Run:
         if out is None:
             return
         self.folder = Path(out)
-        self.folder.mkdir(parents=True, exist_ok=True)
         found = resume.restore(self.folder)
         if found is not None:
             header, arrays = found

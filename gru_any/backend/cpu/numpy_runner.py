@@ -23,7 +23,7 @@ from ...typing import Array, DType, Shape, Step
 from ..reductions import reduced
 from ..reference import Plain
 from . import tuning
-from .buffers import empty
+from .buffers import empty, result
 
 
 class NumPy(Plain):
@@ -63,7 +63,7 @@ class NumPy(Plain):
         return v.reshape(steps, len(v) // steps, v.shape[1])
 
     def product(self, left: Any, right: Any) -> Any:
-        out = np.empty((len(left), right.shape[1]), left.dtype)
+        out = result((len(left), right.shape[1]), left.dtype)
         self.multiply(left, right, out)
         return out
 
@@ -78,10 +78,10 @@ class NumPy(Plain):
         return v[0].copy() if len(v) == 1 else np.add.reduce(v, 0)
 
     def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        return reduced(self, weights, h, saved, parts, np.empty)
+        return reduced(self, weights, h, saved, parts, result)
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return Filled(np.empty(shape, dtype))
+        return Filled(result(shape, dtype))
 
     def forward(
         self,
