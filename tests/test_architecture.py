@@ -78,7 +78,7 @@ LAYERS = [
     {"backend/modes"},
     {"testing", "backend/cuda"},
     {"backend/cpu"},
-    {"backend/reductions", "backend/transfer"},
+    {"backend/reductions", "backend/rounding", "backend/transfer"},
     {"backend/libraries", "backend/reference"},
     {"backend/contract"},
     {"backend/cuda/device", "backend/cuda/operations"},
