@@ -90,7 +90,7 @@ LAYERS = [
     {"backend/modes"},
     {"testing", "backend/cuda"},
     {"backend/cpu"},
-    {"backend/reductions", "backend/transfer"},
+    {"backend/reductions", "backend/rounding", "backend/transfer"},
     {"backend/libraries", "backend/reference"},
     {"backend/jax_arrays"},
     {"backend/contract"},

@@ -151,9 +151,18 @@ class Products(Protocol):
         """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
 
     def frozen_weights(
-        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
+        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent, small: str
     ) -> tuple[Matrix, Array | None, Recurrent]:
-        """Return W, b and recurrent for any number of calls, perhaps packed once and for all."""
+        """Return W, b and recurrent for any number of calls, perhaps packed once and for all.
+
+        small: "bfloat16" or "int8" where W and U are rounded to that and may be kept so, else "".
+        """
+
+    def frozen_matrix(self, W: Array, small: str) -> Matrix:
+        """Return W (N, K) likewise, for `frozen_affine`."""
+
+    def frozen_affine(self, x: Array, W: Matrix, b: Array | None) -> Array:
+        """Return x W^T + b (M, N) of x (M, K)."""
 
     def affine(self, x: Array, W: Matrix, b: Array | None) -> InputProducts:
         """Return x W^T + b (K, B, N) of x (K, B, I), W (N, I) and b (N,)."""

@@ -83,9 +83,16 @@ class Plain:
         return self.single_step(step, W, b, recurrent)
 
     def frozen_weights(
-        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
+        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent, small: str
     ) -> tuple[Matrix, Array | None, Recurrent]:
         return W, b, recurrent
+
+    def frozen_matrix(self, W: Array, small: str) -> Matrix:
+        return W
+
+    def frozen_affine(self, x: Array, W: Matrix, b: Array | None) -> Array:
+        y = self.product(x, W.T)
+        return y if b is None else y + b
 
     def backward(
         self,

@@ -262,7 +262,8 @@ class GRU(Layer):
             way = "bidirectional" if self.bidirectional else "reverse"
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
         stack = self._stack(self._runner)
-        taken = [stack.weights(self.params, layer, "") for layer in range(self.num_layers)]
+        arrays = self._arrays()
+        taken = [stack.weights(arrays, layer, "") for layer in range(self.num_layers)]
         steps = [make(stack.variant.step, *of_layer) for of_layer in taken]
         return steps if self.arithmetic == self.dtype else [self._half(step) for step in steps]
 
