@@ -183,6 +183,14 @@ def stopped(comm, folder, fault=lambda: os.kill(os.getpid(), signal.SIGSTOP)):
     small(comm, batches=batches, steps=1000, out=folder / "out", save_every=5)
 
 
+def killed(comm, folder):
+    """A run that may be killed, and goes on when it is started again."""
+    (folder / f"pid.{comm.rank}").write_text(str(os.getpid()))
+    found = train("cut in time", comm, out=folder / "out", save_every=3)
+    if comm.rank == 0:
+        np.savez(folder / "end.npz", **found)
+
+
 def failing(comm, folder):
     stopped(comm, folder, lambda: 1 / 0)
 

@@ -71,6 +71,7 @@ LAYERS = [
     {"checkpoint", "inspect/__init__"},
     {"inspect/explain", "inspect/gradcheck", "inspect/values"},
     {"train/data", "train/lock", "train/schedules", "train/watch"},
+    {"train/sentinel"},
     {"nn/chain"},
     {"nn/gru", "nn/cell", "nn/layers", "nn/losses", "train/optim"},
     {"nn/pullback"},

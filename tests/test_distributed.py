@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import random
 import shutil
 import signal
 import subprocess
@@ -121,6 +123,26 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
     assert len(told) == 1
     assert told[0].startswith("gru_any: rank 1 (process ")
     assert told[0].endswith(f"the last good checkpoint is {tmp_path}/out/checkpoint.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_ranks_that_are_killed_are_named_and_the_run_goes_on(whole, tmp_path):
+    """Though the launcher kills the others too. GRU_ANY_KILLS=20 does it twenty times."""
+    rng, newest = random.Random(time.time()), tmp_path / "out" / "checkpoint.safetensors"
+    for kill in range(int(os.environ.get("GRU_ANY_KILLS", "2"))):
+        began = newest.stat().st_mtime_ns if newest.exists() else 0
+        with start(2, HERE / "on_ranks.py", "killed", tmp_path) as process:
+            while not newest.exists() or newest.stat().st_mtime_ns == began:
+                assert process.poll() is None
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.05)
+            pid = int((tmp_path / f"pid.{kill % 2}").read_text())
+            os.kill(pid, signal.SIGKILL)
+            _, err = process.communicate(timeout=60)
+        told = f"gru_any: rank {kill % 2} (process {pid} on {platform.node()}) was killed; the last"
+        assert err.count("was killed") == err.count(told) == 1, err
+    run(3, HERE / "on_ranks.py", "killed", tmp_path)
+    same(np.load(tmp_path / "end.npz"), whole["cut in time"])
 
 
 def test_a_rank_that_fails_alone_ends_the_run_and_is_named(tmp_path):

@@ -103,12 +103,9 @@ class Alone:
     Attributes
     ----------
     rank, size : int
-    newest : path or None
-        Where the newest checkpoint is written.
     """
 
     rank, size = 0, 1
-    newest: Path | None = None
 
     @property
     def first(self) -> bool:
@@ -143,8 +140,8 @@ class Alone:
     def refuse_unshared(self, folder: Path) -> None:
         """Raise ValueError on all ranks if one does not see this folder of the first one."""
 
-    def tell(self) -> None:
-        """Report how many ranks there are, and where they have more threads than cores."""
+    def begin(self, newest: Path | None) -> None:
+        """Report the ranks, and remember where the newest checkpoint is written."""
 
     def guard(self) -> AbstractContextManager[object]:
         """End all ranks if one of them fails alone."""
@@ -165,15 +162,18 @@ class Ranks(Alone):
         self._watch = Watch(comm, self._last_good)
         self._comm, self._backend = self._watch.comm, backend
         self.rank, self.size = comm.rank, comm.size
+        self._newest: Path | None = None
         self._agreed: Wishes | None = None
         self._buckets: dict[tuple[str, ...], Buckets] = {}
 
     def _last_good(self) -> str:
-        there = self.newest is not None and self.newest.exists()
-        return f"the last good checkpoint is {self.newest}" if there else "there is no checkpoint"
+        there = self._newest is not None and self._newest.exists()
+        return f"the last good checkpoint is {self._newest}" if there else "there is no checkpoint"
 
-    def tell(self) -> None:
-        """Report how many ranks there are, and where they have more threads than cores."""
+    def begin(self, newest: Path | None) -> None:
+        """Report the ranks, and where they have more threads than cores; watch over them."""
+        self._newest = newest
+        self._watch.post_sentinel(str(newest or ""))
         hosts = [host for host, _ in self._watch.places]
         own = (hosts[self.rank], _cores(), int(environment(self._backend)["threads"]))
         found = self.every(own)

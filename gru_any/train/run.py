@@ -323,10 +323,10 @@ class Run:
             raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
         self.settings = {**arguments, **settings}
         self._check_ranks()
+        self.ranks.begin(None if out is None else Path(out) / NAMES[0])
         if out is None:
             return
         self.folder = Path(out)
-        self.ranks.newest = self.folder / NAMES[0]
         found = self.ranks.lead(resume.restore, self.folder)
         if found is not None:
             header, arrays = found
@@ -353,7 +353,6 @@ class Run:
         self.ranks.refuse_differences(
             "the ranks begin with different weights, so give each layer a seed", self._checksums()
         )
-        self.ranks.tell()
 
     def check(self) -> None:
         """Raise ValueError if weights, optimiser or data differ on some ranks."""
