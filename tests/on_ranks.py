@@ -9,18 +9,29 @@ from pathlib import Path
 
 import numpy as np
 
-from gru_any import GRU, Adam, Chain, Dropout, Last, Linear, softmax_cross_entropy, squared_error
+from gru_any import (
+    GRU,
+    Adam,
+    Chain,
+    Dropout,
+    Last,
+    Linear,
+    softmax_cross_entropy,
+    squared_error,
+    to_numpy,
+)  # fmt: skip
 from gru_any.train import evaluate, fit
 from gru_any.train.data import Batch
 
 WIDE = {"dtype": "float64"}
 
 
-def chain(batch_first=False, last=False, seed=0):
+def chain(batch_first=False, last=False, seed=0, **more):
     """Dropout at all places, two layers, two directions where each sequence has one result."""
-    gru = GRU(3, 5, 2, dropout=0.3, seed=seed, batch_first=batch_first, bidirectional=last, **WIDE)
-    head = [Last(**WIDE)] if last else []
-    return Chain(gru, *head, Dropout(0.4, **WIDE), Linear(10 if last else 5, 4, seed=1, **WIDE))
+    home = {**WIDE, **more}
+    gru = GRU(3, 5, 2, dropout=0.3, seed=seed, batch_first=batch_first, bidirectional=last, **home)
+    head = [Last(**home)] if last else []
+    return Chain(gru, *head, Dropout(0.4, **home), Linear(10 if last else 5, 4, seed=1, **home))
 
 
 def ragged(epoch):
@@ -64,6 +75,10 @@ RECIPES = {
     "of sequences": lambda: (
         chain(), rooted, regression, {"reduction": "sequences", "accumulate": 3, "steps": 20}
     ),
+    "not on the host": lambda: (
+        chain(backend="array_api_strict", device="device1"), softmax_cross_entropy, ragged,
+        {"tbptt": (4, 4), "clip": 0.5, "steps": 5},
+    ),
 }  # fmt: skip
 
 
@@ -80,7 +95,8 @@ def train(name, comm=None, **more):
     numbers = [[r.get(k, 0.0) for k in ("step", "epoch", "loss", "norm", "valid")]
                for r in history.records]  # fmt: skip
     slots = {f"optimiser {k}": v for k, v in optimiser.state.items()}
-    return {**model.params, **slots, "records": np.array(numbers), "best": np.array(history.best)}
+    arrays = {k: to_numpy(v) for k, v in {**model.params, **slots}.items()}
+    return {**arrays, "records": np.array(numbers), "best": np.array(history.best)}
 
 
 def equal(comm, folder):

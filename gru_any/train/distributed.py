@@ -12,23 +12,22 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from ..backend import Backend, environment, to_numpy
-from ..typing import Array, Arrays, HostArray
+from ..typing import Array, Arrays, DType, HostArray
 from .share import rows_of
 from .watch import Watch
 
 Result = TypeVar("Result")
 Communicator: TypeAlias = Any  # of mpi4py
 Wishes: TypeAlias = tuple[bool, bool]  # Ctrl-C was pressed; the time is over
-Buckets: TypeAlias = list[tuple[list[str], HostArray]]  # names, and a buffer for their gradients
-BUCKET = 2**22  # bytes of gradients in one message
+BUCKET = 2**20  # bytes of gradients in one message
 PATIENCE = 10.0  # seconds in which a new file is seen on all machines
 LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE",
              "SLURM_STEP_NUM_TASKS")  # fmt: skip
@@ -97,6 +96,16 @@ def launched() -> int:
     return max((int(count) for count in counts if count.isdecimal()), default=1)
 
 
+class Bucket(NamedTuple):
+    """A flat buffer for gradients that are sent together.
+
+    parts : for each name, the view of the buffer with the shape of its gradient
+    """
+
+    buffer: HostArray
+    parts: dict[str, HostArray]
+
+
 class Alone:
     """The ranks of a run in one process: it is the first, and the only one.
 
@@ -134,6 +143,9 @@ class Alone:
         """Return the sums over all ranks of gradients and loss, and exchange the wishes."""
         return grads, loss
 
+    def start_sum(self, grads: Arrays) -> None:
+        """Begin to sum some of the gradients that the next `sum` gets, during the backward pass."""
+
     def refuse_differences(self, what: str, items: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if their items differ; the text names items and ranks."""
 
@@ -164,7 +176,10 @@ class Ranks(Alone):
         self.rank, self.size = comm.rank, comm.size
         self._newest: Path | None = None
         self._agreed: Wishes | None = None
-        self._buckets: dict[tuple[str, ...], Buckets] = {}
+        self._names: tuple[str, ...] = ()  # of the gradients for which there are buckets
+        self._buckets: list[Bucket] = []
+        self._filled: set[str] = set()  # the gradients that are in the buffers
+        self._requests: list[object] = []
 
     def _last_good(self) -> str:
         there = self._newest is not None and self._newest.exists()
@@ -232,27 +247,33 @@ class Ranks(Alone):
 
         The gradients on the host are views of buffers that the next call overwrites.
         """
+        if self._names != tuple(grads):
+            self._names, self._buckets = tuple(grads), _buckets(grads)
+        self.start_sum({name: grads[name] for name in grads if name not in self._filled})
         numbers = np.array([float(loss), own[0], own[1] and self.first])
-        key = tuple(grads)
-        if key not in self._buckets:
-            self._buckets[key] = _buckets(grads)
-        requests = [self._start(numbers)]
-        for names, buffer in self._buckets[key]:
-            for name, part in _parts(names, buffer, grads):
-                part[...] = to_numpy(grads[name])
-            requests.append(self._start(buffer))
-        self._wait(*requests)
+        self._wait(self._start(numbers), *self._requests)
+        self._filled, self._requests = set(), []
         self._agreed = bool(numbers[1]), bool(numbers[2])
-        return self._received(grads, self._buckets[key]), float(numbers[0])
+        return self._received(grads), float(numbers[0])
+
+    def start_sum(self, grads: Arrays) -> None:
+        """Begin to sum some of the gradients that the next `sum` gets, during the backward pass.
+
+        A bucket is sent when all its gradients are there.
+        """
+        for bucket in self._buckets:
+            for name in set(grads) & set(bucket.parts):
+                bucket.parts[name][...] = to_numpy(grads[name])
+                self._filled.add(name)
+            if set(grads) & set(bucket.parts) and self._filled.issuperset(bucket.parts):
+                self._requests.append(self._start(bucket.buffer))
 
     def _start(self, buffer: HostArray) -> object:
         return self._comm.Iallreduce(self._watch.in_place, buffer)
 
-    def _received(self, grads: Arrays, buckets: Buckets) -> dict[str, Array]:
+    def _received(self, grads: Arrays) -> dict[str, Array]:
         """Return the gradients that are in the buffers, in the order and dtype of those given."""
-        found = {
-            name: part for names, buffer in buckets for name, part in _parts(names, buffer, grads)
-        }
+        found = {name: part for bucket in self._buckets for name, part in bucket.parts.items()}
         if self._backend.host and all(found[k].dtype == g.dtype for k, g in grads.items()):
             return {name: found[name] for name in grads}
         xp, put = self._backend.xp, self._backend.put
@@ -327,32 +348,28 @@ def _pickled(result: object, error: Exception | None) -> bytes:
     return content
 
 
-def _buckets(grads: Arrays) -> Buckets:
-    """Return the names in each bucket, the last parameters first, and its buffer."""
+def _buckets(grads: Arrays) -> list[Bucket]:
+    """Return buckets for these gradients, the last parameters first."""
     wide = any(to_numpy(g).dtype == np.float64 for g in grads.values())
     dtype = np.dtype("float64" if wide else "float32")
-    groups: list[list[str]] = [[]]
-    sizes = [0]
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
     for name in reversed(list(grads)):
-        size = math.prod(grads[name].shape)
-        if groups[-1] and (sizes[-1] + size) * dtype.itemsize > BUCKET:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append(name)
-        sizes[-1] += size
-    return [(names, np.empty(size, dtype)) for names, size in zip(groups, sizes, strict=True)]
-
-
-def _parts(
-    names: Sequence[str], buffer: HostArray, grads: Arrays
-) -> Iterator[tuple[str, HostArray]]:
-    """Yield each name of a bucket, and the view of its buffer with the shape of the gradient."""
-    at = 0
-    for name in names:
         shape = tuple(grads[name].shape)
-        size = math.prod(shape)
-        yield name, buffer[at : at + size].reshape(shape)
-        at += size
+        if groups[-1] and _elements([*groups[-1].values(), shape]) * dtype.itemsize > BUCKET:
+            groups.append({})
+        groups[-1][name] = shape
+    return [_bucket(shapes, dtype) for shapes in groups]
+
+
+def _bucket(shapes: Mapping[str, tuple[int, ...]], dtype: DType) -> Bucket:
+    buffer = np.empty(_elements(shapes.values()), dtype)
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+    flat = zip(shapes.items(), np.split(buffer, ends), strict=True)
+    return Bucket(buffer, {name: part.reshape(shape) for (name, shape), part in flat})
+
+
+def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _ranks(ranks: Sequence[int]) -> str:
