@@ -101,11 +101,30 @@ def train(name, comm=None, **more):
 
 def equal(comm, folder):
     """The runs of all recipes, and one that is stopped early and left in a folder."""
+    compressed(comm, folder)
     for name in RECIPES:
         found = train(name, comm)
         if comm.rank == 0:
             np.savez(folder / f"{name}.npz", **found)
     train("cut in time", comm, steps=47, out=folder / "stopped", save_every=20)
+
+
+def compressed(comm, folder):
+    """The sum of gradients that differ on the ranks, with one number that overflows."""
+    from gru_any.backend import NUMPY
+    from gru_any.train.distributed import ranks_of
+
+    rng, found = np.random.default_rng(comm.rank), {}
+    grads = {"a": rng.standard_normal((3, 5)), "b": rng.standard_normal(7) * 1e5}
+    for dtype in (None, "float16", "bfloat16"):
+        ranks = ranks_of(comm, NUMPY, dtype)
+        for _ in range(2):
+            given = {k: g.astype("float32") for k, g in grads.items()}
+            ranks.start_sum({"b": given["b"]})
+            sums, loss = ranks.sum(given, 1.0, (False, False))
+            assert loss == comm.size
+        found |= {f"{dtype} {k}": v.copy() for k, v in sums.items()}
+    np.savez(folder / f"sums.{comm.rank}.npz", **found)
 
 
 def resumed(comm, folder):

@@ -18,7 +18,7 @@ import pytest
 from conftest import refuse, require
 
 from gru_any import Chain, Linear, softmax_cross_entropy
-from gru_any.train import distributed, fit
+from gru_any.train import compress, distributed, fit
 from gru_any.train.data import Batch, Piece
 from gru_any.train.share import SharedGenerator, rows_of, take
 
@@ -74,6 +74,31 @@ def same(found, expected):
 def test_three_ranks_train_as_one(three, whole, name):
     """Shares of unequal size and of no row, dropout, masks, lengths, validation, accumulation."""
     same(np.load(three / f"{name}.npz"), whole[name])
+
+
+def test_compressed_gradients(three):
+    """Each number is rounded on its way to the sum, and the sum once more; all ranks get it."""
+    ranks = [np.load(three / f"sums.{rank}.npz") for rank in range(3)]
+    for name in ranks[0].files:
+        for other in ranks:
+            assert np.array_equal(ranks[0][name], other[name], equal_nan=True)
+    sums = dict(ranks[0])
+    for dtype, unit in (("float16", 2.0**-11), ("bfloat16", 2.0**-8)):
+        error = np.abs(sums[f"{dtype} a"] - sums["None a"])
+        assert 0 < error.max() < unit * 3 * 4  # three numbers of less than 4
+    assert not np.isfinite(sums["float16 b"]).all()  # 1e5 is too large
+    assert np.isfinite(sums["bfloat16 b"]).all()
+
+
+def test_half_precision_is_what_the_libraries_mean_by_it():
+    ml_dtypes = require("ml_dtypes")
+    values = np.random.default_rng(0).standard_normal(10000).astype("float32")
+    values *= 10.0 ** np.random.default_rng(1).uniform(-40, 38, 10000).astype("float32")
+    values = np.concatenate([values, np.float32([0, -0.0, np.inf, -np.inf, np.nan, 3.4e38])])
+    ours = compress.decode(compress.encode(values, "bfloat16"), "bfloat16")
+    with np.errstate(over="ignore"):
+        theirs = values.astype(ml_dtypes.bfloat16).astype("float32")
+    assert np.array_equal(ours, theirs, equal_nan=True)
 
 
 @pytest.fixture(scope="module")

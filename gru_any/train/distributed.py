@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 
 from ..backend import Backend, environment, to_numpy
-from ..typing import Array, Arrays, DType, HostArray
+from ..typing import Array, Arrays, HostArray, Shape
+from .compress import Wire
 from .share import rows_of
 from .watch import Watch
 
@@ -34,7 +35,7 @@ LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SI
 MISSING = 'distributed training needs mpi4py: pip install "gru-any[mpi]"'
 
 
-def ranks_of(comm: Communicator | None, backend: Backend) -> "Alone":
+def ranks_of(comm: Communicator | None, backend: Backend, compress: str | None = None) -> "Alone":
     """Return the ranks of a communicator; those of a run in one process if it is None.
 
     Raises
@@ -55,7 +56,7 @@ def ranks_of(comm: Communicator | None, backend: Backend) -> "Alone":
     if not hasattr(comm, "Iallreduce"):
         raise TypeError(f"comm is {type(comm).__name__}, expected a communicator of mpi4py")
     world()
-    return Ranks(comm, backend) if comm.size > 1 else Alone()
+    return Ranks(comm, backend, compress) if comm.size > 1 else Alone()
 
 
 def world() -> Communicator:
@@ -100,10 +101,12 @@ class Bucket(NamedTuple):
     """A flat buffer for gradients that are sent together.
 
     parts : for each name, the view of the buffer with the shape of its gradient
+    wire : where the buffer is packed in half precision, or None
     """
 
     buffer: HostArray
     parts: dict[str, HostArray]
+    wire: Wire | None
 
 
 class Alone:
@@ -168,12 +171,14 @@ class Ranks(Alone):
     comm : communicator of mpi4py
     backend : Backend
         Of the model.
+    compress : "float16", "bfloat16" or None
+        What gradients are sent as.
     """
 
-    def __init__(self, comm: Communicator, backend: Backend) -> None:
+    def __init__(self, comm: Communicator, backend: Backend, compress: str | None) -> None:
         self._watch = Watch(comm, self._last_good)
         self._comm, self._backend = self._watch.comm, backend
-        self.rank, self.size = comm.rank, comm.size
+        self.rank, self.size, self._compress = comm.rank, comm.size, compress
         self._newest: Path | None = None
         self._agreed: Wishes | None = None
         self._names: tuple[str, ...] = ()  # of the gradients for which there are buckets
@@ -248,10 +253,11 @@ class Ranks(Alone):
         The gradients on the host are views of buffers that the next call overwrites.
         """
         if self._names != tuple(grads):
-            self._names, self._buckets = tuple(grads), _buckets(grads)
+            self._names, self._buckets = tuple(grads), self._new_buckets(grads)
         self.start_sum({name: grads[name] for name in grads if name not in self._filled})
         numbers = np.array([float(loss), own[0], own[1] and self.first])
-        self._wait(self._start(numbers), *self._requests)
+        self._wait(self._comm.Iallreduce(self._watch.in_place, numbers), *self._requests)
+        self._add_compressed()
         self._filled, self._requests = set(), []
         self._agreed = bool(numbers[1]), bool(numbers[2])
         return self._received(grads), float(numbers[0])
@@ -266,10 +272,35 @@ class Ranks(Alone):
                 bucket.parts[name][...] = to_numpy(grads[name])
                 self._filled.add(name)
             if set(grads) & set(bucket.parts) and self._filled.issuperset(bucket.parts):
-                self._requests.append(self._start(bucket.buffer))
+                self._requests.append(self._send(bucket))
 
-    def _start(self, buffer: HostArray) -> object:
-        return self._comm.Iallreduce(self._watch.in_place, buffer)
+    def _send(self, bucket: Bucket) -> object:
+        if bucket.wire is None:
+            return self._comm.Iallreduce(self._watch.in_place, bucket.buffer)
+        bucket.wire.pack()
+        return self._comm.Ialltoall(bucket.wire.sent, bucket.wire.got)
+
+    def _add_compressed(self) -> None:
+        """Add the parts that this rank has got of each bucket, and exchange the sums."""
+        wires = [bucket.wire for bucket in self._buckets if bucket.wire]
+        sums = [wire.add() for wire in wires]
+        pairs = zip(sums, wires, strict=True)
+        self._wait(*(self._comm.Iallgather(part, wire.got) for part, wire in pairs))
+        for wire in wires:
+            wire.unpack()
+
+    def _new_buckets(self, grads: Arrays) -> list[Bucket]:
+        wide = any(to_numpy(g).dtype == np.float64 for g in grads.values())
+        dtype = np.dtype("float64" if wide else "float32")
+        buckets = []
+        for shapes in _grouped(grads, dtype.itemsize):
+            buffer = np.empty(_elements(shapes.values()), dtype)
+            ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+            flat = zip(shapes.items(), np.split(buffer, ends), strict=True)
+            parts = {name: part.reshape(shape) for (name, shape), part in flat}
+            wire = Wire(buffer, self.size, self._compress) if self._compress else None
+            buckets.append(Bucket(buffer, parts, wire))
+        return buckets
 
     def _received(self, grads: Arrays) -> dict[str, Array]:
         """Return the gradients that are in the buffers, in the order and dtype of those given."""
@@ -348,27 +379,18 @@ def _pickled(result: object, error: Exception | None) -> bytes:
     return content
 
 
-def _buckets(grads: Arrays) -> list[Bucket]:
-    """Return buckets for these gradients, the last parameters first."""
-    wide = any(to_numpy(g).dtype == np.float64 for g in grads.values())
-    dtype = np.dtype("float64" if wide else "float32")
-    groups: list[dict[str, tuple[int, ...]]] = [{}]
+def _grouped(grads: Arrays, itemsize: int) -> list[dict[str, Shape]]:
+    """Return the names and shapes of each bucket, the last parameters first."""
+    groups: list[dict[str, Shape]] = [{}]
     for name in reversed(list(grads)):
         shape = tuple(grads[name].shape)
-        if groups[-1] and _elements([*groups[-1].values(), shape]) * dtype.itemsize > BUCKET:
+        if groups[-1] and _elements([*groups[-1].values(), shape]) * itemsize > BUCKET:
             groups.append({})
         groups[-1][name] = shape
-    return [_bucket(shapes, dtype) for shapes in groups]
+    return groups
 
 
-def _bucket(shapes: Mapping[str, tuple[int, ...]], dtype: DType) -> Bucket:
-    buffer = np.empty(_elements(shapes.values()), dtype)
-    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
-    flat = zip(shapes.items(), np.split(buffer, ends), strict=True)
-    return Bucket(buffer, {name: part.reshape(shape) for (name, shape), part in flat})
-
-
-def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
+def _elements(shapes: Iterable[Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 

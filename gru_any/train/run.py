@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     seed: int
     log_every: int
     reduction: str = "targets"
+    compress: str | None = None
 
 
 class Run:
@@ -324,8 +325,9 @@ class Run:
         name = type(self.optimiser).__name__
         arguments = {"model": repr(self.model), "optimiser": name, **numbers}
         arguments |= self.plan._asdict()
-        if self.plan.reduction == "targets":  # which earlier versions did not write
-            del arguments["reduction"]
+        for name, usual in Plan._field_defaults.items():  # which earlier versions did not write
+            if arguments[name] == usual:
+                del arguments[name]
         if twice := set(arguments) & set(settings):
             raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
         self.settings = {**arguments, **settings}
