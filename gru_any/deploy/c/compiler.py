@@ -102,7 +102,9 @@ def features(command: list[str]) -> list[str]:
         (Path(folder) / "empty.c").touch()
         macros = run([*command, "-dM", "-E", "empty.c"], folder)
     used = {name.lower().replace("_", "") for name in re.findall(r"#define __(\w+?)__ 1", macros)}
-    return sorted(flag for flag in processor() if flag.replace("_", "") in used)
+    has = processor()
+    # macros of other architectures have other names: there, all that this processor has
+    return sorted({flag for flag in has if flag.replace("_", "") in used} or has)
 
 
 def library(parts: "Parts", needed: list[str]) -> bytes:
