@@ -1,13 +1,10 @@
 """A model in one file: a flat dict of arrays and a small JSON header, stored as safetensors."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from .backend import Backend, select, to_numpy
 from .files import write_atomically
@@ -15,8 +12,9 @@ from .nn.cell import GRUCell
 from .nn.chain import Chain
 from .nn.gru import GRU
 from .nn.layers import Dropout, Embedding, Last, Linear
-from .nn.params import Layer, refuse_shared
-from .typing import Arrays, Device, HostArray
+from .nn.params import Layer, converted, refuse_shared
+from .tensors import check_digest, content_of, digest, read
+from .typing import Array, Device, HostArray
 from .typing import Path as PathLike
 
 FORMAT = 1
@@ -24,6 +22,9 @@ FORMAT = 1
 # their names, newest first
 RUN_FORMAT = 2
 NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
+KNOWN = {"format", "chain", "dtype", "layers", "tied", "digest"}  # of a description
+# what a description that lies may raise
+ERRORS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 LAYERS: dict[str, type[Layer]] = {
     c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout, Last)
 }
@@ -33,7 +34,7 @@ def save(path: PathLike, model: Layer | Chain) -> None:
     """Write a layer or a Chain to one file.
 
     The file is written under another name and then renamed, so that a full disk or a crash never
-    damages a file that was there before.
+    damages a file that was there before. It carries a digest of its contents.
 
     Parameters
     ----------
@@ -58,8 +59,6 @@ def save(path: PathLike, model: Layer | Chain) -> None:
     >>> load(path).reset_after
     True
     """
-    from safetensors.numpy import save as to_bytes
-
     parts = model.layers if isinstance(model, Chain) else (model,)
     for part in parts:
         if type(part) not in LAYERS.values():
@@ -67,8 +66,10 @@ def save(path: PathLike, model: Layer | Chain) -> None:
                 f"cannot save {type(part).__name__}, only {', '.join(LAYERS)} and Chain"
             )
     refuse_shared(model.params)
-    arrays = {name: np.ascontiguousarray(to_numpy(a)) for name, a in model.params.items()}
-    write_atomically(path, to_bytes(arrays, {"gru_any": json.dumps(describe(model))}))
+    arrays = {name: to_numpy(a) for name, a in model.params.items()}
+    text = json.dumps(describe(model))
+    text = f'{text[:-1]}, "digest": "{digest(text, arrays)}"}}'  # the library sorts no metadata
+    write_atomically(path, content_of(arrays, {"gru_any": text}))
 
 
 def describe(model: Layer | Chain) -> dict[str, object]:
@@ -116,13 +117,31 @@ def load(
             header, arrays = _given_back(json.loads(metadata["gru_any.run"]), arrays)
         if header["format"] > FORMAT:
             raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
-        home = {"backend": backend, "dtype": header["dtype"]}
-        layers = [LAYERS[kind](**settings, **home) for kind, settings in header["layers"]]
-        model = Chain(*layers, tied=header.get("tied")) if header["chain"] else layers[0]
-        model.load_params(arrays)
-    except (KeyError, TypeError, IndexError, ValueError) as e:
+        if unknown := set(header) - KNOWN:
+            raise ValueError(f"its description has {sorted(unknown)}, not known here")
+        model = _made(header, converted(arrays, backend, header["dtype"]), backend)
+    except ERRORS as e:
         raise ValueError(f"{path} does not describe a model of this version: {e}") from e
     return model
+
+
+def _made(header: dict[str, Any], params: dict[str, Array], backend: Backend) -> Layer | Chain:
+    """Make a model over its parameters, with which its description is compared first."""
+    tied, kinds = header.get("tied") or {}, header["layers"]
+    if both := set(tied) & set(params) if set(tied.values()) <= set(params) else ():
+        raise ValueError(f"{sorted(both)} are there, and tied to others")
+    aliases = {alias: params[name] for alias, name in tied.items() if name in params}
+    parts: dict[str, dict[str, Array]] = {str(i): {} for i in range(len(kinds))}
+    for name, array in {**params, **aliases}.items():
+        number, _, entry = name.partition(".") if header["chain"] else ("0", "", name)
+        if number not in parts:
+            raise KeyError(f"{name} belongs to none of {len(kinds)} layers")
+        parts[number][entry] = array
+    layers = [
+        LAYERS[kind].of(settings, part, backend, header["dtype"])
+        for (kind, settings), part in zip(kinds, parts.values(), strict=True)
+    ]
+    return Chain(*layers, tied=tied) if header["chain"] else layers[0]
 
 
 def _newest(folder: Path) -> tuple[dict[str, str], dict[str, HostArray]]:
@@ -165,33 +184,17 @@ def _given_back(
     return run["description"], {**last, **(lowest or averaged)}
 
 
-def digest(text: str, arrays: Arrays) -> str:
-    """Return the SHA-256 of the header and the arrays of a run's checkpoint."""
-    total = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        total.update(arrays[name].tobytes())
-    return total.hexdigest()
-
-
 def _read(path: PathLike) -> tuple[dict[str, str], dict[str, HostArray]]:
     """Return the metadata that `save` or a run wrote, and the arrays."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from e
+    metadata, arrays = read(path)
     if "gru_any.run" in metadata:
-        if metadata.get("digest") != digest(metadata["gru_any.run"], arrays):
-            raise ValueError(f"{path} is damaged: its contents do not fit its digest")
+        check_digest(path, metadata.get("digest"), metadata["gru_any.run"], arrays)
     elif "gru_any" not in metadata:
         raise ValueError(
             f"{path} was not written by gru_any.save; to load plain weights, make the model and "
             "call its load_params"
         )
+    elif '"digest"' in metadata["gru_any"]:  # which files of earlier versions lack
+        text, _, found = metadata["gru_any"].partition(', "digest": ')
+        check_digest(path, found[1:-2], text + "}", arrays)
     return metadata, arrays

@@ -1,14 +1,26 @@
-"""Files and folders that are written whole or not at all, whenever the power fails."""
+"""Files are read whole; files and folders are written whole or not at all."""
 
+import errno
 import glob
 import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .typing import Path as PathLike
+
+# without waiting for somebody who writes into a pipe
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def write_atomically(path: PathLike, content: bytes) -> None:
@@ -25,7 +37,8 @@ def write_atomically(path: PathLike, content: bytes) -> None:
     clear_temporaries(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that had this number
+        with open(temporary, "xb") as file:  # and through no link that somebody laid there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -36,6 +49,41 @@ def write_atomically(path: PathLike, content: bytes) -> None:
             raise OSError(e.errno, f"{path} was not written ({e.strerror})") from e
         raise
     settle(path.parent)
+
+
+def read_whole(path: PathLike) -> bytes:
+    """Return the content of a regular file.
+
+    Pipes and devices, which may never end, are refused. So is a file that another process cuts or
+    extends meanwhile.
+
+    Raises
+    ------
+    OSError
+        There is no such file, it is no regular file, or it cannot be read.
+    MemoryError
+        It does not fit into the memory.
+    """
+    try:
+        handle = os.open(path, READ)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(e.errno, f"there is no file {path}") from e
+    except OSError as e:
+        raise OSError(e.errno, f"{path} cannot be read ({e.strerror})") from e
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"{path} is {kind}, expected a regular file")
+    with open(handle, "rb") as file:
+        try:
+            content = file.read(found.st_size + 1)
+        except MemoryError as e:
+            raise MemoryError(f"{path} has {found.st_size} bytes, more than the memory") from e
+        after = os.fstat(handle)
+    if len(content) != found.st_size or after.st_mtime_ns != found.st_mtime_ns:
+        raise OSError(errno.EIO, f"{path} had {found.st_size} bytes, and changed while it was read")
+    return content
 
 
 def write_folder_atomically(
@@ -109,10 +157,17 @@ def _alive(process: int) -> bool:
 
 
 def settle(folder: Path) -> None:
-    """Flush the entries of a folder to the disk, if the system can."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Flush the entries of a folder to the disk, if the system can and the folder may be read."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system without it
+            raise
+    finally:
+        os.close(handle)

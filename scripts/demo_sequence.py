@@ -1,7 +1,7 @@
 """The smallest thing a GRU can learn: eight random vectors in, eight numbers out.
 
-The first of 100 hidden units is taught to show, step by step, the targets below, by plain gradient
-descent on the squared error. Every piece is visible: the forward call, the loss, the way back.
+The first of 100 hidden units learns to output the targets below, one a step, by plain gradient
+descent on the squared error. All parts are visible: the forward call, the loss, the backward pass.
 """
 
 import argparse

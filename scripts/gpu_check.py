@@ -1,12 +1,14 @@
-"""Everything worth knowing on a machine with a CUDA device, in one command and under 8 minutes.
+"""Test and time everything on a machine with a CUDA device, in one command and under 8 minutes.
 
     python scripts/gpu_check.py                  versions, tests, every path against NumPy, speed
-    python scripts/gpu_check.py --part bench     one part alone: tests (all of them), paths or bench
-    python scripts/gpu_check.py --dry-run        on a device that the host plays: no figure counts
+    python scripts/gpu_check.py --part bench     one part alone: tests (all of them), paths,
+                                                 libraries or bench
+    python scripts/gpu_check.py --dry-run        on the emulated device: its figures mean nothing
 
-Needs CuPy; with PyTorch, its GRU runs beside ours in the same precision. After every cell the
-results stand in OUT: results.json, results.md and speed.png. A part that fails is written down, and
-the rest goes on. Figures are milliseconds, the median of several rounds; T is 100.
+It needs CuPy. Where PyTorch is installed, its GRU is timed too, in the same precision. After each
+cell the results so far are written to OUT: results.json, results.md and speed.png. A part that
+fails is recorded, and the others still run. Figures are milliseconds, medians over several rounds;
+T is 100.
 """
 
 import argparse
@@ -33,7 +35,7 @@ WEAKEST = {512: 0, 1024: 1, 256: 2, 64: 3, 128: 4}  # widths, in the order they 
 
 
 class Cell(NamedTuple):
-    """What is measured. other: "gru", or "cell", a GRU cell of PyTorch in a loop."""
+    """What to measure. other: "gru" or "cell" of PyTorch; a cell runs in a loop over the steps."""
 
     H: int
     B: int
@@ -46,7 +48,7 @@ class Cell(NamedTuple):
 
 
 def cells(full: bool) -> list[Cell]:
-    """Every cell, those where we expect to be weakest first."""
+    """Return all cells, beginning with those where we expect to be weakest."""
     found = [Cell(H, B, reset_after=after) for H in WIDTHS for B in BATCHES for after in (1, 0)]
     few = [(2, 1), (6, 1), (1, 2)]
     found += [Cell(H, 32, *shape) for H in (128, 256, 1024) for shape in few]
@@ -67,7 +69,7 @@ DRY = [Cell(5, 2, T=4), Cell(4, 3, 2, 2, False, T=4), Cell(4, 2, 2, precision="f
 
 
 def versions(backend: Any) -> dict[str, str]:
-    """What this ran on and with."""
+    """Return the hardware and the versions of the software."""
     found = {"Python": platform.python_version(), "system": platform.platform()}
     for name in ("gru-any", "numpy", "cupy-cuda12x", "cupy-cuda13x", "torch"):
         try:
@@ -84,7 +86,7 @@ def versions(backend: Any) -> dict[str, str]:
 
 
 def tests(check: "Check") -> str:
-    """All tests where this part runs alone, else those that concern CuPy, which must not skip."""
+    """Run all tests if this part runs alone, else those of CuPy; these must not be skipped."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
     command += ["--numprocesses=4"] if importlib.util.find_spec("xdist") else []
     if check.dry:
@@ -105,9 +107,9 @@ def tests(check: "Check") -> str:
 
 
 def paths(check: "Check") -> list[dict[str, Any]]:
-    """Every path, variant and dtype against NumPy: the largest difference, over the largest.
+    """Compare all paths, variants and dtypes with NumPy: largest difference over largest value.
 
-    On a device as many as fit in 100 seconds, if there is more to do: kernels are compiled too.
+    On a device this stops after 100 seconds if other parts follow, since it compiles many kernels.
     """
     rows: list[dict[str, Any]] = []
     until = time.monotonic() + check.left(600 if check.alone or check.dry else 100)
@@ -128,12 +130,35 @@ def paths(check: "Check") -> list[dict[str, Any]]:
     return rows
 
 
+def libraries(check: "Check") -> list[dict[str, Any]]:
+    """Arrays of other libraries on the device, on CuPy's paths, against NumPy."""
+    from gru_any import GRU
+    from gru_any.backend import BackendError, bridged, select
+
+    rows: list[dict[str, Any]] = []
+    others = ["gru_any.testing.fake_cuda.other"] if check.dry else ["torch", "jax.numpy"]
+    for name in others:
+        row: dict[str, Any] = {"library": name}
+        try:
+            home = select(name, None if check.dry else "cuda")
+            model = GRU(3, 5, 2, reset_after=True, seed=0)
+            way, worst = bridged(home, "float32"), gap(home, model, 8 if check.dry else 130)
+            row |= {"way": way, "worst": worst, "good": bool(way) and worst <= LIMITS["float32"]}
+        except BackendError as e:  # it is not installed, or has no device
+            row |= {"left out": str(e), "good": True}
+        except Exception as e:
+            row |= {"error": repr(e), "good": False}
+        rows.append(row)
+        print("  ", row, flush=True)
+    return rows
+
+
 # of the differences; float16 is held against float64 on the same rounded numbers
 LIMITS = {"float32": 2e-6, "float64": 1e-13, "float16": 8 * 2.0**-10}
 
 
 def compare(name: str, way: str, after: bool, dtype: str) -> tuple[float, float]:
-    """One path, launched, recorded and replayed, against NumPy -> the worst, and the limit."""
+    """Compare one path with NumPy, launched and replayed; return the worst error and its limit."""
     from gru_any import GRU
     from gru_any.backend import modes as run
 
@@ -149,8 +174,8 @@ def compare(name: str, way: str, after: bool, dtype: str) -> tuple[float, float]
     return worst, LIMITS[dtype]
 
 
-def gap(name: str, model: Any, T: int) -> float:
-    """The largest difference of four calls, the last of which are replayed."""
+def gap(name: Any, model: Any, T: int) -> float:
+    """Return the largest difference over four calls, the last of which are replayed."""
     from gru_any import to_numpy
 
     dtype, worst = model.dtype, 0.0
@@ -179,7 +204,7 @@ def outcome(gru: Any, x: Any, dy: Any, lengths: Any) -> list[Any]:
 
 
 def bench(check: "Check") -> list[dict[str, Any]]:
-    """Ours beside PyTorch's, cell after cell, until the time is up."""
+    """Time ours and PyTorch's, cell after cell, until the time is up."""
     chosen, rows = DRY if check.dry else cells(check.full), []
     for n, cell in enumerate(chosen):
         left = check.left(600) / (len(chosen) - n)
@@ -194,7 +219,7 @@ def bench(check: "Check") -> list[dict[str, Any]]:
 
 
 def measure(check: "Check", cell: Cell, seconds: float) -> dict[str, Any]:
-    """Milliseconds of all, forward and training; an error in place of what failed."""
+    """Return the milliseconds of each contender, forward and training, or its error."""
     row: dict[str, Any] = {}
     for name, maker in (("ours", ours), ("whole", whole), ("apart", apart), ("torch", theirs)):
         try:
@@ -213,7 +238,7 @@ def measure(check: "Check", cell: Cell, seconds: float) -> dict[str, Any]:
 
 
 def timed(call: Any, wait: Any, seconds: float) -> float:
-    """Milliseconds of one call: the median of rounds that take a few hundredths of a second."""
+    """Return the milliseconds of one call: the median of rounds of some hundredths of a second."""
     for _ in range(3):  # launched, recorded, replayed
         call()
     wait()
@@ -258,7 +283,7 @@ def ours(check: "Check", cell: Cell) -> Any:
 
 
 def whole(check: "Check", cell: Cell) -> Any:
-    """Ours as one kernel for the whole device, which has to be asked for; None if it cannot be."""
+    """Return our calls with the cooperative kernel; None where it does not fit the cell."""
     from gru_any import equations
     from gru_any.backend import modes as run
     from gru_any.backend import select
@@ -285,28 +310,28 @@ def whole(check: "Check", cell: Cell) -> Any:
 
 
 def apart(check: "Check", cell: Cell) -> Any:
-    """Ours with one layer after the other, where they would overlap; None where they do not."""
-    from gru_any.backend.cuda import calls
+    """Return our calls with one layer after the other; None where layers do not overlap anyway."""
+    from gru_any.backend.cuda import tuning
 
-    if cell.layers == 1 or cell.directions == 2 or cell.B * cell.H > calls.IDLE:
+    if cell.layers == 1 or cell.directions == 2 or not tuning.overlaps(cell.B * cell.H):
         return None
     wait, made = ours(check, cell)
 
     def taking(call: Any) -> None:
-        before, calls.IDLE = calls.IDLE, 0
+        before, tuning.current = tuning.current, tuning.current._replace(idle=0)
         try:
             call()
         finally:
-            calls.IDLE = before
+            tuning.current = before
 
     return wait, {mode: partial(taking, call) for mode, call in made.items()}
 
 
 def rule(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where ours should choose otherwise: figures for the rules, and every size they come from.
+    """Derive thresholds from the measurements, with the sizes that each comes from.
 
-    whole: hidden size -> the batch up to which that kernel was the faster at every size measured, 0
-    for none; overlap: the same of layers at the same time, as B H (`IDLE` in calls.py).
+    whole: for each hidden size, the batch up to which the cooperative kernel was always faster, 0
+    for none. overlap: B H up to which layers are faster side by side (`idle` in cuda/tuning.py).
     """
     found: dict[str, Any] = {}
     for mode in ("forward", "training"):
@@ -326,12 +351,12 @@ def rule(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _faster(rows: list[dict[str, Any]], one: str, other: str) -> list[tuple[dict[str, Any], bool]]:
-    """The rows that have both times, and whether the one was the less."""
+    """Return the rows that have both times, each with whether the first is less."""
     return [(row, row[one] < row[other]) for row in rows if one in row and other in row]
 
 
 def _up_to(pairs: Any) -> int:
-    """The largest size up to which all were good; 0 if none."""
+    """Return the largest size up to which all were good; 0 if none was."""
     pairs = sorted(pairs)
     bad = min((size for size, good in pairs if not good), default=float("inf"))
     return max((size for size, _ in pairs if size < bad), default=0)
@@ -386,7 +411,7 @@ def theirs(check: "Check", cell: Cell) -> Any:
 
 
 class Check:
-    """The run: its clock, and what it found so far."""
+    """A run: its clock, and its results so far."""
 
     def __init__(self, dry: bool, full: bool, out: Path, minutes: float) -> None:
         self.dry, self.full, self.out, self.alone = dry, full, out, False
@@ -396,11 +421,11 @@ class Check:
         out.mkdir(parents=True, exist_ok=True)
 
     def left(self, most: float) -> float:
-        """Seconds that are left, but not more than these."""
+        """Return how many seconds are left, at most this many."""
         return max(min(most, self.end - time.monotonic()), 0.1)
 
     def part(self, name: str, function: Any) -> None:
-        """One part; what it raises is a result too."""
+        """Run one part; an error that it raises becomes its result."""
         print(name, flush=True)
         start = time.monotonic()
         try:
@@ -412,20 +437,21 @@ class Check:
         self.write()
 
     def write(self) -> None:
-        """The JSON, the table and the picture."""
+        """Write the JSON, the table and the picture."""
         text = json.dumps(self.results, indent=1)
         (self.out / "results.json").write_text(text, "utf-8")
         (self.out / "results.md").write_text(self.table(), "utf-8")
         self.draw()
 
     def table(self) -> str:
-        """The results for people."""
+        """Return the results as a table in Markdown."""
         rows = self.results.get("bench", [])
         names = list(dict.fromkeys(name for row in rows for name in row))
         lines = [f"# Results of {self.results['date']}{', a dry run' if self.dry else ''}", ""]
-        later = ("bench", "paths", "rule")
+        later = ("bench", "libraries", "paths", "rule")
         lines += [f"- {k}: {v}" for k, v in self.results.items() if k not in later]
-        lines += [f"- {row}" for row in self.results.get("paths", [])]
+        both = [self.results.get(name, []) for name in ("paths", "libraries")]
+        lines += [f"- {row}" for rows_ in both for row in rows_]
         lines += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         for row in rows:
             lines.append("| " + " | ".join(_short(row.get(name, "")) for name in names) + " |")
@@ -437,7 +463,7 @@ class Check:
         return "\n".join(lines) + "\n"
 
     def draw(self) -> None:
-        """A bar for each cell that PyTorch ran too."""
+        """Draw a bar for each cell that PyTorch ran too."""
         rows = [row for row in self.results.get("bench", []) if "times training" in row]
         try:
             import matplotlib
@@ -463,7 +489,7 @@ def _short(v: Any) -> str:
     return f"{v:.3g}" if isinstance(v, float) else str(v)
 
 
-PARTS = {"tests": tests, "paths": paths, "bench": bench}
+PARTS = {"tests": tests, "paths": paths, "libraries": libraries, "bench": bench}
 
 
 def main() -> int:
@@ -489,7 +515,8 @@ def main() -> int:
         if given.part in (None, name):
             check.part(name, function)
     print((given.out / "results.md").read_text("utf-8"))
-    bad = [row for row in check.results.get("paths", []) if not row["good"]]
+    rows = [row for name in ("paths", "libraries") for row in check.results.get(name, [])]
+    bad = [row for row in rows if not row["good"]]
     bad += [text for text in (check.results.get("tests", ""),) if text.startswith("FAILED")]
     return 1 if bad or any(" error" in k for k in check.results) else 0
 

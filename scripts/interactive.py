@@ -1,9 +1,9 @@
-"""Write one HTML file in which a person types and watches a trained GRU read.
+"""Write an HTML file in which one types and watches a trained GRU read.
 
     python scripts/train_text.py --hidden 64 --embedding 32 --steps 8000 --out out/small
     python scripts/interactive.py --load out/small --out docs/interactive.html
 
-The weights are in the file, and the step is JavaScript generated from the traced equations.
+The file contains the weights, and a step in JavaScript that is generated from the equations.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def page(characters: str, model: Chain, text: str) -> str:
-    """The HTML file of a model and a text to begin with."""
+    """Return the HTML of a model, with a text to begin with."""
     embedding, gru, out = parts(model)
     known = "".join(c for c in text if c in characters)
     if not known:
@@ -66,13 +66,13 @@ def page(characters: str, model: Chain, text: str) -> str:
 
 
 class Page(string.Template):
-    """Only names in capitals are filled in: the page's own $ and ${ stay."""
+    """A template in which only names in capitals are replaced: the page has $ and ${ of its own."""
 
     pattern = r"\$(?:(?P<named>[A-Z]+)|(?P<escaped>(?!))|(?P<braced>(?!))|(?P<invalid>(?!)))"
 
 
 def parts(model: Chain) -> tuple[Embedding, GRU, Linear]:
-    """The layers of a model as train_text.py builds it."""
+    """Return the layers of a model as train_text.py builds it."""
     kinds = (Embedding, GRU, Linear)
     found: list[Any] = [layer for layer in model.layers if isinstance(layer, kinds)]
     if tuple(map(type, found)) != kinds or "_reverse" in found[1].suffixes:
@@ -81,18 +81,18 @@ def parts(model: Chain) -> tuple[Embedding, GRU, Linear]:
 
 
 def layer(gru: GRU, number: int) -> Iterable[np.ndarray]:
-    """W, b, U and, for reset after, c: as the library's own sweep takes them."""
+    """Return W, b, U and, with reset after, c, as the library's sweep takes them."""
     W, b, recurrent = gru._stack(gru._runner).weights(gru.params, number, "")
     return W, np.zeros(len(W), W.dtype) if b is None else b, *recurrent
 
 
 def encoded(array: np.ndarray) -> str:
-    """float32, little-endian, as base64."""
+    """Encode an array as little-endian float32 in base64."""
     return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()
 
 
 def forward(after: bool) -> Schedule:
-    """A step whose first three residuals are r, z and n."""
+    """Return a step that saves r, z and n first."""
     return forward_schedule(equations.variant(after).step, int(after), True, HOST)
 
 

@@ -3,8 +3,8 @@
     python scripts/train_text.py --hidden 64 --embedding 32 --steps 8000 --out out/small
     python scripts/look_inside.py --load out/small
 
-Without --load, a small model is trained first. Each picture is a PNG, and what it shows is printed
-in numbers too.
+Without --load, a small model is trained first. Each picture is written as PNG, and its figures are
+printed too.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load(folder: str) -> tuple[str, Chain]:
-    """What train_text.py saved."""
+    """Load the model and the characters that train_text.py saved."""
     try:
         characters = json.loads((Path(folder) / "characters.json").read_text("utf-8"))
         model = gru_any.load(Path(folder) / "model.safetensors", "numpy")
@@ -93,7 +93,7 @@ def small(args: argparse.Namespace) -> tuple[str, Chain]:
 
 
 def embedded(model: Chain, characters: str, args: argparse.Namespace) -> Any:
-    """What the GRU reads: the text over and over, begun at 32 places, 100 steps of each."""
+    """Return the inputs of the GRU: 100 steps of the text from each of 32 places."""
     text = args.text * (1 + 200 // len(args.text))
     starts = np.random.default_rng(args.seed).integers(len(text) - 100, size=32)
     x = np.array([[characters.index(text[s + t]) for s in starts] for t in range(100)])
@@ -108,7 +108,7 @@ def embedded(model: Chain, characters: str, args: argparse.Namespace) -> Any:
 
 
 def gates(text: str, last: dict[str, np.ndarray]) -> Figure:
-    """Heat maps of gates, candidate and state; units with short memory on top."""
+    """Draw heat maps of gates, candidate and state; units with a short memory stand on top."""
     order = np.argsort(half_life(last["z"]))
     figure, axes = pyplot.subplots(4, 1, figsize=(11, 12), layout="constrained")
     titles = {
@@ -132,18 +132,18 @@ def gates(text: str, last: dict[str, np.ndarray]) -> Figure:
 
 
 def letters(axis: Axes, text: str, size: int) -> None:
-    """The characters on the axis."""
+    """Label the axis with the characters."""
     axis.set_xticks(range(len(text)), map(shown, text), family="monospace", fontsize=size)
     axis.tick_params(axis="x", length=0)
 
 
 def shown(character: str) -> str:
-    """A character that can be seen."""
+    """Return a visible sign for a character."""
     return {" ": "␣", "\n": "↵"}.get(character, character).replace("$", r"\$")
 
 
 def memory(text: str, z: np.ndarray, steps: np.ndarray) -> Figure:
-    """How many steps each unit takes to forget one half, and the gates of three of them."""
+    """Draw in how many steps each unit forgets one half, and the gates of three units."""
     figure, axes = pyplot.subplot_mosaic(
         [["all", "0"], ["all", "1"], ["all", "2"]], figsize=(12, 5), width_ratios=[1, 2.4],
         layout="constrained",
@@ -169,7 +169,7 @@ def memory(text: str, z: np.ndarray, steps: np.ndarray) -> Figure:
 
 
 def saturated(last: dict[str, np.ndarray]) -> Figure:
-    """For each unit the share of characters at which its gate is shut, and open."""
+    """Draw for each unit the share of characters at which its gate is closed, and open."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     for axis, name, title in zip(axes, "rz", ("reset gate r", "update gate z"), strict=True):
         below, above = saturation(last[name])
@@ -183,7 +183,7 @@ def saturated(last: dict[str, np.ndarray]) -> Figure:
 
 
 def spectra(gru: GRU, seed: int) -> Figure:
-    """Eigenvalues of the recurrent weights, fresh and trained."""
+    """Draw the eigenvalues of the recurrent weights before and after training."""
     name = [k for k in gru.params if k.startswith("weight_hh")][-1]
     new = GRU(**gru.settings, seed=seed)
     figure, axes = pyplot.subplots(
@@ -208,7 +208,7 @@ def spectra(gru: GRU, seed: int) -> Figure:
 
 
 def faded(gru: GRU, x: np.ndarray, seed: int) -> Figure:
-    """Norm of the gradient at a distance from the loss, by variant and initialisation."""
+    """Draw the norm of the gradient by distance from the loss, variant and initialisation."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
     for axis, after in zip(axes, (False, True), strict=True):
         for number, how in enumerate(INITIALISERS):
@@ -228,7 +228,7 @@ def faded(gru: GRU, x: np.ndarray, seed: int) -> Figure:
 
 
 def initialised(gru: GRU, after: bool, how: str, seed: int) -> GRU:
-    """A GRU of the same sizes with fresh weights."""
+    """Return a GRU of the same sizes with initial weights."""
     new = GRU(**{**gru.settings, "reset_after": after}, dtype=gru.dtype, seed=seed)
     draw, rng, H = INITIALISERS[how], np.random.default_rng(seed), gru.hidden_size
     for name, array in new.params.items():
@@ -240,7 +240,7 @@ def initialised(gru: GRU, after: bool, how: str, seed: int) -> GRU:
 
 
 def finished(figure: Figure, axes: Any) -> Figure:
-    """A light grid, and no frame where nothing ends."""
+    """Add a light grid, and remove the frame above and on the right."""
     axis: Axes
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -3,7 +3,7 @@
     python scripts/train_text.py           # about a minute; leaves its weights in out/text
     python scripts/stream_text.py out/text --prompt "The "
 
-It needs what the library needs and nothing more. Each character is one step of a Stream.
+It needs nothing beyond the library. Each character is one step of a Stream.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load(folder: str, backend: str | None) -> tuple[str, Any]:
-    """The characters and the model that train_text.py left in this folder."""
+    """Load the characters and the model that train_text.py left in this folder."""
     try:
         characters = json.loads((Path(folder) / "characters.json").read_text("utf-8"))
         return characters, gru_any.load(Path(folder) / "model.safetensors", backend)
@@ -48,7 +48,7 @@ def load(folder: str, backend: str | None) -> tuple[str, Any]:
 
 
 def typed(model: Any, characters: str, args: argparse.Namespace) -> Iterator[str]:
-    """Read the prompt, then predict and read, character by character."""
+    """Read the prompt; then yield one character after another, each drawn and read in turn."""
     stream, rng = Stream(model), np.random.default_rng(args.seed)
 
     def read(c: str) -> np.ndarray:
@@ -63,7 +63,7 @@ def typed(model: Any, characters: str, args: argparse.Namespace) -> Iterator[str
 
 
 def drawn(characters: str, logits: np.ndarray, rng: np.random.Generator) -> str:
-    """One character, with the probabilities that the model gives it."""
+    """Draw a character with the probabilities that the model predicts."""
     p = np.exp(logits - logits.max())
     return characters[rng.choice(len(characters), p=p / p.sum())]
 

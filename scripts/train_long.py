@@ -2,21 +2,22 @@
 
     python scripts/train_long.py --task adding --length 200
 
-adding: T steps of a number from 0 to 1 and a mark that is 1 at two of them; the answer, at the last
-step, is the sum of the two marked numbers (Hochreiter and Schmidhuber 1997; Le et al. 2015). Who
-always says 1 has a squared error of 2/12 = 0.1667, the variance of the sum of two such numbers.
+adding: each of T steps has a number from 0 to 1 and a mark, which is 1 at two of the steps. The
+answer, at the last step, is the sum of the two marked numbers (Hochreiter and Schmidhuber 1997; Le
+et al. 2015). The constant answer 1 has a squared error of 2/12 = 0.1667, the variance of the sum of
+two such numbers.
 
-copy: ten symbols out of eight, T - 1 blanks, eleven times the sign to recall; the answer, T + 20
-steps long, is blank up to the last ten steps, and there the ten symbols (Bai et al. 2018). Who says
-"blank" for T + 10 steps and guesses the rest has a cross-entropy of 10 ln 8 / (T + 20) a step. It
-is learned from short sequences first: T of an update is anything from 1 up to a bound that grows.
+copy: the input is ten symbols out of eight, then T - 1 blanks, then eleven times the sign to
+recall. The answer, T + 20 steps long, is blank up to the last ten steps, which repeat the ten
+symbols (Bai et al. 2018). To answer "blank" for T + 10 steps and to guess the rest has a
+cross-entropy of 10 ln 8 / (T + 20) per step. Short sequences come first: T of an update is drawn
+from 1 up to a bound that grows.
 
-Every update has fresh sequences; validation and test have fixed ones of their own. Started again on
-the same folder, a run goes on where it stopped.
+Every update has fresh sequences; validation and test have fixed ones of their own. If the script is
+started again with the same folder, the run resumes where it stopped.
 """
 
 import argparse
-import json
 import math
 import time
 import tracemalloc
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import training
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Linear
 from gru_any.backend.modes import forget
+from gru_any.train import evaluate
 from gru_any.train.data import Batch
-from gru_any.train.loop import evaluate, fit
 from gru_any.train.schedules import cosine, warm_up
 
 SYMBOLS, RECALLED = 10, 10  # blank, eight symbols, the sign to recall; how many are recalled
@@ -37,30 +39,28 @@ SYMBOLS, RECALLED = 10, 10  # blank, eight symbols, the sign to recall; how many
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    with training.ranks(args):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     made = recipe(args)
     model, loss = made["model"], made["loss"]
     print(model)
     trivial = trivial_loss(args)
     kept = parts(args)
-    history = fit(
-        **made, steps=args.steps, valid=lambda: evaluate(model, loss, kept["valid"]),
-        validate_every=args.validate_every, seed=args.seed, out=args.out,
-        settings={"task": args.task, "length": args.length, "batch": args.batch,
-                  "rate": args.rate, "grow": args.grow}, bar=not args.quiet,
+    settings = {name: getattr(args, name) for name in ("task", "length", "batch", "rate", "grow")}
+    history = training.train(
+        args, made, settings, steps=args.steps, validate_every=args.validate_every,
+        valid=lambda: evaluate(model, loss, kept["valid"], comm=args.comm),
     )  # fmt: skip
-    out = Path(args.out)
-    gru_any.save(out / "model.safetensors", model)
-    draw(history, args, trivial, out / "curve.png")
-    result = {
-        "test": evaluate(model, loss, kept["test"]),
-        "trivial": trivial,
-        "valid": history.best,
-        "seconds": history.records[-1]["seconds"],
-        "cpu_seconds": time.process_time(),
-    }
-    (out / "result.json").write_text(json.dumps(result))
+    test = evaluate(model, loss, kept["test"], comm=args.comm)
+    if not args.first:
+        return
+    draw(history, args, trivial, Path(args.out) / "curve.png")
+    training.write_result(args, history, {"test": test, "trivial": trivial, "valid": history.best})
     print(
-        f"{history.reason} after {result['seconds']:.0f} s; test {result['test']:.3g}, "
+        f"{history.reason} after {training.seconds(history):.0f} s; test {test:.3g}, "
         f"the trivial answer {trivial:.3g}"
     )
     if model.backend.host:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def trivial_loss(args: argparse.Namespace) -> float:
-    """What knowing nothing of the input gives."""
+    """Return the loss of an answer that ignores the input."""
     if args.task == "adding":
         return 2 / 12
     return RECALLED * math.log(SYMBOLS - 2) / (args.length + 2 * RECALLED)
@@ -84,9 +84,9 @@ def sequences(args: argparse.Namespace, rng: np.random.Generator, rows: int) -> 
 
 
 def fresh(args: argparse.Namespace, update: int) -> list[Batch]:
-    """The sequences of an update.
+    """Return the sequences of an update, as one batch.
 
-    With --grow their T is at most a bound, which grows from 10 to --length in equal ratios over the
+    With --grow their T is at most a bound, which grows geometrically from 10 to --length over the
     first four fifths of the run.
     """
     rng, T = np.random.default_rng([args.seed, update]), args.length
@@ -99,7 +99,7 @@ def fresh(args: argparse.Namespace, update: int) -> list[Batch]:
 
 
 def parts(args: argparse.Namespace) -> dict[str, list[Batch]]:
-    """The fixed sequences: 500 for validation, 1000 for the test."""
+    """Return the fixed sequences: 500 for validation, 1000 for the test."""
     return {
         name: [sequences(args, np.random.default_rng([number, i]), 50) for i in range(count)]
         for number, (name, count) in enumerate([("valid", 10), ("test", 20)], 10**6)
@@ -107,7 +107,7 @@ def parts(args: argparse.Namespace) -> dict[str, list[Batch]]:
 
 
 def adding(T: int, rng: np.random.Generator, rows: int) -> Batch:
-    """Inputs (T, B, 2), target (T, B, 1), which counts at the last step."""
+    """Return inputs (T, B, 2), and a target (T, B, 1) that counts at the last step."""
     numbers, marks = rng.random((T, rows)), np.zeros((T, rows))
     for row in range(rows):
         marks[rng.choice(T, 2, replace=False), row] = 1
@@ -117,7 +117,7 @@ def adding(T: int, rng: np.random.Generator, rows: int) -> Batch:
 
 
 def copy(T: int, rng: np.random.Generator, rows: int) -> Batch:
-    """Inputs (T + 20, B, 10), one of ten; target (T + 20, B)."""
+    """Return one-hot inputs (T + 20, B, 10), and a target (T + 20, B)."""
     symbols = rng.integers(1, SYMBOLS - 1, (RECALLED, rows))
     x = np.zeros((T + 2 * RECALLED, rows), int)
     x[:RECALLED], x[T + RECALLED - 1 :] = symbols, SYMBOLS - 1
@@ -134,7 +134,7 @@ LOSSES = {"adding": gru_any.squared_error, "copy": gru_any.softmax_cross_entropy
 
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """What `fit` needs; each epoch is one batch of fresh sequences."""
+    """Return the arguments of `fit`; each epoch is one batch of fresh sequences."""
     model = build(args)
     return {
         "model": model,
@@ -147,9 +147,8 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build(args: argparse.Namespace) -> Chain:
-    """GRU and linear layer; z begins where a state lasts for 1 to T steps."""
-    home = {"backend": args.backend, "device": args.device}
-    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
+    """Return GRU and linear layer; with --chrono z begins where a state lasts 1 to T steps."""
+    home, seeds = training.home(args), training.seeds(args, 3)
     inputs, outputs = (2, 1) if args.task == "adding" else (SYMBOLS, SYMBOLS)
     gru = GRU(inputs, args.hidden, recompute=args.recompute, seed=seeds[0], **home)
     if args.chrono:
@@ -161,7 +160,7 @@ def build(args: argparse.Namespace) -> Chain:
 
 
 def cost(settings: dict[str, Any]) -> tuple[float, float]:
-    """Milliseconds of CPU for one gradient, and the most megabytes that stood at once."""
+    """Return the CPU milliseconds of one gradient, and its peak memory in megabytes."""
     args = argparse.Namespace(**settings)
     made, batch = recipe(args), sequences(args, np.random.default_rng(0), args.batch)
     model, loss = made["model"], made["loss"]
@@ -183,35 +182,25 @@ def cost(settings: dict[str, Any]) -> tuple[float, float]:
 
 
 def draw(history: Any, args: argparse.Namespace, trivial: float, path: Path) -> None:
-    """Training and validation loss against the trivial answer, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axis.semilogy(*history.column("loss"), color="tab:blue", alpha=0.5, label="training")
-    axis.semilogy(
-        *history.column("valid"), "o-", color="tab:orange", markersize=3, label="validation"
-    )
-    axis.axhline(trivial, color="gray", linestyle="--", label=f"trivial answer, {trivial:.3g}")
-    axis.set(xlabel="step", ylabel="loss", title=f"{args.task}, T = {args.length}")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    """Draw training and validation loss beside the trivial answer, as a PNG."""
+    steps, losses = history.column("valid")
+    with training.picture(path, (7, 4)) as axis:
+        axis.semilogy(*history.column("loss"), color="tab:blue", alpha=0.5, label="training")
+        axis.semilogy(steps, losses, "o-", color="tab:orange", markersize=3, label="validation")
+        axis.axhline(trivial, color="gray", linestyle="--", label=f"trivial answer, {trivial:.3g}")
+        axis.set(xlabel="step", ylabel="loss", title=f"{args.task}, T = {args.length}")
+        axis.grid(alpha=0.3)
+        axis.legend()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = training.parser(
+        __doc__, out="out/long", contents="checkpoints, log, weights, picture",
+        seed="of weights and sequences",
+    )  # fmt: skip
     add = parser.add_argument
     add("--task", choices=TASKS, default="adding", help="what to learn")
     add("--length", type=int, default=200, help="T")
-    add("--out", metavar="DIR", default="out/long", help="checkpoints, log, weights, picture")
-    add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
-    add("--device", help="such as cuda:1")
     add("--hidden", type=int, default=64, help="hidden size; 128 for copy")
     add("--grow", action=argparse.BooleanOptionalAction, default=False,
         help="short sequences first; yes for copy")  # fmt: skip
@@ -221,10 +210,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=1500, help="updates; 10000 for copy")
     add("--batch", type=int, default=8, help="sequences side by side")
     add("--rate", type=float, default=1e-2, help="highest learning rate of Adam")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--validate-every", type=int, default=100, help="steps; 500 for copy")
-    add("--seed", type=int, default=0, help="of weights and sequences")
-    add("--quiet", action="store_true", help="no progress bar")
     if parser.parse_known_args(arguments)[0].task == "copy":
         parser.set_defaults(hidden=128, grow=True, steps=10000, validate_every=500)
     args = parser.parse_args(arguments)

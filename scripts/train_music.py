@@ -2,36 +2,35 @@
 
     python scripts/train_music.py --data nottingham.npz --out out/nottingham
 
-The figure is the negative log-likelihood of the test part in nats per frame: frame t predicted from
-the frames before it, summed over the keys, the mean over all predicted frames, pieces not cut; in
-brackets, the mean of the pieces' means. The weights are those with the lowest figure on the
-validation part. Started again on the same folder, a run goes on where it stopped.
+The script prints the negative log-likelihood of the test part in nats per frame. Each frame is
+predicted from all frames before it; the figure is summed over the keys and averaged over all
+predicted frames of all pieces. In brackets stands the mean of the pieces' own means. The weights
+are those with the lowest figure on the validation part. If the script is started again with the
+same folder, the run resumes where it stopped.
 
-Much of the classical pieces is said twice. With `--recall` the GRU also reads which frame came next
-the last time that the piece went as it does now; this is made of the frames so far alone.
+Classical pieces repeat much of what they say. With `--recall` the GRU also reads which frame came
+next the last time that the piece went as it does now, which depends on earlier frames only.
 
-`--data` takes an .npz with S_frames (frames, 11) of packed bits and S_lengths for S in train,
-valid, test; the .mat files of Bai et al. 2018 (needs scipy); or the pickles of
+`--data` takes an .npz that holds S_frames (frames, 11) of packed bits and S_lengths, where S is
+train, valid and test; or the .mat files of Bai et al. 2018 (needs scipy); or the pickles of
 Boulanger-Lewandowski et al. 2012. `--synthetic` makes up a small set.
 """
 
 import argparse
-import hashlib
-import json
 import pickle
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import training
 from array_api_compat import array_namespace
 
 import gru_any
 from gru_any import GRU, AdamW, Chain, Dropout, Linear
 from gru_any.nn import init
+from gru_any.train import evaluate
 from gru_any.train.data import Batch, buckets, cut, side_by_side, waste
-from gru_any.train.loop import evaluate, fit
 from gru_any.train.schedules import cosine, warm_up
 
 KEYS = 88
@@ -46,6 +45,11 @@ Pieces = list[np.ndarray]  # each (T, 88), or (T, 180) with `--recall`, of 0 and
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    with training.ranks(args):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     parts = data(args)
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
     made = recipe(args, train)
@@ -61,25 +65,17 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {"data": digest(parts), "batch": args.batch, "rate": args.rate}
     settings |= {"noise": args.noise, "shift": args.shift, "moved": args.moved}
     settings |= {"warm_up": args.warm_up, "by_frames": args.by_frames, "recall": args.recall}
-    history = fit(
-        **made,
-        epochs=args.epochs,
-        steps=args.steps,
-        valid=lambda: score(model, valid),
-        seed=args.seed,
-        out=args.out,
-        settings=settings,
-        bar=not args.quiet,
-    )
-    gru_any.save(Path(args.out) / "model.safetensors", model)
+    history = training.train(
+        args, made, settings, epochs=args.epochs, steps=args.steps,
+        valid=lambda: score(model, valid, args.comm),
+    )  # fmt: skip
+    figures = {"valid": history.best, "test": score(model, test, args.comm)}
+    if not args.first:
+        return
     history.draw(Path(args.out) / "history.png")
-    figures = {"valid": history.best, "test": score(model, test)}
-    seconds = history.records[-1]["seconds"]
     by_piece = float(np.mean([score(model, [p]) for p in test if len(p) > 1]))
-    result = {**figures, "test_by_piece": by_piece, "seconds": seconds}
-    result["cpu_seconds"] = time.process_time()
-    (Path(args.out) / "result.json").write_text(json.dumps(result))
-    print(f"{history.reason} after {seconds:.0f} s; " + ", ".join(
+    training.write_result(args, history, {**figures, "test_by_piece": by_piece})
+    print(f"{history.reason} after {training.seconds(history):.0f} s; " + ", ".join(
         f"{name} {value:.3f} nats per frame" for name, value in figures.items()
     ) + f" ({by_piece:.3f} where each piece counts as much)")  # fmt: skip
 
@@ -88,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def data(args: argparse.Namespace) -> dict[str, Pieces]:
-    """The three parts; with `--recall` each frame stands beside what `recalled` says of it."""
+    """Return the three parts; with `--recall` each frame has the result of `recalled` beside it."""
     parts = synthetic() if args.synthetic else read(args.data)
     if not args.recall:
         return parts
@@ -96,7 +92,7 @@ def data(args: argparse.Namespace) -> dict[str, Pieces]:
 
 
 def read(file: str | None) -> dict[str, Pieces]:
-    """The three parts of a file."""
+    """Return the three parts of a file; end the script if it cannot be read."""
     if file is None:
         sys.exit(WHERE)
     readers = {".npz": read_npz, ".mat": read_mat, ".pickle": read_pickle, ".pkl": read_pickle}
@@ -144,10 +140,10 @@ def read_mat(path: Path) -> dict[str, Pieces]:
 
 
 class NothingButLists(pickle.Unpickler):
-    """A pickle can run code; this one may hold lists, tuples, dicts and numbers alone."""
+    """Reads pickles of lists, tuples, dicts and numbers only, since other pickles can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuse whatever has a name."""
+        """Refuse every class and function."""
         raise pickle.UnpicklingError(f"it holds {module}.{name}, where plain lists were expected")
 
 
@@ -158,7 +154,7 @@ def read_pickle(path: Path) -> dict[str, Pieces]:
 
 
 def roll(notes: Any) -> np.ndarray:
-    """A list of MIDI numbers (21 to 108) for each frame -> (T, 88)."""
+    """Convert a list of MIDI numbers (21 to 108) for each frame to (T, 88)."""
     frames = np.zeros((len(notes), KEYS), np.uint8)
     for frame, sounding in zip(frames, notes, strict=True):
         for note in sounding:
@@ -169,7 +165,7 @@ def roll(notes: Any) -> np.ndarray:
 
 
 def synthetic(seed: int = 0) -> dict[str, Pieces]:
-    """Broken chords that walk up and down: 60 pieces of 20 to 60 frames."""
+    """Return 60 made-up pieces of 20 to 60 frames: broken chords that go up and down."""
     rng, pieces = np.random.default_rng(seed), []
     for _ in range(60):
         T, root, step = (
@@ -185,15 +181,11 @@ def synthetic(seed: int = 0) -> dict[str, Pieces]:
 
 
 def digest(parts: dict[str, Pieces]) -> str:
-    found = hashlib.sha256()
-    for pieces in parts.values():
-        for piece in pieces:
-            found.update(piece[:, :KEYS].tobytes())
-    return found.hexdigest()
+    return training.digest(*(p[:, :KEYS] for pieces in parts.values() for p in pieces))
 
 
 def batches(pieces: Pieces, args: argparse.Namespace, epoch: int) -> Any:
-    """Groups of pieces of like length, in another order each epoch."""
+    """Yield groups of pieces of similar length, in another order each epoch."""
     rng = np.random.default_rng([args.seed, epoch])
     noisy = np.asarray([len(p) - 1 for p in pieces]) + rng.integers(0, args.noise + 1, len(pieces))
     groups = buckets(noisy * (np.asarray([len(p) for p in pieces]) > 1), args.batch)
@@ -202,7 +194,7 @@ def batches(pieces: Pieces, args: argparse.Namespace, epoch: int) -> Any:
 
 
 def moved(piece: np.ndarray, rng: Any, most: int, chance: float) -> np.ndarray:
-    """The piece in another key, by up to so many semitones; no note leaves the keyboard."""
+    """Transpose a piece by up to `most` semitones, so that no note leaves the keyboard."""
     if not most or (chance < 1 and rng.random() >= chance):
         return piece
     used = np.flatnonzero(piece[:, :KEYS].any(axis=0))
@@ -219,15 +211,16 @@ def batch(pieces: Pieces) -> Batch:
 
 
 def with_recall(piece: np.ndarray) -> np.ndarray:
-    """(T, 88) -> (T, 88 + 88 + 4). In another key it is the same, moved."""
+    """Return a piece (T, 88) with the result of `recalled` beside it: (T, 88 + 88 + 4)."""
     return np.concatenate([piece, recalled(piece)], axis=1)
 
 
 def recalled(piece: np.ndarray) -> np.ndarray:
-    """The frame that came next the last time that the piece went as it does now -> (T, 88 + 4).
+    """Return which frame came next the last time the piece went as it does now: (T, 88 + 4).
 
-    Row t is made of frames 0..t: the last 32 of them, else 16, 8 or 4, are sought among those
-    before, and four flags say how many were found. After the match models of lossless compression.
+    Row t depends on frames 0..t only. The last 32 of them, else 16, 8 or 4, are searched for among
+    the earlier ones, and four flags say how many were found, as in the match models of lossless
+    compression.
     """
     packed = np.packbits(piece, axis=1)
     size, text = packed.shape[1], packed.tobytes()
@@ -244,7 +237,7 @@ def recalled(piece: np.ndarray) -> np.ndarray:
 
 
 def how_often(pieces: Pieces) -> tuple[float, float]:
-    """The part of the frames after which at least 16 came again; how often the next did too."""
+    """Return at how many frames the last 16 had come before, and how often the next one agrees."""
     rows = np.concatenate([p[:-1, KEYS:] for p in pieces])
     after = np.concatenate([p[1:, :KEYS] for p in pieces])
     again = rows[:, KEYS : KEYS + 2].any(axis=1)
@@ -256,7 +249,7 @@ def how_often(pieces: Pieces) -> tuple[float, float]:
 
 
 def recipe(args: argparse.Namespace, train: Pieces) -> dict[str, Any]:
-    """What `fit` needs."""
+    """Return the arguments of `fit`."""
     model = build(args, train)
     updates = sum(len(list(cut(b, args.tbptt))) for b in batches(train, args, 0))
     return {
@@ -272,9 +265,11 @@ def recipe(args: argparse.Namespace, train: Pieces) -> dict[str, Any]:
 
 
 def build(args: argparse.Namespace, train: Pieces) -> Chain:
-    """GRU, dropout, linear layer; orthogonal recurrent weights, biases as often as a key sounds."""
-    home = {"backend": args.backend, "device": args.device}
-    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
+    """Return GRU, dropout and linear layer.
+
+    The recurrent weights are orthogonal, and the output biases are the log odds of each key.
+    """
+    home, seeds = training.home(args), training.seeds(args, 3)
     between = args.dropout if args.layers > 1 else 0.0
     gru = GRU(train[0].shape[1], args.hidden, args.layers, dropout=between, seed=seeds[0], **home)
     linear = Linear(args.hidden, KEYS, seed=seeds[1], **home)
@@ -292,15 +287,16 @@ def build(args: argparse.Namespace, train: Pieces) -> Chain:
 
 
 def nats(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
-    """The loss in nats per frame: the sum over the keys."""
+    """Return the loss in nats per frame, which is the sum over the keys, and its gradient."""
     value, dy = gru_any.sigmoid_cross_entropy(y, target, mask=mask)
     return value * KEYS, dy * KEYS
 
 
 def by_frames(full: int) -> Any:
-    """The same, with a gradient in proportion to the frames, 1 at so many.
+    """Return `nats` with a gradient in proportion to the frames that count; `full` of them give 1.
 
-    Where one piece of a group is longer than the others, it would have many updates for itself.
+    Otherwise, where one piece of a group is longer than the others, its end alone would decide many
+    updates.
     """
 
     def loss(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
@@ -311,22 +307,21 @@ def by_frames(full: int) -> Any:
     return loss
 
 
-def score(model: Chain, pieces: Pieces) -> float:
-    """Nats per frame over whole pieces."""
+def score(model: Chain, pieces: Pieces, comm: Any = None) -> float:
+    """Return the nats per frame over whole pieces."""
     groups = buckets([len(p) - 1 for p in pieces], 32)
-    return evaluate(model, nats, (batch([pieces[i] for i in g]) for g in groups), chunk=200)
+    parts = (batch([pieces[i] for i in g]) for g in groups)
+    return evaluate(model, nats, parts, chunk=200, comm=comm)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = training.parser(
+        __doc__, out="out/music", contents="checkpoints, log, weights, picture",
+        seed="of weights, order and dropout",
+    )  # fmt: skip
     add = parser.add_argument
     add("--data", metavar="FILE", help=".npz, .mat or .pickle")
     add("--synthetic", action="store_true", help="a made-up set")
-    add("--out", metavar="DIR", default="out/music", help="checkpoints, log, weights, picture")
-    add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
-    add("--device", help="such as cuda:1")
     add("--hidden", type=int, default=400, help="hidden size")
     add("--layers", type=int, default=1, help="layers of the GRU")
     add("--recall", action="store_true", help="also read what came next the last time")
@@ -343,12 +338,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--warm-up", type=int, default=50, help="steps up to that rate")
     add("--decay", type=float, default=0.01, help="weight decay of AdamW")
     add("--by-frames", action="store_true", help="an update counts as much as it has frames")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--average", type=float, help="decay of a running average of the weights")
-    add("--seed", type=int, default=0, help="of weights, order and dropout")
-    add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
     args.tbptt = tuple(args.tbptt)
+    if args.by_frames and args.distributed:
+        parser.error("--by-frames counts the frames of a whole batch, of which a rank has a part")
     return args
 
 

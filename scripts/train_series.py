@@ -2,28 +2,26 @@
 
     python scripts/train_series.py --data JapaneseVowels_TRAIN.ts JapaneseVowels_TEST.ts
 
-The scores of a sequence are the mean over its steps. There are as many epochs as were asked for,
-all on the whole training part, and the test part is read once, at the end. Settings are judged by
-`--hold-out 0.2`, which keeps a fifth of the training part back in place of the test part. Started
-again on the same folder, a run goes on where it stopped. `--synthetic` makes up a small set.
+The scores of a sequence are the mean over its steps. The script trains for all `--epochs` on the
+whole training part, and reads the test part once, at the end. To compare settings, use
+`--hold-out 0.2`, which holds out a fifth of the training part and takes it as the test part. If the
+script is started again with the same folder, the run resumes where it stopped. `--synthetic` makes
+up a small set.
 """
 
 import argparse
-import hashlib
-import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import training
 from array_api_compat import array_namespace
 
 import gru_any
 from gru_any import GRU, AdamW, Chain, Dropout, Linear
 from gru_any.train.data import Batch, buckets, side_by_side, waste
-from gru_any.train.loop import fit
 from gru_any.train.schedules import cosine, warm_up
 
 WHERE = (
@@ -34,18 +32,23 @@ WHERE = (
 
 
 class Part(NamedTuple):
-    """Sequences (T, I) of several lengths, and the number of each one's class."""
+    """Sequences (T, I) of several lengths, and the class of each as an index."""
 
     sequences: list[np.ndarray]
     labels: np.ndarray
 
     def take(self, which: np.ndarray) -> "Part":
-        """Those of these numbers."""
+        """Return the sequences with these indices."""
         return Part([self.sequences[i] for i in which], self.labels[which])
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    with training.ranks(args):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     names, train, test = data(args)
     made = recipe(args, names, train)
     model = made["model"]
@@ -56,30 +59,29 @@ def main(arguments: list[str] | None = None) -> None:
         f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} steps; padding {padding:.1%}"
     )
     settings = {"data": digest(train), "batch": args.batch, "rate": args.rate, "noise": args.noise}
-    history = fit(
-        **made, epochs=args.epochs, steps=args.steps, seed=args.seed, out=args.out,
-        settings=settings, bar=not args.quiet,
-    )  # fmt: skip
+    history = training.train(args, made, settings, epochs=args.epochs, steps=args.steps)
+    if not args.first:
+        return
     out = Path(args.out)
-    gru_any.save(out / "model.safetensors", model)
     history.draw(out / "history.png")
     found = scores(model, test).argmax(axis=1)
     table = np.zeros((len(names), len(names)), int)
     np.add.at(table, (test.labels, found), 1)
     draw(table, names, out / "confusion.png")
     name, accuracy = "held out" if args.hold_out else "test", float((found == test.labels).mean())
-    seconds = history.records[-1]["seconds"] if history.records else 0.0
-    result = {"part": name, "accuracy": accuracy, "confusion": table.tolist(), "seconds": seconds}
-    (out / "result.json").write_text(json.dumps({**result, "cpu_seconds": time.process_time()}))
-    wrong = int((found != test.labels).sum())
-    print(f"{history.reason} after {seconds:.0f} s; {name} accuracy {accuracy:.4f}, {wrong} wrong")
+    figures = {"part": name, "accuracy": accuracy, "confusion": table.tolist()}
+    training.write_result(args, history, figures)
+    print(
+        f"{history.reason} after {training.seconds(history):.0f} s; {name} accuracy "
+        f"{accuracy:.4f}, {int((found != test.labels).sum())} wrong"
+    )
 
 
 # the data ----------------------------------------------------------------------------------------
 
 
 def data(args: argparse.Namespace) -> tuple[list[str], Part, Part]:
-    """The names of the classes, what to learn from, and what to judge by, both standardised."""
+    """Return the classes' names, the training part and the test part, both standardised."""
     if args.synthetic:
         names, train, test = synthetic()
     elif args.data is None:
@@ -104,19 +106,19 @@ def data(args: argparse.Namespace) -> tuple[list[str], Part, Part]:
 
 
 def read(file: str) -> tuple[list[str], Part]:
-    """A .ts file: a header with the classes, then a line for each sequence."""
+    """Read a .ts file: a header with the classes, then a line for each sequence."""
+    text = training.read_utf8(file)
     try:
-        return parse_ts(Path(file).read_text("utf-8"))
-    except UnicodeDecodeError as e:
-        sys.exit(f"--data {file} is not UTF-8: {e}")
-    except OSError as e:
-        sys.exit(f"--data {file} cannot be read: {e.strerror}")
+        return parse_ts(text)
     except ValueError as e:
         sys.exit(f"--data {file} cannot be read: {e}")
 
 
 def parse_ts(text: str) -> tuple[list[str], Part]:
-    """Channels stand between colons, their values between commas, the class at the end."""
+    """Parse the text of a .ts file.
+
+    In a line, colons separate the channels and commas their values; the class comes last.
+    """
     head, found, body = text.partition("@data")
     names = next((w[2:] for w in map(str.split, head.splitlines()) if w[:1] == ["@classLabel"]), [])
     if not found or not names:
@@ -139,7 +141,7 @@ def parse_ts(text: str) -> tuple[list[str], Part]:
 
 
 def synthetic(seed: int = 0) -> tuple[list[str], Part, Part]:
-    """Noisy waves of three frequencies: two parts of 60 sequences of 10 to 40 steps."""
+    """Make up noisy waves of three frequencies: two parts of 60 sequences of 10 to 40 steps."""
     rng = np.random.default_rng(seed)
 
     def part() -> Part:
@@ -153,14 +155,11 @@ def synthetic(seed: int = 0) -> tuple[list[str], Part, Part]:
 
 
 def digest(part: Part) -> str:
-    found = hashlib.sha256(part.labels.tobytes())
-    for sequence in part.sequences:
-        found.update(sequence.tobytes())
-    return found.hexdigest()
+    return training.digest(part.labels, *part.sequences)
 
 
 def batches(part: Part, args: argparse.Namespace, epoch: int) -> Iterator[Batch]:
-    """Groups of like length, other ones each epoch; noise on the input."""
+    """Yield groups of similar length, other ones each epoch, with noise on the input."""
     rng = np.random.default_rng([args.seed, epoch])
     order = rng.permutation(len(part.labels))
     lengths = np.array([len(part.sequences[i]) for i in order])
@@ -172,7 +171,7 @@ def batches(part: Part, args: argparse.Namespace, epoch: int) -> Iterator[Batch]
 
 
 def batch(part: Part) -> Batch:
-    """Inputs (T, B, I), and at each step the class of the sequence."""
+    """Return a batch of inputs (T, B, I), with the class of the sequence at each step."""
     x, mask = side_by_side(part.sequences)
     return Batch(x, np.broadcast_to(part.labels, mask.shape), mask, mask.sum(axis=0))
 
@@ -181,9 +180,8 @@ def batch(part: Part) -> Batch:
 
 
 def recipe(args: argparse.Namespace, names: list[str], train: Part) -> dict[str, Any]:
-    """What `fit` needs."""
-    home = {"backend": args.backend, "device": args.device}
-    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(2)]
+    """Return the arguments of `fit`."""
+    home, seeds = training.home(args), training.seeds(args, 2)
     I, H = train.sequences[0].shape[1], args.hidden
     model = Chain(
         GRU(I, H, args.layers, dropout=args.dropout if args.layers > 1 else 0.0,
@@ -195,6 +193,7 @@ def recipe(args: argparse.Namespace, names: list[str], train: Part) -> dict[str,
     return {
         "model": model,
         "loss": mean_score,
+        "reduction": "sequences",
         "batches": lambda epoch: batches(train, args, epoch),
         "optimiser": AdamW(model.params, lr=args.rate, weight_decay=args.decay),
         "clip": args.clip,
@@ -203,7 +202,7 @@ def recipe(args: argparse.Namespace, names: list[str], train: Part) -> dict[str,
 
 
 def mean_score(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
-    """Cross-entropy of the mean over the steps that count."""
+    """Return the cross-entropy of the scores, averaged over the steps that count, and dL/dy."""
     xp = array_namespace(y)
     share = xp.astype(mask, y.dtype)
     share = (share / xp.sum(share, axis=0))[..., None]  # (T, B, 1)
@@ -212,7 +211,7 @@ def mean_score(y: Any, target: Any, mask: Any) -> tuple[Any, Any]:
 
 
 def scores(model: Chain, part: Part) -> np.ndarray:
-    """The mean score of each class, for each sequence: (N, C)."""
+    """Return the mean score of each class for each sequence: (N, C)."""
     found = np.empty((len(part.labels), model.layers[-1].out_features))
     for group in buckets([len(s) for s in part.sequences], 64):
         x, _, mask, lengths, _ = batch(part.take(np.array(group)))
@@ -222,38 +221,28 @@ def scores(model: Chain, part: Part) -> np.ndarray:
 
 
 def draw(table: np.ndarray, names: list[str], path: Path) -> None:
-    """The confusion matrix as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5, 4.5), layout="constrained")
-    axis.imshow(
-        table / np.maximum(table.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1
-    )
-    for (i, j), count in np.ndenumerate(table):
-        if count:
-            color = "white" if i == j else "tab:red"
-            axis.text(j, i, str(count), ha="center", va="center", color=color)
-    axis.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="found", ylabel="true")
-    axis.set_xticklabels(names, rotation=30 if max(map(len, names)) > 3 else 0)
-    axis.set_yticklabels(names)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    """Draw the confusion matrix as a PNG."""
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    with training.picture(path, (5, 4.5)) as axis:
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), count in np.ndenumerate(table):
+            if count:
+                color = "white" if i == j else "tab:red"
+                axis.text(j, i, str(count), ha="center", va="center", color=color)
+        axis.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="found", ylabel="true")
+        axis.set_xticklabels(names, rotation=30 if max(map(len, names)) > 3 else 0)
+        axis.set_yticklabels(names)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = training.parser(
+        __doc__, out="out/series", contents="checkpoints, log, weights, pictures",
+        seed="of weights, order, noise and dropout",
+    )  # fmt: skip
     add = parser.add_argument
     add("--data", nargs=2, metavar=("TRAIN", "TEST"), help=".ts files of the archive")
     add("--synthetic", action="store_true", help="a made-up set")
     add("--hold-out", type=float, default=0.0, help="judge by this part of the training part")
-    add("--out", metavar="DIR", default="out/series", help="checkpoints, log, weights, pictures")
-    add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
-    add("--device", help="such as cuda:1")
     add("--hidden", type=int, default=64, help="hidden size of each direction")
     add("--layers", type=int, default=1, help="layers of the GRU")
     add("--dropout", type=float, default=0.5, help="between layers and before the output")
@@ -263,9 +252,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="sequences side by side")
     add("--rate", type=float, default=4e-3, help="highest learning rate of AdamW")
     add("--decay", type=float, default=0.01, help="weight decay of AdamW")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0, help="of weights, order, noise and dropout")
-    add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
     if not 0 <= args.hold_out < 1 or args.batch < 1:
         parser.error("--hold-out must be from 0 up to below 1, and --batch above 0")

@@ -10,7 +10,6 @@ that was stopped goes on when the same command is given again.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import platform
@@ -19,23 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import training
 
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear
 from gru_any.backend import BackendError
+from gru_any.train import evaluate
 from gru_any.train.data import streams
-from gru_any.train.loop import evaluate, fit
 from gru_any.train.schedules import cosine, warm_up
-
-try:
-    import matplotlib  # noqa: F401
-    import tqdm  # noqa: F401
-except ImportError as e:
-    sys.exit(f'{e.name} is missing: pip install "gru-any[train]", in a clone ".[train]"')
 
 
 class Text(NamedTuple):
-    """A text as indices into its characters, in three parts by position."""
+    """A text as indices into its characters, in three consecutive parts."""
 
     characters: str
     train: np.ndarray
@@ -46,10 +40,11 @@ class Text(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
-        run(args)
+        with training.ranks(args):
+            run(args)
     except (BackendError, FloatingPointError, OSError, ValueError) as e:
         sys.exit(f"{type(e).__name__}: {e}")
-    except KeyboardInterrupt:  # before or after the training; in between fit sees to it
+    except KeyboardInterrupt:  # before or after the training, during which fit handles it
         sys.exit("stopped")
 
 
@@ -61,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         text = split(read(args.data))
         characters, prompt = text.characters, prompted(args.prompt, text.characters)
         model = train(text, args)
-    if args.sample:
+    if args.sample and args.first:
         rng = np.random.default_rng(args.seed)
         print(write(model, characters, prompt, args.sample, args.temperature, rng))
 
@@ -70,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read(files: list[str]) -> str:
-    """The text of the files, or CPython's own help topics; says what it read."""
+    """Return the text of the files, or CPython's own help topics, and print which it is."""
     if files:
-        text = "".join(read_utf8(file) for file in files)
+        text = "".join(training.read_utf8(file) for file in files)
     else:
         try:
             from pydoc_data.topics import topics
@@ -80,22 +75,13 @@ def read(files: list[str]) -> str:
             sys.exit("this Python has no pydoc_data.topics; name a text of yours: --data FILE")
         text = "".join(topics[name] for name in sorted(topics))
     source = ", ".join(files) or f"pydoc_data.topics of CPython {platform.python_version()}"
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = training.digest(np.frombuffer(text.encode(), np.uint8))
     print(f"text: {source}; {len(text):,} characters, SHA-256 {digest}")
     return text
 
 
-def read_utf8(file: str) -> str:
-    try:
-        return Path(file).read_text("utf-8")
-    except UnicodeDecodeError as e:
-        sys.exit(f"--data {file} is not UTF-8: {e}")
-    except OSError as e:
-        sys.exit(f"--data {file} cannot be read: {e.strerror}")
-
-
 def split(text: str) -> Text:
-    """The first 90 % for training, the next 5 % for validation, the last 5 % for the test."""
+    """Split a text: the first 90 % for training, then 5 % for validation and 5 % for the test."""
     if len(text) < 1000:
         sys.exit(f"the text has {len(text)} characters; 1000 are the least to learn anything from")
     characters = "".join(sorted(set(text)))
@@ -109,10 +95,9 @@ def split(text: str) -> Text:
 
 
 def build(characters: str, args: argparse.Namespace) -> Chain:
-    """Embedding, GRU, linear layer to one number for each character."""
-    home = {"backend": args.backend, "device": args.device}
+    """Return an Embedding, a GRU, and a Linear layer with one output for each character."""
+    home, seeds = training.home(args), training.seeds(args, 3)
     drop = args.dropout if args.layers > 1 else 0.0
-    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(3)]
     return Chain(
         Embedding(len(characters), args.embedding, seed=seeds[0], **home),
         GRU(args.embedding, args.hidden, args.layers, dropout=drop, seed=seeds[1], **home),
@@ -122,7 +107,7 @@ def build(characters: str, args: argparse.Namespace) -> Chain:
 
 
 def recipe(args: argparse.Namespace, text: Text) -> dict[str, Any]:
-    """What `fit` needs: truncated back-propagation over several streams, the state carried over."""
+    """Return the arguments of `fit`: parallel streams, cut in time, with the state carried over."""
     model = build(text.characters, args)
     try:
         data = streams(text.train, args.batch)
@@ -145,52 +130,45 @@ def recipe(args: argparse.Namespace, text: Text) -> dict[str, Any]:
 
 
 def train(text: Text, args: argparse.Namespace) -> Chain:
-    """Train a model, save it, and say how good it is."""
+    """Train a model, save it, and print how good it is."""
     made = recipe(args, text)
     model = made["model"]
     print(model)
-    history = fit(
-        **made,
-        steps=args.steps,
-        minutes=args.minutes,
-        seed=args.seed,
-        out=args.out,
-        settings={"data": digest(text), "batch": args.batch, "rate": args.rate},
-        bar=not args.quiet and (lambda record: shown(record, args.chunk * args.batch)),
-    )
+    settings = {"data": training.digest(text.train), "batch": args.batch, "rate": args.rate}
+    history = training.train(
+        args, made, settings, lambda record: shown(record, args.chunk * args.batch),
+        steps=args.steps, minutes=args.minutes,
+    )  # fmt: skip
+    if not args.first:
+        return model
     if history.reason == "interrupted":
         print(
             "\nstopped; the weights so far are kept, and the same command goes on",
             file=sys.stderr,
         )
-    save(args.out, text.characters, model)
+    (Path(args.out) / "characters.json").write_text(json.dumps(text.characters), "utf-8")
     history.draw(Path(args.out) / "history.png")
-    seconds = history.records[-1]["seconds"] if history.records else 0
-    print(f"trained for {seconds:.0f} s; weights, log and picture in {args.out}")
+    print(f"trained for {training.seconds(history):.0f} s; weights, log and picture in {args.out}")
     for name, part in (("validation", text.valid), ("test", text.test)):
         print(f"{name}: {bits_per_character(model, part):.3f} bits per character")
     return model
 
 
 def shown(record: dict[str, Any], per_step: int) -> dict[str, str]:
-    """What the progress bar shows: loss, bits per character, characters per second."""
+    """Return what the progress bar shows: loss, bits per character, characters per second."""
     rate = record["step"] * per_step / record["seconds"]
     bits = record["loss"] / math.log(2)
     return {"loss": f"{record['loss']:.3f}", "bits/char": f"{bits:.3f}", "char/s": f"{rate:,.0f}"}
 
 
-def digest(text: Text) -> str:
-    return hashlib.sha256(text.train.tobytes()).hexdigest()
-
-
 def bits_per_character(model: Chain, data: np.ndarray) -> float:
-    """Read the part once from its start, the state carried over; the mean of -log2 p."""
+    """Return the mean of -log2 p over the part, read once from its start as one sequence."""
     part = [streams(data, 1)]
     return evaluate(model, gru_any.softmax_cross_entropy, part, chunk=2000) / math.log(2)
 
 
 def prompted(prompt: str | None, characters: str) -> str:
-    """The prompt, whose characters the model must know; without one "The ", as far as it does."""
+    """Return the prompt, or "The "; end the script if the model does not know a character."""
     if prompt is None:
         return "".join(c for c in "The " if c in characters) or characters[0]
     unknown = sorted(set(prompt) - set(characters))
@@ -203,7 +181,7 @@ def prompted(prompt: str | None, characters: str) -> str:
 def write(
     model: Chain, characters: str, prompt: str, length: int, temperature: float, rng: Any
 ) -> str:
-    """Continue the prompt, each character drawn from what the model predicts."""
+    """Continue the prompt by characters drawn from the model's predictions."""
     out, state, fresh = list(prompt), None, [characters.index(c) for c in prompt]
     for _ in range(length):
         y, state = model(model.backend.put(np.array(fresh)[:, None]), state)
@@ -214,13 +192,7 @@ def write(
     return "".join(out)
 
 
-# files -------------------------------------------------------------------------------------------
-
-
-def save(folder: str, characters: str, model: Chain) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "characters.json").write_text(json.dumps(characters), "utf-8")
-    gru_any.save(Path(folder) / "model.safetensors", model)
+# saved weights, and the command line -------------------------------------------------------------
 
 
 def load(folder: str, args: argparse.Namespace) -> tuple[str, Chain]:
@@ -234,15 +206,13 @@ def load(folder: str, args: argparse.Namespace) -> tuple[str, Chain]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
+    parser = training.parser(
+        __doc__, out="out/text", contents="checkpoints, log, weights and picture",
+        seed="of weights, dropout and sample",
+    )  # fmt: skip
+    add, positive = parser.add_argument, training.positive
     add("--data", nargs="+", default=[], metavar="FILE", help="UTF-8 text in place of CPython's")
     add("--load", metavar="DIR", help="do not train: take the weights of an earlier --out")
-    add("--out", metavar="DIR", default="out/text", help="checkpoints, log, weights and picture")
-    add("--backend", default="auto", help="numpy, cupy, auto, or an array-API library")
-    add("--device", help="such as cuda:1")
     add("--hidden", type=positive, default=256, help="hidden size")
     add("--layers", type=positive, default=1, help="layers of the GRU")
     add("--embedding", type=positive, default=64, help="numbers for each character")
@@ -252,12 +222,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, default=32, help="streams read side by side")
     add("--chunk", type=positive, default=64, help="characters between two updates")
     add("--rate", type=float, default=4e-3, help="highest learning rate of Adam")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0, help="of weights, dropout and sample")
     add("--sample", type=int, default=400, metavar="N", help="characters to write at the end")
     add("--prompt", help='what the sample begins with; else "The "')
     add("--temperature", type=float, default=0.7, help="lower is more careful")
-    add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
     if not args.temperature > 0 or not 0 <= args.dropout < 1 or min(args.seed, args.sample) < 0:
         parser.error(
@@ -265,12 +232,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             "at least 0"
         )
     return args
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
 
 
 if __name__ == "__main__":

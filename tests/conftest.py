@@ -28,7 +28,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
 os.environ.pop("GRU_ANY_BACKEND", None)
 
 BACKENDS = ["numpy", "numpy:readonly", "array_api_strict", "torch", "jax.numpy", "cupy"]
-HOST = "gru_any.testing.fake_cuda.array"  # a CUDA device that the host plays
+BACKENDS += ["torch:plain", "jax.numpy:plain"]  # by themselves, not by NumPy in their memory
+HOST = "gru_any.testing.fake_cuda.array"  # a CUDA device that the host emulates
 BACKENDS.append(HOST)
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
 
@@ -137,7 +138,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
         home = Home(request.param)
     except BackendError as e:
         refuse(name, str(e))
-    with home.strictly():
+    with home.strictly(), running("plain") if home.variant == "plain" else nullcontext():
         yield home
 
 

@@ -171,9 +171,11 @@ def test_npy_and_npz_that_promise_terabytes(tmp_path, little):
     npz(tmp_path / "m.npz", Wx=npy(HUGE))
     with pytest.raises(ValueError, match="promises"):
         mlx.load(tmp_path / "m.npz")
-    npz(tmp_path / "m.npz", Wx=npy(HUGE | {"shape": (-1, -1)}))
-    with pytest.raises(ValueError, match=r"Wx.npy"):
-        mlx.load(tmp_path / "m.npz")
+    for shape in ((-1, -1), (-3,), (2**70,), (0, -1)):
+        npz(tmp_path / "m.npz", Wx=npy(HUGE | {"shape": shape}))
+        with pytest.raises(ValueError, match=r"m.npz, Wx.npy promises \(") as raised:
+            mlx.load(tmp_path / "m.npz")
+        assert "seek" not in str(raised.value)
 
 
 def test_a_zip_bomb(tmp_path, little):
@@ -183,7 +185,7 @@ def test_a_zip_bomb(tmp_path, little):
     with pytest.raises(ValueError, match="do not compress so well"):
         chainer.load(tmp_path / "m.npz")
     with zipfile.ZipFile(tmp_path / "m.keras", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("config.json", bytes(2**24))
+        archive.writestr("config.json", bytes(2**25))
     with pytest.raises(ValueError, match="do not compress so well"):
         keras.load(tmp_path / "m.keras")
 
@@ -204,8 +206,11 @@ def test_pickles_are_not_run(tmp_path, capsys):
     theirs = require("torch")
     theirs.save({"weight_ih_l0": Bomb()}, tmp_path / "m.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
-    for name in ("m.pt", "plain.pt"):
-        with pytest.raises(ValueError, match="holds more than tensors"):
+    for name, message in (
+        ("m.pt", "more than tensors: .*print"),
+        ("plain.pt", "no file of"),
+    ):
+        with pytest.raises(ValueError, match=message):
             torch.load(tmp_path / name)
     assert "never" not in capsys.readouterr().out
 
@@ -310,7 +315,7 @@ def test_dtypes_of_safetensors_that_are_not_read_are_named(tmp_path, dtype):
     [
         ("int", "weight_hh_l0 has dtype int32"),
         ("bool", "weight_hh_l0 has dtype bool"),
-        ("float8", "weight_hh_l0 has dtype float8_e4m3fn and cannot be read"),
+        ("float8", "weight_hh_l0 has dtype float8_e4m3fn"),
         ("complex", "weight_hh_l0 has dtype complex64"),
         ("sparse", "weight_hh_l0 is sparse"),
         ("csr", "weight_hh_l0 is sparse"),
@@ -391,6 +396,13 @@ def huge(h5py, file):
     file.create_dataset("layers/gru/cell/vars/0", (2**20, 2**20), "<f4", chunks=(64, 64))
 
 
+def huge_chunk(h5py, file):
+    data = file.create_dataset(
+        "layers/gru/cell/vars/0", (4,), "<f4", chunks=(2**22,), maxshape=(None,), compression="gzip"
+    )
+    data[:] = 0
+
+
 def external_link(h5py, file):
     file["layers/gru/cell/vars/0"] = h5py.ExternalLink("/etc/passwd", "/")
 
@@ -417,6 +429,7 @@ def a_scalar(h5py, file):
     ("fill", "message"),
     [
         (huge, r"promises \(1048576, 1048576\), which is not in this file"),
+        (huge_chunk, "is compressed, which could fill the memory"),
         (external_link, "is a link to elsewhere"),
         (external_data, "which is not in this file"),
         (circle, "is there twice, or in a circle"),
@@ -520,3 +533,19 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, name):
         library.save(path, GRU(3, 4, reset_after=True))
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "ending", ["safetensors", "pt", "keras", "weights.h5", "h5", "npz", "eqx", "onnx"]
+)
+def test_pipes_and_folders_are_refused(tmp_path, ending):
+    require("h5py"), require("onnx")
+    from gru_any.convert import onnx
+
+    library = {"npz": mlx, "eqx": equinox, "onnx": onnx, "pt": torch, "safetensors": torch}
+    load = library.get(ending, keras).load
+    os.mkfifo(tmp_path / f"pipe.{ending}")
+    (tmp_path / f"folder.{ending}").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match=f"is a {name}, expected a regular file"):
+            load(tmp_path / f"{name}.{ending}")

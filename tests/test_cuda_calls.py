@@ -1,4 +1,4 @@
-"""Whole calls on a device that the host plays: recorded once for a shape, and replayed."""
+"""Whole calls on a device that the host emulates: recorded once for a shape, and replayed."""
 
 import warnings
 import weakref
@@ -10,7 +10,7 @@ from conftest import at_once
 from gru_any import GRU, asarray, explain, to_numpy
 from gru_any.backend import modes as run
 from gru_any.backend import runner
-from gru_any.backend.cuda import calls, recording
+from gru_any.backend.cuda import calls, recording, tuning
 from gru_any.nn import sweep
 from gru_any.testing.fake_cuda import array as fake
 from gru_any.testing.fake_cuda import memory
@@ -32,6 +32,10 @@ def fresh(monkeypatch):
     yield
     run._runner.cache_clear()
     run._on_cuda.cache_clear()
+
+
+def tuned(monkeypatch, **values):
+    monkeypatch.setattr(tuning, "current", tuning.current._replace(**values))
 
 
 def pair(**settings):
@@ -155,8 +159,8 @@ def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
     """Four layers, three blocks: the next layer begins when the one below is done with a block."""
     _, device = pair(num_layers=4, dtype=dtype, **settings)
     arrays, lengths, found = batch(device, 10, 3), [10, 6, 0], []
-    for idle, streams in ((calls.IDLE, 2), (0, 1)):
-        monkeypatch.setattr(calls, "IDLE", idle)
+    for idle, streams in ((tuning.current.idle, 2), (0, 1)):
+        tuned(monkeypatch, idle=idle)
         run._runner.cache_clear()
         run._on_cuda.cache_clear()
         found += [training(device, arrays, lengths=lengths) for _ in range(3)]
@@ -232,7 +236,7 @@ def test_no_steps_and_no_rows():
 
 
 def test_recordings_are_few_and_can_be_let_go_of(monkeypatch):
-    monkeypatch.setattr(recording, "PLANS", 2)
+    tuned(monkeypatch, captured_shapes=2)
     _, device = pair()
     for B in (1, 2, 3, 1):
         x = asarray(np.zeros((3, B, 3), "f4"), like=device)
@@ -240,7 +244,7 @@ def test_recordings_are_few_and_can_be_let_go_of(monkeypatch):
             device(x)
     found = runner(device.backend).graphs
     assert (len(found.kept), found.captures) == (2, 2)  # more have to be earned
-    monkeypatch.setattr(recording, "PAID", 4)
+    tuned(monkeypatch, calls_of_capture=4)
     x = asarray(np.zeros((3, 3, 3), "f4"), like=device)
     device(x)
     assert (len(found.kept), found.captures) == (2, 3)
@@ -255,12 +259,12 @@ def test_all_memory_is_returned(monkeypatch):
     """What is let go of too: of a shape that others followed, with its way back."""
     pools = []
     monkeypatch.setattr(Ops, "pool", lambda self: pools.append(memory.Pool()) or pools[-1])
-    monkeypatch.setattr(recording, "PLANS", 2)
+    tuned(monkeypatch, captured_shapes=2)
     _, device = pair(num_layers=2, bidirectional=True)
     for T in (3, 4, 5):
         for _ in range(3):
             training(device, batch(device, T))
-        monkeypatch.setattr(recording, "PAID", 4)
+        tuned(monkeypatch, calls_of_capture=4)
     assert len(pools) > 4
     assert pools[0].kept == 0 < pools[-1].kept
     run.forget(device.backend)
@@ -268,8 +272,8 @@ def test_all_memory_is_returned(monkeypatch):
 
 
 def test_a_shape_that_goes_while_another_stream_works_on_it(monkeypatch):
-    monkeypatch.setattr(recording, "PLANS", 1)
-    monkeypatch.setattr(recording, "PAID", 1)
+    tuned(monkeypatch, captured_shapes=1)
+    tuned(monkeypatch, calls_of_capture=1)
     _, device = pair()
     x, others = (asarray(np.zeros((3, B, 3), "f4"), like=device) for B in (2, 4))
     ops = runner(device.backend).ops
@@ -284,7 +288,7 @@ def test_a_shape_that_goes_while_another_stream_works_on_it(monkeypatch):
 
 
 def test_a_call_that_is_too_long_is_recorded_by_blocks(monkeypatch):
-    monkeypatch.setattr(calls, "STEPS", 11)
+    tuned(monkeypatch, captured_steps=11)
     host, device = pair(num_layers=2)
     arrays = batch(host)
     for _ in range(3):

@@ -10,7 +10,7 @@ from conftest import require
 from cuda_tools import compiled
 
 from gru_any.backend import BackendError, runner, select
-from gru_any.backend.cuda import products
+from gru_any.backend.cuda import products, tuning
 from gru_any.backend.cuda.ops import Ops
 from gru_any.codegen.cuda_source import Kernel
 from gru_any.testing.fake_cuda import array as fake
@@ -125,7 +125,7 @@ def test_stream_workspace_and_precision(cupy, stream, monkeypatch):
         names = [name for name, _ in lib.calls]
         bound = ["cublasSetStream_v2", "cublasSetWorkspace_v2"]  # in this order
         assert names == ["cublasCreate_v2", *bound, *["cublasGemmEx"] * 2, *bound, "cublasGemmEx"]
-        assert lib.calls[2][1][1:] == (99, 32 * products.MIB)
+        assert lib.calls[2][1][1:] == (99, 32 * tuning.MIB)
         assert lib.calls[3][1][-2:] == (compute, products.ANY_ALGORITHM)
     assert compute == 77
     monkeypatch.setattr(products, "library", lambda: Library(status=13))
@@ -220,11 +220,12 @@ def test_memory_of_a_recording_is_wanted_more_than_what_is_spare(cupy, spare):
 
 
 def test_a_launch(cupy):
-    launched = []
+    launched, cooperative = [], []
 
     class Module:
-        def __init__(self, code, options):
+        def __init__(self, code, options, enable_cooperative_groups):
             assert options == ("--std=c++17",)
+            cooperative.append(enable_cooperative_groups)
 
         def get_function(self, name):
             class Function:
@@ -240,6 +241,8 @@ def test_a_launch(cupy):
     assert launched[0] == ("k", ((3, 2), (64,), (1, 2)), {"shared_mem": 0}, {})
     assert launched[1][3] == {"max_dynamic_shared_size_bytes": 1 << 16}
     assert ops.multiprocessors == 132
+    ops.launch(Kernel("k", "one whose blocks wait for each other", barrier=2), (3, 1), 64, [])
+    assert cooperative == [False, True]
 
 
 def test_real_cupy_without_a_device_says_why():
@@ -261,7 +264,7 @@ def test_nvrtc_is_there_and_names_the_line():
 
 
 def test_the_mapping_is_that_of_the_host():
-    """The stand-in for cuBLAS here and the device that the host plays multiply alike."""
+    """The stand-in for cuBLAS here and the emulated device multiply alike."""
     assert gemm.__code__.co_varnames[:13] == products.Products.__call__.__code__.co_varnames[1:14]
 
 

@@ -1,4 +1,4 @@
-"""Whole GRUs on a device that the host plays: recorded, replayed, and stricter than a device."""
+"""Whole GRUs on a device that the host emulates: recorded, replayed, and stricter than a device."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear, asarray, equations, to_numpy
 from gru_any.backend import NUMPY, runner, select
 from gru_any.backend import modes as run
-from gru_any.backend.cuda import plan
+from gru_any.backend.cuda import tuning
 from gru_any.backend.reference import Plain
 from gru_any.codegen import cuda_source
 from gru_any.codegen.schedule import Gemm
@@ -374,7 +374,7 @@ def test_memory_that_was_let_go_of_is_nan_and_nothing_is_made_while_recording():
 
 def test_plans_are_few_and_can_be_let_go_of(take, monkeypatch):
     take("blocks")
-    monkeypatch.setattr(plan, "PLANS", 3)
+    monkeypatch.setattr(tuning, "current", tuning.current._replace(plans=3))
     _, device = pair(input_size=3, hidden_size=4)
     for B in (1, 2, 3, 4, 5, 1):
         device(asarray(np.zeros((3, B, 3), "f4"), like=device))

@@ -82,6 +82,18 @@ def test_the_kernel_of_the_whole_device_is_what_is_measured(tmp_path, monkeypatc
     assert gpu_check.whole(gpu_check.Check(True, False, tmp_path, 1), gpu_check.Cell(4, 65)) is None
 
 
+def test_arrays_of_other_libraries_on_the_device(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    [row] = gpu_check.libraries(gpu_check.Check(True, False, tmp_path, 1))
+    assert row["good"], row
+    assert "fake_cuda.array on host runs the call" in row["way"]
+    assert 0 < row["worst"] < 2e-6
+    rows = gpu_check.libraries(gpu_check.Check(False, False, tmp_path, 1))
+    assert all("left out" in row or not row["good"] for row in rows)  # no device, or a real one
+
+
 def test_paths_end_in_time(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     import gpu_check

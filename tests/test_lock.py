@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from gru_any import GRU, Adam, Chain, squared_error
+from gru_any.train import fit
 from gru_any.train.lock import alone_in
 
 HOLDER = """
@@ -52,3 +55,48 @@ def test_it_is_released_at_the_end_and_after_an_error(tmp_path):
         pass
     with alone_in(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def train(folder, batches=lambda epoch: [(np.ones((2, 1, 1), "float32"),) * 2], lr=0.1):
+    model = Chain(GRU(1, 1, seed=0))
+    return fit(model, squared_error, batches, Adam(model.params, lr=lr), steps=3, out=folder,
+               log_every=1, bar=False)  # fmt: skip
+
+
+def test_a_second_run_is_refused_before_it_reads_or_writes(tmp_path):
+    """Whether it is the same or another one, until the first has written all."""
+
+    def batches(epoch):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        for lr in (0.1, 0.2):
+            with pytest.raises(ValueError, match=rf"another run .* process {os.getpid()} on"):
+                train(tmp_path, lr=lr)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        tried.append(epoch)
+        return [(np.ones((2, 1, 1), "float32"),) * 2]
+
+    tried = []
+    history = train(tmp_path, batches)
+    assert 0 in tried
+    assert train(tmp_path).records == history.records
+
+
+def test_a_lock_that_was_removed_between_opening_and_locking_is_taken_anew(tmp_path, monkeypatch):
+    """The holder removes its file at the end; a lock of the removed file would hold nothing."""
+    from gru_any.train import lock
+
+    real, calls = lock._lock, []
+
+    def late(file):
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / lock.NAME).unlink()
+        real(file)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with alone_in(tmp_path):
+        assert len(calls) == 2
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="another run"), alone_in(tmp_path):
+            pass

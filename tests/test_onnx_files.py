@@ -215,3 +215,23 @@ def test_constants_that_grow(tmp_path, proto):
         onnx.save(bad, path)
         with pytest.raises(ValueError, match=rf"\({op}\) makes a larger constant"):
             convert.load(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (b"forward", r"attribute 'direction', b'\\xff\\xferward', expected text"),
+        (b"lengths", r"inputs \[b'\\xff.* are used by no layer"),
+    ],
+)
+def test_bytes_that_are_no_text(tmp_path, word, message):
+    convert.save(tmp_path / "m.onnx", GRU(2, 3, seed=0))
+    model = onnx.load(tmp_path / "m.onnx")
+    (direction,) = (a for node in model.graph.node for a in node.attribute if a.name == "direction")
+    direction.s = b"forward"
+    content = model.SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(content.replace(word, b"\xff\xfe" + word[2:]))
+    with pytest.raises(ValueError, match=message) as raised:
+        convert.load(tmp_path / "m.onnx")
+    assert "m.onnx" in str(raised.value)
+    assert "codec" not in str(raised.value)

@@ -4,10 +4,7 @@ import math
 import os
 import subprocess
 import sys
-import threading
-import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -380,91 +377,6 @@ def test_products_own_the_memory_they_use():
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **at_once})
 
 
-@EVERY
-@VARIANTS
-@pytest.mark.parametrize("B", [13, 64])
-def test_threads_change_nothing(path, reset_after, B, monkeypatch):
-    """The same bits however the rows are split."""
-    gru, rng = GRU(7, 20, reset_after=reset_after, seed=0), np.random.default_rng(0)
-    x, dy = (rng.standard_normal((70, B, n)).astype("float32") for n in (7, 20))
-
-    def everything():
-        (y, h), pullback = gru.vjp(x, lengths=np.arange(B) % 71)
-        grads, dx, dh0 = pullback(dy)
-        return [y, h, dx, dh0, *grads.values()]
-
-    with running(path):
-        expected = everything()
-        monkeypatch.setattr(threads, "count", lambda: 3)
-        with tuned(thread_work=1):
-            found = everything()
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
-@VARIANTS
-@pytest.mark.parametrize("B", [1, 3])
-def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch):
-    """With few rows the threads wait for each other at each product; a busy pool is left out."""
-    gru, rng = GRU(7, 192, reset_after=reset_after, seed=0), np.random.default_rng(0)
-    x, dy = (rng.standard_normal((20, B, n)).astype("float32") for n in (7, 192))
-    called = []
-
-    def run_team(call, most, original=threads.run_team):
-        called.append(most)
-        original(call, most)
-
-    def everything():
-        (y, h), pullback = gru.vjp(x)
-        grads, dx, dh0 = pullback(dy)
-        return [y, h, dx, dh0, *grads.values()]
-
-    with running("packed"):
-        import gru_any.backend.cpu.numba_runner as runner_of_numba
-
-        monkeypatch.setattr(runner_of_numba, "count", lambda: 1)
-        expected = everything()
-        monkeypatch.setattr(runner_of_numba, "count", lambda: 3)
-        monkeypatch.setattr(runner_of_numba, "run_team", run_team)
-        monkeypatch.setattr(threads, "_pool", lambda: pool)
-        for polls in (10**10, 0):  # until all have come; those that are late are left out
-            with ThreadPoolExecutor(2) as pool, tuned(thread_work=1, wake_polls=polls):
-                found = everything()
-            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert called == [3] * 4
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are placed on Linux alone")
-def test_threads_wake_up_elsewhere():
-    pool, allowed = threads._Pool(), os.sched_getaffinity(0)
-    pool.submit(int).result()  # now a thread is there
-    found = pool.submit(os.sched_getaffinity, 0).result()
-    assert found == (allowed - {pool._away_from} or allowed)
-    assert os.sched_getaffinity(0) == allowed
-
-
-@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
-def test_threads_that_have_come_are_let_go_where_another_cannot_be_had(monkeypatch):
-    let_go = []
-
-    def call(me, sync):
-        end = time.perf_counter() + 5
-        while sync[0] >= 0 and time.perf_counter() < end:
-            time.sleep(0.001)
-        let_go.append(sync[0] < 0)
-
-    class Scarce(ThreadPoolExecutor):
-        def submit(self, call):
-            if self._threads:
-                raise RuntimeError("can't start new thread")
-            return super().submit(call)
-
-    monkeypatch.setattr(threads, "_pool", lambda: pool)
-    with Scarce(1) as pool, pytest.raises(RuntimeError, match="new thread"):
-        threads.run_team(call, 3)
-    assert let_go == [True]
-
-
 LAYOUTS = {
     "strides of 0": lambda v: np.broadcast_to(v[:1, :1, :1], v.shape),
     "axes turned": lambda v: np.ascontiguousarray(v.swapaxes(0, 1)).swapaxes(0, 1),
@@ -657,21 +569,3 @@ except ValueError as e:
     assert not words(code, GRU_ANY_CUDA="foo")  # which NumPy does not ask for
     told = words(code, GRU_ANY_PLAIN="maybe")
     assert told == "the environment variable GRU_ANY_PLAIN is 'maybe', expected 1 or 0"
-
-
-def test_a_job_is_done_once_and_its_error_is_raised():
-    pool, begin, done = threads._Pool(), threading.Event(), []
-
-    def fail():
-        raise OSError("a job's own error")
-
-    blocked = [pool.submit(begin.wait, 10) for _ in range(threads.count())]  # all are busy
-    late = pool.submit(done.append, 1)
-    assert late.cancel()
-    assert not late.cancel()
-    begin.set()
-    assert all(job.result() for job in blocked)
-    with pytest.raises(OSError, match="own error"):
-        pool.submit(fail).result()
-    assert pool.submit(sum, (1, 2)).result() == 3
-    assert done == []

@@ -376,6 +376,10 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
+    with monkeypatch.context() as first:
+        first.setattr(resume, "write_atomically", full)
+        with pytest.raises(OSError, match=r"No space left on device; there is no earlier one"):
+            training(tmp_path)
     with pytest.raises(RuntimeError, match="plug"):
         training(tmp_path, stop_at=1)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()

@@ -1,8 +1,9 @@
 """Devices: which array library, where, and how it runs a block of steps."""
 
+from .bridge import by_place
 from .contract import Mode
 from .libraries import NUMPY, Backend, BackendError, of, plain_name, refuse_masked, select
-from .modes import environment, path, recorded, runner
+from .modes import bridged, environment, path, recorded, runner
 from .transfer import asarray, disjoint, overlap, to_numpy
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "BackendError",
     "Mode",
     "asarray",
+    "bridged",
+    "by_place",
     "disjoint",
     "environment",
     "of",

@@ -156,6 +156,9 @@ class Products(Protocol):
     def as_matrix(self, v: Array) -> Array:
         """Reshape (..., N) to a matrix (rows, N)."""
 
+    def as_steps(self, v: Array, steps: int) -> Array:
+        """Reshape a matrix (steps * B, N) to (steps, B, N)."""
+
     def product(self, left: Array, right: Matrix) -> Array:
         """Return left (M, K) @ right (K, N), in the dtype of the arithmetic."""
 

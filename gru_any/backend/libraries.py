@@ -18,6 +18,7 @@ from ..typing import Array, Device, DType, HostArray, Namespace, Shape
 from .cuda import device as cuda
 
 VARIABLE = "GRU_ANY_BACKEND"
+STRICT = "array_api_strict"  # the standard and nothing more
 USUAL = '"numpy", "cupy", "auto", "torch" or "jax.numpy"'
 _NAMESPACES = {"cupy": "array_api_compat.cupy", "torch": "array_api_compat.torch"}
 _INSTALL = {
@@ -181,6 +182,18 @@ class Backend:
             array = array.to_device(self.xp.Device("CPU_DEVICE"))
         host = np.asarray(array)
         return host.astype(np.float32) if host.dtype.kind == "V" else host
+
+    @cached_property
+    def adopt(self) -> Callable[[Array], Array]:
+        """What makes an array of NumPy or CuPy one of this library, in place where possible."""
+        make: Callable[[Array], Array] = self.xp.from_dlpack
+        if self.name == "jax.numpy" and self.device.platform == "cpu":
+            from .jax_arrays import Adopter
+
+            make = Adopter(self.device)
+        elif self.name == "torch" and self.device.type == "cpu":
+            make = importlib.import_module("torch").from_numpy  # in half the time of from_dlpack
+        return make
 
     def scatter_add(self, indices: Array, rows: Array, n: int) -> Array:
         """Return (n, size), the sum of the rows (N, size) of each index; indices: (N,).

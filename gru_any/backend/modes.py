@@ -9,6 +9,7 @@ from .cpu import buffers as memory
 from .cpu.jit_cache import problem, trial
 from .libraries import Backend
 from .reference import Plain
+from .transfer import Neighbour, neighbour
 
 if TYPE_CHECKING:
     from .cuda.runner import CUDA
@@ -64,6 +65,17 @@ def _allowed(backend: Backend) -> Mode:
     return (chosen_on_cuda or _asked_once_on_cuda()) if backend.cuda else Mode.PLAIN
 
 
+def serves(backend: Backend) -> bool:
+    """Return whether NumPy or CuPy may run the calls of other libraries in its memory."""
+    return _allowed(backend) != Mode.PLAIN
+
+
+def serving(backend: Backend, dtype: str) -> Neighbour | None:
+    """Return the backend that runs the calls of this one in its place; None: it runs them."""
+    found, _ = neighbour(backend, dtype)
+    return found if found and dtype != COMPLEX and serves(found.backend) else None
+
+
 def runner(backend: Backend, precision: str = "full", dtype: str = "float32") -> Runner:
     """Return what runs blocks of steps on this backend, for a model of this dtype.
 
@@ -104,10 +116,13 @@ def _on_cuda(backend: Backend, mode: Mode, precision: str) -> "CUDA":
 
 def path(backend: Backend, hidden_size: int, dtype: str = "float32") -> tuple[Mode, str]:
     """Return the mode of a call of this size, and in words why it is not a faster one."""
-    if not (backend.host or backend.cuda):
-        return Mode.PLAIN, f"{backend.name} evaluates the equations as they stand, one call a step"
     if dtype == COMPLEX:
         return Mode.PLAIN, "complex128 serves complex-step differentiation alone"
+    if not (backend.host or backend.cuda):
+        found, why = neighbour(backend, dtype)
+        if found:
+            return path(found.backend, hidden_size, found.dtype)
+        return Mode.PLAIN, f"{backend.name} evaluates the equations as they stand, since {why}"
     mode = _allowed(backend)
     if backend.cuda and mode != Mode.PLAIN:
         name, why = _on_cuda(backend, mode, "full").path(hidden_size, dtype)
@@ -124,13 +139,30 @@ def path(backend: Backend, hidden_size: int, dtype: str = "float32") -> tuple[Mo
 
 def recorded(backend: Backend, steps: int | None) -> str:
     """Say whether CUDA records a call of so many steps as a whole; "" on another backend."""
+    if served := serving(backend, "float32"):
+        backend = served.backend
     if not backend.cuda or (mode := _allowed(backend)) == Mode.PLAIN:
         return ""
     return _on_cuda(backend, mode, "full").recorded(steps)
 
 
+def bridged(backend: Backend, dtype: str) -> str:
+    """Say which backend reads this one's arrays in place to run a call; "" where it runs itself."""
+    found = serving(backend, dtype)
+    if not found:
+        return ""
+    cast = "" if found.dtype == dtype else f", cast to {found.dtype} and back"
+    other = found.backend
+    return (
+        f"Arrays of {backend.name} on {backend.device} are read where they are, by DLPack{cast}, "
+        f"and {other.name} on {other.device} runs the call."
+    )
+
+
 def forget(backend: Backend) -> None:
     """Release the memory kept for later calls, and the calls captured on CUDA."""
+    if served := serving(backend, "float32"):
+        backend = served.backend
     if backend.host:
         memory.forget()
     if backend.cuda and (mode := _allowed(backend)) != Mode.PLAIN:
@@ -152,6 +184,7 @@ def environment(backend: Backend) -> dict[str, str]:
         except PackageNotFoundError:
             return "not installed"
 
+    served = serving(backend, "float32")
     versions = {name: release(name) for name in ("gru-any", "numpy", "numba")}
     library = backend.name.partition(".")[0]  # whose wheel may have another name
     versions[library] = getattr(import_module(library), "__version__", "unknown")
@@ -160,5 +193,5 @@ def environment(backend: Backend) -> dict[str, str]:
         **versions,
         "threads": str(count()),
         "backend": f"{backend.name} on {backend.device}",
-        "runner": type(runner(backend)).__name__,
+        "runner": type(runner(served.backend if served else backend)).__name__,
     }

@@ -5,9 +5,9 @@ Each product of a concatenation is written into its place in the result.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from ..codegen.trace import Outer, Reductions, RowSum, trace_reductions
+from ..codegen.trace import Outer, Reductions, RowSum, Term, trace_reductions
 from ..typing import Array, DType, Shape, WeightGradients
 
 
@@ -39,6 +39,59 @@ def program_of(weights: WeightGradients, saved: int, parts: tuple[int, ...]) -> 
     return program
 
 
+class Columns(NamedTuple):
+    """Columns side by side in one of the arrays."""
+
+    array: int
+    part: slice | None  # None: all of them
+
+
+class Sum(NamedTuple):
+    """A sum over the rows, and where it goes."""
+
+    rows: slice  # of the result
+    shape: Shape
+    added: bool  # to what is there
+    scale: float
+    left: Columns
+    right: Columns | None  # of a product; None: a sum of left alone
+
+
+class Result(NamedTuple):
+    """One result of the traced function."""
+
+    shape: Shape
+    sums: tuple[Sum, ...]
+
+
+@lru_cache(maxsize=64)
+def plan(
+    weights: WeightGradients, saved: int, widths: tuple[int, ...], H: int
+) -> tuple[Result, ...]:
+    """Return what to sum for each result; widths: columns of each part, all in elements."""
+    program = program_of(weights, saved, tuple(width // H for width in widths))
+    places = {c: (k, n) for k, ids in enumerate(program.inputs) for n, c in enumerate(ids)}
+
+    def columns(ids: tuple[int, ...]) -> Columns:
+        k, first = places[ids[0]]
+        whole = len(ids) == len(program.inputs[k])
+        return Columns(k, None if whole else slice(first * H, (first + len(ids)) * H))
+
+    def result(terms_of_parts: Sequence[Sequence[Term]]) -> Result:
+        sums, top = [], 0
+        for terms in terms_of_parts:
+            shape = shape_of(terms[0].sum, H)
+            rows, top = slice(top, top + shape[0]), top + shape[0]
+            for n, (scale, of) in enumerate(terms):
+                pair = (of.columns, None) if isinstance(of, RowSum) else (of.left, of.right)
+                left, right = (None if ids is None else columns(ids) for ids in pair)
+                assert left is not None
+                sums.append(Sum(rows, shape, n > 0, scale, left, right))
+        return Result((top, *sums[0].shape[1:]), tuple(sums))
+
+    return tuple(result(parts) for parts in program.results)
+
+
 def reduced(
     run: Multiplies,
     weights: WeightGradients,
@@ -51,38 +104,25 @@ def reduced(
 
     empty: makes the array of a result, given the dtype of its operands.
     """
-    H = h.shape[-1]
-    arrays = [h, *saved, *parts]
-    program = program_of(weights, len(saved), tuple(part.shape[-1] // H for part in parts))
-    places = {c: (k, n) for k, ids in enumerate(program.inputs) for n, c in enumerate(ids)}
+    arrays = h, *saved, *parts
+    dtype = arrays[-1].dtype
 
-    def matrix(columns: tuple[int, ...]) -> Array:
-        """Columns side by side in one array, as a matrix."""
-        k, first = places[columns[0]]
-        v = run.as_matrix(arrays[k])
-        if len(columns) == len(program.inputs[k]):
-            return v
-        return v[:, first * H : (first + len(columns)) * H]
+    def matrix(columns: Columns) -> Array:
+        v = run.as_matrix(arrays[columns.array])
+        return v if columns.part is None else v[:, columns.part]
 
-    def fill(out: Array, of: Outer | RowSum) -> None:
-        if isinstance(of, RowSum):
-            out[...] = run.row_sum(matrix(of.columns))
-        else:
-            run.multiply(matrix(of.left).T, matrix(of.right), out)
-
-    for result in program.results:
-        shapes = [shape_of(terms[0].sum, H) for terms in result]
-        out = empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), arrays[-1].dtype)
-        top = 0
-        for shape, terms in zip(shapes, result, strict=True):
-            part, top = out[top : top + shape[0]], top + shape[0]
-            for n, (scale, of) in enumerate(terms):
-                into = empty(shape, arrays[-1].dtype) if n else part
-                fill(into, of)
-                if scale != 1:
-                    into *= scale
-                if n:
-                    part += into
+    for result in plan(weights, len(saved), tuple([v.shape[-1] for v in parts]), h.shape[-1]):
+        out = empty(result.shape, dtype)
+        for rows, shape, added, scale, left, right in result.sums:
+            into = empty(shape, dtype) if added else out[rows]
+            if right is None:
+                into[...] = run.row_sum(matrix(left))
+            else:
+                run.multiply(matrix(left).T, matrix(right), into)
+            if scale != 1:
+                into *= scale
+            if added:
+                out[rows] += into
         yield out
 
 

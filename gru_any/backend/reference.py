@@ -154,6 +154,9 @@ class Plain:
     def as_matrix(self, v: Array) -> Array:
         return self.xp.reshape(v, (math.prod(v.shape[:-1]), v.shape[-1]))
 
+    def as_steps(self, v: Array, steps: int) -> Array:
+        return self.xp.reshape(v, (steps, v.shape[0] // steps, v.shape[1]))
+
     def product(self, left: Array, right: Matrix) -> Array:
         return left @ right
 

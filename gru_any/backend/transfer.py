@@ -1,14 +1,21 @@
 """Arrays from one library to another, and to the host."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from ..typing import Array, HostArray
-from .libraries import Backend, of, plain_name, refuse_masked
+from .cuda import device as cuda
+from .libraries import NUMPY, STRICT, Backend, BackendError, of, plain_name, refuse_masked, select
+
+HOST = 1  # kDLCPU of DLPack
+FAILURES = (  # what libraries raise where they cannot share an array
+    TypeError, ValueError, RuntimeError, BufferError, AttributeError, NotImplementedError,
+)  # fmt: skip
 
 
 def to_numpy(x: object, name: str = "x") -> HostArray:
@@ -119,5 +126,62 @@ def _shared(x: Array, backend: Backend) -> Array | None:
         there = backend.xp.from_dlpack(x)
         whole = plain_name(there.dtype) == plain_name(x.dtype)  # JAX cuts int64 to int32
         return there if whole and of(there) == backend else None
-    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError, NotImplementedError):
+    except FAILURES:
         return None
+
+
+class Neighbour(NamedTuple):
+    """The backend that reads the memory of another one in place."""
+
+    backend: Backend
+    dtype: str  # of what it reads: float32 where it lacks a half precision
+    read: Callable[[Array], Array]  # an array of the other one -> its own, over the same memory
+    kind: type  # of the other one's arrays
+
+
+@lru_cache(maxsize=64)
+def neighbour(backend: Backend, dtype: str) -> tuple[Neighbour | None, str]:
+    """Find the backend that runs what lives in this one's memory, if it is not this one itself.
+
+    That is NumPy for arrays on the host and CuPy for those on a CUDA device, whichever library they
+    are of. It is tried on an array of this dtype.
+
+    Returns
+    -------
+    neighbour : Neighbour or None
+    why : str, why there is none
+    """
+    if backend.host or backend.cuda:
+        return None, "it runs its own arrays"
+    if backend.name == STRICT:
+        return None, "it is there to try what every library can do, so nothing is done for it"
+    try:
+        probe = backend.zeros((2,), dtype)
+        kind, number = probe.__dlpack_device__()
+        if kind == HOST:
+            other = NUMPY
+        elif int(kind) in cuda.BY_DLPACK:
+            other = select(cuda.BY_DLPACK[int(kind)], number)
+        else:
+            return None, f"{backend.device} is neither the host nor a CUDA device"
+    except (*FAILURES, BackendError) as e:
+        return None, f"its memory is not shared by DLPack ({e})"
+    for shared in dict.fromkeys((dtype, "float32" if "float16" in dtype else dtype)):
+        try:
+            probe = backend.zeros((2,), shared)
+            read = _reader(other, probe)
+            if read(probe).dtype == other.dtype(shared):
+                return Neighbour(other, shared, read, type(probe)), ""
+        except FAILURES as e:
+            why = f"{other.name} cannot read its memory ({e})"
+    return None, why
+
+
+def _reader(other: Backend, probe: Array) -> Callable[[Array], Array]:
+    """Return the cheapest function that makes an array of `other` over the same memory."""
+    by_dlpack: Callable[[Array], Array] = other.xp.from_dlpack
+    if other.host:
+        seen = np.asarray(probe)
+        if np.shares_memory(seen, by_dlpack(probe)):  # most libraries; it takes half the time
+            return np.asarray
+    return by_dlpack

@@ -1,17 +1,19 @@
 """A GRU from the weights of its layers and directions, and back."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from .. import arguments
-from ..backend import to_numpy
+from ..backend import select, to_numpy
 from ..errors import ShapeError
 from ..nn.cell import GRUCell
 from ..nn.gru import GRU
+from ..nn.params import Layer, converted
 from ..nn.weights import parameter_shapes
 from ..typing import Array, Arrays, HostArray, Shape
 from .table import Cell, Table, read, write
 
+Kind = TypeVar("Kind", bound=Layer)
 Cells: TypeAlias = Arrays | Iterable[Arrays]  # of one layer, or of several
 
 
@@ -40,20 +42,16 @@ def assemble(cells: list[Cell], reset_after: bool, bidirectional: bool, batch_fi
         width = I if i < len(suffixes) else H * len(suffixes)
         _check(at, cell, parameter_shapes(width, H, bias, reset_after))
         named.update({name + at: array for name, array in cell.items()})
-    gru = GRU(
-        I,
-        H,
-        layers,
-        bias=bias,
-        batch_first=batch_first,
-        bidirectional=bidirectional,
-        reset_after=reset_after,
-        backend="numpy",
-        dtype=dtype,
-        seed=0,
-    )
-    gru.load_params(named)
-    return gru
+    settings = {
+        "input_size": I,
+        "hidden_size": H,
+        "num_layers": layers,
+        "bias": bias,
+        "batch_first": batch_first,
+        "bidirectional": bidirectional,
+        "reset_after": reset_after,
+    }
+    return layer_of(GRU, settings, named, dtype)
 
 
 def assemble_cell(arrays: Cell) -> GRUCell:
@@ -62,9 +60,14 @@ def assemble_cell(arrays: Cell) -> GRUCell:
     bias = "bias_ih" in arrays
     _check("", arrays, parameter_shapes(I, H, bias, True))
     dtype = one_dtype([arrays])
-    cell = GRUCell(I, H, bias=bias, reset_after=True, backend="numpy", dtype=dtype, seed=0)
-    cell.load_params(arrays)
-    return cell
+    settings = {"input_size": I, "hidden_size": H, "bias": bias, "reset_after": True}
+    return layer_of(GRUCell, settings, arrays, dtype)
+
+
+def layer_of(kind: type[Kind], settings: dict[str, Any], arrays: Arrays, dtype: str) -> Kind:
+    """Make a layer on the host of its settings and copies of its parameters."""
+    home = select("numpy")
+    return kind.of(settings, converted(arrays, home, dtype), home, dtype)
 
 
 def one_dtype(cells: list[Cell]) -> str:

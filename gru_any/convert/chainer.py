@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from ..nn.gru import GRU
 from ..typing import Array, Arrays, Path
 from .cells import Cells, cells_of, gru_of, under
-from .files import read_npz, write_npz
+from .files import naming, read_npz, write_npz
 from .table import Table
 
 LINK = Table(
@@ -93,7 +93,8 @@ def load(path: Path, prefix: str = "", *, bidirectional: bool = False) -> GRU:
     ValueError, KeyError, TypeError
         The file is damaged, or its arrays are not those of a GRU.
     """
-    return from_arrays(under(read_npz(path), prefix), bidirectional=bidirectional)
+    with naming(path):
+        return from_arrays(under(read_npz(path), prefix), bidirectional=bidirectional)
 
 
 def save(path: Path, gru: GRU) -> None:

@@ -4,15 +4,14 @@ Arrays are `weight_ih`, `weight_hh`, `bias` and `bias_n` of a cell (https://docs
 """
 
 import io
-import pathlib
 
 import numpy as np
 
-from ..files import write_atomically
+from ..files import read_whole, write_atomically
 from ..nn.gru import GRU
 from ..typing import HostArray, Path
 from .cells import Cells, cells_of, gru_of
-from .files import read_npy
+from .files import naming, read_npy
 from .table import Table
 
 TABLE = Table(
@@ -56,17 +55,18 @@ def load(path: Path, *, bidirectional: bool = False, batch_first: bool = False) 
     The file has no names: a matrix, a matrix, and with bias two vectors, for each cell.
     """
     arrays: list[HostArray] = []
-    size = pathlib.Path(path).stat().st_size
-    with open(path, "rb") as file:
-        while file.tell() < size:
-            arrays.append(read_npy(file, f"{path}, array {len(arrays)}", size - file.tell()))
+    content = read_whole(path)
+    file, size = io.BytesIO(content), len(content)
+    while file.tell() < size:
+        arrays.append(read_npy(file, f"{path}, array {len(arrays)}", size - file.tell()))
     count = 4 if len(arrays) > 2 and arrays[2].ndim == 1 else 2
     if not arrays or len(arrays) % count:
         raise ValueError(f"{path} holds {len(arrays)} arrays, expected 2 or 4 for each cell")
     names = list(TABLE.rows)[:count]
     groups = [arrays[i : i + count] for i in range(0, len(arrays), count)]
     cells = [dict(zip(names, group, strict=True)) for group in groups]
-    return from_arrays(cells, bidirectional=bidirectional, batch_first=batch_first)
+    with naming(path):
+        return from_arrays(cells, bidirectional=bidirectional, batch_first=batch_first)
 
 
 def save(path: Path, gru: GRU) -> None:

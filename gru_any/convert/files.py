@@ -1,32 +1,51 @@
 """Arrays in safetensors, npz and npy files. No more is allocated than a file holds."""
 
 import io
+import json
 import math
-import pathlib
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from tokenize import TokenError
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import IO
 
 import numpy as np
 
-from ..files import write_atomically
+from ..files import read_whole, write_atomically
+from ..tensors import content_of, read
 from ..typing import Array, Arrays, HostArray, Path
 
-# how many times a compressed file may grow; trained weights hardly compress at all
-GROWTH = 100
-DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "C64": "<c8", "BOOL": "?"}
-DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
+# what a file holds may be twice its size, and this many bytes: trained weights hardly compress
+GROWTH, SLACK = 2, 2**24
+# errors of Python's that a file may lead to, but for those that readers raise in words
+PYTHONS = (ArithmeticError, IndexError, AttributeError, RecursionError, struct.error)
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError)
 
 
-class Unread(NamedTuple):
-    """Stands for an array of a dtype that NumPy lacks, so that an error can name the dtype."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error about what it holds; what Python says of it becomes a ValueError.
 
-    dtype: str
-
-
-Entry: TypeAlias = dict[str, Any]  # of a safetensors file: "dtype", "shape" and "data"
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        As raised inside.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{path} holds {e.object[e.start :][:20]!r} in place of text: it is damaged"
+        ) from e
+    except (UnicodeError, json.JSONDecodeError, *PYTHONS) as e:
+        raise ValueError(f"{path} is damaged or of another kind: {e or type(e).__name__}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        text = str(e.args[0]) if len(e.args) == 1 else str(e)
+        if str(path) not in text:
+            e.args = (f"{path}: {text}",)
+        raise
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
@@ -37,31 +56,12 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     ValueError
         The file is damaged or of another kind.
     """
-    from safetensors import SafetensorError, deserialize
-
-    decode: Callable[[bytes], list[tuple[str, Entry]]] = deserialize
-    try:
-        entries = decode(pathlib.Path(path).read_bytes())
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from e
-    return {name: _array(entry) for name, entry in entries}
-
-
-def _array(entry: Entry) -> HostArray | Unread:
-    if entry["dtype"] not in DTYPES:
-        return Unread(entry["dtype"])
-    flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
-    if entry["dtype"] == "BF16":
-        flat = (flat.astype("<u4") << 16).view("<f4")
-    return flat.reshape(entry["shape"])
+    return read(path)[1]
 
 
 def write_safetensors(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
     """Write arrays to a safetensors file, whole or not at all."""
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    write_atomically(path, save(arrays, metadata))
+    write_atomically(path, content_of(arrays, metadata))
 
 
 def read_npz(path: Path) -> dict[str, HostArray]:
@@ -73,33 +73,53 @@ def read_npz(path: Path) -> dict[str, HostArray]:
         The file is damaged or of another kind, holds pickled objects, or promises more elements
         than it has.
     """
+    members = read_zip(path, read_whole(path), "npz file")
+    return {
+        name.removesuffix(".npy"): read_npy(
+            io.BytesIO(content), f"{path}, {name}", len(content), whole=True
+        )
+        for name, content in members.items()
+    }
+
+
+def read_zip(path: Path, content: bytes, kind: str) -> dict[str, bytes]:
+    """Return the members of a zip file by name. `kind` is what errors call the file.
+
+    Raises
+    ------
+    ValueError
+        It is damaged, two members have one name but for ".npy", or they grow too much.
+    """
     try:
-        with zipfile.ZipFile(io.BytesIO(pathlib.Path(path).read_bytes())) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
-            refuse_bomb(path, entries)
-            arrays = dict(_members(archive, entries))
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged or no npz file: {e}") from e
-    if len(arrays) < len(entries):
+            refuse_growth(path, sum(entry.file_size for entry in entries), len(content))
+            members = {entry.filename: _member(archive, entry) for entry in entries}
+    except ZIP_ERRORS as e:
+        raise ValueError(f"{path} is damaged or no {kind}: {e}") from e
+    if len({name.removesuffix(".npy") for name in members}) < len(entries):
         raise ValueError(f"{path} holds two arrays of one name")
-    return arrays
+    return members
 
 
-def _members(
-    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]
-) -> Iterator[tuple[str, HostArray]]:
-    for entry in entries:
-        with archive.open(entry) as file:
-            array = read_npy(file, entry.filename, entry.file_size, whole=True)
-        yield entry.filename.removesuffix(".npy"), array
+def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """Return a member, at most as large as the file says."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile(f"{entry.filename} is neither stored nor deflated")
+    with archive.open(entry) as file:
+        content = file.read(entry.file_size)
+    if len(content) != entry.file_size:
+        raise EOFError(f"{entry.filename} has {len(content)} bytes, expected {entry.file_size}")
+    return content
 
 
-def refuse_bomb(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """Raise where the parts of a zip file would grow more than compressed weights do."""
-    promised, size = sum(entry.file_size for entry in entries), pathlib.Path(path).stat().st_size
-    if promised > GROWTH * size:
+def refuse_growth(path: Path, promised: int, size: int) -> None:
+    """Raise where what a file holds would grow more than weights do that are not compressed."""
+    if promised > GROWTH * size + SLACK:
         raise ValueError(
-            f"{path} promises {promised} bytes in a file of {size}: weights do not compress so well"
+            f"{path} promises {promised} bytes in a file of {size}, which could fill the memory: "
+            "weights do not compress so well. If you trust it, read it with the library that "
+            "wrote it, and give the arrays to from_arrays"
         )
 
 
@@ -114,11 +134,13 @@ def read_npy(file: IO[bytes], name: str, size: int, whole: bool = False) -> Host
         version = form.read_magic(file)
         readers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
         shape, fortran, dtype = readers[version](file)
-    except (ValueError, KeyError, SyntaxError, TokenError, RecursionError) as e:
+    except (ValueError, KeyError, SyntaxError, TokenError, RecursionError, MemoryError) as e:
         raise ValueError(f"{name} is damaged or no array: {e}") from e
     if dtype.hasobject:
         raise ValueError(f"{name} holds pickled objects, which could run code, and is not read")
     count, left = math.prod(shape), size - (file.tell() - start)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name} promises {shape} of {dtype}, expected sizes of at least 0")
     if count * dtype.itemsize > left or (whole and count * dtype.itemsize < left):
         raise ValueError(f"{name} promises {shape} of {dtype}, but has {left} bytes")
     flat = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)

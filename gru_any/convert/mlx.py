@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from ..nn.gru import GRU
 from ..typing import HostArray, Path
 from .cells import Cells, cells_of, gru_of, under
-from .files import read_npz, read_safetensors, write_npz, write_safetensors
+from .files import naming, read_npz, read_safetensors, write_npz, write_safetensors
 from .table import Table
 
 TABLE = Table(
@@ -58,9 +58,10 @@ def load(path: Path, prefix: str | Iterable[str] = "", *, bidirectional: bool = 
     ValueError, KeyError, TypeError
         The file is damaged, or its arrays are not those of a GRU.
     """
-    arrays = read_npz(path) if pathlib.Path(path).suffix == ".npz" else read_safetensors(path)
     prefixes = [prefix] if isinstance(prefix, str) else prefix
-    return from_arrays([under(arrays, p) for p in prefixes], bidirectional=bidirectional)
+    with naming(path):
+        arrays = read_npz(path) if pathlib.Path(path).suffix == ".npz" else read_safetensors(path)
+        return from_arrays([under(arrays, p) for p in prefixes], bidirectional=bidirectional)
 
 
 def save(path: Path, gru: GRU) -> None:

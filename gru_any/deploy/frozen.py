@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+from ..backend import Backend, by_place
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..nn.chain import Chain
@@ -130,12 +131,14 @@ class FrozenGRU(GRU):
     def _arrays(self) -> Mapping[Any, Any]:
         return self._packed() if self.backend.host else self._own._arrays()
 
+    @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
         """Advance by one step, as `GRU.step` does."""
         if state is not None:
             self.backend.check("state", state, self.dtype)
         return self._prepared_step()(x_t, state)
 
+    @by_place
     def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
         packed_for, steps = self._layer_steps
         if packed_for is not self._runner:
@@ -159,6 +162,13 @@ class FrozenGRU(GRU):
     ) -> "FrozenGRU":
         """Return a frozen model on another backend, device or dtype."""
         return FrozenGRU(self._own.to(backend, device, dtype))
+
+    def twin(self, backend: Backend, dtype: str) -> "FrozenGRU":
+        """Return a frozen model on another backend, whose weights are copies, packed there."""
+        return self.to(backend, dtype=dtype)
+
+    def follow(self, twin: "FrozenGRU", views: object) -> None:
+        """Do nothing: nothing changes."""
 
     def __repr__(self) -> str:
         text, _, note = repr(self._own).partition("  # ")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import NamedTuple, TypeAlias
 
 from .. import equations
-from ..backend import path, recorded
+from ..backend import bridged, path, recorded
 from ..errors import check_shape
 from ..nn.cell import GRUCell
 from ..nn.chain import Chain
@@ -162,6 +162,7 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
         _biases(layer.bias, layer.reset_after),
         f"A call runs {way}: {way.words}. Why not faster: {why}.",
+        *filter(None, [bridged(layer.backend, layer.dtype)]),
         *(_recorded(layer, shape) if isinstance(layer, GRU) else []),
         *_called(step),
     ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from .. import arguments, equations
-from ..backend import runner
+from ..backend import by_place, runner
 from ..errors import check_shape
 from ..typing import Array, Device, Gradients, Shape
 from .init import uniform
@@ -57,19 +57,22 @@ class GRUCell(Layer):
         self.hidden_size = arguments.size("hidden_size", hidden_size)
         self.bias = arguments.flag("bias", bias)
         self.reset_after = arguments.flag("reset_after", reset_after)
-        rng, bound = arguments.seed(seed), 1 / math.sqrt(self.hidden_size)
         shapes = parameter_shapes(self.input_size, self.hidden_size, self.bias, self.reset_after)
-        arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
-        self._create(GRUCell, backend, device, dtype, arrays)
+        self._create(
+            GRUCell, backend, device, dtype, shapes.items(), seed,
+            lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
+        )  # fmt: skip
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)
 
+    @by_place
     def __call__(self, x: Array, h0: Array | None = None) -> Array:
         """Return the next state (B, H) or (H,) of x (B, I) or (I,) and h0, zeros if None."""
         x3, h, shape = self._enter(x, h0)
         return self._leave(self._sweep().forward(x3, h)[1], shape)
 
+    @by_place
     def vjp(
         self, x: Array, h0: Array | None = None
     ) -> tuple[Array, Callable[[Array], tuple[Gradients, Array, Array]]]:

@@ -1,10 +1,11 @@
 """Layers one after the other, with the states of the GRUs among them."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 
-from ..backend import to_numpy
+from ..backend import Backend, by_place, to_numpy
 from ..errors import ShapeError
 from ..typing import Array, Arrays, Device, Gradients, Lengths, Rng
 from .cell import GRUCell
@@ -91,6 +92,7 @@ class Chain:
         refuse_shared(self.params)
         self.backend, self.dtype = layers[0].backend, layers[0].dtype
 
+    @by_place
     def __call__(
         self, x: Array, state: States | None = None, lengths: Lengths | None = None
     ) -> tuple[Array, list[Array]]:
@@ -107,6 +109,7 @@ class Chain:
                 x = layer(x)
         return x, new
 
+    @by_place
     def vjp(
         self,
         x: Array,
@@ -207,6 +210,25 @@ class Chain:
         """Return a new chain with these weights on another backend, device or dtype."""
         refuse_shared(self.params)
         return _chain([layer.to(backend, device, dtype) for layer in self.layers], dict(self.tied))
+
+    @cached_property
+    def twins(self) -> dict[str, "Chain"]:
+        """Twins of this chain over the backends that run its calls; see `backend.bridge`."""
+        return {}
+
+    def twin(self, backend: Backend, dtype: str) -> "Chain":
+        """Return this chain for another backend, without parameters."""
+        twin = object.__new__(type(self))
+        twin.__dict__ = {name: v for name, v in vars(self).items() if name != "twins"}
+        twin.layers = tuple(layer.twin(backend, dtype) for layer in self.layers)
+        twin.backend, twin.dtype = backend, dtype
+        return twin
+
+    def follow(self, twin: "Chain", views: Callable[[object], Any]) -> None:
+        """Give a twin the settings and parameters as they are now; views: makes the latter."""
+        for own, other in zip(self.layers, twin.layers, strict=True):
+            own.follow(other, views)
+        twin.params = self.params
 
     def __repr__(self) -> str:
         lines = [repr(layer) for layer in self.layers]

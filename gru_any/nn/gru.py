@@ -6,11 +6,11 @@ from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from .. import arguments, equations
-from ..backend import runner
+from ..backend import by_place, runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
-from ..typing import Array, Device, HostArray, Lengths, Rng
+from ..typing import Array, Device, Lengths, Rng, Shape
 from .init import uniform
 from .layout import Call, SequenceLayout
 from .params import BackendLike, Layer
@@ -128,25 +128,29 @@ class GRU(Layer):
         self.suffixes = (
             ["", "_reverse"] if self.bidirectional else ["_reverse" if self.reverse else ""]
         )
-        self._create(GRU, backend, device, dtype, self._initial(arguments.seed(seed)))
+        self._create(
+            GRU, backend, device, dtype, self._shapes(), seed,
+            lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
+        )  # fmt: skip
         if not self.reverse:  # as in files that were written before there was this setting
             del self.settings["reverse"]
 
-    def _initial(self, rng: Rng) -> Iterator[tuple[str, HostArray]]:
-        """Name and first value of each parameter, in the order they are drawn."""
-        H, bound = self.hidden_size, 1 / math.sqrt(self.hidden_size)
+    def _shapes(self) -> Iterator[tuple[str, Shape]]:
+        """Name and shape of each parameter, in the order they are drawn."""
+        H = self.hidden_size
         for layer in range(self.num_layers):
             width = H * len(self.suffixes) if layer else self.input_size
             for suffix in self.suffixes:
                 shapes = parameter_shapes(width, H, self.bias, self.reset_after)
                 for name, shape in shapes.items():
-                    yield f"{name}_l{layer}{suffix}", uniform(rng, shape, bound)
+                    yield f"{name}_l{layer}{suffix}", shape
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)
 
     # the public calls ----------------------------------------------------------------------------
 
+    @by_place
     def __call__(
         self,
         x: Array,
@@ -175,10 +179,12 @@ class GRU(Layer):
         """
         return self._forward(x, h0, lengths, outputs=True)
 
+    @by_place
     def last(self, x: Array, h0: Array | None = None, lengths: Lengths | None = None) -> Array:
         """Return h_n alone; the outputs of the last layer are not kept."""
         return self._forward(x, h0, lengths, outputs=False)[1]
 
+    @by_place
     def vjp(
         self,
         x: Array,
@@ -209,6 +215,7 @@ class GRU(Layer):
         pullback = Pullback(self.params, self._layout, stack, call, residuals)
         return self._layout.leave(call, y, h_n), pullback
 
+    @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
         """Advance by one step, for streams.
 
@@ -219,6 +226,7 @@ class GRU(Layer):
             self.backend.check("state", state, self.dtype)
         return self._step(self._steps(self._runner.single_step), x_t, state)
 
+    @by_place
     def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
         """Return `step` with the parameters as they are now, perhaps copies: cheaper to call."""
         return partial(self._step, self._steps(self._runner.prepare_step))
@@ -264,6 +272,7 @@ class GRU(Layer):
         state = h[None, ...] if len(states) == 1 else self.backend.xp.stack(states)
         return (y, state) if rows else (y[0, :], state[:, 0, :])
 
+    @by_place
     def taps(
         self, x: Array, h0: Array | None = None, lengths: Lengths | None = None
     ) -> dict[str, Array]:

@@ -54,12 +54,13 @@ class Linear(Layer):
         self.in_features = arguments.size("in_features", in_features)
         self.out_features = arguments.size("out_features", out_features)
         self.bias = arguments.flag("bias", bias)
-        rng, bound = arguments.seed(seed), 1 / math.sqrt(self.in_features)
         shapes: dict[str, Shape] = {"weight": (self.out_features, self.in_features)}
         if self.bias:
             shapes["bias"] = (self.out_features,)
-        arrays = ((name, uniform(rng, shape, bound)) for name, shape in shapes.items())
-        self._create(Linear, backend, device, dtype, arrays)
+        self._create(
+            Linear, backend, device, dtype, shapes.items(), seed,
+            lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.in_features)),
+        )  # fmt: skip
 
     def __call__(self, x: Array) -> Array:
         """Return y (..., O) of x (..., I)."""
@@ -131,8 +132,10 @@ class Embedding(Layer):
         seed: int | None = None,
     ) -> None:
         self.n, self.size = arguments.size("n", n), arguments.size("size", size)
-        table = arguments.seed(seed).standard_normal((self.n, self.size))
-        self._create(Embedding, backend, device, dtype, [("weight", table)])
+        self._create(
+            Embedding, backend, device, dtype, [("weight", (self.n, self.size))], seed,
+            lambda rng, name, shape: rng.standard_normal(shape),
+        )  # fmt: skip
 
     def __call__(self, x: Array) -> Array:
         """Return the rows (..., size) of x (...), integers in 0..n-1.
@@ -188,7 +191,7 @@ class Dropout(Layer):
         dtype: str = "float32",
     ) -> None:
         self.p = arguments.number("p", p, below=1)
-        self._create(Dropout, backend, device, dtype, [])
+        self._create(Dropout, backend, device, dtype)
 
     def __call__(self, x: Array) -> Array:
         """Return x."""
@@ -228,7 +231,7 @@ class Last(Layer):
     def __init__(
         self, *, backend: BackendLike | None = None, device: Device = None, dtype: str = "float32"
     ) -> None:
-        self._create(Last, backend, device, dtype, [])
+        self._create(Last, backend, device, dtype)
 
     def __call__(self, h_n: Array, directions: int = 1) -> Array:
         """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side."""

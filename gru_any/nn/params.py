@@ -9,12 +9,14 @@ from typing import Any, NoReturn, Protocol, Self, TypeAlias
 
 import numpy as np
 
+from .. import arguments
 from ..backend import Backend, disjoint, overlap, plain_name, select, to_numpy
 from ..errors import ShapeError
 from ..typing import Array, Arrays, Device, HostArray, Rng, Shape
 
 BackendLike: TypeAlias = str | ModuleType | Backend
 HOME = ("backend", "device", "dtype", "seed")  # arguments of a layer that are no settings
+MOST_NAMED = 20  # names in an error
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex128")
 
 
@@ -31,7 +33,7 @@ class Params(dict[str, Array]):
             raise KeyError(f"{name!r} is no parameter; there are {', '.join(self)}")
         if array is not self[name]:
             self.backend.check(name, array, self.dtype)
-            _same_shape(name, array, self[name])
+            _same_shape(name, array, tuple(self[name].shape))
         super().__setitem__(name, array)
         self.version += 1
 
@@ -87,20 +89,66 @@ class Layer:
         backend: BackendLike | None,
         device: Device,
         dtype: str,
-        arrays: Iterable[tuple[str, HostArray]],
+        shapes: Iterable[tuple[str, Shape]] = (),
+        seed: int | None = None,
+        draw: Callable[[Rng, str, Shape], HostArray] | None = None,
     ) -> None:
         """Set what every layer has.
 
-        kind: the class whose arguments are attributes of the layer by now. arrays: the name and
-        initial value of each parameter.
+        kind: the class whose arguments are attributes of the layer by now. shapes: of each
+        parameter, by name. draw: its initial value.
         """
         _refuse_dtype(dtype)
         self.settings = {name: getattr(self, name) for name in _settings(kind)}
         self.backend = select(backend, device)
         self.dtype = dtype
         self.backend.dtype(dtype)
-        drawn = [(name, self.backend.put(array, dtype)) for name, array in arrays]
-        self.params = Params(self.backend, dtype, drawn)
+        arrays = vars(self).pop("_given", None)
+        if arrays is not None:
+            self._compare(arrays, shapes)
+        elif draw is not None:
+            rng = arguments.seed(seed)
+            arrays = {n: self.backend.put(draw(rng, n, shape), dtype) for n, shape in shapes}
+        self.params = Params(self.backend, dtype, arrays or {})
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], params: Arrays, backend: Backend, dtype: str) -> Self:
+        """Make a layer of its settings and its parameters; nothing is drawn or copied.
+
+        Shapes are compared before anything is allocated, so the settings may come from anywhere.
+
+        params: arrays of the backend, of this dtype; see `converted`
+
+        Raises
+        ------
+        KeyError, ValueError, TypeError
+            A name is missing or unused; a shape or dtype does not fit; settings are no arguments.
+        """
+        layer = object.__new__(cls)
+        vars(layer)["_given"] = params
+        begin: Callable[..., None] = cls.__init__
+        begin(layer, **settings, backend=backend, dtype=dtype)
+        return layer
+
+    def _compare(self, arrays: Arrays, shapes: Iterable[tuple[str, Shape]]) -> None:
+        """Raise where the arrays are not those of these shapes, which may be without end."""
+        known, missing = set(), set()
+        for name, shape in shapes:
+            if name in arrays:
+                self.backend.check(name, arrays[name], self.dtype)
+                _same_shape(name, arrays[name], shape)
+                known.add(name)
+            else:
+                missing.add(name)
+            if len(missing) > MOST_NAMED:
+                break
+        unused = set(arrays) - known
+        if missing or unused:
+            raise KeyError(
+                f"parameters do not fit {type(self).__name__}({self.settings}): missing "
+                f"{sorted(missing)}, unused {sorted(unused)[:MOST_NAMED]}"
+                + self._advice(missing, unused)
+            )
 
     def load_params(self, mapping: Arrays) -> None:
         """Replace all parameters by copies of the arrays of `mapping`, whose names must be ours.
@@ -133,19 +181,18 @@ class Layer:
         if backend is None:
             backend = self.backend if device is None else self.backend.name
         dtype = self.dtype if dtype is None else dtype
-        make: Callable[..., Self] = type(self)
-        new = make(**self.settings, backend=backend, device=device, dtype=dtype)
-        new.load_params(self.params)
-        return new
+        home = select(backend, device)
+        _refuse_dtype(dtype)
+        return self.of(self.settings, converted(self.params, home, dtype), home, dtype)
 
     def __repr__(self) -> str:
         usual = signature(type(self)).parameters
         told = ("reset_after",)  # the variant, whichever it is
         given = {k: v for k, v in self.settings.items() if k in told or v != usual[k].default}
-        arguments = "".join(f"{name}={value!r}, " for name, value in given.items())
+        listed = "".join(f"{name}={value!r}, " for name, value in given.items())
         count = sum(int(np.prod(p.shape)) for p in self.params.values())
         return (
-            f"{type(self).__name__}({arguments}backend={self.backend.name!r}, "
+            f"{type(self).__name__}({listed}backend={self.backend.name!r}, "
             f"dtype={self.dtype!r})  # {count:,} parameters"
         )
 
@@ -164,6 +211,20 @@ class Layer:
         twin.__dict__ = {name: v for name, v in vars(self).items() if name not in cached}
         twin.backend, twin.dtype, twin.params = backend, dtype, Params(backend, dtype, arrays)
         return twin
+
+    @cached_property
+    def twins(self) -> dict[str, Self]:
+        """Twins of this layer over the backends that run its calls; see `backend.bridge`."""
+        return {}
+
+    def twin(self, backend: Backend, dtype: str) -> Self:
+        """Return this layer for another backend, without parameters."""
+        return self.over(backend, dtype, ())
+
+    def follow(self, twin: Self, views: Callable[[object], Any]) -> None:
+        """Give a twin the settings and parameters as they are now; views: makes the latter."""
+        own = vars(self)
+        vars(twin).update({name: own[name] for name in self.settings}, params=views(self))
 
     # the dtype of the arithmetic, and of what is stored ------------------------------------------
 
@@ -222,7 +283,10 @@ def load(layer: Parametrised, mapping: Arrays, advice: Callable[[set[str], set[s
             f"parameters do not fit {layer!r}: missing {sorted(missing)}, unused {sorted(unused)}"
             + advice(missing, unused)
         )
-    new = {name: _converted(layer, name, mapping[name]) for name in ours}
+    hosts = {name: _host(name, mapping[name], layer.dtype) for name in ours}
+    for name, host in hosts.items():
+        _same_shape(name, host, tuple(ours[name].shape))
+    new = {name: layer.backend.put(host, layer.dtype) for name, host in hosts.items()}
     for name, array in new.items():
         ours[name] = array
 
@@ -236,29 +300,39 @@ def check_mapping(mapping: object) -> None:
         )
 
 
-def _converted(layer: Parametrised, name: str, array: Array) -> Array:
+def converted(arrays: Arrays, backend: Backend, dtype: str) -> dict[str, Array]:
+    """Return copies on a backend, of the dtype of this name; of any library and floating dtype.
+
+    Raises
+    ------
+    ValueError, TypeError
+        There is no such dtype, or an array is not floating.
+    """
+    _refuse_dtype(dtype)
+    backend.dtype(dtype)
+    return {name: backend.put(_host(name, a, dtype), dtype) for name, a in arrays.items()}
+
+
+def _host(name: str, array: Array, dtype: str) -> HostArray:
     host = to_numpy(array, name)
-    if host.dtype.kind not in ("fc" if layer.dtype == "complex128" else "f"):
+    if host.dtype.kind not in ("fc" if dtype == "complex128" else "f"):
         raise TypeError(f"{name} has dtype {host.dtype}, expected a real floating dtype")
-    _same_shape(name, host, layer.params[name])
-    return layer.backend.put(host, layer.dtype)
+    return host
 
 
-def _same_shape(name: str, array: Array, ours: Array) -> None:
-    if tuple(array.shape) != tuple(ours.shape):
-        raise ShapeError(f"{name} is {tuple(array.shape)}, expected {tuple(ours.shape)}")
+def _same_shape(name: str, array: Array, shape: Shape) -> None:
+    if tuple(array.shape) != shape:
+        raise ShapeError(f"{name} is {tuple(array.shape)}, expected {shape}")
 
 
 def _again(
-    cls: Callable[..., Layer],
+    cls: type[Layer],
     settings: dict[str, Any],
     backend: Backend,
     dtype: str,
     params: Arrays,
 ) -> Layer:
-    layer = cls(**settings, backend=backend, dtype=dtype)
-    layer.load_params(params)
-    return layer
+    return cls.of(settings, converted(params, backend, dtype), backend, dtype)
 
 
 def refuse_shared(arrays: Arrays, what: str = "params") -> None:

@@ -3,6 +3,8 @@
 So a device can capture a whole call and replay it on other arrays.
 """
 
+from __future__ import annotations  # those of nested functions cost time in each call
+
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,7 +53,7 @@ class Stack(NamedTuple):
     dtype: DType  # of the arithmetic
     storage: DType  # of inputs, outputs and gradients
 
-    def on(self, run: Runner) -> "Stack":
+    def on(self, run: Runner) -> Stack:
         """Return the layers on another runner."""
         return self if run is self.run else self._replace(run=run)
 
@@ -70,7 +72,8 @@ class Stack(NamedTuple):
         """
         x, h0, params, alive, dropout = given
         mask = None if alive is None else SequenceMask(alive, unmasked)
-        D, states = len(self.suffixes), []
+        D = len(self.suffixes)
+        states: list[Array] = []
         residuals: list[LayerResiduals] = []
 
         def run_layer(layer: int, run: Runner, x: Array) -> Array:
@@ -83,12 +86,11 @@ class Stack(NamedTuple):
                 h = h0[layer * D + d, :, :]
                 return sweeps[d].on(run).forward(x, h, keep, segment, wanted)
 
-            found = _concurrent(run_sweep, D, run)
-            states.extend([h for _, h, _ in found])
+            ys, hs, segments = zip(*_concurrent(run_sweep, D, run), strict=True)
+            states.extend(hs)
             if keep:
-                pairs = [(sweep, kept) for sweep, (_, _, kept) in zip(sweeps, found, strict=True)]
+                pairs = list(zip(sweeps, segments, strict=True))
                 residuals.append(LayerResiduals(x, dropped, pairs))
-            ys = [y for y, _, _ in found]
             return run.xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
 
         y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
@@ -118,7 +120,9 @@ class Stack(NamedTuple):
             total, found = None, _concurrent(run_sweep, D, run)
             for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):
                 names = parameter_names(self.bias, self.reset_after, layer, suffix)
-                grads.update(zip(names, map(self.to_storage, of_weights), strict=False))
+                if self.dtype != self.storage:
+                    of_weights = list(map(self.to_storage, of_weights))
+                grads.update(zip(names, of_weights, strict=False))
                 total = dx if total is None else total + dx
             states[:0] = [dh for _, dh, _ in found]
             return total if dropped is None else total * dropped

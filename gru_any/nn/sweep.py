@@ -234,7 +234,7 @@ class Sweep(NamedTuple):
         K, B, _ = previous.shape
         work = K * B * U.shape[0] * U.shape[1]
         dx, (dW, db), (dU, *dc) = run.overlap_products(calls, work)
-        return run.xp.reshape(dx, (K, *x.shape[1:])), dh, g, [dW, dU, db, *dc]
+        return run.as_steps(dx, K), dh, g, [dW, dU, db, *dc]
 
     def _before(self, states: Array) -> Array:
         """The state before each step of a block."""
@@ -246,7 +246,9 @@ class Sweep(NamedTuple):
 
     def _read(self, v: Array, block: slice, mask: StepMask | None) -> Array:
         """Return the steps of a block of v (T, B, .), upcast, with zeros at padded steps."""
-        v = self.run.upcast(v[block, :, :], self.dtype)
+        v = v[block, :, :]
+        if v.dtype != self.dtype:
+            v = self.run.upcast(v, self.dtype)
         return v if mask is None else mask.zero_padding(self.run.xp, v)
 
 

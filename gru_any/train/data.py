@@ -127,9 +127,15 @@ def _mask(mask: Array, target: Shape, leading: Shape) -> HostArray:
 
 def whole(batch: Batch) -> Piece:
     """Return the batch as one piece, for a model with one result for each sequence."""
-    rows, mask = len(batch.target), batch.mask
-    count = rows if mask is None else mask.sum() / max(math.prod(mask.shape[1:]), 1)
-    return Piece(batch, True, batch.x.shape[1 if batch.batch_first else 0], float(count))
+    count = counted(batch.target, batch.mask, 1)
+    return Piece(batch, True, batch.x.shape[1 if batch.batch_first else 0], count)
+
+
+def counted(target: HostArray, mask: HostArray | None, axes: int) -> float:
+    """Return how many targets count, if each is an element of the first `axes` axes."""
+    if mask is None:
+        return float(math.prod(target.shape[:axes]))
+    return float(mask.sum() / max(math.prod(mask.shape[axes:]), 1))
 
 
 def _array(name: str, value: Array) -> HostArray:
@@ -167,11 +173,10 @@ def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
             counts = np.ones(shape, bool) if counts is None else counts.copy()
             counts[in_time(slice(at - start), batch_first)] = False
         within = None if lengths is None else np.clip(lengths - start, 0, stop - start)
-        size = math.prod(target[part].shape[:2])
-        count = size if counts is None else counts.sum() / max(math.prod(counts.shape[2:]), 1)
         advance = max(0, at + 2 * k1 - k2) - start
         piece = Batch(x[part], target[part], counts, within, batch_first)
-        yield Piece(piece, start == 0 and at == 0, advance, float(count))
+        count = counted(piece.target, counts, 2)
+        yield Piece(piece, start == 0 and at == 0, advance, count)
 
 
 def pair(tbptt: Iterable[object] | None) -> tuple[int, int] | None:

@@ -77,5 +77,5 @@ class Log:
                 raise OSError(
                     e.errno,
                     f"the log {self.path} was not written ({e.strerror}); make room, and "
-                    "start again: the run goes on from its last checkpoint",
+                    "start again: the run goes on from its last checkpoint, if it has one",
                 ) from e

@@ -16,25 +16,17 @@ NAME = ".lock"
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder for the duration of a with block.
+    """Hold a folder, which is made if need be, for the duration of a with block.
 
     Raises
     ------
     ValueError
         Another run holds it; the text names its process.
+    OSError
+        It cannot be made or written to.
     """
-    with open(folder / NAME, "a+b") as file:
-        try:
-            _lock(file)
-        except OSError as e:
-            if not isinstance(e, (BlockingIOError, PermissionError)):
-                raise OSError(e.errno, f"{folder} cannot be locked ({e.strerror})") from e
-            file.seek(0)
-            holder = file.read().decode("utf-8", "replace") or "another process"
-            raise ValueError(
-                f"another run writes to {folder}: {holder}. Wait until it ends, or give each run a "
-                "folder of its own"
-            ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder) as file:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {now}".encode())
@@ -43,6 +35,36 @@ def alone_in(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            if os.name != "nt":  # which removes no open file
+                (folder / NAME).unlink(missing_ok=True)
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """Open the lock file of a folder, and lock it."""
+    while True:
+        file = open(folder / NAME, "a+b")  # noqa: SIM115
+        try:
+            _lock(file)
+            there = os.stat(folder / NAME)
+            if os.path.samestat(os.fstat(file.fileno()), there):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            with file:
+                if isinstance(e, (BlockingIOError, PermissionError)):
+                    raise ValueError(_held(folder, file)) from None
+                raise OSError(e.errno, f"{folder} cannot be locked ({e.strerror})") from e
+        file.close()  # the holder removed it after this run had opened it: once more
+
+
+def _held(folder: Path, file: BinaryIO) -> str:
+    file.seek(0)
+    holder = file.read().decode("utf-8", "replace") or "another process"
+    return (
+        f"another run writes to {folder}: {holder}. Wait until it ends, or give each run a "
+        "folder of its own"
+    )
 
 
 if os.name == "nt":

@@ -4,7 +4,8 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from .. import arguments
@@ -13,10 +14,13 @@ from ..nn.layers import Embedding, Last
 from ..typing import Loss
 from ..typing import Path as PathLike
 from .data import Batch, Piece, ahead, arranged, cut, pair, whole
+from .distributed import Alone, Communicator, ranks_of
 from .history import History, Record
+from .lock import alone_in
 from .optim import Optimizer
 from .run import Plan, Run
 from .schedules import Schedule
+from .share import REDUCTIONS, Share, take
 
 Number = TypeVar("Number", int, float)
 Batches: TypeAlias = Callable[[int], Iterable[Any]]
@@ -47,6 +51,8 @@ def fit(
     save_every: int = 200,
     log_every: int = 20,
     bar: bool | Shown = True,
+    reduction: str = "targets",
+    comm: Communicator | None = None,
 ) -> History:
     """Train a model; with `out`, the same call resumes a run that was stopped, bit for bit.
 
@@ -97,6 +103,13 @@ def fit(
     bar : bool or callable
         Whether to show a progress bar (needs tqdm), or a function from a record to what the bar
         shows.
+    reduction : "targets" or "sequences"
+        What the loss is a mean over: all targets that count, or the sequences of a batch. By it
+        `accumulate` and `comm` weigh the parts of a batch.
+    comm : communicator of mpi4py or None
+        The ranks that share the work; all call `fit` with the same arguments. Each computes its
+        share of the rows of every batch, and the result is that of one process up to rounding. The
+        first one writes to `out` and shows the bar.
 
     Returns
     -------
@@ -117,48 +130,73 @@ def fit(
     ValueError
         A number is out of its range; patience or validate_every is given without valid, which
         gives the loss to judge; the parts of a batch do not match each other or the model;
-        `settings` has the name of an argument, or differs from the checkpoint's; or no checkpoint
-        can be used.
+        `settings` has the name of an argument, or differs from the checkpoint's; no checkpoint
+        can be used; or another run writes to `out`.
     OSError
-        A checkpoint cannot be written; the last good one is kept.
+        A checkpoint cannot be written; the last good one is kept, if there is one.
+    RuntimeError
+        An MPI launcher started several processes, and comm is None.
+
+    Notes
+    -----
+    With comm, ValueError is raised on all ranks where their arguments, data, versions or weights
+    differ. If a rank fails alone, dies, or does not answer for `GRU_ANY_RANK_TIMEOUT` seconds (by
+    default 300), the others print which one, and end.
     """
     _check_chain(model)
     _check_optimiser(optimiser)
     _check_functions(loss=loss, batches=batches)
     _check_functions(optional=True, schedule=schedule, valid=valid)
     plan = Plan(steps, epochs, minutes, tbptt, accumulate, clip, validate_every, patience, average,
-                mixed, seed, log_every)  # fmt: skip
+                mixed, seed, log_every, reduction)  # fmt: skip
     plan = _checked(plan, valid is not None)
     save_every = arguments.size("save_every", save_every)
     bar = bar if callable(bar) else arguments.flag("bar", bar)
     settings = _writable(settings or {})
-    run = Run(model, optimiser, plan)
-    run.open(out, settings, schedule)
-    with _interrupts() as stop, _progress(bar, run) as show, run.quiet():
-        for epoch, number, piece in _pieces(run, batches):
+    ranks = ranks_of(comm, model.backend)
+    with ranks.guard(), ExitStack() as stack:
+        run = Run(model, optimiser, plan, ranks)
+        if out is not None:
+            ranks.lead(lambda: stack.enter_context(alone_in(Path(out))))
+            ranks.refuse_unshared(Path(out))
+        run.open(out, settings, schedule)
+        _train(run, loss, batches, schedule, valid, save_every, bar)
+        return run.close(valid)
+
+
+def _train(
+    run: Run,
+    loss: Loss,
+    batches: Batches,
+    schedule: Schedule | None,
+    valid: Callable[[], float] | None,
+    save_every: int,
+    bar: bool | Shown,
+) -> None:
+    """Run piece after piece, until the run has a reason to end."""
+    with _interrupts() as run.interrupted, _progress(bar, run) as show, run.quiet():
+        for epoch, number, piece, share in _pieces(run, batches):
             if epoch > run.epoch:
                 run.epoch, run.piece = epoch, 0
-                if valid and not plan.validate_every:
+                if valid and not run.plan.validate_every:
                     run.validate(valid)
-            run.reason = run.ended()
-            if not run.pending:  # between two updates, so that no gradient is lost
-                run.reason = run.reason or stop()
+            run.reason = run.ended() or run.stopped()
             if run.reason:
                 break
             run.rate(schedule)
-            run.add_gradient(loss, piece)
+            run.add_gradient(loss, piece, share)
             run.piece = number + 1
-            if run.pending >= plan.accumulate:
+            if run.pending >= run.plan.accumulate:
                 run.update()
                 _follow_up(run, valid, save_every)
                 show()
-    return run.close(valid)
 
 
 def _follow_up(run: Run, valid: Callable[[], float] | None, save_every: int) -> None:
     """Record, validate and save after an update, where it is time to."""
     every = run.plan.validate_every
     if run.step % run.plan.log_every == 0:
+        run.check()
         run.record()
     if valid and every and run.step % every == 0:
         run.validate(valid)
@@ -201,6 +239,8 @@ def _checked(plan: Plan, valid: bool) -> Plan:
         average=real("average", plan.average, below=1),
         tbptt=pair(plan.tbptt),
     )
+    if plan.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {plan.reduction!r}, expected one of {REDUCTIONS}")
     for name in ("patience", "validate_every"):
         given = getattr(plan, name)
         if given is not None and not valid:
@@ -234,7 +274,13 @@ def _writable(settings: object) -> dict[str, object]:
     return settings
 
 
-def evaluate(model: Chain, loss: Loss, batches: Iterable[Any], chunk: int | None = None) -> float:
+def evaluate(
+    model: Chain,
+    loss: Loss,
+    batches: Iterable[Any],
+    chunk: int | None = None,
+    comm: Communicator | None = None,
+) -> float:
     """Return the mean loss over all targets that count.
 
     The mean over the pieces is weighted by how many targets count in each, so a loss that weighs
@@ -247,6 +293,9 @@ def evaluate(model: Chain, loss: Loss, batches: Iterable[Any], chunk: int | None
         As in `fit`, except that `batches` are the batches themselves.
     chunk : int or None
         The number of steps of time to run at once; None means all steps of a batch.
+    comm : communicator of mpi4py or None
+        The ranks that share the batches, each batch computed by one of them. All get the result,
+        which is the same bit for bit.
 
     Raises
     ------
@@ -255,14 +304,24 @@ def evaluate(model: Chain, loss: Loss, batches: Iterable[Any], chunk: int | None
     """
     _check_chain(model)
     tbptt = None if chunk is None else (arguments.size("chunk", chunk),) * 2
-    total, count, state = 0.0, 0.0, None
-    for batch in batches:
-        for piece in _cut(model, batch, tbptt):
-            x, target, mask, lengths, _ = _put(model, piece).batch
-            y, state = model(x, None if piece.first else state, lengths)
-            if piece.counted:
-                total += float(loss(y, target, mask=mask)[0]) * piece.counted
-                count += piece.counted
+    ranks = Alone() if comm is None else ranks_of(comm, model.backend)
+    own: dict[int, list[tuple[float, float]]] = {}
+    state = None
+    with ranks.guard():
+        for number, batch in enumerate(batches):
+            if number % ranks.size != ranks.rank:
+                continue
+            parts = own[number] = []
+            for piece in _cut(model, batch, tbptt):
+                x, target, mask, lengths, _ = _put(model, piece).batch
+                y, state = model(x, None if piece.first else state, lengths)
+                if piece.counted:
+                    parts.append((float(loss(y, target, mask=mask)[0]), piece.counted))
+        found = {number: parts for each in ranks.every(own) for number, parts in each.items()}
+    pairs = [pair for number in sorted(found) for pair in found[number]]
+    total, count = 0.0, sum(counted for _, counted in pairs)
+    for value, counted in pairs:
+        total += value * counted
     if not count:
         raise ValueError(
             "no target counts in the batches: a mean over nothing is no number. An iterator gives "
@@ -271,17 +330,25 @@ def evaluate(model: Chain, loss: Loss, batches: Iterable[Any], chunk: int | None
     return total / count
 
 
-def _pieces(run: Run, batches: Batches) -> Iterator[tuple[int, int, Piece]]:
-    """Yield epoch, number in it, and piece, from the position of the run on, without end."""
+def _pieces(run: Run, batches: Batches) -> Iterator[tuple[int, int, Piece, Share | None]]:
+    """Yield epoch, number in it, piece and share, from the position of the run on, without end."""
+    model, plan, ranks = run.working, run.plan, run.ranks
+    each_step = _each_step(model)
 
-    def made() -> Iterator[tuple[int, int, Piece]]:
+    def made() -> Iterator[tuple[int, int, Piece, Share | None]]:
         epoch, skip = run.epoch, run.piece
         while not run.reason:
             number = 0
             for batch in batches(epoch):
-                for piece in _cut(run.working, batch, run.plan.tbptt):
+                for piece in _cut(model, batch, plan.tbptt):
                     if number >= skip:
-                        yield epoch, number, _put(run.working, piece)
+                        share = None
+                        if plan.reduction == "sequences":
+                            B = piece.batch.x.shape[0 if piece.batch.batch_first else 1]
+                            piece = piece._replace(counted=float(B))
+                        if ranks.size > 1:
+                            piece, share = take(piece, ranks.rows, each_step, plan.reduction)
+                        yield epoch, number, _put(model, piece), share
                     number += 1
             if not number:
                 raise ValueError(f"batches({epoch}) gave nothing to learn from")
@@ -292,7 +359,7 @@ def _pieces(run: Run, batches: Batches) -> Iterator[tuple[int, int, Piece]]:
 
 def _cut(model: Chain, item: object, tbptt: tuple[int, int] | None) -> Iterable[Piece]:
     """Cut a batch in the layout of the model; it is one piece if a sequence has one result."""
-    each_step = not any(isinstance(layer, Last) for layer in model.layers)
+    each_step = _each_step(model)
     rank = 2 if isinstance(model.layers[0], Embedding) else 3
     batch = arranged(item, model.batch_first, rank, each_step)
     if each_step:
@@ -303,6 +370,11 @@ def _cut(model: Chain, item: object, tbptt: tuple[int, int] | None) -> Iterable[
             "row needs all steps: leave out tbptt, or chunk"
         )
     return [whole(batch)]
+
+
+def _each_step(model: Chain) -> bool:
+    """Whether there is a result for each step, and not only for each sequence."""
+    return not any(isinstance(layer, Last) for layer in model.layers)
 
 
 def _put(model: Chain, piece: Piece) -> Piece:
@@ -345,7 +417,7 @@ def _interrupts() -> Iterator[Callable[[], str]]:
 @contextmanager
 def _progress(bar: bool | Shown, run: Run) -> Iterator[Callable[[], None]]:
     """Give a function that shows the progress after an update."""
-    if not bar:
+    if not bar or not run.ranks.first:
         yield lambda: None
         return
     try:

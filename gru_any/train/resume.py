@@ -11,19 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
-from ..checkpoint import NAMES, digest
+from ..checkpoint import NAMES
 from ..checkpoint import RUN_FORMAT as FORMAT
 from ..files import clear_temporaries, settle, write_atomically
+from ..tensors import DamagedError, check_digest, content_of, digest, read
 from ..typing import HostArray
 
 Header: TypeAlias = dict[str, Any]  # as JSON
 ASIDE = "checkpoint.damaged.safetensors"
-
-
-class DamagedError(ValueError):
-    """The contents of a file are not those that were written."""
 
 
 def store(folder: Path, header: Header, arrays: Mapping[str, HostArray]) -> None:
@@ -34,17 +29,15 @@ def store(folder: Path, header: Header, arrays: Mapping[str, HostArray]) -> None
     OSError
         It cannot be written; the earlier ones are still there.
     """
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     text = json.dumps({"format": FORMAT, **header})
     newest, before = (folder / name for name in NAMES)
     made = folder / "checkpoint.new.safetensors"
-    content = save(arrays, {"gru_any.run": text, "digest": digest(text, arrays)})
+    content = content_of(arrays, {"gru_any.run": text, "digest": digest(text, arrays)})
     try:
         write_atomically(made, content)
     except OSError as e:
-        kept = f"; the last good checkpoint is {newest}" if newest.exists() else ""
+        good = next((name for name in (newest, before) if name.exists()), None)
+        kept = f"; the last good checkpoint is {good}" if good else "; there is no earlier one"
         raise OSError(e.errno, f"{e.strerror}{kept}") from e
     if newest.exists():
         os.replace(newest, before)
@@ -79,19 +72,11 @@ def restore(folder: Path) -> tuple[Header, dict[str, HostArray]] | None:
 
 
 def _read(path: Path) -> tuple[Header, dict[str, HostArray]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise DamagedError(f"{path} is damaged: {e}") from e
+    metadata, arrays = read(path)
     text = metadata.get("gru_any.run", "")
     if not text and "digest" not in metadata:
         raise ValueError(f"{path} is no checkpoint of a training run")
-    if metadata.get("digest") != digest(text, arrays):
-        raise DamagedError(f"{path} is damaged: its contents do not fit its digest")
+    check_digest(path, metadata.get("digest"), text, arrays)
     header = json.loads(text)
     if header["format"] > FORMAT:
         raise ValueError(

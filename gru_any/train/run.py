@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import environment, to_numpy
-from ..checkpoint import describe
+from ..checkpoint import NAMES, describe
 from ..nn.chain import Chain
 from ..nn.params import refuse_shared
 from ..typing import Array, Arrays, HostArray, Loss
 from ..typing import Path as PathLike
 from . import resume
 from .data import Piece, in_time
+from .distributed import Alone, Wishes
 from .history import History, Log, Record
 from .mixed import Mixed
 from .optim import Optimizer, clip_by_global_norm
 from .schedules import Schedule
+from .share import Share, SharedGenerator, checksum, digest, misfit, weighted
 
 GATES = ("r", "z", "n")
 NUMBERS = (
@@ -46,14 +48,15 @@ class Plan(NamedTuple):
     mixed: str | None
     seed: int
     log_every: int
+    reduction: str = "targets"
 
 
 class Run:
     """The state of a run. See `train.fit` for the terms."""
 
-    def __init__(self, model: Chain, optimiser: Optimizer, plan: Plan) -> None:
-        self.model, self.optimiser, self.plan = model, optimiser, plan
-        _tell_frozen(model.params, optimiser.names)
+    def __init__(self, model: Chain, optimiser: Optimizer, plan: Plan, ranks: Alone) -> None:
+        self.model, self.optimiser, self.plan, self.ranks = model, optimiser, plan, ranks
+        self._tell_frozen()
         self.mixed = Mixed(model, plan.mixed) if plan.mixed else None
         self.working: Chain = self.mixed.twin if self.mixed else model
         self.rng = np.random.default_rng(plan.seed)
@@ -67,8 +70,11 @@ class Run:
         self.closing: Record | None = None  # of the validation at the end
         self.grads: dict[str, Array] = {}  # the mean of `pending` gradients,
         self.pending, self.counted = 0, 0.0  # over `counted` targets
-        self.sums: list[Array] = [0.0, 0.0]  # of loss and norm since the last record,
-        self.counts: list[Array] = [0, 0]  # and how many
+        self.sums: list[Array] = [0.0, 0.0]  # of loss (of this rank) and norm since the last record
+        self.counts: list[Array] = [0, 0]  # of targets and norms in these sums
+        self.total: Array = 0.0  # the sum of the loss, of all ranks
+        self.data = 0  # the checksum of all pieces that this process has read
+        self.interrupted: Callable[[], str] = lambda: ""
         self.rated: list[Any] | None = None  # the last arguments of the schedule, and its rate
         self.spoiled: dict[str, Array] = {}  # on a device: the first gradient that is not finite,
         self.spoiled_at = model.backend.put(np.zeros((), "float32"))  # and its step
@@ -86,11 +92,18 @@ class Run:
             self.optimiser.lr = schedule(self.step, self.losses)
             self.rated = [self.step, len(self.losses), self.optimiser.lr]
 
-    def add_gradient(self, loss: Loss, piece: Piece) -> None:
-        """Run one piece forward and backward, from the final state of the piece before."""
+    def add_gradient(self, loss: Loss, piece: Piece, share: Share | None = None) -> None:
+        """Run one piece forward and backward, from the final state of the piece before.
+
+        share : which rows of the whole piece these are; None for all
+        """
         x, target, mask, lengths, batch_first = piece.batch
         state = None if piece.first else self.state
-        (y, after), pullback = self.working.vjp(x, state, lengths, rng=self.rng)
+        rng = self.rng if share is None else SharedGenerator(self.rng, share, self.working)
+        (y, after), pullback = self.working.vjp(x, state, lengths, rng=rng)
+        if share is not None:
+            self._check_share(loss, piece, share, y)
+            loss = weighted(loss, share, self.model.backend.xp)
         if self.mixed:
             value, grads = self.mixed.gradient(loss, y, target, mask, pullback)
         else:
@@ -103,15 +116,32 @@ class Run:
         self.state = after
         self.counted += piece.counted
         if self.pending:  # the mean over all targets, as in one batch of all pieces
-            share = piece.counted / (self.counted or 1.0)
-            grads = {k: self.grads[k] + share * (g - self.grads[k]) for k, g in grads.items()}
+            part = piece.counted / (self.counted or 1.0)
+            grads = {k: self.grads[k] + part * (g - self.grads[k]) for k, g in grads.items()}
         self.grads = grads
         self.pending += 1
         self._add(0, value * piece.counted, piece.counted)
 
+    def _check_share(self, loss: Loss, piece: Piece, share: Share, y: Array) -> None:
+        """Before the first gradient, check that the ranks read the same and fit together."""
+        if not self.data:
+            items = {"the first piece of the data": f"{digest(share.whole):08x}"}
+            self.ranks.refuse_differences("the ranks read different data", items)
+            axis = 0 if piece.batch.batch_first or y.ndim < 3 else 1
+            found = self.ranks.every(misfit(self.model, loss, piece, share, y, axis))
+            if problem := next(filter(None, found), ""):
+                raise ValueError(problem)
+        self.data = digest(share.whole, self.data or 1)
+
+    def wishes(self) -> Wishes:
+        """Return whether this process was interrupted, and whether its time is over."""
+        minutes = self.plan.minutes
+        return bool(self.interrupted()), minutes is not None and self.elapsed() >= 60 * minutes
+
     def update(self) -> None:
         """Update the weights that are not frozen by the mean of the gradients."""
         grads = {name: self.grads[name] for name in self.optimiser.names}
+        grads, self.total = self.ranks.sum(grads, self.sums[0], self.wishes())
         norm = clip_by_global_norm(grads, math.inf if self.plan.clip is None else self.plan.clip)
         if self.mixed:
             done = self.mixed.update(self.optimiser, grads, norm)
@@ -136,7 +166,7 @@ class Run:
         """Stop where a gradient is not finite; on a device keep the first one for `_check`."""
         backend, step = self.model.backend, self.step + 1
         if backend.host:
-            for what, number in (("gradient", norm), ("loss", self.sums[0])):
+            for what, number in (("gradient", norm), ("loss", self.total)):
                 if not math.isfinite(number):
                     raise FloatingPointError(_not_finite(step, what, grads))
             return
@@ -149,7 +179,7 @@ class Run:
         """Stop if anything was not finite since the last record. Waits for the device."""
         if step := int(self.spoiled_at):
             raise FloatingPointError(_not_finite(step, "gradient", self.spoiled))
-        if not all(math.isfinite(float(s)) for s in self.sums):
+        if not all(math.isfinite(float(s)) for s in (self.total, *self.sums)):
             raise FloatingPointError(_not_finite(self.step, "loss", dict(self.model.params)))
         if self.mixed and float(self.mixed.scale) < 1:
             raise FloatingPointError(
@@ -163,10 +193,9 @@ class Run:
     def record(self) -> None:
         """Write a record with the means since the last one. Waits for the device."""
         self._check()
-        loss, norm = (
-            float(s) / (float(n) or 1.0) for s, n in zip(self.sums, self.counts, strict=True)
-        )
-        self.sums, self.counts = [0.0, 0.0], [0, 0]
+        sums = (self.total, self.sums[1])
+        loss, norm = (float(s) / (float(n) or 1.0) for s, n in zip(sums, self.counts, strict=True))
+        self.sums, self.counts, self.total = [0.0, 0.0], [0, 0], 0.0
         more = {"scale": float(self.mixed.scale)} if self.mixed else {}
         self.news = self._write(loss=loss, rate=self.optimiser.lr, norm=norm, **more)
 
@@ -190,6 +219,7 @@ class Run:
             loss = float(valid())
         finally:
             self._put_in(own)
+        loss = self.ranks.lead(float, loss)  # a difference in the last bit would split the ranks
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss} after step {self.step}")
         return loss
@@ -211,8 +241,14 @@ class Run:
             return "done"
         if plan.patience is not None and self.since > plan.patience:
             return "patience"
-        over = plan.minutes is not None and self.elapsed() >= 60 * plan.minutes
-        return "minutes" if over else ""
+        return "minutes" if self.ranks.wishes(self.wishes())[1] else ""
+
+    def stopped(self) -> str:
+        """Return "interrupted" if the run is to end early, or an empty string.
+
+        It is not, between gradients that are accumulated for one update, so that none is lost.
+        """
+        return "interrupted" if not self.pending and self.ranks.wishes(self.wishes())[0] else ""
 
     def expected(self) -> int | None:
         """Estimate how many steps the run will have, from its progress; None if that is unknown."""
@@ -244,10 +280,9 @@ class Run:
         """Report gradients that were computed, and not used before the run ended."""
         if self.pending:
             kept = "" if self.folder is None else "; a run that goes on in this folder has them"
-            print(
-                f"gru_any: the last {self.pending} gradients came to no update, which takes "
-                f"{self.plan.accumulate}{kept}",
-                file=sys.stderr,
+            self._say(
+                f"the last {self.pending} gradients came to no update, which takes "
+                f"{self.plan.accumulate}{kept}"
             )
 
     def elapsed(self) -> float:
@@ -270,7 +305,7 @@ class Run:
     def open(
         self, out: PathLike | None, settings: dict[str, object], schedule: Schedule | None
     ) -> None:
-        """Resume the run that the folder `out` holds, or start one there.
+        """Resume the run that is in the folder `out`, which exists, or start one there.
 
         settings : what decides the numbers beside the plan
         """
@@ -282,25 +317,55 @@ class Run:
         name = type(self.optimiser).__name__
         arguments = {"model": repr(self.model), "optimiser": name, **numbers}
         arguments |= self.plan._asdict()
+        if self.plan.reduction == "targets":  # which earlier versions did not write
+            del arguments["reduction"]
         if twice := set(arguments) & set(settings):
             raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
         self.settings = {**arguments, **settings}
+        self._check_ranks()
         if out is None:
             return
         self.folder = Path(out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = resume.restore(self.folder)
+        self.ranks.newest = self.folder / NAMES[0]
+        found = self.ranks.lead(resume.restore, self.folder)
         if found is not None:
             header, arrays = found
             kept, now = header["settings"], {name: self.settings[name] for name in ENDS}
             resume.refuse_changes({**kept, **now}, self.settings)
-            resume.tell_differences(header["environment"], environment(self.model.backend))
+            if self.ranks.first:
+                resume.tell_differences(header["environment"], environment(self.model.backend))
             self._resume({"closing": None, "pending": 0, "counted": 0.0, **header}, arrays)
             changes = [f"{k} was {kept.get(k)} and is now {v}" for k, v in now.items()
                        if kept.get(k) != v]  # fmt: skip
             self._tell(changes)
             self._same_schedule(schedule, bool(changes))
-        self.log = Log(self.folder / "log.jsonl", self.log.records)
+        self.log = Log(self.folder / "log.jsonl" if self.ranks.first else None, self.log.records)
+
+    def _check_ranks(self) -> None:
+        """Raise ValueError if the ranks are not about to train the same."""
+        if self.ranks.size == 1:
+            return
+        here = environment(self.model.backend)
+        here = {name: version for name, version in here.items() if name != "threads"}
+        here["backend"] = self.model.backend.name  # the device may be another one
+        self.ranks.refuse_differences("the ranks have different versions", here)
+        self.ranks.refuse_differences("the ranks have different settings", self.settings)
+        self.ranks.refuse_differences(
+            "the ranks begin with different weights, so give each layer a seed", self._checksums()
+        )
+        self.ranks.tell()
+
+    def check(self) -> None:
+        """Raise ValueError if weights, optimiser or data differ on some ranks."""
+        if self.ranks.size > 1:
+            items = {**self._checksums(), "the data read so far": f"{self.data:08x}"}
+            told = f"the ranks have come apart by step {self.step}"
+            self.ranks.refuse_differences(told, items)
+
+    def _checksums(self) -> dict[str, str]:
+        slots = {k: v for k, v in self.optimiser.state.items() if k != "count"}
+        arrays = {**self.model.params, **{f"the optimiser's {k}": v for k, v in slots.items()}}
+        return {name: f"{checksum(to_numpy(v)):08x}" for name, v in arrays.items()}
 
     def _tell(self, changes: list[str]) -> None:
         """Decide whether the run goes on, and report it."""
@@ -315,7 +380,11 @@ class Run:
         else:
             self.reason, self.closing = "", None
             told = f"goes on after step {self.step}{why}"
-        print(f"gru_any: the run in {self.folder} {told}", file=sys.stderr)
+        self._say(f"the run in {self.folder} {told}")
+
+    def _say(self, text: str) -> None:
+        if self.ranks.first:
+            print(f"gru_any: {text}", file=sys.stderr)
 
     def _same_schedule(self, schedule: Schedule | None, other_end: bool) -> None:
         """Check that the schedule still gives the last rate, since functions cannot be compared.
@@ -333,10 +402,9 @@ class Run:
                 "another folder"
             )
         if self.reason != "finished":
-            print(
-                f"gru_any: the schedule would have given other rates so far: {told}; the run is "
-                "not the one that had this end from the start",
-                file=sys.stderr,
+            self._say(
+                f"the schedule would have given other rates so far: {told}; the run is not the "
+                "one that had this end from the start"
             )
 
     def save(self) -> None:
@@ -344,6 +412,7 @@ class Run:
         self._check()  # weights that are not finite are never saved
         if self.folder is None:
             return
+        state, grads, loss = self._of_all_ranks()
         self.seconds, self.clock = self.elapsed(), time.monotonic()
         header, slots = {name: getattr(self, name) for name in NUMBERS}, self.optimiser.state
         header |= {
@@ -352,19 +421,28 @@ class Run:
             "rng": self.rng.bit_generator.state,
             "lr": self.optimiser.lr,
             "count": slots.pop("count"),
-            "sums": [float(s) for s in self.sums],
+            "sums": [float(loss), float(self.sums[1])],
             "counts": [float(n) for n in self.counts],
             "mixed": [float(v) for v in (self.mixed.scale, self.mixed.good)] if self.mixed else [],
             "records": self.log.records[:-1] if self.closing else self.log.records,
             "closing": self.closing,
             "description": describe(self.model),
         }
-        state = {str(i): h for i, h in enumerate(self.state)}
-        groups = {"weights": self.model.params, "optimiser": slots, "state": state,
-                  "averaged": self.averaged, "lowest": self.lowest,
-                  "grads": self.grads}  # fmt: skip
+        groups = {"weights": self.model.params, "optimiser": slots,
+                  "state": {str(i): h for i, h in enumerate(state)},
+                  "averaged": self.averaged, "lowest": self.lowest, "grads": grads}  # fmt: skip
         arrays = {f"{g}/{k}": to_numpy(v) for g, part in groups.items() for k, v in part.items()}
-        resume.store(self.folder, header, arrays)
+        self.ranks.lead(resume.store, self.folder, header, arrays)
+
+    def _of_all_ranks(self) -> tuple[list[Array], dict[str, Array], Array]:
+        """Return the state of all rows, and the pending gradients and loss of all ranks."""
+        if self.ranks.size == 1:
+            return self.state, self.grads, self.sums[0]
+        parts = self.ranks.every([to_numpy(h) for h in self.state])
+        state = [np.concatenate(rows, axis=1) for rows in zip(*parts, strict=True)]
+        if not self.pending:
+            return state, {}, self.total
+        return state, *self.ranks.sum(self.grads, self.sums[0], self.wishes())
 
     def _resume(self, header: resume.Header, arrays: dict[str, HostArray]) -> None:
         backend = self.model.backend
@@ -381,25 +459,28 @@ class Run:
         self.optimiser.state = {"count": header["count"], **groups.get("optimiser", {})}
         self.optimiser.lr = header["lr"]
         self.rng.bit_generator.state = header["rng"]
-        self.sums, self.counts = header["sums"], header["counts"]
+        self.sums, self.counts, self.total = header["sums"], header["counts"], header["sums"][0]
         state = groups.get("state", {})
         self.state = [state[str(i)] for i in range(len(state))]
+        self.state = [h[:, self.ranks.rows(h.shape[1]), ...] for h in self.state]
         self.averaged, self.lowest = groups.get("averaged", {}), groups.get("lowest", {})
         self.grads, self.closing = groups.get("grads", {}), header["closing"]
         self.log.records = header["records"]
+        if not self.ranks.first:  # the sums of all ranks are the first one's
+            self.grads = {name: 0 * g for name, g in self.grads.items()}
+            self.sums = [0.0, self.sums[1]]
 
-
-def _tell_frozen(params: Arrays, names: tuple[str, ...]) -> None:
-    """Report which parameters the optimiser does not hold, so that none is forgotten by mistake."""
-    refuse_shared(params)
-    if unknown := set(names) - set(params):
-        raise KeyError(f"the optimiser holds {sorted(unknown)}, which the model does not have")
-    if frozen := [name for name in params if name not in names]:
-        print(
-            f"gru_any: {len(frozen)} of {len(params)} parameters are frozen, since the optimiser "
-            f"does not hold them: {', '.join(frozen)}",
-            file=sys.stderr,
-        )
+    def _tell_frozen(self) -> None:
+        """Report which parameters the optimiser does not hold, so that none is forgotten."""
+        params, names = self.model.params, self.optimiser.names
+        refuse_shared(params)
+        if unknown := set(names) - set(params):
+            raise KeyError(f"the optimiser holds {sorted(unknown)}, which the model does not have")
+        if frozen := [name for name in params if name not in names]:
+            self._say(
+                f"{len(frozen)} of {len(params)} parameters are frozen, since the optimiser does "
+                f"not hold them: {', '.join(frozen)}"
+            )
 
 
 def _not_finite(step: int, what: str, arrays: dict[str, Array]) -> str:

@@ -1,1 +1,1 @@
-"""What benchmark.py measures with, and comparisons that are run on their own."""
+"""The parts of benchmark.py, and comparisons that run on their own."""

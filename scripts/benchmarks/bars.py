@@ -1,7 +1,7 @@
-"""What the speed is held against: for each cell of benchmark.py its bars, and which are held.
+"""The bars of each cell of benchmark.py: how fast we demand to be, and whether we are.
 
-A bar is "at least so many times as fast as the fastest of these". It is held where the median over
-the rounds, round by round, is within 3 % of it. Bars are for two threads; on one, PyTorch alone.
+A bar demands a factor over the fastest of some contenders. It is met where the median of the
+ratios, taken round by round, is within 3 % of it. On one thread PyTorch alone is a contender.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ PEERS = ("onnxruntime", "openvino", "jax")
 
 
 class Bar(NamedTuple):
-    """Who is held to be how many times as fast as the fastest of whom."""
+    """A demand: `ours` is at least `times` as fast as the fastest of the others."""
 
     who: str
     times: float
@@ -21,7 +21,7 @@ class Bar(NamedTuple):
 
 
 def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
-    """Those of one cell; case is T, B, I, H."""
+    """Return the bars of one cell; case: T, B, I, H."""
     T, B, _, H = case
     torch, forward = ("torch",), mode == "forward"
     if threads < 2:
@@ -40,14 +40,14 @@ def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
 
 
 def _of_bare_products(T: int, B: int, H: int) -> float:
-    """How many times the time of the bare products a forward run may take."""
+    """Return how many times as long as its bare products a forward call may take."""
     if B == 1:
         return 1.5 if T == 1 else 1.0
     return 1.1 if H >= 512 else 1.2 if H >= 256 else 1.4
 
 
 def report(results: dict[str, Any]) -> None:
-    """Print for every cell which bars are held, and what reset before costs beside reset after."""
+    """Print which bars each cell meets, and what reset before costs beside reset after."""
     held = total = 0
     for result in results.values():
         case, mode, after = result["cell"]
@@ -70,7 +70,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def _ratio(times: dict[str, list[float]], bar: Bar) -> float | None:
-    """How many times as fast, in the median of the rounds; None where nobody is there."""
+    """Return how many times as fast, the median over the rounds; None without a contender."""
     whom = [times[name] for name in bar.whom if name in times]
     if bar.who not in times or not whom:
         return None
@@ -78,7 +78,7 @@ def _ratio(times: dict[str, list[float]], bar: Bar) -> float | None:
 
 
 def _reset_before(results: dict[str, Any]) -> list[float]:
-    """The time of reset before over that of reset after, with Numba, in each pair of cells."""
+    """Return the time of reset before over that of reset after, for each pair of cells."""
     seconds: dict[Any, float] = {}
     for result in results.values():
         case, mode, after = result["cell"]

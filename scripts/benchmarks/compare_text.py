@@ -1,7 +1,7 @@
-"""What `xz -9e` makes of the text of train_text.py, in bits per character.
+"""Measure how far `xz -9e` compresses the text of train_text.py, in bits per character.
 
-Measured on the last 5 % of the text: alone, and when it may look back at the training part (the
-text repeats itself). PyTorch on the same recipe: compare_torch.py.
+It is measured on the last 5 % of the text: alone, and after the training part, to which `xz` can
+then refer. compare_torch.py runs the same recipe on PyTorch.
 """
 
 import lzma
@@ -14,7 +14,7 @@ from train_text import parse, read
 
 
 def xz(before: str, part: str) -> float:
-    """Bits per character that the part adds."""
+    """Return the bits per character that the part adds."""
 
     def bits(text: str) -> int:
         return 8 * len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))

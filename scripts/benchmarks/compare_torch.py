@@ -1,18 +1,18 @@
-"""The recipes of this folder on PyTorch: steps per second, and the final figures side by side.
+"""Run the training scripts on PyTorch: steps per second, and the final figures side by side.
 
     python scripts/benchmarks/compare_torch.py text
     python scripts/benchmarks/compare_torch.py music --data nottingham.npz --threads 2
     python scripts/benchmarks/compare_torch.py long --task copy --length 600 --final
 
-What follows the name are the arguments of train_NAME.py. Two processes take turns, each with its
-own library: a turn is so many updates from the start of the data, and the first is left out. The
-figure is the ratio of the medians. `--final` trains the recipe to its end in each of the two; the
-weights from PyTorch are then loaded into this library, and the same code judges both.
+The name is followed by arguments of train_NAME.py. Two processes, one for each library, take turns:
+a turn is a number of updates from the start of the data, and the first turn is not counted. The
+figure is the ratio of the medians. `--final` trains to the end with each library; the weights from
+PyTorch are then loaded into this one, and the same code evaluates both.
 
-PyTorch starts from the same weights, sees the same batches in the same order, is validated as often
-and gives back the weights that the script would: those with the lowest loss, or their average. It
-uses its own losses, its fused optimiser and packed sequences. Its GRU has the reset gate after the
-product, so that after a few updates the weights are others.
+PyTorch starts from the same weights, reads the same batches in the same order, validates as often,
+and returns the weights that the script would: those with the lowest loss, or their average. It uses
+its own losses, its fused optimiser and packed sequences. Its GRU has the reset gate after the
+product, so the weights differ after a few updates.
 """
 
 import argparse
@@ -39,9 +39,9 @@ ANSWER = "answer: "
 
 
 class Recipe(NamedTuple):
-    """What `fit` needs, and what else it is told; PyTorch's loss; what judges a Chain.
+    """The arguments of `fit`, PyTorch's loss, and a function that evaluates a Chain.
 
-    Where the script chooses weights by validation, its figure is called "valid".
+    Where the script chooses weights by validation, the figure is called "valid".
     """
 
     made: dict[str, Any]
@@ -103,7 +103,7 @@ RECIPES = {"text": text, "music": music, "series": series, "long": long}
 
 
 def work(library: str, recipe: Recipe) -> None:
-    """Say how many threads there are; answer a number of updates with the seconds of one, and
+    """Report the number of threads; then answer each number of updates with the seconds of one, and
     "final" with the final figures.
     """
 
@@ -123,7 +123,7 @@ def work(library: str, recipe: Recipe) -> None:
 
 
 def train(recipe: Recipe, layers: Any, **told: Any) -> None:
-    """With PyTorch where there are its layers."""
+    """Train with PyTorch if these are its layers, else with `fit`."""
     if layers is None:
         fit(**recipe.made, **told, bar=False)
     else:
@@ -131,7 +131,7 @@ def train(recipe: Recipe, layers: Any, **told: Any) -> None:
 
 
 def final(recipe: Recipe, layers: Any) -> dict[str, float]:
-    """Train to the end; the figures, and the CPU minutes."""
+    """Train to the end; return the figures and the minutes of CPU time."""
     start, ours, valid = time.process_time(), recipe.made["model"], None
 
     def chain(layers: Any = None) -> Chain:
@@ -149,7 +149,7 @@ def final(recipe: Recipe, layers: Any) -> dict[str, float]:
 
 
 class Worker:
-    """A process with one of the two libraries."""
+    """A process that runs one of the two libraries."""
 
     def __init__(self, library: str, command: list[str], threads: int | None) -> None:
         count = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
@@ -164,13 +164,13 @@ class Worker:
             sys.exit(f"{library} would use {self.threads} threads, not {threads}")
 
     def ask(self, order: Any) -> Any:
-        """What it answers."""
+        """Send a request and return the answer."""
         assert self.process.stdin
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return self.answer()
 
     def answer(self) -> Any:
-        """The next; other lines are what the script says of its data."""
+        """Return the next answer; print the other lines, which come from the script."""
         assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith(ANSWER):
@@ -179,7 +179,7 @@ class Worker:
 
 
 def turns(workers: list[Worker], rounds: int, steps: int) -> str:
-    """The median steps per second of both, and their ratio."""
+    """Return the median steps per second of both, and their ratio."""
     seconds: dict[str, list[float]] = {worker.library: [] for worker in workers}
     for turn in range(rounds + 1):
         for worker in workers[:: -1 if turn % 2 else 1]:

@@ -1,4 +1,4 @@
-"""What `import gru_any` costs on top of `import numpy`: new processes in turn, the medians."""
+"""Time `import gru_any` beside `import numpy`, in new processes that take turns; print medians."""
 
 import os
 import statistics

@@ -1,9 +1,9 @@
-"""Time and memory against the length T: one layer, 8 rows, 32 inputs, 64 hidden units.
+"""Measure time and memory by length T, for one layer with B = 8, I = 32, H = 64.
 
     python scripts/benchmarks/length.py
 
-For inference, training, and training with recompute="sqrt": the milliseconds of a call, and the
-most memory that stood at once in NumPy's arrays beyond inputs and outputs (tracemalloc, warm).
+For inference, training, and training with recompute="sqrt", it prints the milliseconds of a call
+and the peak of NumPy's memory beyond inputs and outputs (tracemalloc, after a first call).
 """
 
 import time
@@ -22,7 +22,7 @@ B, I, H = 8, 32, 64
 
 
 def training(gru: Any) -> Callable[[Any, Any], Any]:
-    """Forward and back; the results."""
+    """Run forward and backward; return the results."""
 
     def call(x: Any, dy: Any) -> Any:
         (y, h), pullback = gru.vjp(x)
@@ -32,7 +32,7 @@ def training(gru: Any) -> Callable[[Any, Any], Any]:
 
 
 def figures(call: Callable[[Any, Any], Any], T: int) -> tuple[float, float]:
-    """Milliseconds of a call, the best of three; megabytes beyond what it returns."""
+    """Return milliseconds of a call, the best of three, and megabytes beyond its results."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal((T, B, n)).astype("float32") for n in (I, H))
     call(x, dy)

@@ -21,7 +21,7 @@ BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, token
 
 
 def code_lines(text: str, tree: ast.Module) -> set[int]:
-    """The numbers of the lines that hold code."""
+    """Return the numbers of the lines that contain code."""
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string]
     lines = {n for t in tokens if t.type not in BLANK for n in range(t.start[0], t.end[0] + 1)}
     for node in ast.walk(tree):
@@ -31,19 +31,19 @@ def code_lines(text: str, tree: ast.Module) -> set[int]:
 
 
 def parameters(tree: ast.Module) -> list[ast.arg]:
-    """The parameters of all functions but `self` and `cls`."""
+    """Return the parameters of all functions, without `self` and `cls`."""
     given = [node.args for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
     every = [p for a in given for p in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg)]
     return [p for p in every if p is not None and p.arg not in ("self", "cls")]
 
 
 def is_bare(parameter: ast.arg) -> bool:
-    """Whether the annotation is `Any` and nothing more."""
+    """Return whether the annotation is just `Any`."""
     return isinstance(parameter.annotation, ast.Name) and parameter.annotation.id == "Any"
 
 
 def imported(path: Path, tree: ast.Module) -> set[Path]:
-    """The files that a file imports by relative names."""
+    """Return the files that a file imports by relative names."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -56,7 +56,7 @@ def imported(path: Path, tree: ast.Module) -> set[Path]:
 
 
 def sizes(name: str, counts: list[int]) -> str:
-    """How many there are; median, 90th percentile and maximum of their lines."""
+    """Return the count, and the median, 90th percentile and maximum of the lines."""
     ordered = sorted(counts)
     percentile = ordered[9 * len(ordered) // 10]
     return f"{len(ordered)} {name} of {statistics.median(ordered):.0f}/{percentile}/{ordered[-1]}"

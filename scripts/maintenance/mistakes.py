@@ -1,10 +1,10 @@
-"""What a wrong backward step does: the four mistakes of learners' derivations, and two controls.
+"""Measure what wrong backward steps do: four mistakes of learners' derivations, and two controls.
 
     python scripts/maintenance/mistakes.py --picture docs/mistakes.png
 
-The wrong steps are those of `wrong_steps.py`. Printed are what `gradcheck` says of each, the error
-of the gradient on `demo_sequence.py` before training and after it, the loss that training with the
-wrong gradient reaches there, and what a small character model trained with it is worth.
+The wrong steps are those of `wrong_steps.py`. For each it prints the verdict of `gradcheck`, the
+error of the gradient on `demo_sequence.py` before and after training, the loss that training with
+it reaches there, and the loss of a small character model trained with it.
 """
 
 import argparse
@@ -32,14 +32,14 @@ BLACK, ORANGE = "#000000", "#e69f00"  # told apart by the colour-blind, and in g
 
 
 def demo(reset_after: bool, seed: int) -> tuple[GRU, Any]:
-    """The GRU and the input of the demo."""
+    """Return the GRU and the input of the demo."""
     gru = GRU(INPUT, HIDDEN, reset_after=reset_after, seed=seed, backend="numpy")
     x = np.random.default_rng(seed).random((len(TARGETS), INPUT))
     return gru, x.astype(np.float32)
 
 
 def gradient(gru: GRU, x: Any) -> tuple[float, dict[str, Any]]:
-    """The demo's loss and its gradient, by the equations as they now are."""
+    """Return the demo's loss and its gradient with the current equations."""
     (y, _), pullback = gru.vjp(x)
     off = y[:, 0] - np.array(TARGETS, dtype=np.float32)
     dy = np.zeros_like(y)
@@ -48,7 +48,7 @@ def gradient(gru: GRU, x: Any) -> tuple[float, dict[str, Any]]:
 
 
 def train(mistake: Mistake | None, after: bool, seed: int, iterations: int) -> Any:
-    """The losses, before the first iteration to after the last; the GRU."""
+    """Train; return the loss before each iteration and after the last, and the GRU."""
     gru, x = demo(after, seed)
     optimiser, losses = SGD(gru.params, lr=RATE), []
     with made(mistake, gru):
@@ -60,7 +60,7 @@ def train(mistake: Mistake | None, after: bool, seed: int, iterations: int) -> A
 
 
 def bits(mistake: Mistake | None, after: bool, text: train_text.Text, steps: int) -> str:
-    """Bits per character on the text's validation part, after so many steps of 16 x 32."""
+    """Return the bits per character on the validation text after this many steps of 16 x 32."""
     V, home = len(text.characters), {"backend": "numpy"}
     gru = GRU(32, 64, reset_after=after, seed=1, **home)
     model = Chain(Embedding(V, 32, seed=0, **home), gru, Linear(64, V, seed=2, **home))
@@ -84,14 +84,14 @@ def bits(mistake: Mistake | None, after: bool, text: train_text.Text, steps: int
 
 
 def parts(gru: GRU, x: Any) -> list[Any]:
-    """The gradient of all parameters side by side (3H, .), and its thirds r, z, n."""
+    """Return the gradients of all parameters side by side (3H, .), and their thirds r, z, n."""
     arrays = gradient(gru, x)[1].values()
     G = np.concatenate([v.reshape(len(v), -1) for v in arrays], axis=1)
     return [G, *np.split(G, 3)]
 
 
 def errors(mistake: Mistake, gru: GRU, x: Any) -> tuple[list[float], list[float]]:
-    """Of the whole, r, z, n: |wrong - right| / |right|, and the cosine between the two."""
+    """Return |wrong - right| / |right| and the cosine between both, for the whole, r, z and n."""
     right = parts(gru, x)
     with made(mistake, gru):
         wrong = parts(gru, x)
@@ -101,7 +101,7 @@ def errors(mistake: Mistake, gru: GRU, x: Any) -> tuple[list[float], list[float]
 
 
 def verdict(mistake: Mistake) -> str:
-    """By how much `gradcheck` finds the gradient off; it allows 1e-7."""
+    """Return the error that `gradcheck` finds; it allows 1e-7."""
     gru = GRU(3, 4, reset_after=mistake.reset_after, seed=0, backend="numpy")
     x = np.random.default_rng(0).standard_normal((6, 2, 3))
     try:
@@ -113,7 +113,7 @@ def verdict(mistake: Mistake) -> str:
 
 
 def cells(mistake: Mistake, trained: GRU) -> list[str]:
-    """What can be said of a mistake without training with it."""
+    """Return what can be measured of a mistake without training."""
     first, cosines = errors(mistake, *demo(mistake.reset_after, 0))
     last, _ = errors(mistake, trained, demo(mistake.reset_after, 0)[1])
     before = [f"{v:.3f}" for v in first] + [f"{v:.2f}" for v in cosines[:2]]
@@ -121,7 +121,7 @@ def cells(mistake: Mistake, trained: GRU) -> list[str]:
 
 
 def table(after: bool, text: train_text.Text, args: argparse.Namespace) -> dict[str, Any]:
-    """Print what became of one variant; return the losses by name, "none" for the right ones."""
+    """Print the figures of one variant; return the losses by mistake, "none" for no mistake."""
     found = {}
     heads = ["mistake", "gradcheck", "all", "r", "z", "n", "cos", "cos r", "all, trained"]
     heads += [*(f"seed {seed}" for seed in range(args.seeds)), "text"]
@@ -145,7 +145,7 @@ def table(after: bool, text: train_text.Text, args: argparse.Namespace) -> dict[
 
 
 def draw(path: str, found: list[dict[str, Any]]) -> None:
-    """The loss by iteration, wrong equations over right ones, two rows of panels a variant."""
+    """Draw the losses by iteration, wrong over right ones, in two rows of panels a variant."""
     import matplotlib.pyplot as plt
 
     names = [name for name in found[0] if name not in ("none", "da_r = 0")]

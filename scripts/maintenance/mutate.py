@@ -1,4 +1,4 @@
-"""Do the tests notice? Change one term of the equations at a time and run them.
+"""Test the tests: change one term of the equations at a time, and see whether a test fails.
 
 Each + becomes a -, each factor of a product is dropped, each transpose is left out, each bias lost,
 and (1 - n^2) becomes (1 - n)^2. A change that no test notices is printed, and the exit code is 1.
@@ -68,7 +68,7 @@ def mutants() -> Iterator[tuple[str, str, str]]:
 
 
 class Replace(ast.NodeTransformer):
-    """Put one node in the place of another."""
+    """Replaces one node of a syntax tree by another."""
 
     def __init__(self, old: ast.AST, new: ast.AST) -> None:
         self.old, self.new = old, new

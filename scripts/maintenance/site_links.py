@@ -1,6 +1,6 @@
-"""A hook of MkDocs: links from docs/ to files of the repository, which the site does not hold.
+"""A hook of MkDocs for links from docs/ to files of the repository, which the site lacks.
 
-A link to a module leads to the reference, where its source stands; of other files the name is left.
+A link to a module becomes a link to its page in the reference; other links become plain names.
 """
 
 import re

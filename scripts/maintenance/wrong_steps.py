@@ -22,7 +22,7 @@ class Mistake(NamedTuple):
 
 
 def mistakes(reset_after: bool, tanh: Any, reset: Any, state: Any, both: str) -> list[Mistake]:
-    """The four, all at once, and the controls: no gradient to r, and its sign turned.
+    """Return the four, all at once, and the controls: no gradient to r, and its sign flipped.
 
     tanh, reset: (right, wrong); state: (right, wrong with 3, wrong with 4); both: with 3 and 4.
     """
@@ -76,7 +76,7 @@ AFTER = mistakes(
 
 @contextmanager
 def made(mistake: Mistake | None, gru: GRU) -> Iterator[None]:
-    """The equations with the mistake in them, inside of the context."""
+    """Replace the equations by those with the mistake, inside the context."""
     if mistake is None:
         yield
         return

@@ -19,7 +19,7 @@ from ...typing import HostArray
 Lowering: TypeAlias = tuple[Any, Callable[..., ir.Value]]  # Numba's signature and what emits code
 
 LINE = 8  # elements of int64 in a cache line
-SPINS = 4000  # some microseconds
+SPINS = 50_000  # some 50 us; to yield gives a busy neighbour milliseconds
 YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
 

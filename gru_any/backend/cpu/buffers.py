@@ -14,6 +14,9 @@ import numpy as np
 from ...typing import DType, HostArray, Shape
 from . import tuning
 
+LARGE = 1 << 17  # bytes from which on the address of a result matters
+ALIGNMENT = 64  # bytes: what XLA wants of an address
+
 _owners: dict[int, deque[HostArray]] = {}  # by their size
 
 
@@ -24,6 +27,16 @@ def empty(shape: Shape, dtype: DType) -> HostArray:
         return np.empty(shape, dtype)
     found = _free(_owners.setdefault(size, deque()))
     return (_new(size) if found is None else found).view(dtype).reshape(shape)
+
+
+def result(shape: Shape, dtype: DType) -> HostArray:
+    """Return an uninitialised array for a user, which JAX can take as it is where it is large."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < LARGE:
+        return np.empty(shape, dtype)
+    owner = np.empty(size + ALIGNMENT, np.uint8)
+    start = -owner.__array_interface__["data"][0] % ALIGNMENT
+    return owner[start : start + size].view(dtype).reshape(shape)
 
 
 def forget() -> None:

@@ -23,7 +23,7 @@ from ...typing import Array, DType, Shape, Step
 from ..reductions import reduced
 from ..reference import Plain
 from . import tuning
-from .buffers import empty
+from .buffers import empty, result
 
 
 class NumPy(Plain):
@@ -56,10 +56,14 @@ class NumPy(Plain):
         if not v.flags.c_contiguous:
             v, given = empty(v.shape, v.dtype), v
             v[...] = given
-        return v.reshape(math.prod(v.shape[:-1]), v.shape[-1])  # faster than np.reshape
+        *rows, N = v.shape
+        return v if len(rows) == 1 else v.reshape(math.prod(rows), N)  # faster than np.reshape
+
+    def as_steps(self, v: Any, steps: int) -> Any:
+        return v.reshape(steps, len(v) // steps, v.shape[1])
 
     def product(self, left: Any, right: Any) -> Any:
-        out = np.empty((len(left), right.shape[1]), left.dtype)
+        out = result((len(left), right.shape[1]), left.dtype)
         self.multiply(left, right, out)
         return out
 
@@ -71,13 +75,13 @@ class NumPy(Plain):
             np.matmul(left, right, out)
 
     def row_sum(self, v: Any) -> Any:
-        return np.add.reduce(v, 0)
+        return v[0].copy() if len(v) == 1 else np.add.reduce(v, 0)
 
     def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
-        return reduced(self, weights, h, saved, parts, np.empty)
+        return reduced(self, weights, h, saved, parts, result)
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return Filled(np.empty(shape, dtype))
+        return Filled(result(shape, dtype))
 
     def forward(
         self,

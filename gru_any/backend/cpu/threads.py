@@ -14,22 +14,23 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ...typing import HostArray
-from . import tuning
+from . import cores, tuning
 
 Result = TypeVar("Result")
 NO_TEAM = np.zeros(0, np.int64)  # `sync` of a thread that shares its work with no other
 
+crowd = cores.Crowd()
+
+
+def count() -> int:
+    """Return how many threads to use: one a processor, at most OMP_NUM_THREADS."""
+    return min(_asked(), cores.available())
+
 
 @cache
-def count() -> int:
-    """Return how many threads to use: OMP_NUM_THREADS, as BLAS does, else one a processor."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    try:
-        return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # not on this system, or not allowed
-        return os.cpu_count() or 1
+def _asked() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # then of nested regions
+    return int(asked) if asked.isdigit() and int(asked) else sys.maxsize
 
 
 class Job(Generic[Result]):
@@ -41,15 +42,18 @@ class Job(Generic[Result]):
         self._ended.acquire()
         self._found: Result
         self._error: BaseException | None = None
+        self.lost = 0.0  # seconds for which others held the processor, once it has ended
 
     def run(self, idle: list[None]) -> None:
         """Make the call; the thread says first that it is idle, then that the call has ended."""
         claimed = self.cancel()
         if claimed:
+            watch = cores.Watch()
             try:
                 self._found = self._call(*self._arguments)
             except BaseException as e:
                 self._error = e
+            self.lost = watch.lost()
         idle.append(None)
         if claimed:
             self._ended.release()
@@ -137,42 +141,53 @@ if hasattr(os, "register_at_fork"):
 
 
 def submit(call: Callable[..., Result], *arguments: object) -> Job[Result]:
-    """Have another thread make the call."""
-    return _pool().submit(call, *arguments)
+    """Have another thread make the call; where others hold the processors, it waits."""
+    return Job(call, arguments) if crowd.present() else _pool().submit(call, *arguments)
 
 
 def parallel_for(call: Callable[[int, int], object], rows: int, work: int) -> None:
     """Make call(first, last) for all rows, in a few pieces at once; work: in multiply-adds."""
     pieces = tuning.pieces(rows, work, count())
-    if pieces < 2:
+    if pieces < 2 or crowd.present():
         call(0, rows)
         return
     # whole groups of rows, as the products take them
     unit = 8 if rows >= 16 * pieces else 4
     edges = [min(rows, unit * round(i * rows / (pieces * unit))) for i in range(pieces)] + [rows]
-    others = [submit(call, *edges[i : i + 2]) for i in range(1, pieces)]
+    watch, others = cores.Watch(), [submit(call, *edges[i : i + 2]) for i in range(1, pieces)]
     call(edges[0], edges[1])
+    lost = [watch.lost()]
     for i, other in enumerate(others, 1):
         if other.cancel():  # the pool is busy with somebody else's work
             call(*edges[i : i + 2])
         else:
             other.result()
+            lost.append(other.lost)
+    crowd.note(max(lost))
 
 
 def run_team(call: Callable[[int, HostArray], object], most: int) -> None:
     """Make call(me, sync) in up to so many threads at once, which may wait for one another.
 
-    me: 0, 1, ...; sync: see `barrier.py`. Those that are not there in time are left out.
+    me: 0, 1, ...; sync: see `barrier.py`. Those that are not there in time are left out, and all
+    others where other processes hold the processors.
     """
+    if crowd.present():
+        call(0, NO_TEAM)
+        return
     from .barrier import LINE, count_members
 
     sync, number = np.zeros(LINE * (most + 1), np.int64), numbers(1)
+    watch = cores.Watch()
     try:
         others = [submit(lambda: call(next(number), sync)) for _ in range(1, most)]
         sync[0] = count_members(sync, most, tuning.current.wake_polls)
         call(0, sync)
     finally:
         sync[0] = -1  # or those who have joined would wait for ever where no other can be had
+    lost = [watch.lost()]
     for other in others:
         if not other.cancel():
             other.result()
+            lost.append(other.lost)
+    crowd.note(max(lost))

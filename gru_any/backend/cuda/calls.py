@@ -11,13 +11,10 @@ from ...typing import Array, Device, DType, Namespace, Pytree, Shape
 from ..contract import Movable, Output, Result, Runner
 from ..cpu.numpy_runner import Filled
 from ..reference import Plain
+from . import tuning
 from .operations import Event, Operations
 from .plan import Workspace
 from .recording import CapturedCall, GraphCache, Lease, leaves, signature
-
-STREAMS = 2  # that may run at the same time: the two directions of a layer, or two layers
-STEPS = 2048  # of a captured call, layers and directions counted: each has a few launches
-IDLE = 64 * 512  # elements of a state up to which one layer leaves most of a device idle
 
 
 class Context(NamedTuple):
@@ -69,7 +66,7 @@ class Calls(Plain):
         super().__init__(xp, device)
         self.ops, self.way, self.context = ops, way, Context()
         ops.captures = way != "eager"
-        self.workspaces = [Workspace(ops, precision) for _ in range(STREAMS)]
+        self.workspaces = [Workspace(ops, precision) for _ in range(tuning.current.streams)]
         self.graphs = GraphCache()
 
     @property
@@ -116,7 +113,7 @@ class Calls(Plain):
         start, results = self.ops.event(), []
         ends: list[Event] = []
         for n, call in enumerate(calls):
-            with self._on_stream(n % STREAMS, start, ends) as run:
+            with self._on_stream(n % len(self.workspaces), start, ends) as run:
                 results.append(call(run))
         for end in ends:
             self.ops.wait(end)
@@ -129,14 +126,14 @@ class Calls(Plain):
         overlap: int | None = None,
     ) -> Array | None:
         """Run layers as a wavefront, where a single layer would leave most of the device idle."""
-        alone = overlap is None or overlap > IDLE or len(calls) == 1
+        alone = overlap is None or not tuning.overlaps(overlap) or len(calls) == 1
         if alone or self.way in ("eager", "whole"):
             return super().pipeline(calls, x)
         start, passed = self.ops.event(), [x]  # kept alive until all streams have finished
         ends: list[Event] = []
         overlapped = self._within(self.context._replace(overlapped=True))
         for n, call in enumerate(calls):
-            with overlapped._on_stream(n % STREAMS, start, ends) as run:
+            with overlapped._on_stream(n % len(self.workspaces), start, ends) as run:
                 passed.append(call(run, passed[-1]))
         for end in ends:
             self.ops.wait(end)
@@ -200,7 +197,7 @@ class Calls(Plain):
     def _capturable(self, arrays: Pytree, steps: int | None) -> bool:
         found = [v for v in leaves(arrays) if v is not None]
         sizes = all(v.size and v.dtype.kind != "c" for v in found)
-        return self.whole_calls and steps is not None and steps <= STEPS and sizes
+        return self.whole_calls and steps is not None and tuning.captures(steps) and sizes
 
     @contextmanager
     def _all_locked(self) -> Iterator[None]:
@@ -232,12 +229,13 @@ class Calls(Plain):
             return f"Calls are not recorded as a whole: GRU_ANY_CUDA is set to {self.way}."
         if not self.whole_calls:
             return "Calls are not recorded as a whole: CUDA refused to in this process."
-        if steps is None or steps <= STEPS:
-            limit = f"up to {STEPS} steps, all layers and directions counted"
+        most = tuning.current.captured_steps
+        if steps is None or tuning.captures(steps):
+            limit = f"up to {most} steps, all layers and directions counted"
             return f"From its second time on a shape is replayed as one recording ({limit})."
         return (
             f"Calls are not recorded as a whole: this has {steps} steps, all layers and "
-            f"directions counted, which is more than {STEPS}."
+            f"directions counted, which is more than {most}."
         )
 
     def forget(self) -> None:

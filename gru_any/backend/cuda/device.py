@@ -12,6 +12,7 @@ WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-5-0
 INSTALL = 'pip install "gru-any[cuda13]" (driver 580 or newer) or "gru-any[cuda12]" (driver 525)'
 # an array library on CUDA devices -> the module with its `operations`; others register here
 OPERATIONS = {"cupy": "gru_any.backend.cuda.ops"}
+BY_DLPACK = {2: "cupy"}  # which of them reads memory of this kind: kDLCUDA
 NO_DEVICE, OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDriver
 
 

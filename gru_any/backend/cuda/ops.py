@@ -41,14 +41,18 @@ class Ops:
 
     @cache  # noqa: B019, it lives as long as the process
     def _function(self, kernel: Kernel, shared: int) -> Any:
-        function = self._module(kernel.source).get_function(kernel.name)
+        function = self._module(kernel.source, kernel.barrier == 2).get_function(kernel.name)
         if shared > PLAIN_SHARED:
             function.max_dynamic_shared_size_bytes = shared
         return function
 
     @cache  # noqa: B019
-    def _module(self, source: str) -> Any:
-        return self.cupy.RawModule(code=source, options=("--std=c++17",))
+    def _module(self, source: str, whole_grid: bool) -> Any:
+        # a barrier of the whole grid needs all blocks at once: a cooperative launch promises that
+        options = ("--std=c++17",)
+        return self.cupy.RawModule(
+            code=source, options=options, enable_cooperative_groups=whole_grid
+        )
 
     def launch(
         self,

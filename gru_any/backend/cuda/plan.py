@@ -11,10 +11,8 @@ from typing import Any
 from ...codegen.cuda_source import Scan
 from ...codegen.schedule import NARROW, STATE, Gemm
 from ...typing import Array
+from . import tuning
 from .operations import Operations
-
-PLANS = 32  # that a workspace keeps
-THREADS = 256  # of a block, at most
 
 
 class Plan:
@@ -75,7 +73,7 @@ class Plan:
     def steps(self) -> None:
         """Launch everything, step after step; nothing here allocates memory."""
         B, H = self.sizes
-        threads = min(THREADS, -(-H // 32) * 32)
+        threads = min(tuning.current.block_threads, -(-H // 32) * 32)
         grid = (-(-H // threads), min(B, 65535))
         table, stages = self.ops.pointer(self.table), self.scan.schedule.stages
         owned = {
@@ -161,7 +159,7 @@ class Workspace:
         """The plan of this key, made where there is none; those not used for long go."""
         if key not in self.plans:
             self.plans[key] = make()
-            while len(self.plans) > PLANS:
+            while len(self.plans) > tuning.current.plans:
                 self.plans.popitem(last=False)
         self.plans.move_to_end(key)
         return self.plans[key]

@@ -9,10 +9,10 @@ import weakref
 from functools import cache
 
 from ...typing import Array, Namespace
+from . import tuning
 from .device import INSTALL
 from .operations import Blas, Operations
 
-MIB = 1 << 20
 KINDS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType
 FULL, TF32, DOUBLE = 68, 77, 70  # cublasComputeType
 ANY_ALGORITHM = -1
@@ -53,8 +53,8 @@ class Products:
         self.handle = ctypes.c_void_p()
         self.stream: int | None = None
         self._do("cublasCreate_v2", ctypes.byref(self.handle))
-        large = int(cupy.cuda.Device().compute_capability) >= 90
-        self.workspace = cupy.empty((32 if large else 4) * MIB, dtype="uint8")
+        capability = int(cupy.cuda.Device().compute_capability)
+        self.workspace = cupy.empty(tuning.workspace(capability), dtype="uint8")
         end = weakref.finalize(self, self.lib.cublasDestroy_v2, self.handle)
         end.atexit = False  # the driver may be gone by then
 

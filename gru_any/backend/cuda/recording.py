@@ -27,12 +27,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 
 from ...typing import Array, Pytree
+from . import tuning
 from .operations import Operations
-
-PLANS = 8  # shapes of which captured calls are kept
-COPIES = 2  # of one shape: a loop often keeps its last pullback during the next forward
-PAID = 32  # calls that pay for another capture, if there are many shapes
-SEEN = 1024  # shapes that are remembered
 
 
 def leaves(nested: Pytree) -> Iterator[Array | None]:
@@ -139,7 +135,7 @@ class GraphCache:
         self.calls += 1
         if key in self.seen:
             return False
-        if len(self.seen) == SEEN:
+        if len(self.seen) == tuning.current.seen_shapes:
             self.seen.clear()
         self.seen.add(key)
         return True
@@ -150,13 +146,14 @@ class GraphCache:
         """Return one that is not leased, captured if need be; None where there can be none."""
         copies = self.kept.get(key, [])
         found = next((call for call in copies if not call.leased), None)
-        if found is None and len(copies) < COPIES and self.captures < PLANS + self.calls // PAID:
+        few = len(copies) < tuning.current.captured_copies
+        if found is None and few and tuning.captures_again(self.captures, self.calls):
             found = capture()
             self.captures += 1
             copies = copies if found is None else [*copies, found]
         if found is not None:
             self.kept[key] = copies
             self.kept.move_to_end(key)
-            if len(self.kept) > PLANS:
+            if len(self.kept) > tuning.current.captured_shapes:
                 self.kept.popitem(last=False)
         return found

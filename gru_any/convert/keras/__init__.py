@@ -15,6 +15,7 @@ from ...nn.gru import GRU
 from ...nn.params import Layer
 from ...typing import Array, HostArray, Path
 from ..cells import assemble
+from ..files import naming
 from .cells import Model, layer_arrays, read_cell
 
 
@@ -118,7 +119,8 @@ def load(
     given = {name: value for name, value in given.items() if value is not None}
     for name in {"reset_after", "go_backwards"} & set(given):
         given[name] = flag(name, given[name])
-    return read.load(path, names and list(names), given)
+    with naming(path):
+        return read.load(path, names and list(names), given)
 
 
 def save(path: Path, model: Layer | Chain) -> None:

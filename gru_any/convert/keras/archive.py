@@ -6,12 +6,9 @@ Keras 2, which Keras 3 still writes: groups by the name of the layer, the names 
 the description of the model in attributes.
 """
 
-import io
 import json
 import pathlib
 import re
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import count, takewhile
@@ -19,8 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ...files import read_whole
 from ...typing import HostArray, Path
-from ..files import refuse_bomb
+from ..files import read_zip
 from .hdf5 import Contents, read_hdf5
 
 # beside the layers: the state of training, which is not the model's
@@ -59,7 +57,7 @@ def open_file(path: Path) -> Source:
     ValueError
         It is damaged, or none of Keras.
     """
-    content = pathlib.Path(path).read_bytes()
+    content = read_whole(path)
     if pathlib.Path(path).suffix == ".keras" and not content.startswith(b"\x89HDF"):
         description, content = _open_archive(path, content)
         return Source(description, _weights(read_hdf5(content, path)), None, [])
@@ -80,15 +78,13 @@ def _working(layers: Iterable[str]) -> list[str]:
 
 def _open_archive(path: Path, content: bytes) -> tuple[Config, bytes]:
     """Return the description and the HDF5 file."""
+    members = read_zip(path, content, ".keras file")
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            refuse_bomb(path, archive.infolist())
-            description = json.loads(archive.read("config.json"))
-            return description, archive.read("model.weights.h5")
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged or no .keras file: {e}") from e
+        return json.loads(members["config.json"]), members["model.weights.h5"]
+    except KeyError as e:
+        raise ValueError(f"{path} is damaged or no .keras file: it lacks {e}") from e
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: {e}") from e
+        raise ValueError(f"{path}: its config.json is damaged: {e}") from e
 
 
 def _weights(contents: Contents) -> dict[str, HostArray]:

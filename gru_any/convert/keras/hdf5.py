@@ -55,7 +55,8 @@ def read_hdf5(content: bytes, name: Path) -> Contents:
         _check_heaps(content)
         with h5py.File(io.BytesIO(content), "r") as file:
             found = list(_items(h5py, file, "", set()))
-            total = sum(item.nbytes for _, item in found if _is_array(h5py, item))
+            arrays_found = [item for _, item in found if _is_array(h5py, item)]
+            total = sum(item.id.get_storage_size() for item in arrays_found)
             if total > len(content):
                 raise ValueError(f"it promises {total} bytes and has {len(content)}")
             for path, item in found:
@@ -122,10 +123,18 @@ def _attributes(path: str, attributes: AttributeManager, size: int) -> dict[str,
 
 
 def _check_present(h5py: ModuleType, path: str, item: Dataset) -> None:
-    """Raise where the elements of a dataset are not in this file, or not all of them."""
-    if _is_array(h5py, item) and (
-        item.is_virtual or item.external or item.id.get_storage_size() < item.nbytes
-    ):
+    """Raise where the elements of a dataset are not in this file, not all of them, or packed."""
+    if not _is_array(h5py, item):
+        return
+    made, stored = item.id.get_create_plist(), item.id.get_storage_size()
+    filters = {made.get_filter(i)[0] for i in range(made.get_nfilters())}
+    if filters - {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}:
+        raise ValueError(
+            f"{path} is compressed, which could fill the memory: write the file anew without "
+            "(h5repack -f NONE)"
+        )
+    chunk = math.prod(item.chunks or ()) * item.dtype.itemsize
+    if item.is_virtual or item.external or stored < max(item.nbytes, chunk if stored else 0):
         raise ValueError(f"{path} promises {item.shape}, which is not in this file")
 
 

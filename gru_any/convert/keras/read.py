@@ -11,7 +11,7 @@ from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Last, Linear
 from ...typing import HostArray, Path
-from ..cells import assemble
+from ..cells import assemble, layer_of
 from ..table import EQUATIONS, Cell, check_names, floating
 from .archive import (
     MODELS,
@@ -198,8 +198,7 @@ def _layer(part: Part, arrays: dict[str, HostArray], dtype: str, whole: bool) ->
     if kind == "Embedding":
         table, *_ = _exactly(part, arrays, ["vars/0"])
         n, size = table.shape
-        layer = Embedding(n, size, dtype=dtype, backend="numpy")
-        layer.load_params({"weight": table})
+        layer = layer_of(Embedding, {"n": n, "size": size}, {"weight": table}, dtype)
     elif kind == "Dropout" and not config.get("noise_shape"):
         _exactly(part, arrays, [])
         layer = Dropout(config["rate"], dtype=dtype, backend="numpy")
@@ -209,8 +208,9 @@ def _layer(part: Part, arrays: dict[str, HostArray], dtype: str, whole: bool) ->
         found = [] if lost and whole else _exactly(part, arrays, keys)
         if found:
             I, O = found[0].shape
-            layer = Linear(I, O, bias=len(found) == 2, dtype=dtype, backend="numpy")
-            layer.load_params(dict(zip(layer.params, (a.T for a in found), strict=True)))
+            settings = {"in_features": I, "out_features": O, "bias": len(found) == 2}
+            named = {name: a.T for name, a in zip(("weight", "bias"), found, strict=False)}
+            layer = layer_of(Linear, settings, named, dtype)
         part = part._replace(config=config)
     if layer is None:
         raise ValueError(f"{_lost(part)}; {ONE_BY_ONE}")
@@ -262,9 +262,8 @@ def _one_gru(levels: list[Level]) -> GRU:
     gru = assemble(cells, after, direction == "both", True)
     if direction != "reverse":
         return gru
-    reverse = GRU(**gru.settings | {"reverse": True}, backend="numpy", dtype=gru.dtype)
-    reverse.load_params({f"{name}_reverse": array for name, array in gru.params.items()})
-    return reverse
+    named = {f"{name}_reverse": array for name, array in gru.params.items()}
+    return layer_of(GRU, gru.settings | {"reverse": True}, named, gru.dtype)
 
 
 def _sequences(part: Part) -> bool:

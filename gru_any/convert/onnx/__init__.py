@@ -9,6 +9,7 @@ https://onnx.ai/onnx/operators/onnx__GRU.html. The package onnx comes with
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...typing import Device, Path
+from ..files import naming
 
 __all__ = ["load", "save"]
 
@@ -66,7 +67,8 @@ def load(
     """
     from .read import read
 
-    return read(path, backend, device, node)
+    with naming(path):
+        return read(path, backend, device, node)
 
 
 def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:

@@ -9,7 +9,7 @@ from ...backend import select
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Embedding, Last, Linear
-from ...nn.params import Layer
+from ...nn.params import Layer, converted
 from ...typing import Device
 from .axes import FoundLayer, SymbolicArray, Value, size, symbolic
 from .last import is_result
@@ -131,6 +131,5 @@ def _make(group: list[FoundLayer], home: dict[str, Any]) -> Layer:
             for i, layer in enumerate(group)
             for name, v in layer.params.items()
         }
-    layer: Layer = kinds[group[0].kind](**settings, **home)
-    layer.load_params(params)
+    layer: Layer = kinds[group[0].kind].of(settings, converted(params, **home), **home)
     return layer

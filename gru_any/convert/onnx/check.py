@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from ...files import read_whole
 from ...typing import HostArray, Path
 
 if TYPE_CHECKING:
@@ -67,13 +68,11 @@ def parse(path: Path, choose: Callable[[GraphProto], GraphProto] | None = None) 
     ValueError
         It is damaged, or has functions, operators of other domains or a version not known here.
     """
-    onnx, path = library(), pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.stat().st_size > LARGEST:
+    onnx, path, content = library(), pathlib.Path(path), read_whole(path)
+    if len(content) > LARGEST:
         raise ValueError(f"{path} is larger than the 2 GB that an ONNX file can have")
     try:
-        model: ModelProto = onnx.load_model(path, load_external_data=False)
+        model: ModelProto = onnx.load_model_from_string(content)
     except Exception as e:  # protobuf's error, whose class depends on how protobuf was built
         raise ValueError(f"{path} is damaged or no ONNX file: {e}") from e
     if not model.graph.node:
@@ -86,10 +85,12 @@ def parse(path: Path, choose: Callable[[GraphProto], GraphProto] | None = None) 
     _check_order(model.graph)
     graph = model.graph if choose is None else choose(model.graph)
     attributes = [a for node in graph.node for a in node.attribute if a.HasField("t")]
-    for tensor in (*graph.initializer, *(a.t for a in attributes)):
-        _check_size(tensor, path.parent)
-    try:
-        onnx.checker.check_model(str(path))
+    tensors = (*graph.initializer, *(a.t for a in attributes))
+    beside = [_check_size(tensor, path.parent) for tensor in tensors]
+    try:  # whether there are files beside the model is seen from its place alone
+        onnx.checker.check_model(str(path) if any(beside) else content)
+    except UnicodeDecodeError:  # of a name, which the checker wants to tell
+        raise
     except Exception as e:
         raise ValueError(f"{path} does not follow the standard: {e}") from e
     return graph
@@ -166,9 +167,14 @@ def _attribute(
             "reader does not know"
         )
     value = onnx.helper.get_attribute_value(attribute)
-    if isinstance(value, list):
-        return [v.decode() if isinstance(v, bytes) else v for v in value]
-    return value.decode() if isinstance(value, bytes) else value
+    try:
+        if isinstance(value, list):
+            return [v.decode() if isinstance(v, bytes) else v for v in value]
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as e:
+        raise NodeError(
+            f"{_label(node)} has the attribute {attribute.name!r}, {e.object!r}, expected text"
+        ) from e
 
 
 # tensors -----------------------------------------------------------------------------------------

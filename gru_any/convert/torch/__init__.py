@@ -1,7 +1,7 @@
 """PyTorch: `torch.nn.GRU`. Reset after, z keeps, gates r, z, n: the names and shapes are ours.
 
-`torch.nn.GRUCell` likewise. Files are safetensors, or what `torch.save` writes, read with
-`weights_only` (this alone needs PyTorch). `as_module` puts a model of ours into a PyTorch model.
+`torch.nn.GRUCell` likewise. Files are safetensors, or what `torch.save` writes (to write it alone
+needs PyTorch). `as_module` puts a model of ours into a PyTorch model.
 """
 
 from __future__ import annotations  # PyTorch's classes are known to a type checker alone
@@ -9,7 +9,7 @@ from __future__ import annotations  # PyTorch's classes are known to a type chec
 import io
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from types import ModuleType
 from typing import TYPE_CHECKING, overload
@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, overload
 from ... import arguments
 from ...backend import overlap
 from ...errors import ShapeError
-from ...files import write_atomically
+from ...files import read_whole, write_atomically
 from ...nn.cell import GRUCell
 from ...nn.chain import Chain
 from ...nn.gru import GRU
 from ...nn.layers import Embedding, Linear
 from ...nn.params import Layer
 from ...typing import Array, Arrays, HostArray, Path
-from ..cells import assemble, assemble_cell, check_gru, one_dtype, shown
-from ..files import read_safetensors, write_safetensors
+from ..cells import assemble, assemble_cell, check_gru, layer_of, one_dtype, shown
+from ..files import naming, read_safetensors, write_safetensors
 from ..table import Cell, check_variant, floating
+from .pickled import read_pt
 from .state import part, refuse_others, weight
 
 if TYPE_CHECKING:
@@ -103,20 +104,23 @@ def to_arrays(model: GRU | GRUCell | Chain) -> dict[str, HostArray]:
 def load(
     path: Path, prefix: str | Sequence[str] = "", *, batch_first: bool = False
 ) -> GRU | GRUCell | Chain:
-    """A model from a file of weights: safetensors, or any other ending through `torch.load`.
+    """A model from a file of weights: safetensors, or with any other ending one of `torch.save`.
 
-    prefix and batch_first are those of `from_arrays`.
+    Both are read as data, without PyTorch. prefix and batch_first are those of `from_arrays`.
 
     Raises
     ------
     ValueError, KeyError, TypeError
         The file is damaged, holds more than tensors, or not the weights of a GRU.
-    ImportError
-        It is a file of `torch.save`, and PyTorch is not installed.
+    OSError
+        The file cannot be read.
     """
-    safe = pathlib.Path(path).suffix == ".safetensors"
-    arrays = read_safetensors(path) if safe else _read_pt(path)
-    return from_arrays(arrays, prefix, batch_first=batch_first)
+    with naming(path):
+        if pathlib.Path(path).suffix == ".safetensors":
+            arrays: Arrays = read_safetensors(path)
+        else:
+            arrays = read_pt(path, read_whole(path))
+        return from_arrays(arrays, prefix, batch_first=batch_first)
 
 
 def save(path: Path, model: GRU | GRUCell | Chain) -> None:
@@ -190,13 +194,10 @@ def _layer(arrays: Arrays, number: int, batch_first: bool) -> Layer:
         raise ShapeError(f"layer {number} is {shapes}, expected a matrix, 'weight'")
     rows, columns = host["weight"].shape
     dtype = one_dtype([host])
-    layer: Embedding | Linear
     if number == 0 and set(host) == {"weight"}:
-        layer = Embedding(rows, columns, dtype=dtype, backend="numpy")
-    else:
-        layer = Linear(columns, rows, bias="bias" in host, dtype=dtype, backend="numpy")
-    layer.load_params(host)
-    return layer
+        return layer_of(Embedding, {"n": rows, "size": columns}, host, dtype)
+    settings = {"in_features": columns, "out_features": rows, "bias": "bias" in host}
+    return layer_of(Linear, settings, host, dtype)
 
 
 def _state_dict(layer: object) -> dict[str, HostArray]:
@@ -207,26 +208,6 @@ def _state_dict(layer: object) -> dict[str, HostArray]:
     if isinstance(layer, GRU | GRUCell):
         check_variant("PyTorch", True, layer.reset_after)
     return {name: floating(name, a) for name, a in layer.params.items()}
-
-
-def _read_pt(path: Path) -> dict[str, Array]:
-    """Read the tensors of a file of torch.save, nothing else; no code in it is run."""
-    torch = _import(path)
-    content = io.BytesIO(pathlib.Path(path).read_bytes())
-    try:
-        found = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever PyTorch's reader stumbles over
-        raise ValueError(f"{path} is damaged, or holds more than tensors: {e}") from e
-    if not isinstance(found, Mapping) or not all(torch.is_tensor(t) for t in found.values()):
-        raise ValueError(
-            f"{path} holds no flat state_dict; save model.state_dict() alone, or take it out of "
-            "the checkpoint and give it to from_arrays"
-        )
-    for name, tensor in found.items():
-        plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
-        if plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} promises {tuple(tensor.shape)}, more than the file holds")
-    return dict(found)
 
 
 def _import(purpose: Path) -> ModuleType:

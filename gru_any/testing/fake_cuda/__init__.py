@@ -1,4 +1,4 @@
-"""The fake device: a CUDA device that the host plays.
+"""The fake device: a CUDA device that the host emulates.
 
 array.py   its arrays and functions; importing it registers the library with `backend.cuda.device`
 ops.py     launches, products, streams and captured graphs

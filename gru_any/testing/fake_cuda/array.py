@@ -15,13 +15,17 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from ...backend.cuda.device import OPERATIONS
 from ...typing import DType, HostArray
 from .memory import (
+    CLOCKS,
+    LOCK,
     Allocation,
     access,
     allocate,
     allocation_of,
     capturing,
     count,
+    current_stream,
     enqueue,
+    learn,
     wait,
     weak,
 )
@@ -66,6 +70,15 @@ class Array(NDArrayOperatorsMixin):
         kwargs: Mapping[str, object],
     ) -> object:
         return _call(function, args, kwargs)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 12, 0
+
+    def __dlpack__(self, *, stream: object = None, **options: object) -> "Array":
+        """Let the reader's stream wait, as CuPy does; the fake has no need of a capsule."""
+        with LOCK:
+            learn(stream, CLOCKS.get(current_stream(), {}))
+        return self
 
     def __array__(self, dtype: object = None, copy: object = None) -> Never:
         raise TypeError("implicit conversion to a NumPy array is not allowed; use get()")
@@ -222,6 +235,11 @@ def _filled(host: HostArray) -> Array:
     array = Array(allocate(host.shape, host.dtype))
     _fill(array, lambda: host, [])
     return array
+
+
+def from_dlpack(v: Any) -> Array:
+    """Return an array over the same memory, for use on the current stream."""
+    return Array(v.__dlpack__(stream=current_stream()).host)
 
 
 def astype(v: Array, dtype: DType, copy: bool = True) -> Array:

@@ -1,0 +1,133 @@
+"""How many processors this process may use, and whether others hold them.
+
+A team of threads is as slow as its slowest member. Where another process holds the processor of a
+member, all others wait for it, for some milliseconds at each barrier.
+"""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+try:
+    import resource
+except ImportError:  # not on this system
+    resource = None  # type: ignore[assignment]
+
+FRESH = 0.1  # seconds for which an answer of the system is kept; reading it takes 0.1 ms
+LOST_SHARE = 0.25  # of the time of a call, more than which was lost to others
+LOST_SECONDS = 2e-4  # at least: what the system itself does now and then is less
+PAUSE = 10  # times what was lost, for which threads are not shared
+LONGEST_PAUSE = 1.0  # seconds
+TOLD = hasattr(resource, "RUSAGE_THREAD")  # whether the system tells of a single thread: Linux does
+
+
+class _Answer(threading.local):
+    """What the system said last; each thread has an affinity of its own."""
+
+    until, cores = 0.0, 1
+
+
+_answer = _Answer()
+
+
+def available() -> int:
+    """Return how many processors the calling thread may use, as of a tenth of a second ago.
+
+    They are limited by the affinity mask and by the CPU quota of a container, rounded down.
+    """
+    if (now := time.monotonic()) >= _answer.until:
+        _answer.cores = max(1, int(min(_affinity(), quota())))
+        _answer.until = now + FRESH
+    return _answer.cores
+
+
+def _affinity() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on this system, or not allowed
+        return os.cpu_count() or 1
+
+
+def quota(root: Path = Path("/")) -> float:
+    """Return the CPU quota of this process in processors; infinity where it has none."""
+    found: list[float] = []
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                found += _quotas(root, ("", "unified"), group, _version_2)
+            elif "cpu" in controllers.split(","):
+                found += _quotas(root, ("cpu", controllers), group, _version_1)
+    return min(found, default=math.inf)
+
+
+def _quotas(
+    root: Path, mounts: tuple[str, ...], group: str, read: Callable[[Path], float]
+) -> Iterator[float]:
+    """The quotas of a control group and of all that hold it, as far as they are seen here."""
+    inside = PurePosixPath(group.lstrip("/"))
+    for mount in mounts:
+        for folder in (inside, *inside.parents):
+            with suppress(OSError, ValueError, ZeroDivisionError):
+                yield read(root / "sys/fs/cgroup" / mount / folder)
+
+
+def _version_2(folder: Path) -> float:
+    limit, period = (folder / "cpu.max").read_text().split()
+    return math.inf if limit == "max" else int(limit) / int(period)
+
+
+def _version_1(folder: Path) -> float:
+    limit = int((folder / "cpu.cfs_quota_us").read_text())
+    return math.inf if limit < 0 else limit / int((folder / "cpu.cfs_period_us").read_text())
+
+
+class Watch:
+    """Counts the time that a thread loses to others while it computes."""
+
+    def __init__(self) -> None:
+        self._start, self._usage = time.perf_counter(), _usage() if TOLD else None
+
+    def lost(self) -> float:
+        """Return the seconds lost since the watch was made, if they are more than is usual."""
+        if not self._usage:
+            return 0.0
+        passed, (spent, moved) = time.perf_counter() - self._start, _usage()
+        if moved == self._usage[1]:  # it waited, for a lock say, but was not moved aside
+            return 0.0
+        lost = passed - (spent - self._usage[0])
+        return lost if lost > max(LOST_SECONDS, LOST_SHARE * passed) else 0.0
+
+
+def _usage() -> tuple[float, int]:
+    """The seconds that this thread computed, and how often it had to make way for another."""
+    found = resource.getrusage(resource.RUSAGE_THREAD)
+    return found.ru_utime + found.ru_stime, found.ru_nivcsw
+
+
+class Crowd:
+    """Decides when work is not shared, because others hold the processors.
+
+    A call that lost time is followed by a pause of ten times that, and by one twice as long where
+    the next call loses time too. So what others cost is bounded, and threads come back when they
+    have gone.
+    """
+
+    def __init__(self) -> None:
+        self._until = self._pause = 0.0
+
+    def present(self) -> bool:
+        """Decide whether to use one thread for now."""
+        return time.monotonic() < self._until
+
+    def note(self, lost: float) -> None:
+        """Take note of the most seconds that a thread of a shared call lost."""
+        if lost:
+            self._pause = min(LONGEST_PAUSE, max(PAUSE * lost, 2 * self._pause))
+            self._until = time.monotonic() + self._pause
+        else:
+            self._pause /= 2

@@ -1,0 +1,162 @@
+"""Waiting for other ranks, of which any may die or hang: the run ends then, and says which.
+
+All messages are non-blocking and polled. A rank that waits answers the others' roll call; one that
+was stopped, or computes for ever, does not.
+"""
+
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+VARIABLE, SECONDS = "GRU_ANY_RANK_TIMEOUT", 300.0
+GRACE = 3.0  # seconds for the answers to a roll call, and for the others to fail likewise
+CALL, ANSWER = 1, 2  # tags
+
+
+class Watch:
+    """A communicator, and a second one for what is said about the first.
+
+    Parameters
+    ----------
+    comm : communicator of mpi4py
+    last_good : callable
+        Returns words about the last checkpoint, for the message at an early end.
+
+    Attributes
+    ----------
+    seconds : float
+        How long a rank is waited for.
+    places : list of (str, int)
+        The host and the process of each rank.
+    """
+
+    def __init__(self, comm: Any, last_good: Callable[[], str]) -> None:
+        from mpi4py import MPI
+
+        self._mpi, self._last_good = MPI, last_good
+        self.comm, self._alarm = comm.Dup(), comm.Dup()
+        self.in_place, self.seconds = MPI.IN_PLACE, timeout()
+        self.places: list[tuple[str, int]] = comm.allgather((platform.node(), os.getpid()))
+        self._looked = 0.0
+
+    def wait(self, requests: Sequence[Any]) -> None:
+        """Wait until all requests are done; end all ranks after `seconds` without that."""
+        began = time.monotonic()
+        while not self._mpi.Request.Testall(requests):
+            passed = time.monotonic() - began
+            if passed > 0.002:
+                time.sleep(5e-5)
+            if passed > 0.2:
+                self._answer()
+                self._look()
+            if passed > self.seconds:
+                self._end(f"did not answer for {self.seconds:g} s", self._silent())
+
+    def _answer(self) -> None:
+        """Tell every rank that asks that this one is there."""
+        status = self._mpi.Status()
+        while self._alarm.Iprobe(tag=CALL, status=status):
+            self._alarm.recv(source=status.source, tag=CALL)
+            self._alarm.isend(None, status.source, ANSWER)
+
+    def _silent(self) -> list[int]:
+        """Call the roll; return the ranks that do not answer."""
+        others = [r for r in range(self._alarm.size) if r != self._alarm.rank]
+        for rank in others:
+            self._alarm.isend(None, rank, CALL)
+        there: set[int] = set()
+        began = time.monotonic()
+        while time.monotonic() - began < GRACE and len(there) < len(others):
+            self._answer()
+            for rank in others:
+                if self._alarm.Iprobe(rank, ANSWER):
+                    self._alarm.recv(source=rank, tag=ANSWER)
+                    there.add(rank)
+            time.sleep(0.01)
+        return [rank for rank in others if rank not in there]
+
+    def _look(self) -> None:
+        """End all ranks if a process on this machine is gone."""
+        now = time.monotonic()
+        if now - self._looked < 1 or os.name != "posix":
+            return
+        self._looked = now
+        here = self.places[self._alarm.rank][0]
+        gone = [
+            rank for rank, (host, pid) in enumerate(self.places) if host == here and not _alive(pid)
+        ]
+        if gone:
+            self._end("died", gone)
+
+    def _end(self, what: str, ranks: list[int]) -> NoReturn:
+        """Print which ranks fail, and end all."""
+        speaker = min({*range(self._alarm.size)} - {*ranks})
+        if speaker != self._alarm.rank:
+            time.sleep(GRACE)  # it ends this one too
+        names = ", ".join(self.name(rank) for rank in ranks)
+        if not ranks:
+            names, what = "the ranks", "wait for different things"
+        self._say(f"{names} {what}; {self._last_good()}")
+        self._abort()
+
+    def name(self, rank: int) -> str:
+        """Return a rank with its host and process."""
+        host, pid = self.places[rank]
+        return f"rank {rank} (process {pid} on {host})"
+
+    def _say(self, text: str) -> None:
+        print(f"gru_any: {text}", file=sys.stderr, flush=True)
+
+    def _abort(self) -> NoReturn:
+        self.comm.Abort(1)
+        raise SystemExit(1)  # Abort does not return
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """End all ranks if one of them fails alone; if all fail, each raises its error."""
+        try:
+            yield
+        except BaseException as e:
+            if not self._all_fail():
+                traceback.print_exc()
+                own = self.name(self._alarm.rank)
+                self._say(f"{own} failed, {type(e).__name__}: {e}; {self._last_good()}")
+                self._abort()
+            raise
+        self.comm.Free()
+        self._alarm.Free()
+
+    def _all_fail(self) -> bool:
+        request, began = self._alarm.Ibarrier(), time.monotonic()
+        while not request.Test():
+            if time.monotonic() - began > GRACE:
+                return False
+            time.sleep(0.001)
+        return True
+
+
+def timeout() -> float:
+    """Return how many seconds a rank is waited for, from the environment or by default."""
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text or SECONDS)
+        if seconds > 0:
+            return seconds
+    except ValueError:
+        pass
+    raise ValueError(f"{VARIABLE} is {text!r}, expected a number of seconds above 0")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True

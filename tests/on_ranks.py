@@ -1,0 +1,199 @@
+"""What test_distributed.py runs in every process of mpiexec: python on_ranks.py JOB FOLDER."""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from gru_any import GRU, Adam, Chain, Dropout, Last, Linear, softmax_cross_entropy, squared_error
+from gru_any.train import evaluate, fit
+from gru_any.train.data import Batch
+
+WIDE = {"dtype": "float64"}
+
+
+def chain(batch_first=False, last=False, seed=0):
+    """Dropout at all places, two layers, two directions where each sequence has one result."""
+    gru = GRU(3, 5, 2, dropout=0.3, seed=seed, batch_first=batch_first, bidirectional=last, **WIDE)
+    head = [Last(**WIDE)] if last else []
+    return Chain(gru, *head, Dropout(0.4, **WIDE), Linear(10 if last else 5, 4, seed=1, **WIDE))
+
+
+def ragged(epoch):
+    """Batches of five rows, of one and of two, with lengths and a mask."""
+    rng = np.random.default_rng(epoch)
+    for B in (5, 1, 2):
+        lengths = rng.integers(0, 10, B)
+        lengths[0] = 9
+        mask = rng.random((9, B)) < 0.7
+        x, target = rng.standard_normal((9, B, 3)), rng.integers(0, 4, (9, B))
+        yield Batch(x, target, mask, lengths)
+
+
+def labelled(epoch):
+    """One target a sequence, batch first; T is B too, so that axes could be mistaken."""
+    rng = np.random.default_rng(epoch)
+    for B in (5, 1):
+        yield rng.standard_normal((B, 5, 3)), rng.integers(0, 4, B)
+
+
+def rooted(y, target, mask=None):
+    """A mean over sequences of different lengths, each with its own mean."""
+    share = np.where(mask, 1.0, 0.0) / np.maximum(mask.sum(axis=0), 1) / mask.shape[1]
+    error = (y - target) * share[..., None]
+    return ((y - target) * error).sum(), 2 * error
+
+
+def regression(epoch):
+    for batch in ragged(epoch):
+        yield batch._replace(target=np.ones((*batch.target.shape, 4)))
+
+
+RECIPES = {
+    "cut in time": lambda: (
+        chain(), softmax_cross_entropy, ragged,
+        {"tbptt": (3, 5), "accumulate": 2, "clip": 0.5, "average": 0.9},
+    ),
+    "one result": lambda: (
+        chain(True, True), softmax_cross_entropy, labelled, {"clip": 1.0, "steps": 30}
+    ),
+    "of sequences": lambda: (
+        chain(), rooted, regression, {"reduction": "sequences", "accumulate": 3, "steps": 20}
+    ),
+}  # fmt: skip
+
+
+def train(name, comm=None, **more):
+    """A run of 100 steps or fewer; returns what it leaves."""
+    model, loss, batches, given = RECIPES[name]()
+    optimiser = Adam(model.params, lr=0.01)
+
+    def valid():
+        return evaluate(model, loss, list(batches(99)), comm=comm)
+
+    given = {"steps": 100, "log_every": 10, "validate_every": 25, "bar": False, **given, **more}
+    history = fit(model, loss, batches, optimiser, valid=valid, comm=comm, **given)
+    numbers = [[r.get(k, 0.0) for k in ("step", "epoch", "loss", "norm", "valid")]
+               for r in history.records]  # fmt: skip
+    slots = {f"optimiser {k}": v for k, v in optimiser.state.items()}
+    return {**model.params, **slots, "records": np.array(numbers), "best": np.array(history.best)}
+
+
+def equal(comm, folder):
+    """The runs of all recipes, and one that is stopped early and left in a folder."""
+    for name in RECIPES:
+        found = train(name, comm)
+        if comm.rank == 0:
+            np.savez(folder / f"{name}.npz", **found)
+    train("cut in time", comm, steps=47, out=folder / "stopped", save_every=20)
+
+
+def resumed(comm, folder):
+    """The stopped run goes on, and what else may not go on is told in the same words by all."""
+    found = train("cut in time", comm, out=folder / "stopped", save_every=20)
+    if comm.rank == 0:
+        np.savez(folder / "resumed.npz", **found)
+    told = {name: refused(attempt, comm, folder) for name, attempt in REFUSED.items()}
+    (folder / f"told.{comm.rank}.json").write_text(json.dumps(told))
+
+
+def refused(attempt, comm, folder):
+    try:
+        attempt(comm, folder)
+    except (ValueError, OSError) as e:
+        return f"{type(e).__name__}: {e}"
+    return "nothing"
+
+
+def small(comm, seed=0, batches=None, loss=squared_error, after=None, **given):
+    """A run of a few steps."""
+    model = Chain(GRU(1, 2, seed=seed), Linear(2, 1, seed=1))
+    optimiser = Adam(model.params, lr=given.pop("lr", 0.01))
+    counts = itertools.count(1)
+
+    def data(epoch):
+        if after is not None and next(counts) == 5:
+            after(model)
+        return [(np.ones((3, 4, 1), "float32") * (1 + epoch), np.ones((3, 4, 1), "float32"))]
+
+    given = {"steps": 12, "log_every": 2, "bar": False, "seed": 0, **given}
+    fit(model, loss, batches or data, optimiser, comm=comm, **given)
+
+
+def of_rank(comm, *choices):
+    return choices[comm.rank == 1]
+
+
+def other_data(comm, epoch, late):
+    wrong = comm.rank == 1 and epoch >= late
+    return [(np.ones((3, 4, 1), "float32"), np.full((3, 4, 1), 1.0 + wrong, "float32"))]
+
+
+def no_mean(y, target, mask=None):
+    value, dy = squared_error(y, target, mask=mask)
+    return value * y.size, dy * y.size
+
+
+def spoil(comm):
+    def change(model):
+        if comm.rank == 1:
+            model.params["1.bias"][0] += 1e-6
+
+    return change
+
+
+def full_disk(comm, folder):
+    from gru_any.train import resume
+
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    real, resume.write_atomically = resume.write_atomically, fail
+    try:
+        small(comm, out=folder / "full", save_every=4)
+    finally:
+        resume.write_atomically = real
+
+
+REFUSED = {
+    "settings": lambda comm, folder: small(comm, lr=of_rank(comm, 0.1, 0.2), clip=1.0),
+    "seed": lambda comm, folder: small(comm, seed=of_rank(comm, 0, 7)),
+    "dropout": lambda comm, folder: small(comm, seed=0, settings={"x": of_rank(comm, 1, 2)}),
+    "data": lambda comm, folder: small(comm, batches=lambda e: other_data(comm, e, 0)),
+    "late data": lambda comm, folder: small(comm, batches=lambda e: other_data(comm, e, 3)),
+    "weights": lambda comm, folder: small(comm, after=spoil(comm)),
+    "loss": lambda comm, folder: small(comm, loss=no_mean),
+    "folder": lambda comm, folder: small(comm, out=folder / of_rank(comm, "a", "b")),
+    "disk": full_disk,
+}
+
+
+def stopped(comm, folder, fault=lambda: os.kill(os.getpid(), signal.SIGSTOP)):
+    """Rank 1 hangs after some steps."""
+
+    def batches(epoch):
+        if epoch == 30 and comm.rank == 1:
+            fault()
+        return [(np.ones((3, 4, 1), "float32"), np.ones((3, 4, 1), "float32"))]
+
+    small(comm, batches=batches, steps=1000, out=folder / "out", save_every=5)
+
+
+def failing(comm, folder):
+    stopped(comm, folder, lambda: 1 / 0)
+
+
+def main():
+    from gru_any.train import distributed, watch
+
+    distributed.PATIENCE, watch.GRACE = 0.5, 1.0
+    job, folder = globals()[sys.argv[1]], Path(sys.argv[2])
+    job(distributed.world(), folder)
+
+
+if __name__ == "__main__":
+    main()

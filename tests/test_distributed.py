@@ -1,0 +1,226 @@
+"""Training on several ranks of MPI: the same numbers, the same checkpoints, and no silent end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import on_ranks
+import pytest
+from conftest import refuse, require
+
+from gru_any import Chain, Linear, softmax_cross_entropy
+from gru_any.train import distributed, fit
+from gru_any.train.data import Batch, Piece
+from gru_any.train.share import SharedGenerator, rows_of, take
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parent / "scripts"
+
+
+def start(size, *command, **environment):
+    """Start a command on so many ranks."""
+    require("mpi4py")
+    launcher = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if launcher is None:
+        refuse("mpi4py", "there is no mpiexec: pip install mpich")
+    usual = {"PYTHONPATH": str(HERE.parent), "GRU_ANY_NO_NUMBA": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [launcher, "-n", str(size), sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **usual, **environment},
+    )
+
+
+def run(size, *command, code=0, **environment):
+    """Run a command on so many ranks to its end; return what it prints."""
+    with start(size, *command, **environment) as process:
+        out, err = process.communicate(timeout=100)
+    assert (process.returncode == 0) == (code == 0), out + err
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The runs in this process alone."""
+    return {name: on_ranks.train(name) for name in on_ranks.RECIPES}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    run(3, HERE / "on_ranks.py", "equal", folder)
+    return folder
+
+
+def same(found, expected):
+    """As far as another order of the sums allows, after 100 steps."""
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert np.abs(found[name] - array).max() < 1e-12, name
+
+
+@pytest.mark.parametrize("name", on_ranks.RECIPES)
+def test_three_ranks_train_as_one(three, whole, name):
+    """Shares of unequal size and of no row, dropout, masks, lengths, validation, accumulation."""
+    same(np.load(three / f"{name}.npz"), whole[name])
+
+
+@pytest.fixture(scope="module")
+def two(three, tmp_path_factory):
+    """What three ranks left, and two go on with."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(three / "stopped", folder / "stopped")
+    text = run(2, HERE / "on_ranks.py", "resumed", folder)
+    assert "goes on after step 47 (steps was 47 and is now 100)" in text
+    assert text.count("goes on") == 1
+    assert "2 ranks on" in text
+    return folder
+
+
+def test_a_run_of_three_ranks_goes_on_with_two_or_one(three, two, whole, tmp_path):
+    same(np.load(two / "resumed.npz"), whole["cut in time"])
+    shutil.copytree(three / "stopped", tmp_path, dirs_exist_ok=True)
+    same(on_ranks.train("cut in time", out=tmp_path, save_every=20), whole["cut in time"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("settings", "the ranks have different settings: lr is 0.1 on rank 0, 0.2 on rank 1"),
+        ("seed", "different weights, so give each layer a seed: 0.weight_ih_l0 is"),
+        ("dropout", "the ranks have different settings: x is 1 on rank 0, 2 on rank 1"),
+        ("data", "the ranks read different data: the first piece of the data is"),
+        ("late data", "apart by step 4: the data read so far is"),
+        ("weights", "come apart by step"),
+        ("weights", ": 1.bias is"),
+        ("loss", "the gradient of this rank's rows is 2 times what it must be"),
+        ("folder", "is another folder for rank 1 (process"),
+        ("disk", "No space left on device; there is no earlier one"),
+    ],
+)
+def test_what_all_ranks_refuse(two, name, message):
+    told = [json.loads((two / f"told.{rank}.json").read_text())[name] for rank in range(2)]
+    assert told[0] == told[1].replace(str(two / "b"), str(two / "a"))
+    assert message in told[0]
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
+    began = time.monotonic()
+    text = run(3, HERE / "on_ranks.py", "stopped", tmp_path, code=1, GRU_ANY_RANK_TIMEOUT="1")
+    assert time.monotonic() - began < 15
+    told = [line for line in text.splitlines() if "did not answer for 1 s" in line]
+    assert len(told) == 1
+    assert told[0].startswith("gru_any: rank 1 (process ")
+    assert told[0].endswith(f"the last good checkpoint is {tmp_path}/out/checkpoint.safetensors")
+
+
+def test_a_rank_that_fails_alone_ends_the_run_and_is_named(tmp_path):
+    text = run(2, HERE / "on_ranks.py", "failing", tmp_path, code=1)
+    assert "failed, ZeroDivisionError: division by zero; the last good checkpoint is" in text
+    assert "gru_any: rank 1 (process " in text
+
+
+def test_the_script_on_two_ranks_and_ctrl_c(tmp_path):
+    """The launcher passes the signal on; all stop after the same step, and one of them writes."""
+    (tmp_path / "data.txt").write_text("to be or not to be " * 500, "utf-8")
+    command = [SCRIPTS / "train_text.py", "--data", tmp_path / "data.txt", "--hidden", 16]
+    command += ["--chunk", 16, "--backend", "numpy", "--out", tmp_path / "out", "--sample", 9]
+    command += ["--distributed", "--steps", 1000000]
+    with start(2, *command, PYTHONUNBUFFERED="1") as process:
+        while not (tmp_path / "out" / "checkpoint.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert "the weights so far are kept" in err
+    assert "char/s" in err
+    assert out.count("test: ") == out.count("characters, SHA-256") == 1
+    lines = (tmp_path / "out" / "log.jsonl").read_text("utf-8").splitlines()
+    assert all(json.loads(b)["step"] - json.loads(a)["step"] == 20 for a, b in pairwise(lines))
+
+
+# without MPI -------------------------------------------------------------------------------------
+
+
+def test_copies_of_one_run_are_refused(monkeypatch):
+    """Those of a launcher whose processes do not know of each other."""
+    monkeypatch.setenv("PMI_SIZE", "3")
+    model = on_ranks.chain()
+    with pytest.raises(RuntimeError, match="started 3 processes, and each would train the same"):
+        fit(model, softmax_cross_entropy, on_ranks.ragged, on_ranks.Adam(model.params), steps=1)
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert distributed.launched() == 1
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "train_long.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+    )
+    assert done.returncode == 1
+    assert "2 processes were started: give --distributed to share one run" in done.stderr
+
+
+def test_two_mpis_are_told_apart(monkeypatch):
+    require("mpi4py")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(RuntimeError, match=r"started 4 processes, but mpi4py's MPI \(.*sees 1"):
+        distributed.world()
+
+
+def test_without_mpi4py(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(RuntimeError, match=r"needs mpi4py: pip install \"gru-any\[mpi\]\""):
+        distributed.world()
+
+
+def test_what_is_no_communicator():
+    model = on_ranks.chain()
+    with pytest.raises(TypeError, match="comm is int, expected a communicator of mpi4py"):
+        fit(model, softmax_cross_entropy, on_ranks.ragged, on_ranks.Adam(model.params), steps=1,
+            comm=2)  # fmt: skip
+
+
+@pytest.mark.parametrize("timeout", ["0", "soon", "nan"])
+def test_a_timeout_that_is_none(monkeypatch, timeout):
+    from gru_any.train import watch
+
+    monkeypatch.setenv(watch.VARIABLE, timeout)
+    with pytest.raises(ValueError, match="expected a number of seconds above 0"):
+        watch.timeout()
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+@pytest.mark.parametrize("rows", range(8))
+def test_shares_are_all_rows_once_and_even(size, rows):
+    shares = [rows_of(rank, size, rows) for rank in range(size)]
+    assert [i for s in shares for i in range(rows)[s]] == list(range(rows))
+    lengths = [s.stop - s.start for s in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_a_share_of_a_piece():
+    x, target = np.arange(24.0).reshape(2, 4, 3), np.zeros((2, 4))
+    mask = np.array([[1, 1, 0, 1], [0, 1, 0, 1]], bool)
+    piece = Piece(Batch(x, target, mask, np.array([1, 2, 0, 2])), True, 2, 5.0)
+    own, share = take(piece, lambda rows: slice(1, rows - 1), True, "targets")
+    assert own.batch.x.tolist() == x[:, 1:3].tolist()
+    assert own.batch.lengths.tolist() == [2, 0]
+    assert (own.counted, share.weight, share.of) == (5.0, 2 / 5, 4)
+
+
+def test_random_numbers_that_cannot_be_shared_are_refused():
+    model = Chain(Linear(2, 2))
+    _, share = take(Piece(Batch(np.zeros((1, 4, 2)), np.zeros((1, 4))), True, 1, 4.0),
+                    lambda rows: slice(0, 2), True, "targets")  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"random numbers of shape \(1, 2, 2\)"):
+        SharedGenerator(np.random.default_rng(0), share, model).random((1, 2, 2))

@@ -1,0 +1,288 @@
+"""Threads on the CPU: the same bits however many, and none where others hold the processors."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import PATHS, running, tuned
+
+from gru_any import GRU
+from gru_any.backend.cpu import cores, threads, tuning
+
+VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
+EVERY = pytest.mark.parametrize("path", PATHS)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells")
+
+
+@EVERY
+@VARIANTS
+@pytest.mark.parametrize("B", [13, 64])
+def test_threads_change_nothing(path, reset_after, B, monkeypatch):
+    """The same bits however the rows are split."""
+    gru, rng = GRU(7, 20, reset_after=reset_after, seed=0), np.random.default_rng(0)
+    x, dy = (rng.standard_normal((70, B, n)).astype("float32") for n in (7, 20))
+
+    def everything():
+        (y, h), pullback = gru.vjp(x, lengths=np.arange(B) % 71)
+        grads, dx, dh0 = pullback(dy)
+        return [y, h, dx, dh0, *grads.values()]
+
+    with running(path):
+        expected = everything()
+        monkeypatch.setattr(threads, "count", lambda: 3)
+        for crowded in (False, True):
+            monkeypatch.setattr(threads.crowd, "present", lambda: crowded)  # noqa: B023
+            with tuned(thread_work=1):
+                found = everything()
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+@VARIANTS
+@pytest.mark.parametrize("B", [1, 3])
+def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch):
+    """With few rows the threads wait for each other at each product; a busy pool is left out."""
+    gru, rng = GRU(7, 192, reset_after=reset_after, seed=0), np.random.default_rng(0)
+    x, dy = (rng.standard_normal((20, B, n)).astype("float32") for n in (7, 192))
+    called = []
+
+    def run_team(call, most, original=threads.run_team):
+        called.append(most)
+        original(call, most)
+
+    def everything():
+        (y, h), pullback = gru.vjp(x)
+        grads, dx, dh0 = pullback(dy)
+        return [y, h, dx, dh0, *grads.values()]
+
+    with running("packed"):
+        import gru_any.backend.cpu.numba_runner as runner_of_numba
+
+        monkeypatch.setattr(runner_of_numba, "count", lambda: 1)
+        expected = everything()
+        monkeypatch.setattr(runner_of_numba, "count", lambda: 3)
+        monkeypatch.setattr(runner_of_numba, "run_team", run_team)
+        monkeypatch.setattr(threads, "count", lambda: 3)
+        for crowded in (False, True):
+            monkeypatch.setattr(threads.crowd, "present", lambda: crowded)  # noqa: B023
+            for polls in (10**10, 0):  # until all have come; those that are late are left out
+                with tuned(thread_work=1, wake_polls=polls):
+                    found = everything()
+                assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert called == [3] * 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are placed on Linux alone")
+def test_threads_wake_up_elsewhere():
+    pool, allowed = threads._Pool(), os.sched_getaffinity(0)
+    pool.submit(int).result()  # now a thread is there
+    found = pool.submit(os.sched_getaffinity, 0).result()
+    assert found == (allowed - {pool._away_from} or allowed)
+    assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+def test_threads_that_have_come_are_let_go_where_another_cannot_be_had(monkeypatch):
+    let_go = []
+
+    def call(me, sync):
+        end = time.perf_counter() + 5
+        while sync[0] >= 0 and time.perf_counter() < end:
+            time.sleep(0.001)
+        let_go.append(sync[0] < 0)
+
+    class Scarce(ThreadPoolExecutor):
+        def submit(self, call):
+            if self._threads:
+                raise RuntimeError("can't start new thread")
+            return super().submit(call)
+
+    monkeypatch.setattr(threads, "crowd", cores.Crowd())
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+    with Scarce(1) as pool, pytest.raises(RuntimeError, match="new thread"):
+        threads.run_team(call, 3)
+    assert let_go == [True]
+
+
+def test_a_job_is_done_once_and_its_error_is_raised():
+    pool, begin, done = threads._Pool(), threading.Event(), []
+
+    def fail():
+        raise OSError("a job's own error")
+
+    blocked = [pool.submit(begin.wait, 10) for _ in range(threads.count())]  # all are busy
+    late = pool.submit(done.append, 1)
+    assert late.cancel()
+    assert not late.cancel()
+    begin.set()
+    assert all(job.result() for job in blocked)
+    with pytest.raises(OSError, match="own error"):
+        pool.submit(fail).result()
+    assert pool.submit(sum, (1, 2)).result() == 3
+    assert done == []
+
+
+def test_rows_are_split_only_where_each_thread_multiplies_its_own_inputs():
+    """Below `few_rows` the inputs of all steps are one product, whose rows are not the batch's."""
+    v = tuning.current
+    assert not tuning.inputs_at_once(v.few_rows)
+    assert tuning.pieces(v.few_rows - 1, 10**12, 64) < 2
+
+
+# how many ---------------------------------------------------------------------------------------
+
+
+def group(root, line, **files):
+    """A made-up system with one control group and these files, whose names have slashes."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"1:name=systemd:/\n{line}\n")
+    for name, text in files.items():
+        file = root / "sys/fs/cgroup" / name.replace("__", "/").replace("_max", ".max")
+        file = file.with_name(file.name.replace("cfs", "cpu.cfs"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "expected"),
+    [
+        ("0::/", {"cpu_max": "150000 100000\n"}, 1.5),  # in a container's own name space
+        ("0::/", {"cpu_max": "max 100000\n"}, math.inf),
+        ("0::/pod/box", {"pod__box__cpu_max": "max 100000", "pod__cpu_max": "400000 100000"}, 4),
+        ("0::/gone", {"cpu_max": "300000 100000"}, 3),  # a path that is the host's
+        ("0::/", {"unified__cpu_max": "50000 100000"}, 0.5),
+        ("4:cpu,cpuacct:/box", {"cpu,cpuacct__box__cfs_quota_us": "250000",
+                                "cpu,cpuacct__box__cfs_period_us": "100000"}, 2.5),
+        ("1:cpu:/", {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"}, math.inf),
+        ("1:cpu:/", {"cpu__cfs_quota_us": "100000", "cpu__cfs_period_us": "0"}, math.inf),
+        ("2:cpuset:/", {"cpu__cfs_quota_us": "100000", "cpu__cfs_period_us": "50000"}, math.inf),
+        ("0::/", {"cpu_max": "what is this"}, math.inf),
+        ("what is this", {"cpu_max": "100000 100000"}, math.inf),
+    ],
+)  # fmt: skip
+def test_the_quota_of_a_container(tmp_path, line, files, expected):
+    group(tmp_path, line, **files)
+    assert cores.quota(tmp_path) == expected
+
+
+def test_no_quota_where_there_are_no_control_groups(tmp_path):
+    assert cores.quota(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(math.inf, 6), (2.9, 2), (0.4, 1), (64, 6)])
+def test_the_least_of_affinity_and_quota_counts(monkeypatch, quota, expected):
+    monkeypatch.setattr(cores, "_answer", cores._Answer())
+    monkeypatch.setattr(cores, "_affinity", lambda: 6)
+    monkeypatch.setattr(cores, "quota", lambda: quota)
+    assert cores.available() == expected
+    monkeypatch.setattr(threads, "_asked", lambda: 2)
+    assert threads.count() == min(2, expected)
+    monkeypatch.setattr(threads, "_asked", lambda: 100)
+    assert threads.count() == expected
+
+
+@LINUX
+def test_an_affinity_that_is_narrowed_after_the_start(monkeypatch):
+    monkeypatch.setattr(threads, "_asked", lambda: 7)
+
+    def narrow():
+        counts.append(threads.count())
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])  # of this thread
+        time.sleep(1.5 * cores.FRESH)
+        counts.append(threads.count())
+
+    counts = []
+    thread = threading.Thread(target=narrow)
+    thread.start()
+    thread.join()
+    assert counts == [cores.available(), 1]
+    assert counts[0] <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("3,2", 3), ("0", None), ("x", None)])
+def test_what_is_asked_for(monkeypatch, asked, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads._asked.__wrapped__() == (expected or sys.maxsize)
+
+
+# others hold the processors ---------------------------------------------------------------------
+
+
+def test_a_crowd_costs_a_bounded_share(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    crowd = cores.Crowd()
+    crowd.note(0.0)
+    assert not crowd.present()
+    lost = spent = 0.0
+    while spent < 60:  # every call that is tried on several threads loses 10 ms
+        if crowd.present():
+            now, spent = now + 0.001, spent + 0.001
+        else:
+            crowd.note(0.01)
+            now, spent, lost = now + 0.01, spent + 0.01, lost + 0.01
+    assert 0.1 < lost < 0.02 * spent
+    now += cores.LONGEST_PAUSE
+    for _ in range(10):  # they have gone
+        assert not crowd.present()
+        crowd.note(0.0)
+    crowd.note(0.001)  # and are there again for a moment
+    now += 0.02
+    assert not crowd.present()
+
+
+@LINUX
+def test_time_lost_to_others_is_seen_and_time_waited_is_not():
+    watch = cores.Watch()
+    time.sleep(0.05)
+    assert watch.lost() == 0
+    home = os.sched_getaffinity(0)
+    code = f"import os; os.sched_setaffinity(0, {{{min(home)}}})\nprint(1, flush=True)\nwhile 1: 0"
+    neighbour = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        neighbour.stdout.readline()
+        os.sched_setaffinity(0, {min(home)})
+        watch, end = cores.Watch(), time.perf_counter() + 0.4
+        while time.perf_counter() < end:
+            pass
+        assert 0.1 < watch.lost() < 0.4
+    finally:
+        os.sched_setaffinity(0, home)
+        neighbour.kill()
+        neighbour.communicate()
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+def test_threads_are_given_up_after_a_call_that_lost_time(monkeypatch):
+    """By rows and by units; what could not be shared is done by the caller."""
+    monkeypatch.setattr(threads, "count", lambda: 2)
+    monkeypatch.setattr(threads, "crowd", cores.Crowd())
+    monkeypatch.setattr(cores.Watch, "lost", lambda self: 30.0)
+    sizes = []
+
+    def team(me, sync):
+        sizes.append(len(sync))
+
+    def rows(first, last):
+        sizes.append(last - first)
+
+    with tuned(thread_work=1):
+        threads.run_team(team, 2)
+        assert threads.crowd.present()
+        assert set(sizes) == {24}
+        sizes.clear()
+        threads.run_team(team, 2)
+        threads.parallel_for(rows, 64, 10**9)
+        assert sizes == [0, 64]
+        assert threads.submit(rows, 0, 1).cancel()  # it was not begun
+        monkeypatch.setattr(threads, "crowd", cores.Crowd())
+        sizes.clear()
+        threads.parallel_for(rows, 64, 10**9)
+        assert sizes == [32, 32]
+        assert threads.crowd.present()
