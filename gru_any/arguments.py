@@ -73,6 +73,20 @@ def number(
     return real
 
 
+def choice(name: str, value: object, known: Sequence[str]) -> str:
+    """Return `value`, one of the known words.
+
+    Raises
+    ------
+    ValueError
+        It is none of them.
+    """
+    if not isinstance(value, str) or value not in known:
+        words = " or ".join(f'"{word}"' for word in known)
+        raise ValueError(f"{name} is {value!r}, expected {words}")
+    return value
+
+
 def lengths(n: HostArray, T: int, B: int) -> HostArray:
     """Return the lengths of B sequences as int64.
 

@@ -54,18 +54,27 @@ class Stream:
         self._states: list[Array | None] = [None] * len(self._grus)
         self.refresh()
 
-    def __call__(self, x: Array, lengths: Lengths | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        lengths: Lengths | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+    ) -> Array:
         """Read a chunk x, shaped as the model takes it -> y; T may be anything, 0 too.
 
         With `batch_first` in the model x and y are (B, T, .); a step and its y_t have no time.
 
         lengths : B integers in 0..T
             How many steps of each row there are. A row with none keeps its state.
+        mask, resets : booleans, one for each step of each row
+            As of a GRU: steps that are not skipped, and those before which a row starts anew.
         """
         if isinstance(self.model, Chain):
-            y, states = self.model(x, self._states, lengths)
+            y, states = self.model(x, self._states, lengths, mask=mask, resets=resets)
         else:
-            y, h = self.model(x, self._states[0], lengths)
+            y, h = self.model(x, self._states[0], lengths, mask=mask, resets=resets)
             states = [h]
         self._states = [*states]
         return y

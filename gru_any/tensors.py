@@ -11,6 +11,7 @@ from .files import read_whole
 from .typing import Array, Arrays, HostArray
 from .typing import Path as PathLike
 
+MOST_HEADER = 2**23  # bytes, enough for 80,000 arrays
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "C64": "<c8", "BOOL": "?"}
 DTYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
 
@@ -44,11 +45,14 @@ def read(path: PathLike) -> tuple[dict[str, str], dict[str, Array]]:
 
     decode: Callable[[bytes], list[tuple[str, Entry]]] = deserialize
     content = read_whole(path)
+    size = int.from_bytes(content[:8], "little")
+    if MOST_HEADER < size < len(content):
+        raise DamagedError(f"{path} has a header of {size} bytes, expected at most {MOST_HEADER}")
     try:
         entries = decode(content)
     except SafetensorError as e:
         raise DamagedError(f"{path} is damaged or no safetensors file: {e}") from e
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = json.loads(content[8 : 8 + size])
     return header.get("__metadata__") or {}, {name: _array(entry) for name, entry in entries}
 
 

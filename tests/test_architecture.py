@@ -25,8 +25,8 @@ HOST = [
     "inspect/gradcheck",
     "inspect/values",
     "nn/init",
-    "nn/layout",
     "nn/params",
+    "nn/steps",
     "stream",
     "train/data",
     "train/mixed",
@@ -41,16 +41,19 @@ FOREIGN = {name: {"numpy"} for name in HOST} | {
     "train/distributed": {"numpy", "mpi4py"},
     "train/watch": {"mpi4py"},
 }
+TORCH = [f"torch/{name}" for name in (
+    "autograd", "call", "chain", "check", "evaluate", "module", "replace", "weights",
+)]  # fmt: skip
 # the converters: what their files import beside NumPy
 CONVERT = {
     "keras/hdf5": {"h5py"},
-    "torch/__init__": {"torch"},
-    "torch/module": {"torch"},
+    **{name: {"torch"} for name in TORCH},
     "onnx/check": {"onnx"},
     "onnx/part": {"onnx"},
     "onnx/read": {"onnx"},
     "onnx/reshape": {"onnx"},
     "onnx/walk": {"onnx"},
+    "onnx/wire": {"google"},
     "onnx/write": {"onnx"},
     "onnx/prove": {"onnxruntime"},
 }
@@ -79,7 +82,7 @@ LAYERS = [
     {"nn/pullback"},
     {"nn/stack"},
     {"nn/layout", "nn/weights"},
-    {"nn/params", "nn/sweep"},
+    {"nn/params", "nn/steps", "nn/sweep"},
     {"nn/init", "nn/__init__"},
     {"equations"},
     {"backend/__init__"},
@@ -87,7 +90,7 @@ LAYERS = [
     {"backend/modes"},
     {"testing", "backend/cuda"},
     {"backend/cpu"},
-    {"backend/reductions", "backend/transfer"},
+    {"backend/reductions", "backend/rounding", "backend/transfer"},
     {"backend/libraries", "backend/reference"},
     {"backend/jax_arrays"},
     {"backend/contract"},

@@ -549,3 +549,52 @@ def test_pipes_and_folders_are_refused(tmp_path, ending):
     for name in ("pipe", "folder"):
         with pytest.raises(OSError, match=f"is a {name}, expected a regular file"):
             load(tmp_path / f"{name}.{ending}")
+
+
+# many small parts --------------------------------------------------------------------------------
+
+
+def many_groups(h5py, file):
+    for i in range(30):
+        file.create_group(f"layers/{i}")
+
+
+def test_files_of_very_many_parts(tmp_path, monkeypatch):
+    """Each takes more memory than bytes of the file, so their number has a limit."""
+    from gru_any import tensors
+    from gru_any.convert import files
+    from gru_any.convert.keras import archive
+    from gru_any.convert.keras import hdf5 as keras_hdf5
+    from gru_any.convert.torch import pickled
+
+    (tmp_path / "m.weights.h5").write_bytes(hdf5(many_groups))
+    npz(tmp_path / "m.npz", **{f"a{i}": npy({"descr": "<f4", "fortran_order": False, "shape": (0,)})
+                               for i in range(30)})  # fmt: skip
+    shutil.copy(DATA / "torch.safetensors", tmp_path / "m.safetensors")
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive_of_torch:
+        archive_of_torch.writestr("m/data.pkl", b"\x80\x02" + b"]" * 30 + b".")
+    shutil.copy(DATA / "keras_after.keras", tmp_path / "m.keras")
+    for module, name, load, ending, message in (
+        (keras_hdf5, "MOST_ITEMS", keras.load, "weights.h5", "more than 20 groups and arrays"),
+        (files, "MOST_MEMBERS", mlx.load, "npz", "more than 20 members"),
+        (tensors, "MOST_HEADER", torch.load, "safetensors", "expected at most 20"),
+        (pickled, "MOST_OPERATIONS", torch.load, "pt", "so many operations"),
+        (archive, "MOST_TEXT", keras.load, "keras", "characters, expected at most 20"),
+    ):
+        with monkeypatch.context() as lower:
+            lower.setattr(module, name, 20)
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path / f"m.{ending}")
+
+
+def test_the_time_of_many_layers_grows_with_their_number():
+    """Each array is looked at once, not once for each layer."""
+    from gru_any.convert.keras.archive import Part, Source, _by_place, guessed, locate
+
+    arrays = {f"layers/gru_{i}/cell/vars/{n}": X for i in range(3000) for n in range(3)}
+    source = Source(None, arrays, None, [], _by_place(arrays))
+    assert len(list(guessed(source, {}))) == 3000
+    nested = ["layers/a/layers/b/vars/0", "layers/a/vars/0", "layers/a/layers/b"]
+    source = Source(None, {}, None, [], _by_place(nested))
+    assert locate(source, Part("", {}, "", "a/b")) == {"vars/0": nested[0]}
+    assert locate(source, Part("", {}, "", "a")) == {"vars/0": nested[1]}

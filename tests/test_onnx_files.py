@@ -2,6 +2,7 @@
 
 import os
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,65 @@ def test_bytes_that_are_no_text(tmp_path, word, message):
         convert.load(tmp_path / "m.onnx")
     assert "m.onnx" in str(raised.value)
     assert "codec" not in str(raised.value)
+
+
+def field(number, content):
+    """A field of a protobuf message that holds text or a message."""
+    size, length = b"", len(content)
+    while length > 127:
+        size += bytes([length & 127 | 128])
+        length >>= 7
+    return bytes([number << 3 | 2]) + size + bytes([length]) + content
+
+
+VERSION = b"\x08\x0a" + field(8, b"\x10\x11")  # of the format, and of the operators
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        b"\x0a\x00" * 5000,  # nodes
+        b"\x2a\x00" * 5000,  # weights
+        field(1, b"\x0a\x00" * 50_000),  # names of inputs of one node
+        field(5, b"\x10\x07" + field(7, b"\x01" * 250_000)),  # packed int64
+    ],
+    ids=["nodes", "weights", "names", "numbers"],
+)
+def test_graphs_of_very_many_parts(tmp_path, monkeypatch, graph):
+    """An empty node is two bytes, and some hundred in memory."""
+    monkeypatch.setattr("gru_any.convert.onnx.check.SLACK", 2**18)
+    (tmp_path / "m.onnx").write_bytes(VERSION + field(7, graph))
+    with pytest.raises(ValueError, match="so many parts that it could fill the memory"):
+        convert.load(tmp_path / "m.onnx")
+
+
+def test_the_memory_of_a_graph_is_that_of_its_parts():
+    """Twice as many parts take twice as much, and numbers of 4 bytes none beside themselves."""
+    from gru_any.convert.onnx.wire import parsed_size
+
+    kind, most = onnx.ModelProto.DESCRIPTOR, 2**40
+    content = (DATA / "torch_script_chain.onnx").read_bytes()
+    graph = onnx.load_model_from_string(content).graph.SerializeToString()
+    one, two = (parsed_size(field(7, graph * n), kind, most) for n in (1, 2))
+    assert abs(two - 2 * one) < 400
+    assert len(graph) < one < 60 * len(graph)
+    weights = [field(7, field(5, field(9, bytes(n)))) for n in (10, 10_000)]
+    assert len({parsed_size(w, kind, most) for w in weights}) == 1
+    for damaged in (b"\x3a\x05\x0a", b"\x3b", b"\x3a", b"\xff" * 20, b"\x09\x00"):
+        with pytest.raises(ValueError, match=r"field|number"):
+            parsed_size(damaged, kind, most)
+
+
+def test_constants_that_are_joined_again_and_again(tmp_path):
+    """Twenty times twice the array of before."""
+    names = ["W", *(f"W{i}" for i in range(20))]
+    joins = [helper.make_node("Concat", [a, a], [b], axis=0) for a, b in pairwise(names)]
+    convert.save(tmp_path / "m.onnx", GRU(2, 3, seed=0))
+    model = onnx.load(tmp_path / "m.onnx")
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1000, 10), "f4"), "W"))
+    nodes = [*joins, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"\(Concat\) makes larger constants than the file holds"):
+        convert.load(tmp_path / "m.onnx")

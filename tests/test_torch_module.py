@@ -84,7 +84,9 @@ def test_copies_and_casts():
     assert torch.allclose(single(x.float())[0].double(), module(x)[0], atol=1e-6)
     half = copy.deepcopy(module).bfloat16()
     assert half(x.bfloat16())[0].dtype == torch.bfloat16
-    with pytest.raises(TypeError, match="x has dtype float32, expected float64"):
+    with pytest.raises(
+        ValueError, match=r"does not match weight dtype .*: input.to\(torch.float64"
+    ):
         module(x.float())
 
 
@@ -269,7 +271,7 @@ def test_functional_call_by_name():
         (torch.zeros(3 * H, H).long(), TypeError, "weight_hh_l0 has dtype int64, expected one of"),
         (torch.zeros(3 * H, H).double().to_sparse(), TypeError, r"expected weight_hh_l0.to_dense"),
         (torch.zeros(3 * H, H).double().to("meta"), TypeError, "weight_hh_l0 is on meta"),
-        ("deleted", AttributeError, r"weight_hh_l0 \(9, 3\) is missing in the module"),
+        ("deleted", AttributeError, "no attribute 'weight_hh_l0'"),
     ],
 )
 def test_parameters_that_do_not_fit(value, error, message):
@@ -285,11 +287,9 @@ def test_parameters_that_do_not_fit(value, error, message):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (np.zeros((T, B, I)), r"x is a ndarray, expected a torch\.Tensor"),
-        (torch.zeros(T, B, I), r"expected float64 as weight_ih_l0 has: x\.to\(torch\.float64\)"),
-        (torch.zeros(T, B, I).long(), "x has dtype int64"),
-        (torch.zeros(T, B, I).double().to("meta"), "x is on meta"),
-        (NN.rnn.pack_sequence([torch.zeros(T, I).double()]), "which gives x and lengths"),
+        (np.zeros((T, B, I)), r"input is a ndarray, expected a torch\.Tensor"),
+        (torch.zeros(T, B, I).long(), "input has dtype int64"),
+        (torch.zeros(T, B, I).double().to("meta"), "input is on meta"),
     ],
 )
 def test_inputs_that_do_not_fit(x, message):
@@ -322,10 +322,12 @@ def test_autocast_as_in_torch(low, cell, of_x, of_w):
         difference = torch.linalg.vector_norm(got.float() - expected.float())
         assert difference <= 0.02 * torch.linalg.vector_norm(expected.float())
     assert found[0][1].dtype == of_w
-    exact = ours if cell else lambda v: ours(v)[0]
+    if cell:  # which is PyTorch's own
+        assert torch.equal(found[0][0], found[1][0])
+        return
     rounded = {k: v.detach().to(low).float().numpy() for k, v in theirs.named_parameters()}
     ours.load_params(rounded)
-    y = exact(x.to(low).float().numpy())
+    y, _ = ours(x.to(low).float().numpy())
     assert torch.equal(found[0][0], torch.from_numpy(y).to(found[0][0].dtype))
 
 
@@ -334,7 +336,7 @@ def test_autocast_leaves_float64_alone():
     x, _ = inputs(gru, grad=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert np.array_equal(module(x)[0].detach().numpy(), gru(x.numpy())[0])
-        with pytest.raises(TypeError, match="x has dtype float32, expected float64"):
+        with pytest.raises(TypeError, match="input has dtype float32, expected float64"):
             module(x.float())
 
 
@@ -415,8 +417,8 @@ def test_forward_mode_is_refused_and_func_grad_is_right(make):
                 forward(of_one, at)
         with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=FORWARD):
             of_one(torch.autograd.forward_ad.make_dual(at, torch.ones_like(at)))
-        with pytest.raises(RuntimeError, match="this module has no vmap"):
-            FUNC.vmap(of_one)(torch.stack([at, at]))
+        several = FUNC.vmap(of_one)(torch.stack([at, 2 * at]))
+        assert torch.equal(several, torch.stack([of_one(at), of_one(2 * at)]))
         v = at.clone().requires_grad_()
         (expected,) = torch.autograd.grad(of_one(v), v)
         assert expected.any()
@@ -481,7 +483,7 @@ def test_a_cell_computes_what_torch_does(bias, batch):
     torch.optim.SGD(module.parameters(), lr=0.1)
     assert np.shares_memory(cell.params["weight_hh"], module.weight_hh.detach().numpy())
     assert np.array_equal(module.cell()(x[0].detach().numpy()), cell(x[0].detach().numpy()))
-    with pytest.raises(TypeError, match=r"h0\.to\(torch\.float64\)"):
+    with pytest.raises(RuntimeError, match="dtype"):
         module(x[0], h.float())
 
 

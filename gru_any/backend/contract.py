@@ -99,16 +99,19 @@ class Scans(Protocol):
         alive: Alive,
         reverse: bool,
         keep: bool,
+        cut: Array | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         """Run the steps of a block.
 
         a: what `affine` returned, (K, B, 3H). h: (B, H), the state before the first step run.
         alive: a sequence that has finished keeps its state. reverse: from the last step to the
-        first.
+        first. cut: (K, B, 1) of bool, the steps after which a row's state starts anew from 0; none
+        of a sequence that has finished.
 
         Returns the states, path (K + 1, B, H), in which step t leads from path[t] to path[t + 1]
         (in reverse from path[t + 1] to path[t]); and the residuals that `step` saved, each
-        (K, B, H), or None without `keep`.
+        (K, B, H), or None without `keep`. With `cut`, the last of them, which is there without
+        `keep` too, is the state that each step arrived at, where the path has the one that goes on.
         """
 
     def backward(
@@ -122,11 +125,13 @@ class Scans(Protocol):
         alive: Alive,
         reverse: bool,
         taps: bool,
+        cut: Array | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         """Run the backward pass of a block.
 
         step: the gradient of a step. dy: (K, B, H). dh: (B, H), the gradient to the state after
-        the block. previous: (K, B, H), the state before each step. reverse: as in the forward pass.
+        the block. previous: (K, B, H), the state before each step. reverse, cut: as in the forward
+        pass.
 
         Returns the gradients to the pre-activations, each (K, B, .); dh before the block; and with
         `taps` dL/dh' of every step (K, B, H), else None.
@@ -146,9 +151,18 @@ class Products(Protocol):
         """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
 
     def frozen_weights(
-        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
+        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent, small: str
     ) -> tuple[Matrix, Array | None, Recurrent]:
-        """Return W, b and recurrent for any number of calls, perhaps packed once and for all."""
+        """Return W, b and recurrent for any number of calls, perhaps packed once and for all.
+
+        small: "bfloat16" or "int8" where W and U are rounded to that and may be kept so, else "".
+        """
+
+    def frozen_matrix(self, W: Array, small: str) -> Matrix:
+        """Return W (N, K) likewise, for `frozen_affine`."""
+
+    def frozen_affine(self, x: Array, W: Matrix, b: Array | None) -> Array:
+        """Return x W^T + b (M, N) of x (M, K)."""
 
     def affine(self, x: Array, W: Matrix, b: Array | None) -> InputProducts:
         """Return x W^T + b (K, B, N) of x (K, B, I), W (N, I) and b (N,)."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ..codegen.restart import restarted
 from ..typing import Array, Device, DType, Namespace, Pytree, Shape, Step, WeightGradients
 from .contract import (
     Alive,
@@ -50,18 +51,21 @@ class Plain:
         alive: Alive,
         reverse: bool,
         keep: bool,
+        cut: Array | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         xp, states, saved = self.xp, [h], []
+        step = step if cut is None else restarted(step)
         for t in _order(a.shape[0], reverse):
-            new, extra = step(xp, a[t, :, :], h, *recurrent)
+            cuts = () if cut is None else (cut[t, :, :],)
+            new, extra = step(xp, a[t, :, :], h, *recurrent, *cuts)
             mask = None if alive is None else alive[t]
             h = new if mask is None else xp.where(mask, new, h)
             states.append(h)
-            saved.append(extra)
+            saved.append(extra if keep else extra[len(extra) - len(cuts) :])
         if reverse:
             states.reverse()
             saved.reverse()
-        return xp.stack(states), self._stack(saved) if keep else None
+        return xp.stack(states), self._stack(saved) if keep or cut is not None else None
 
     def single_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
         U, *vectors = recurrent
@@ -79,9 +83,16 @@ class Plain:
         return self.single_step(step, W, b, recurrent)
 
     def frozen_weights(
-        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent
+        self, step: Step, W: Array, b: Array | None, recurrent: Recurrent, small: str
     ) -> tuple[Matrix, Array | None, Recurrent]:
         return W, b, recurrent
+
+    def frozen_matrix(self, W: Array, small: str) -> Matrix:
+        return W
+
+    def frozen_affine(self, x: Array, W: Matrix, b: Array | None) -> Array:
+        y = self.product(x, W.T)
+        return y if b is None else y + b
 
     def backward(
         self,
@@ -94,9 +105,12 @@ class Plain:
         alive: Alive,
         reverse: bool,
         taps: bool,
+        cut: Array | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         xp, parts, gs = self.xp, [], []
         for t in _order(previous.shape[0], not reverse):
+            if cut is not None:  # the next step did not begin from this one
+                dh = xp.where(cut[t, :, :], xp.zeros_like(dh), dh)
             g = dh if dy is None else dh + dy[t, :, :]
             new, part = step(xp, g, previous[t, :, :], [s[t, :, :] for s in saved], U)
             mask = None if alive is None else alive[t]

@@ -15,6 +15,7 @@ OPERATIONS = {
     "multiply": "{} * {}",
     "divide": "{} / {}",
     "tanh": "tanh_of({})",
+    "where": "{} ? {} : {}",
 }
 IN_PLACE = Target(in_place=True, rounds=False, adds=False)
 

@@ -33,8 +33,10 @@ OPERATIONS = {
     "multiply": "{} * {}",
     "divide": "{} / {}",
     "tanh": "tanh{f}({})",
+    "where": "{} ? {} : {}",
 }
 TYPES = {"float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16"}
+TYPES["bool"] = "bool"
 
 
 class Kernel(NamedTuple):
@@ -57,6 +59,7 @@ struct bf16 {{ unsigned short bits; }};
 
 __device__ inline float get(float v) {{ return v; }}
 __device__ inline double get(double v) {{ return v; }}
+__device__ inline bool get(bool v) {{ return v; }}
 __device__ inline float get(bf16 v) {{
   const unsigned wide = (unsigned)v.bits << 16;
   float result;
@@ -154,6 +157,8 @@ def step_kernel(name: str, group: Group, scan: "Scan") -> Kernel:
     def entry(place: Place) -> str:
         (array, n), width = place, place.array.columns
         row = f"b * {array.name}_row"
+        if array.kind is Kind.ROWS:
+            return f"{array.name}[{row}]"
         if array not in arrays:
             row = "b * H" if width == 1 else f"b * {width} * H"
         return f"{array.name}[{row} + {n} * H + j]" if n else f"{array.name}[{row} + j]"
@@ -249,9 +254,10 @@ def forward_scan(
     number: str,
     types: tuple[tuple[str, str], ...] = (),
     name: str = "forward",
+    cut: bool = False,
 ) -> Scan:
     """A forward scan; see `forward_schedule`."""
-    return Scan(forward_schedule(step, vectors, keep, DEVICE), number, name, types)
+    return Scan(forward_schedule(step, vectors, keep, DEVICE, cut), number, name, types)
 
 
 @lru_cache(maxsize=64)
@@ -263,9 +269,10 @@ def backward_scan(
     number: str,
     types: tuple[tuple[str, str], ...] = (),
     name: str = "backward",
+    cut: bool = False,
 ) -> Scan:
     """A backward scan; see `backward_schedule`."""
-    return Scan(backward_schedule(step, saved, given, taps, DEVICE), number, name, types)
+    return Scan(backward_schedule(step, saved, given, taps, DEVICE, cut), number, name, types)
 
 
 class AllSteps:
@@ -303,6 +310,8 @@ class AllSteps:
     def outside(self, place: Place) -> str:
         """The entry of row b and this unit in an array that outlives a step."""
         (name, kind, _), n = place
+        if kind is Kind.ROWS:
+            return f"{name}[t * {name}_step + b * {name}_row]"
         step = "(t + shift)" if kind is Kind.AFTER else "t"
         return f"{name}[{step} * {name}_step + b * {name}_row + {n} * H + unit]"
 

@@ -9,6 +9,7 @@ OPERATIONS = {
     "multiply": "{} * {}",
     "divide": "{} / {}",
     "tanh": "Math.tanh({})",
+    "where": "{} ? {} : {}",
 }
 # what `step` is called with
 ARGUMENTS = {Kind.PROJECTION: "a", Kind.BEFORE: "h", Kind.VECTOR: "c"}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .rational import LIMIT, P, Q
-from .schedule import ArrayRef, Gemm, Group, Kind, Place, Schedule
+from .schedule import CUT, ArrayRef, Gemm, Group, Kind, Place, Schedule
 from .trace import Op
 
 OPERATIONS = {
@@ -18,6 +18,7 @@ OPERATIONS = {
     "multiply": "{} * {}",
     "divide": "{} / {}",
     "tanh": "tanh({})",
+    "where": "{1} if {0} else {2}",
 }
 HEAD = '''\
 import math
@@ -146,7 +147,8 @@ class Scope(NamedTuple):
         )
 
 
-STEP = {Kind.PROJECTION: "t", Kind.STEPS: "t", Kind.BEFORE: "i", Kind.AFTER: "o"}
+STEP = dict.fromkeys((Kind.PROJECTION, Kind.STEPS, Kind.ROWS), "t")
+STEP |= {Kind.BEFORE: "i", Kind.AFTER: "o"}
 SCAN = Scope(("first", "last"), ("left", "right"), STEP | {Kind.PROJECTION: "s"}, Matrices.PACKED)
 FEW = Scope(("0", "B"), ("0", "H"), STEP, Matrices.STORED)
 ONCE = Scope(
@@ -213,7 +215,8 @@ class NumbaSource:
         if self.schedule.forward:
             axes |= {"x": ":, :, ::1", "W": ":, ::1", "bias": "::1"}
         kinds = ["int64[::1]"] * 3 + ["boolean[:, ::1]"]
-        kinds += [f"{self.dtype}[{of}]" for of in (":, ::1", ":, ::1", *axes.values())]
+        kinds += [f"{self.dtype}[:, ::1]"] * 2
+        kinds += [f"{_number(name, self.dtype)}[{of}]" for name, of in axes.items()]
         rows = [gemm.product.rows for gemm in self.schedule.gemms]
         parts = [f"U[{of.start} * H : {of.stop} * H]" for of in rows]
         return "\n".join([
@@ -347,6 +350,11 @@ def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
     return [f"for b in range({b}, {end}):", f"    gemv_t({row}, {matrix}, {out}[b])"]
 
 
+def _number(name: str, dtype: str) -> str:
+    """Numba's name of the numbers in an array."""
+    return "boolean" if name == CUT.name else dtype
+
+
 def _parameter(array: ArrayRef) -> str:
     """What a group calls an array's entry of its step."""
     states = (Kind.BEFORE, Kind.AFTER)
@@ -365,6 +373,8 @@ def _fused(n: int, group: Group) -> list[str]:
 
     def entry(place: Place) -> str:
         name = _parameter(place.array)
+        if place.array.kind is Kind.ROWS:
+            return f"{name}[b, 0]"
         row = "start:" if place.array.kind is Kind.VECTOR else f"b, {place.column} * H + start :"
         views.append(f"row{len(views)} = {name}[{row}]")  # its index is seen not to be negative,
         return f"row{len(views) - 1}[j]"  # so the loop vectorises

@@ -88,7 +88,7 @@ class HostSource:
                 names += [*_columns(array), pair(array, 0)]
             elif array.kind in STATES and forward:
                 names += STATES.values()
-            elif array.kind is Kind.STEPS and array not in extras:
+            elif array.kind in (Kind.STEPS, Kind.ROWS) and array not in extras:
                 names.append(array.name)
         parts = [name for array in extras for name in _columns(array)]
         return [*names, *([] if forward else parts), *(array.name for array in extras), "ended"]
@@ -219,6 +219,11 @@ class NumPySource(HostSource):
         return True
 
     def _add(self, name: str, *arguments: str) -> None:
+        if name == "where":  # which has no `out`
+            *given, out = arguments
+            self.functions.add(name)
+            self.body.append(f"copyto({out}, where({', '.join(given)}))")
+            return
         self.functions.add(FUNCTIONS[name])
         self.body.append(f"{FUNCTIONS[name]}({', '.join(arguments)})")
 

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from ..typing import Array, Namespace, Step
+from .restart import restarted
 from .trace import MATRIX, Op, Product, Program, trace
 
 
@@ -21,6 +22,7 @@ class Kind(Enum):
     VECTOR = "vector"  # (H,), the same for all steps and rows
     PROJECTION = "projection"  # (K, B, 3H), a = x W^T + b, which may be computed step by step
     STEPS = "steps"  # (K, B, columns H), an entry for each step
+    ROWS = "rows"  # (K, B, 1) of bool, an entry for each step and row
     BEFORE = "before"  # (., B, H), the state before the step
     AFTER = "after"  # (., B, H), the state after it
     STATE = "state"  # (B, H), the state, updated in place
@@ -43,6 +45,7 @@ class ArrayRef(NamedTuple):
 
 
 STATE = ArrayRef("state", Kind.STATE)  # h in a forward scan, dL/dh in a backward scan
+CUT = ArrayRef("cut", Kind.ROWS)  # after which steps a row's state starts anew
 NARROW = ArrayRef("narrow", Kind.OPERAND)  # the state as products in half precision read it
 
 
@@ -173,49 +176,61 @@ DEVICE = Target(in_place=True, rounds=True, adds=True)
 
 
 @lru_cache(maxsize=64)
-def forward_program(step: Step, vectors: int, keep: bool) -> Program:
-    """Trace a step on a, h, U and so many vectors; keep: with its residuals."""
-    program = trace(step, 3, 1, MATRIX, *[1] * vectors)
-    return program if keep else program.without_extras()
+def forward_program(step: Step, vectors: int, keep: bool, cut: bool = False) -> Program:
+    """Trace a step on a, h, U and so many vectors; keep: with its residuals.
+
+    cut: with a last argument, after which the state may start anew; h' is then the last extra.
+    """
+    program = trace(restarted(step) if cut else step, 3, 1, MATRIX, *[1] * (vectors + cut))
+    extras = program.extras if keep else program.extras[len(program.extras) - cut :]
+    return program if keep else program._replace(extras=extras).needed()
 
 
 @lru_cache(maxsize=64)
-def backward_program(step: Step, saved: int, given: bool, taps: bool) -> Program:
-    """Trace the gradient of a step on dy (if given), dh, h, the residuals and U.
+def backward_program(step: Step, saved: int, given: bool, taps: bool, cut: bool = False) -> Program:
+    """Trace the gradient of a step on dy (if given), dh, h, the residuals, U and the cut (if any).
 
     With taps, g = dL/dh' is returned as the last extra.
     """
 
     def summed(xp: Namespace, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-        dy, dh, h, *kept, U = arguments if given else (None, *arguments)
+        dy, dh, h, *rest = arguments if given else (None, *arguments)
+        *kept, U, ended = rest if cut else (*rest, None)
+        dh = xp.where(ended, xp.zeros_like(dh), dh) if cut else dh
         g = dh + dy if given else dh
         new, parts = step(xp, g, h, kept, U)
         return new, (*parts, g) if taps else parts
 
-    return trace(summed, *[1] * (given + 2 + saved), MATRIX)
+    return trace(summed, *[1] * (given + 2 + saved), MATRIX, *[1] * cut)
 
 
-def forward_schedule(step: Step, vectors: int, keep: bool, target: Target) -> Schedule:
-    """Schedule a forward scan: a, the states `path`, vectors c0... -> path, residuals s0..."""
-    program = forward_program(step, vectors, keep)
+def forward_schedule(
+    step: Step, vectors: int, keep: bool, target: Target, cut: bool = False
+) -> Schedule:
+    """Schedule a forward scan: a, the states `path`, vectors c0..., cut -> path, residuals s0..."""
+    program = forward_program(step, vectors, keep, cut)
     (a, (h,), _, *c) = program.inputs
     before, after = _state("path", target)
     inputs = {v: Place(ArrayRef("a", Kind.PROJECTION, len(a)), n) for n, v in enumerate(a)}
     inputs |= {h: Place(before)}
-    inputs |= {v: Place(ArrayRef(f"c{n}", Kind.VECTOR)) for n, (v,) in enumerate(c)}
+    inputs |= {v: Place(ArrayRef(f"c{n}", Kind.VECTOR)) for n, (v,) in enumerate(c[:vectors])}
+    inputs |= {v: Place(CUT) for (v,) in c[vectors:]}
     after += [Place(ArrayRef("path", Kind.AFTER))] if target.in_place else []
     return _scheduled(True, program, inputs, after, "s", target)
 
 
-def backward_schedule(step: Step, saved: int, given: bool, taps: bool, target: Target) -> Schedule:
-    """Schedule a backward scan: dy if given, dh, previous, s0... -> dh and p0... of each step.
+def backward_schedule(
+    step: Step, saved: int, given: bool, taps: bool, target: Target, cut: bool = False
+) -> Schedule:
+    """Schedule a backward scan: dy if given, dh, previous, s0..., cut -> dh and p0... of each step.
 
     pair: dh before and after a step; previous: the states from which the forward steps started.
     """
-    program = backward_program(step, saved, given, taps)
+    program = backward_program(step, saved, given, taps, cut)
     before, after = _state("pair", target)
     names = [*(["dy"] if given else []), "", "previous", *(f"s{n}" for n in range(saved))]
     arrays = [ArrayRef(name, Kind.STEPS) if name else before for name in names]
+    arrays += [CUT] * cut
     columns = [column for ids in program.inputs for column in ids]
     inputs = {v: Place(array) for v, array in zip(columns, arrays, strict=True)}
     return _scheduled(False, program, inputs, after, "p", target)
@@ -359,7 +374,8 @@ class _Cut:
         if self.target.rounds:
             operands = [place for place in places if place.array.kind is Kind.OPERAND]
             return [*operands, *([Place(STATE)] if column == self.old else [])]
-        return [p for p in places if p.array.kind not in (Kind.VECTOR, Kind.PROJECTION)]
+        outside = Kind.VECTOR, Kind.PROJECTION, Kind.ROWS
+        return [p for p in places if p.array.kind not in outside]
 
     def _run_that_stores(self, column: int, place: Place) -> _Run:
         """Find the first run that can store a column; make one where there is none."""

@@ -195,7 +195,7 @@ class _Tape:
         """The column of an operation; the same one where it was done before."""
         key = name, *map(repr, inputs)  # 1.0 is a number, 1 a column
         if key not in self.known:
-            column = self._joined(name, *inputs)
+            column = self._joined(name, *inputs) if len(inputs) < 3 else None
             if column is None:
                 column = self.new(1)[0]
                 self.made[column] = Op(name, inputs, column)
@@ -224,6 +224,18 @@ class _Tape:
         """An operation on each column."""
         return _Columns(self, tuple(self.op(name, i) for i in v.ids))
 
+    def where(
+        self, condition: "_Columns", x: "_Columns | float", y: "_Columns | float"
+    ) -> "_Columns":
+        """x where the condition, which has one column, is true, else y."""
+        (c,), width = condition.ids, max(len(v.ids) for v in (x, y) if isinstance(v, _Columns))
+        xs, ys = (v.ids if isinstance(v, _Columns) else (float(v),) * width for v in (x, y))
+        pairs = zip(xs, ys, strict=True)
+        return _Columns(self, tuple(self.op("where", c, i, j) for i, j in pairs))
+
+    def zeros_like(self, v: "_Columns") -> float:
+        return 0.0
+
     def sum(self, v: "_Columns", axis: int) -> "_Sums":
         return _Sums(((Term(1.0, RowSum(v.ids)),),))
 
@@ -235,7 +247,7 @@ class _Tape:
     def __getattr__(self, name: str) -> Callable[["_Columns"], "_Columns"]:
         if name in FUNCTIONS:
             return partial(self.each, name)
-        known = " and ".join(["+ - * / @", *FUNCTIONS])
+        known = " and ".join(["+ - * / @", *FUNCTIONS, "where"])
         raise AttributeError(f"xp.{name} cannot be traced: the steps are made of {known}")
 
 

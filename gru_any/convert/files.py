@@ -19,6 +19,7 @@ from ..typing import Array, Arrays, HostArray, Path
 
 # what a file holds may be twice its size, and this many bytes: trained weights hardly compress
 GROWTH, SLACK = 2, 2**24
+MOST_MEMBERS = 100_000  # each takes about a kilobyte
 # errors of Python's that a file may lead to, but for those that readers raise in words
 PYTHONS = (ArithmeticError, IndexError, AttributeError, RecursionError, struct.error)
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError)
@@ -91,6 +92,8 @@ def read_zip(path: Path, content: bytes, kind: str) -> dict[str, bytes]:
         It is damaged, two members have one name but for ".npy", or they grow too much.
     """
     try:
+        if content.count(b"PK\1\2") > MOST_MEMBERS:
+            raise zipfile.BadZipFile(f"it has more than {MOST_MEMBERS} members")
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             refuse_growth(path, sum(entry.file_size for entry in entries), len(content))

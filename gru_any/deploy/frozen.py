@@ -1,26 +1,21 @@
 """Models whose weights are copied and packed once and for all."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..backend import Backend, by_place
-from ..backend.contract import Runner
-from ..equations import Variant
+from ..backend.rounding import SMALL
 from ..nn.chain import Chain
-from ..nn.gru import GRU, LayerStep
-from ..nn.params import BackendLike
-from ..nn.stack import Stack
-from ..nn.sweep import Weights
-from ..typing import Array, Arrays, Device, Namespace
+from ..nn.gru import GRU
+from ..nn.layers import Embedding, Linear
+from ..nn.params import BackendLike, Layer
+from ..typing import Arrays, Device
+from .frozen_layers import REFUSAL, Copies, Frozen, FrozenEmbedding, FrozenGRU, FrozenLinear
 
-REFUSAL = (
-    "the weights of a frozen model never change and have no gradients: work on the model that it "
-    "was made from, and freeze that again"
-)
+WEIGHTS = ("float32", *SMALL)
+KINDS: dict[type, Any] = {GRU: FrozenGRU, Linear: FrozenLinear, Embedding: FrozenEmbedding}
 
 
-def freeze(model: GRU | Chain) -> Any:
+def freeze(model: GRU | Chain, weights: str = "float32") -> Any:
     """Return the model with private weights that never change, which makes calls cheaper.
 
     It is called like the model: whole sequences with h0 and lengths, `last`, `step`, `taps`, and a
@@ -30,20 +25,30 @@ def freeze(model: GRU | Chain) -> Any:
     Parameters
     ----------
     model : GRU or Chain
-        Of any backend and dtype. What is done to its parameters later does not show. The Linear and
-        Embedding layers of a frozen Chain are private copies.
+        Of any backend and dtype. What is done to its parameters later does not show.
+    weights : str
+        "float32": as they are, in the model's own dtype, whichever that is. "bfloat16" rounds each
+        matrix of a float32 model to 8 bits of mantissa, and "int8" each of its rows to 127 steps
+        either way of a scale of its own. Biases, states and arithmetic stay float32. With Numba the
+        matrices are kept in that form and read in it, so that a model takes a half or a quarter
+        of the memory and steps of few rows take less time. Without Numba, and on other backends,
+        the rounded numbers are kept in float32: the results are the same and nothing is saved.
 
     Returns
     -------
     frozen : GRU or Chain
-        `frozen.params` holds copies. `frozen.to(...)`, copy and pickle give frozen models again.
-        `repr` tells the memory of the weights, packed copies included.
+        `frozen.params` holds copies of what the weights have become, and `frozen.nbytes` is the
+        memory that they take, packed copies included. `frozen.to(...)`, copy and pickle give
+        frozen models again.
 
     Raises
     ------
     TypeError
         The model is neither a GRU nor a Chain. Later, by `frozen.vjp`, `frozen.load_params` and by
         an assignment to `frozen.params`.
+    ValueError
+        `weights` is none of the three, or a small form is asked for and the model is not float32;
+        or for int8 a matrix holds NaN or infinity.
 
     Examples
     --------
@@ -58,146 +63,27 @@ def freeze(model: GRU | Chain) -> Any:
     >>> bool(np.allclose(frozen(x)[0], before, atol=1e-6))
     True
     """
-    if isinstance(model, Chain):
-        return FrozenChain(model)
-    if isinstance(model, GRU):
-        return FrozenGRU(model)
-    raise TypeError(f"the model is a {type(model).__name__}, expected a GRU or a Chain")
-
-
-class Copies(Mapping[str, Array]):
-    """Parameters to be read: each entry is a copy."""
-
-    def __init__(self, params: Arrays, xp: Namespace) -> None:
-        self._params, self._xp = params, xp
-
-    def __getitem__(self, name: str) -> Array:
-        return self._xp.asarray(self._params[name], copy=True)
-
-    def __setitem__(self, name: str, array: Array) -> NoReturn:
-        raise TypeError(REFUSAL)
-
-    def refuse_untied(self) -> None:
-        """Do nothing: no entry can have been replaced."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
-
-
-class FrozenGRU(GRU):
-    """A GRU that `freeze` has made."""
-
-    def __init__(self, gru: GRU) -> None:
-        self._own = gru.to()
-        self.__dict__.update({k: v for k, v in vars(self._own).items() if k != "params"})
-        # the runner that they were packed for; the weights by layer and suffix
-        self._weights: tuple[Runner | None, dict[tuple[int, str], Weights]] = None, {}
-        # the same for `step`
-        self._layer_steps: tuple[Runner | None, list[LayerStep]] = None, []
-        self._packed()
-
-    @property
-    def params(self) -> Any:
-        """Copies of the parameters."""
-        return Copies(self._own.params, self.backend.xp)
-
-    @params.setter
-    def params(self, value: object) -> NoReturn:
-        raise TypeError(REFUSAL)
-
-    def _packed(self) -> dict[tuple[int, str], Weights]:
-        """Return the packed weights by layer and suffix; none on a device."""
-        packed_for, weights = self._weights
-        run = self._runner
-        if run is not packed_for:
-            stack = self._own._stack(run)
-            keys = [(n, suffix) for n in range(self.num_layers) for suffix in self.suffixes]
-            weights = {
-                key: Weights(
-                    *run.frozen_weights(stack.variant.step, *stack.weights(self._own.params, *key))
-                )
-                for key in (keys if self.backend.host else [])
-            }
-            self._weights = run, weights
-        return weights
-
-    def _new_stack(self, run: Runner, variant: Variant) -> Stack:
-        stack = super()._new_stack(run, variant)
-        return PackedStack(*stack) if self.backend.host else stack
-
-    def _arrays(self) -> Mapping[Any, Any]:
-        return self._packed() if self.backend.host else self._own._arrays()
-
-    @by_place
-    def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
-        """Advance by one step, as `GRU.step` does."""
-        if state is not None:
-            self.backend.check("state", state, self.dtype)
-        return self._prepared_step()(x_t, state)
-
-    @by_place
-    def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
-        packed_for, steps = self._layer_steps
-        if packed_for is not self._runner:
-            steps = self._own._steps(self._runner.prepare_step)
-            self._layer_steps = self._runner, steps
-        return partial(self._step, steps)
-
-    def vjp(self, *arguments: object, **options: object) -> NoReturn:
-        """Refuse: there are no gradients."""
-        raise TypeError(REFUSAL)
-
-    def load_params(self, mapping: Arrays) -> NoReturn:
-        """Refuse: the weights never change."""
-        raise TypeError(REFUSAL)
-
-    def to(
-        self,
-        backend: BackendLike | None = None,
-        device: Device = None,
-        dtype: str | None = None,
-    ) -> "FrozenGRU":
-        """Return a frozen model on another backend, device or dtype."""
-        return FrozenGRU(self._own.to(backend, device, dtype))
-
-    def twin(self, backend: Backend, dtype: str) -> "FrozenGRU":
-        """Return a frozen model on another backend, whose weights are copies, packed there."""
-        return self.to(backend, dtype=dtype)
-
-    def follow(self, twin: "FrozenGRU", views: object) -> None:
-        """Do nothing: nothing changes."""
-
-    def __repr__(self) -> str:
-        text, _, note = repr(self._own).partition("  # ")
-        held = [*self._own.params.values()]
-        for W, b, rest in self._packed().values():
-            for v in (W, b, *rest):
-                held += getattr(v, "arrays", [v])
-        size = sum(getattr(v, "nbytes", 0) for v in {id(v): v for v in held}.values())
-        return f"freeze({text})  # {note}, {size / 1e6:.1f} MB"
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
-        return freeze, (self._own,)
-
-
-class PackedStack(Stack):
-    """A stack that reads packed weights in place of parameters."""
-
-    def weights(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Weights:
-        """Return those of one layer in one direction."""
-        packed: Weights = params[layer, suffix]
-        return packed
+    if not isinstance(model, GRU | Chain):
+        raise TypeError(f"the model is a {type(model).__name__}, expected a GRU or a Chain")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}, expected one of {', '.join(map(repr, WEIGHTS))}")
+    if isinstance(model, Frozen | FrozenChain):
+        model = model._thawed()
+    return FrozenChain(model, weights) if isinstance(model, Chain) else FrozenGRU(model, weights)
 
 
 class FrozenChain(Chain):
     """A Chain that `freeze` has made."""
 
-    def __init__(self, chain: Chain) -> None:
-        super().__init__(*(FrozenGRU(v) if isinstance(v, GRU) else v.to() for v in chain.layers))
+    def __init__(self, chain: Chain, weights: str) -> None:
+        self.weights = weights
+        super().__init__(*(_frozen(v, weights, f"{i}.") for i, v in enumerate(chain.layers)))
         self.params: Any = Copies(self.params, self.backend.xp)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the weights in bytes, packed copies included."""
+        return sum(v.nbytes for v in self.layers if isinstance(v, Frozen))
 
     def vjp(self, *arguments: object, **options: object) -> NoReturn:
         """Refuse: there are no gradients."""
@@ -208,7 +94,7 @@ class FrozenChain(Chain):
         raise TypeError(REFUSAL)
 
     def _thawed(self) -> Chain:
-        return Chain(*(v._own if isinstance(v, FrozenGRU) else v for v in self.layers))
+        return Chain(*(v._thawed() if isinstance(v, Frozen) else v for v in self.layers))
 
     def to(
         self,
@@ -217,10 +103,17 @@ class FrozenChain(Chain):
         dtype: str | None = None,
     ) -> "FrozenChain":
         """Return a frozen model on another backend, device or dtype."""
-        return FrozenChain(self._thawed().to(backend, device, dtype))
+        return FrozenChain(self._thawed().to(backend, device, dtype), self.weights)
 
     def __repr__(self) -> str:
         return f"freeze({super().__repr__()})"
 
-    def __reduce__(self) -> tuple[Callable[..., Chain], tuple[object, ...]]:
-        return freeze, (self._thawed(),)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return freeze, (self._thawed(), self.weights)
+
+
+def _frozen(layer: Layer, weights: str, name: str) -> Layer:
+    """Return a layer frozen; one without parameters is copied."""
+    kind = KINDS.get(type(layer))
+    frozen: Layer = layer.to() if kind is None else kind(layer, weights, name)
+    return frozen

@@ -94,14 +94,24 @@ class Chain:
 
     @by_place
     def __call__(
-        self, x: Array, state: States | None = None, lengths: Lengths | None = None
+        self,
+        x: Array,
+        state: States | None = None,
+        lengths: Lengths | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
     ) -> tuple[Array, list[Array]]:
-        """Run all layers without keeping residuals; return y and the new state."""
+        """Run all layers without keeping residuals; return y and the new state.
+
+        The GRUs take lengths, mask, resets and skipped as `GRU.__call__` does.
+        """
         self.params.refuse_untied()
         states, new = self._states(state), []
         for layer in self.layers:
             if isinstance(layer, GRU):
-                x, h = layer(x, next(states), lengths)
+                x, h = layer(x, next(states), lengths, mask=mask, resets=resets, skipped=skipped)
                 new.append(h)
             elif isinstance(layer, Last):
                 x = layer(new[-1], self._directions)
@@ -116,6 +126,10 @@ class Chain:
         state: States | None = None,
         lengths: Lengths | None = None,
         rng: Rng | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
     ) -> tuple[tuple[Array, list[Array]], ChainPullback]:
         """Run all layers; with `rng` dropout acts.
 
@@ -132,7 +146,9 @@ class Chain:
         for layer in self.layers:
             back: Callable[..., Any]
             if isinstance(layer, GRU):
-                (x, h), back = layer.vjp(x, next(states), lengths, rng)
+                (x, h), back = layer.vjp(
+                    x, next(states), lengths, rng, mask=mask, resets=resets, skipped=skipped
+                )
                 new.append(h)
             elif isinstance(layer, Last):
                 x, back = layer.vjp(new[-1], self._directions)

@@ -156,6 +156,10 @@ class GRU(Layer):
         x: Array,
         h0: Array | None = None,
         lengths: Lengths | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
     ) -> tuple[Array, Array]:
         """Run the sequences without keeping residuals; no dropout.
 
@@ -166,6 +170,15 @@ class GRU(Layer):
         lengths : B integers in 0..T, as a list, a host array or a device array, in any order
             Steps from a row's length on are padding: whatever x holds there changes nothing, and y
             is 0. A device array is read once, which waits for the device.
+        mask : (T, B) of bool, laid out like x without its last axis
+            Where it is false, the row skips the step: its state stays, whatever x holds there.
+        resets : (T, B) of bool, likewise
+            Where it is true, the row's state starts anew from 0 before the step, and no gradient
+            passes: an episode begins. A direction that reads from the end starts anew where it
+            leaves the episode. A step that is skipped or padding has no reset.
+        skipped : "zero" or "repeat"
+            What y holds at steps that are skipped or padding: 0, or the output of the step that was
+            read before (0 where there is none), as Keras has it.
 
         Returns
         -------
@@ -177,12 +190,20 @@ class GRU(Layer):
         ValueError, TypeError
             An argument of wrong shape, dtype, library or device; the text says what to do.
         """
-        return self._forward(x, h0, lengths, outputs=True)
+        return self._forward(self._layout.enter(x, h0, lengths, mask, resets, skipped), True)
 
     @by_place
-    def last(self, x: Array, h0: Array | None = None, lengths: Lengths | None = None) -> Array:
+    def last(
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+    ) -> Array:
         """Return h_n alone; the outputs of the last layer are not kept."""
-        return self._forward(x, h0, lengths, outputs=False)[1]
+        return self._forward(self._layout.enter(x, h0, lengths, mask, resets), False)[1]
 
     @by_place
     def vjp(
@@ -191,6 +212,10 @@ class GRU(Layer):
         h0: Array | None = None,
         lengths: Lengths | None = None,
         rng: Rng | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
     ) -> tuple[tuple[Array, Array], Pullback]:
         """Run the sequences and keep the residuals for the backward pass.
 
@@ -209,18 +234,18 @@ class GRU(Layer):
         """
         arguments.generator("rng", rng)
         self._refuse_complex()
-        call = self._layout.enter(x, h0, lengths)
+        call = self._layout.enter(x, h0, lengths, mask, resets, skipped)
         stack = self._stack_for(call)
         (y, h_n), residuals = self._run(stack, call, keep=True, rng=rng)
         pullback = Pullback(self.params, self._layout, stack, call, residuals)
-        return self._layout.leave(call, y, h_n), pullback
+        return self._layout.outputs(call, y, h_n), pullback
 
     @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
         """Advance by one step, for streams.
 
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
-        new state; the one given is not written.
+        new state; the one given is not written. `Stream.reset(rows)` starts rows anew.
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)
@@ -237,7 +262,8 @@ class GRU(Layer):
             way = "bidirectional" if self.bidirectional else "reverse"
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
         stack = self._stack(self._runner)
-        taken = [stack.weights(self.params, layer, "") for layer in range(self.num_layers)]
+        arrays = self._arrays()
+        taken = [stack.weights(arrays, layer, "") for layer in range(self.num_layers)]
         steps = [make(stack.variant.step, *of_layer) for of_layer in taken]
         return steps if self.arithmetic == self.dtype else [self._half(step) for step in steps]
 
@@ -274,13 +300,19 @@ class GRU(Layer):
 
     @by_place
     def taps(
-        self, x: Array, h0: Array | None = None, lengths: Lengths | None = None
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
     ) -> dict[str, Array]:
         """Return the gates r and z, the candidate n and the state h of every step.
 
-        Each is (L*D, T, B, H), time first whatever `batch_first` says; at padded steps 0.
+        Each is (L*D, T, B, H), time first whatever `batch_first` says; at skipped steps 0.
         """
-        call = self._layout.enter(x, h0, lengths)
+        call = self._layout.enter(x, h0, lengths, mask, resets)
         stack = self._stack_for(call)
         unmasked, given = self._inputs(stack, call, None)
         _, residuals = stack.forward(unmasked, True, None, True, given)
@@ -304,7 +336,7 @@ class GRU(Layer):
             self.input_size,
             self.hidden_size,
             self.num_layers,
-            len(self.suffixes),
+            tuple(suffix == "_reverse" for suffix in self.suffixes),
         )
 
     @property
@@ -339,12 +371,9 @@ class GRU(Layer):
         T, B, _ = call.x.shape
         return self._stack(self._runner.for_call(T, B, self.hidden_size))
 
-    def _forward(
-        self, x: Array, h0: Array | None, lengths: Lengths | None, outputs: bool
-    ) -> tuple[Array, Array]:
-        call = self._layout.enter(x, h0, lengths)
+    def _forward(self, call: Call, outputs: bool) -> tuple[Array, Array]:
         (y, h_n), _ = self._run(self._stack_for(call), call, keep=False, outputs=outputs)
-        return self._layout.leave(call, y, h_n)
+        return self._layout.outputs(call, y, h_n)
 
     def _run(
         self, stack: Stack, call: Call, keep: bool, rng: Rng | None = None, outputs: bool = True
@@ -359,7 +388,7 @@ class GRU(Layer):
 
     def _inputs(self, stack: Stack, call: Call, rng: Rng | None) -> tuple[int, ForwardInputs]:
         """Return the first step at which a mask is needed, and the arrays of a forward pass."""
-        x, h0, mask, _ = call
+        x, h0, mask, restarts, *_ = call
         dropout = None
         if rng is not None and self.dropout:
             shape = (*x.shape[:2], self.hidden_size * len(self.suffixes))
@@ -367,7 +396,7 @@ class GRU(Layer):
             dropout = (None, *drawn)
         alive, unmasked = (None, 0) if mask is None else mask
         unmasked = unmasked and stack.run.unmasked_prefix(unmasked)
-        return unmasked, ForwardInputs(x, h0, self._arrays(), alive, dropout)
+        return unmasked, ForwardInputs(x, h0, self._arrays(), alive, restarts.cuts, dropout)
 
     def _arrays(self) -> Mapping[Any, Any]:
         """Return the parameters as the stack reads them."""

@@ -66,11 +66,13 @@ class Linear(Layer):
         """Return y (..., O) of x (..., I)."""
         self.backend.check("x", x, self.dtype)
         check_shape("x", x, "(..., I)", {"I": self.in_features})
-        run = runner(self.backend, dtype=self.dtype)
-        y = run.product(self._rows(x), self._to_arithmetic(self.params["weight"]).T)
-        if self.bias:
-            y = y + self._to_arithmetic(self.params["bias"])
+        y = self._affine(self._rows(x))
         return self._to_storage(self.backend.xp.reshape(y, (*x.shape[:-1], self.out_features)))
+
+    def _affine(self, rows: Array) -> Array:
+        run = runner(self.backend, dtype=self.dtype)
+        y = run.product(rows, self._to_arithmetic(self.params["weight"]).T)
+        return y + self._to_arithmetic(self.params["bias"]) if self.bias else y
 
     def vjp(self, x: Array, rng: Rng | None = None) -> tuple[Array, LayerPullback]:
         """Return y, and `pullback(dy) -> grads, dx`, which may be called again."""
@@ -145,10 +147,13 @@ class Embedding(Layer):
         """
         xp, flat = self.backend.xp, self._indices(x)
         inside = (flat >= 0) & (flat < self.n)
-        rows = xp.take(self.params["weight"], xp.where(inside, flat, xp.zeros_like(flat)), axis=0)
+        rows = self._take(xp.where(inside, flat, xp.zeros_like(flat)))
         if not self.backend.host:
             rows = xp.where(xp.expand_dims(inside, axis=1), rows, xp.full_like(rows, math.nan))
         return xp.reshape(rows, (*x.shape, self.size))
+
+    def _take(self, rows: Array) -> Array:
+        return self.backend.xp.take(self.params["weight"], rows, axis=0)
 
     def vjp(self, x: Array, rng: Rng | None = None) -> tuple[Array, LayerPullback]:
         """Return y, and `pullback(dy) -> grads, None`, which may be called again."""

@@ -1,14 +1,16 @@
 """From the user's arrays to time-major ones, and back."""
 
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 from .. import arguments
-from ..backend import Backend, to_numpy
+from ..backend import Backend
 from ..errors import check_shape
-from ..typing import Array, Lengths
+from ..typing import Array, HostArray, Lengths
+from .steps import Restarts, flags, gathered, repeated, restarts, running
 from .sweep import SequenceMask
+
+Repetition: TypeAlias = Callable[..., Array]  # xp, v, alive, reverse -> v
 
 
 class Call(NamedTuple):
@@ -16,7 +18,9 @@ class Call(NamedTuple):
 
     x: Array  # (T, B, I)
     h0: Array  # (L*D, B, H), in the dtype of the arithmetic
-    mask: SequenceMask | None  # None: no sequence is padded
+    mask: SequenceMask | None  # None: no step is skipped
+    restarts: Restarts
+    repeat: bool  # skipped steps have the output before them, not 0
     unbatched: bool  # the user's x was (T, I)
 
 
@@ -30,9 +34,22 @@ class SequenceLayout(NamedTuple):
     input_size: int
     hidden_size: int
     layers: int
-    directions: int
+    reverses: tuple[bool, ...]  # of each direction, whether it reads from the end
 
-    def enter(self, x: Array, h0: Array | None, lengths: Lengths | None) -> Call:
+    @property
+    def directions(self) -> int:
+        """D."""
+        return len(self.reverses)
+
+    def enter(
+        self,
+        x: Array,
+        h0: Array | None,
+        lengths: Lengths | None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> Call:
         """Check the inputs of a forward pass, and make them time-major."""
         backend, H, states = self.backend, self.hidden_size, self.layers * self.directions
         backend.check("x", x, self.dtype)
@@ -50,7 +67,21 @@ class SequenceLayout(NamedTuple):
             h0 = backend.xp.astype(h0, backend.dtype(self.arithmetic), copy=True)
         if lengths is not None and unbatched:
             raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
-        return Call(x, h0, None if lengths is None else self._mask(lengths, T, B), unbatched)
+        repeat = arguments.choice("skipped", skipped, ("zero", "repeat")) == "repeat"
+        if lengths is None and mask is None and resets is None:
+            return Call(x, h0, None, Restarts(None, None), repeat, unbatched)
+        given = None if mask is None else self._flags("mask", mask, T, B, unbatched)
+        alive, found = running(lengths, given, T, B), Restarts(None, None)
+        if resets is not None:
+            at = self._flags("resets", resets, T, B, unbatched)
+            found = restarts(at, alive, backend, self.reverses, self.layers)
+        call = Call(x, h0, self._mask(alive), found, repeat, unbatched)
+        return call._replace(h0=self.without_fresh(call, h0))
+
+    def without_fresh(self, call: Call, states: Array) -> Array:
+        """Return states (L*D, B, H) with zeros where a reset came before the first step."""
+        fresh, xp = call.restarts.fresh, self.backend.xp
+        return states if fresh is None else xp.where(fresh, xp.zeros_like(states), states)
 
     def enter_cotangents(
         self, call: Call, dy: Array | None, dh_n: Array | None
@@ -74,15 +105,19 @@ class SequenceLayout(NamedTuple):
                 letters = "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
                 sizes = {"T": T, "B": B, "D*H": width}
                 check_shape("dy", dy, "(T, D*H)" if call.unbatched else letters, sizes)
-            dy = self._time_major(dy, call.unbatched)
+            dy = self._repeat(gathered, call, self._time_major(dy, call.unbatched))
         if dh_n is None:
             return dy, backend.zeros((states, B, H), self.arithmetic)
         self._check_states("dh_n", dh_n, B, call.unbatched)
         dh_n = backend.xp.reshape(dh_n, (states, B, H)) if call.unbatched else dh_n
         return dy, backend.xp.astype(dh_n, backend.dtype(self.arithmetic), copy=False)
 
+    def outputs(self, call: Call, y: Array | None, h_n: Array) -> tuple[Array | None, Array]:
+        """Return y (T, B, D*H) and h_n (L*D, B, H) as the user has x and h0."""
+        return self.leave(call, None if y is None else self._repeat(repeated, call, y), h_n)
+
     def leave(self, call: Call, y: Array | None, states: Array) -> tuple[Array | None, Array]:
-        """Return y (T, B, .) and the states (L*D, B, H) as the user has x and h0."""
+        """Return v (T, B, .) and the states (L*D, B, H) as the user has x and h0."""
         if call.unbatched:
             return (None if y is None else y[:, 0, :]), states[:, 0, :]
         if self.batch_first and y is not None:
@@ -99,12 +134,25 @@ class SequenceLayout(NamedTuple):
         sizes = {"L*D": self.layers * self.directions, "B": B, "H": self.hidden_size}
         check_shape(name, states, "(L*D, H)" if unbatched else "(L*D, B, H)", sizes)
 
-    def _mask(self, lengths: Lengths, T: int, B: int) -> SequenceMask | None:
-        """Return the mask of these lengths; None where there is nothing to mask."""
-        n = arguments.lengths(to_numpy(lengths, "lengths"), T, B)
-        if isinstance(lengths, (list, tuple)) and any(isinstance(v, bool) for v in lengths):
-            raise TypeError(f"lengths is {lengths!r}, expected integers")
-        if (n == T).all():
+    def _flags(self, name: str, v: Array, T: int, B: int, unbatched: bool) -> HostArray:
+        """Return one flag a step, (T, B)."""
+        if unbatched:
+            return flags(name, v, (T,), "(T,)")[:, None]
+        if self.batch_first:
+            return flags(name, v, (B, T), "(B, T)").T
+        return flags(name, v, (T, B), "(T, B)")
+
+    def _mask(self, alive: HostArray | None) -> SequenceMask | None:
+        if alive is None:
             return None
-        alive = np.arange(T)[:, None, None] < n[None, :, None]
-        return SequenceMask(self.backend.put(alive, "bool"), int(n.min()))
+        unmasked = int(alive.all(axis=1).argmin())
+        return SequenceMask(self.backend.put(alive[:, :, None], "bool"), unmasked)
+
+    def _repeat(self, function: Repetition, call: Call, v: Array) -> Array:
+        """Apply a function of skipped steps to v (T, B, D*H), each direction in its own order."""
+        if not call.repeat or call.mask is None or not v.shape[0]:
+            return v
+        xp, H, alive = self.backend.xp, self.hidden_size, call.mask.alive
+        parts = [v[:, :, d * H : (d + 1) * H] for d in range(self.directions)]
+        pairs = zip(parts, self.reverses, strict=True)
+        return xp.concat([function(xp, part, alive, way) for part, way in pairs], axis=-1)

@@ -47,5 +47,5 @@ class Pullback:
             Stack.backward, stack, (taps,), given, steps, self._residuals
         )
         grads, dx, dh0 = found
-        dx, dh0 = layout.leave(call, dx, dh0)
+        dx, dh0 = layout.leave(call, dx, layout.without_fresh(call, dh0))
         return {name: grads[name] for name in self._params}, dx, dh0

@@ -22,7 +22,8 @@ class ForwardInputs(NamedTuple):
     x: Array  # (T, B, I)
     h0: Array  # (L*D, B, H), in the dtype of the arithmetic
     params: Mapping[Any, Any]  # what `Stack.weights` reads: the parameters by name
-    alive: Array | None  # as of `SequenceMask`; None: no sequence is padded
+    alive: Array | None  # as of `SequenceMask`; None: no step is skipped
+    cuts: tuple[Array, ...] | None  # of each direction, as of `Sweep`; None: no state is cut
     dropout: tuple[Array | None, ...] | None  # of the input of each layer; None: there is none
 
 
@@ -70,7 +71,7 @@ class Stack(NamedTuple):
         unmasked: as of `SequenceMask`; the rest is that of `Sweep.forward`. There are no residuals
         without `keep`: they would hold the outputs of all layers at once.
         """
-        x, h0, params, alive, dropout = given
+        x, h0, params, alive, cuts, dropout = given
         mask = None if alive is None else SequenceMask(alive, unmasked)
         D = len(self.suffixes)
         states: list[Array] = []
@@ -80,7 +81,8 @@ class Stack(NamedTuple):
             wanted = outputs or layer + 1 < self.layers
             dropped = None if dropout is None else dropout[layer]
             x = x if dropped is None else x * dropped
-            sweeps = [self.sweep(params, layer, suffix, mask) for suffix in self.suffixes]
+            pairs = zip(self.suffixes, cuts or [None] * D, strict=True)
+            sweeps = [self.sweep(params, layer, suffix, mask, cut) for suffix, cut in pairs]
 
             def run_sweep(d: int, run: Runner) -> tuple[Array | None, Array, list[Segment]]:
                 h = h0[layer * D + d, :, :]
@@ -89,8 +91,8 @@ class Stack(NamedTuple):
             ys, hs, segments = zip(*_concurrent(run_sweep, D, run), strict=True)
             states.extend(hs)
             if keep:
-                pairs = list(zip(sweeps, segments, strict=True))
-                residuals.append(LayerResiduals(x, dropped, pairs))
+                kept = list(zip(sweeps, segments, strict=True))
+                residuals.append(LayerResiduals(x, dropped, kept))
             return run.xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
 
         y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
@@ -145,11 +147,16 @@ class Stack(NamedTuple):
         return weights(self.run.xp, self.reset_after, *own)
 
     def sweep(
-        self, params: Mapping[Any, Any], layer: int, suffix: str, mask: SequenceMask | None
+        self,
+        params: Mapping[Any, Any],
+        layer: int,
+        suffix: str,
+        mask: SequenceMask | None,
+        cut: Array | None,
     ) -> Sweep:
         """Return one layer in one direction."""
         own, reverse = self.weights(params, layer, suffix), suffix == "_reverse"
-        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype)
+        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, cut)
 
     def _pipeline(
         self,

@@ -4,8 +4,9 @@ The sequence is cut into blocks of K steps. The input products and the gradients
 one product a block, summed in the order of the blocks. So the memory in use at once does not grow
 with T, and recomputing a block gives the same bits.
 
-A sequence that has finished keeps its state and gives the output 0. So the last state is each row's
-own last state, and a sweep from the other end starts at each row's own end.
+A sequence that has finished keeps its state and gives the output 0, and so does one whose step is
+skipped. So the last state is each row's own last state, and a sweep from the other end starts at
+each row's own end. Where the state is cut after a step, the row's next step starts from 0.
 """
 
 import math
@@ -30,7 +31,7 @@ class Weights(NamedTuple):
 
 
 class StepMask:
-    """The masks of a block by step: (B, 1) of bool, or None where no sequence has finished."""
+    """The masks of a block by step: (B, 1) of bool, or None where all sequences run."""
 
     def __init__(self, block: Array, unmasked: int = 0) -> None:
         self.block = block  # (K, B, 1): all masks
@@ -51,13 +52,13 @@ class StepMask:
 
 
 class SequenceMask(NamedTuple):
-    """Which steps of a batch belong to its sequences."""
+    """Which steps of a batch its sequences run."""
 
-    alive: Array  # (T, B, 1) of bool: False from the end of a sequence on
-    unmasked: int  # how many leading steps are those of all sequences
+    alive: Array  # (T, B, 1) of bool: False where a step is skipped, as from a sequence's end on
+    unmasked: int  # how many leading steps all sequences run
 
     def steps(self, block: slice) -> StepMask | None:
-        """Return the masks of a block; None where no sequence has finished in it."""
+        """Return the masks of a block; None where all sequences run all of it."""
         if block.stop <= self.unmasked:
             return None
         return StepMask(self.alive[block, :, :], self.unmasked - block.start)
@@ -68,6 +69,7 @@ class Residuals(NamedTuple):
 
     states: Array  # (K + 1, B, H), in the order of time
     saved: Sequence[Array]  # what each step saved, each (K, B, H)
+    outputs: Array  # (K, B, H), the state that each step arrived at
 
 
 class Segment(NamedTuple):
@@ -84,9 +86,10 @@ class Sweep(NamedTuple):
     run: Runner  # how a block of steps runs
     variant: Variant  # the equations
     weights: Weights
-    mask: SequenceMask | None  # None: no sequence is padded
+    mask: SequenceMask | None  # None: no step is skipped
     reverse: bool  # from the last step to the first
     dtype: DType  # of the arithmetic
+    cut: Array | None = None  # (T, B, 1) of bool: the steps after which a state starts anew
 
     def on(self, run: Runner) -> "Sweep":
         """Return the sweep on another runner."""
@@ -117,16 +120,14 @@ class Sweep(NamedTuple):
             for block in blocks:
                 if self.mask is not None:
                     mask = self.mask.steps(block)
-                states, saved, h = self._block(weights, x, h, block, mask, residuals is not None)
+                found, h = self._block(weights, x, h, block, mask, residuals is not None)
                 if residuals is not None:
-                    residuals.append(Residuals(states, saved or ()))
+                    residuals.append(found)
                 if y is not None:
-                    states = self._after(states)
+                    v = found.outputs
                     if mask is not None:
-                        states = mask.zero_padding(run.xp, states)
-                    y.put(
-                        block, states if states.dtype == x.dtype else run.xp.astype(states, x.dtype)
-                    )
+                        v = mask.zero_padding(run.xp, v)
+                    y.put(block, v if v.dtype == x.dtype else run.xp.astype(v, x.dtype))
         return (None if y is None else y.array()), h, segments
 
     def backward(
@@ -166,9 +167,9 @@ class Sweep(NamedTuple):
         shape = (*x.shape[:2], self.weights.recurrent[0].shape[-1])
         outputs = [self.run.output(shape, self.dtype) for _ in range(4)]
         for segment in segments:
-            for block, (states, saved) in zip(segment.blocks, segment.residuals or [], strict=True):
+            for block, kept in zip(segment.blocks, segment.residuals or [], strict=True):
                 mask = None if self.mask is None else self.mask.steps(block)
-                arrays = (*saved[:3], self._after(states))
+                arrays = (*kept.saved[:3], kept.outputs)
                 for output, v in zip(outputs, arrays, strict=True):
                     output.put(block, v if mask is None else mask.zero_padding(self.run.xp, v))
         return [output.array() for output in outputs]
@@ -177,8 +178,8 @@ class Sweep(NamedTuple):
         residuals, h = [], segment.h
         for block in segment.blocks:
             mask = None if self.mask is None else self.mask.steps(block)
-            states, saved, h = self._block(weights, x, h, block, mask, True)
-            residuals.append(Residuals(states, saved or ()))
+            found, h = self._block(weights, x, h, block, mask, True)
+            residuals.append(found)
         return residuals
 
     def _packed(self, x: Array) -> Weights:
@@ -195,12 +196,16 @@ class Sweep(NamedTuple):
         block: slice,
         mask: StepMask | None,
         keep: bool,
-    ) -> tuple[Array, Sequence[Array] | None, Array]:
-        """Run one block forward; return its states, what it saved, and the state after it."""
+    ) -> tuple[Residuals, Array]:
+        """Run one block forward; return what it leaves, and the state after it."""
         run, (W, b, recurrent) = self.run, weights
-        a = run.affine(self._read(x, block, mask), W, b)
-        states, saved = run.forward(self.variant.step, a, h, recurrent, mask, self.reverse, keep)
-        return states, saved, run.as_contiguous(states[0 if self.reverse else -1, :, :])
+        a, cut = run.affine(self._read(x, block, mask), W, b), self._cut(block)
+        path = a, h, recurrent, mask, self.reverse, keep, cut
+        states, found = run.forward(self.variant.step, *path)
+        saved = list(found or ())
+        outputs = self._after(states) if cut is None else saved.pop()
+        h = run.as_contiguous(states[0 if self.reverse else -1, :, :])
+        return Residuals(states, saved, outputs), h
 
     def _block_back(
         self,
@@ -213,13 +218,12 @@ class Sweep(NamedTuple):
         taps: bool,
     ) -> tuple[Array, Array, Array | None, list[Array]]:
         """Run the backward pass of one block; return dx (K, B, I), dh, the taps, the gradients."""
-        run, (W, _, (U, *_)), (states, saved) = self.run, weights, kept
+        run, (W, _, (U, *_)), (states, saved, _) = self.run, weights, kept
         mask = None if self.mask is None else self.mask.steps(block)
         dy = None if dy is None else self._read(dy, block, mask)
         previous = self._before(states)
-        parts, dh, g = run.backward(
-            self.variant.backward, dy, dh, previous, saved, U, mask, self.reverse, taps
-        )
+        back = dy, dh, previous, saved, U, mask, self.reverse, taps, self._cut(block)
+        parts, dh, g = run.backward(self.variant.backward, *back)
         if mask is not None:
             parts = tuple(mask.zero_padding(run.xp, part) for part in parts)
             g = None if g is None else mask.zero_padding(run.xp, g)
@@ -235,6 +239,9 @@ class Sweep(NamedTuple):
         work = K * B * U.shape[0] * U.shape[1]
         dx, (dW, db), (dU, *dc) = run.overlap_products(calls, work)
         return run.as_steps(dx, K), dh, g, [dW, dU, db, *dc]
+
+    def _cut(self, block: slice) -> Array | None:
+        return None if self.cut is None else self.cut[block, :, :]
 
     def _before(self, states: Array) -> Array:
         """The state before each step of a block."""

@@ -52,20 +52,25 @@ class Brief(NumPy):
             return found
 
     def _forward(
-        self, step: Any, a: Any, h: Any, recurrent: Any, alive: Any, reverse: bool, keep: bool
+        self,
+        step: Any,
+        a: Any,
+        h: Any,
+        recurrent: Any,
+        alive: Any,
+        reverse: bool,
+        keep: bool,
+        cut: Any = None,
     ) -> tuple[Any, Any]:
         (K, B, _), H, (U, *vectors) = a.shape, h.shape[-1], recurrent
-        program = forward_program(step, len(vectors), keep)
-        scan = forward_scan(step, len(vectors), keep, a.dtype.name)
+        program = forward_program(step, len(vectors), keep, cut is not None)
+        scan = forward_scan(step, len(vectors), keep, a.dtype.name, cut is not None)
         path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
-        over = steps_over(
-            [*columns_of(a, 3), turned(a)[:, : 2 * H], *map(turned, (*ends, *saved))],
-            alive,
-            reverse,
-        )
+        wide = map(turned, (*ends, *(() if cut is None else (cut,)), *saved))
+        over = steps_over([*columns_of(a, 3), turned(a)[:, : 2 * H], *wide], alive, reverse)
         scan(over, U, [c[:, None].repeat(B, axis=1) for c in vectors], (H, B), a.dtype)
         return path, saved or None
 
@@ -92,14 +97,16 @@ class Brief(NumPy):
         alive: Any,
         reverse: bool,
         taps: bool,
+        cut: Any = None,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
         kinds = step, len(saved), dy is not None, taps
-        scan = backward_scan(*kinds, dh.dtype.name)
-        widths = [len(extra) for extra in backward_program(*kinds).extras]
+        scan = backward_scan(*kinds, dh.dtype.name, cut is not None)
+        widths = [len(extra) for extra in backward_program(*kinds, cut is not None).extras]
         parts = [self._empty((K, B, n * H), dh.dtype) for n in widths]
         given = [] if dy is None else [np.ascontiguousarray(turned(dy))]
         given += [np.ascontiguousarray(turned(v)) for v in (previous, *saved)]
+        given += [] if cut is None else [turned(cut)]
         columns = [c for part, n in zip(parts, widths, strict=True) for c in columns_of(part, n)]
         over = steps_over([*given, *columns, *map(turned, parts)], alive, not reverse)
         dh = scan(over, U, dh.T, (H, B), dh.dtype)
@@ -112,15 +119,15 @@ def _matrix(M: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def forward_scan(step: Step, vectors: int, keep: bool, dtype: str) -> Scan:
+def forward_scan(step: Step, vectors: int, keep: bool, dtype: str, cut: bool) -> Scan:
     """Return a function that runs a forward scan."""
-    return _built(forward_schedule(step, vectors, keep, HOST), dtype)
+    return _built(forward_schedule(step, vectors, keep, HOST, cut), dtype)
 
 
 @lru_cache(maxsize=64)
-def backward_scan(step: Step, saved: int, given: bool, taps: bool, dtype: str) -> Scan:
+def backward_scan(step: Step, saved: int, given: bool, taps: bool, dtype: str, cut: bool) -> Scan:
     """Return a function that runs a backward scan."""
-    return _built(backward_schedule(step, saved, given, taps, HOST), dtype)
+    return _built(backward_schedule(step, saved, given, taps, HOST, cut), dtype)
 
 
 def _built(schedule: Schedule, dtype: str) -> Scan:

@@ -44,6 +44,26 @@ class Numba(numba.Numba):
             )
             return found
 
+    def frozen_matrix(self, *arguments: Any) -> Any:
+        try:
+            return super().frozen_matrix(*arguments)
+        except Exception as e:
+            return rescued(
+                e,
+                lambda: super(Numba, self).frozen_matrix(*arguments),
+                lambda: NumPy.frozen_matrix(self, *arguments),
+            )
+
+    def frozen_affine(self, x: Any, W: Any, b: Any) -> Any:
+        try:
+            return super().frozen_affine(x, W, b)
+        except Exception as e:
+            return rescued(
+                e,
+                lambda: super(Numba, self).frozen_affine(x, W, b),
+                lambda: NumPy.frozen_affine(self, x, _matrix(W), b),
+            )
+
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
         def on_numpy() -> tuple[Any, Any]:
             affine = NumPy.affine(self, a.x, _matrix(a.W), a.b) if isinstance(a, numba.Input) else a

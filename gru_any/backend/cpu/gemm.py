@@ -22,6 +22,9 @@ few units in each of the gates, so that threads can share the units of a step.
 Each entry of y is a sum over k in order, in parts of KC, whatever the tile: its bits depend neither
 on the other rows nor on the threads. LLVM does not find this form in loops over scalars, so the
 micro-kernel is written in its intermediate language.
+
+Panels may hold small weights, which become float32 as they are loaded: bfloat16, as uint16; or int8
+with a float32 scale for each column of M, in the first SCALE_ROWS rows of its panel.
 """
 
 from collections.abc import Callable
@@ -49,8 +52,11 @@ UNIT_BYTES = 2 * VECTOR_BYTES  # of the units of the widest panel
 LINE_BYTES = 64  # of a line of the cache
 MC = 64  # rows of x
 KC_BYTES = 48 * 1024  # of KC rows of a panel
+BITS = {"float32": 32, "float64": 64, "uint16": 32, "int8": 32}  # of sums, by dtype of panels
+SCALE_ROWS = 4  # rows of int8 that are as long as a row of float32
+AHEAD_BYTES = 2048  # from where a single row reads small weights to what it prefetches
 
-INDEX = ir.IntType(64)
+INDEX, INDEX32 = ir.IntType(64), ir.IntType(32)
 
 
 class Gemm(NamedTuple):
@@ -88,16 +94,23 @@ class Operands(NamedTuple):
     H: int
 
 
+def scale_rows(stored: str) -> int:
+    """Return how many rows of a panel stand before its weights."""
+    return SCALE_ROWS if stored == "int8" else 0
+
+
 class Emitter:
     """Writes LLVM's instructions for one element type."""
 
-    def __init__(self, builder: ir.IRBuilder, bits: int) -> None:
-        self.builder = builder
+    def __init__(self, builder: ir.IRBuilder, bits: int, stored: str = "") -> None:
+        self.builder, self.stored = builder, stored or f"float{bits}"  # dtype of the panels
         self.element = ir.FloatType() if bits == 32 else ir.DoubleType()
         self.lanes = VECTOR_BYTES * 8 // bits
         self.vector = ir.VectorType(self.element, self.lanes)
         self.size = bits // 8
-        self.line = LINE_BYTES // self.size
+        self.weight_size = np.dtype(self.stored).itemsize
+        self.line = LINE_BYTES // self.weight_size
+        self.head = scale_rows(self.stored)  # rows of a panel before its weights
 
     def address(self, start: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
         """Return a pointer to a value of this type, so many elements after an address."""
@@ -129,9 +142,24 @@ class Emitter:
         arguments = [value, pointer, ir.IntType(32)(self.size), mask]
         self._intrinsic("llvm.masked.store", ir.VoidType(), arguments)
 
+    def weights(self, start: ir.Value, offset: ir.Value) -> ir.Value:
+        """Load a vector of weights, in the type of the arithmetic."""
+        if self.weight_size == self.size:
+            return self.load(start, offset)
+        b, lanes, size = self.builder, self.lanes, self.weight_size
+        stored, wide = ir.VectorType(ir.IntType(8 * size), lanes), ir.VectorType(INDEX32, lanes)
+        place = b.add(start, b.mul(offset, INDEX(size)))
+        v = b.load(b.inttoptr(place, stored.as_pointer()), align=size)
+        if self.stored == "int8":
+            return b.sitofp(b.sext(v, wide), self.vector)
+        sixteen = ir.Constant(wide, [16] * lanes)
+        return b.bitcast(b.shl(b.zext(v, wide), sixteen), self.vector)
+
     def prefetch(self, start: ir.Value, offset: ir.Value) -> None:
-        """Prefetch a line into the L2 cache."""
-        flag, pointer = ir.IntType(32), self.address(start, offset, self.element)
+        """Prefetch the line of a weight into the L2 cache."""
+        b, flag = self.builder, ir.IntType(32)
+        place = b.add(start, b.mul(offset, INDEX(self.weight_size)))
+        pointer = b.inttoptr(place, self.element.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         self.builder.call(function, [pointer, flag(0), flag(2), flag(1)])
@@ -164,7 +192,7 @@ def intrinsic(function: Callable[..., Lowering | None]) -> Function:
     return found
 
 
-def micro_kernel(rows: int, panels: int, gates: int, bits: int) -> Function:
+def micro_kernel(rows: int, panels: int, gates: int, stored: str) -> Function:
     """Return an intrinsic that fills a tile of y: some rows from r on, some panels from p on.
 
     It adds x[r, start : stop] @ M[start : stop] to what was there before. units: how many are left
@@ -178,21 +206,26 @@ def micro_kernel(rows: int, panels: int, gates: int, bits: int) -> Function:
         def generate(
             context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]
         ) -> ir.Value:
-            emit, V = Emitter(builder, bits), VECTORS[gates]
+            emit, V = Emitter(builder, BITS[stored], stored), VECTORS[gates]
             of = Operands(*cgutils.unpack_tuple(builder, args[0]))
             r, p, units, start, stop = args[1:]
             add, mul, width = builder.add, builder.mul, V * emit.lanes
             whole = isinstance(signature.args[3], types.NoneType)
             lines = [add(r, INDEX(i)) for i in range(rows)]
             columns, factors = [], []  # of y with their masks, and of the panels
+            places: list[tuple[ir.Value, ir.Value]] = []  # of the scales
             for q in range(panels):
                 panel = add(p, INDEX(q))
+                start_of = mul(panel, add(of.K, INDEX(emit.head)))
                 for v in range(gates * V):
                     unit = INDEX(v % V * emit.lanes)
                     mask = None if whole else emit.mask(builder.sub(units, unit))
                     gate = mul(of.H, INDEX(v // V))
                     columns.append((add(mul(panel, INDEX(width)), add(gate, unit)), mask))
-                    factors.append((mul(panel, of.K), INDEX(v * emit.lanes)))
+                    factors.append((add(start_of, INDEX(emit.head)), INDEX(v * emit.lanes)))
+                    if emit.head:
+                        bytes_before = mul(start_of, INDEX(gates * width))
+                        places.append((add(of.panels, bytes_before), INDEX(v * emit.lanes)))
             zeros = ir.Constant(emit.vector, None)
             sums = [[cgutils.alloca_once_value(builder, zeros) for _ in columns] for _ in lines]
             ahead = None  # tiles of fewer sums have no time for it
@@ -200,9 +233,14 @@ def micro_kernel(rows: int, panels: int, gates: int, bits: int) -> Function:
                 ahead = _next_panel(emit, gates * width, of, r, p, start, stop)
             with cgutils.for_range(builder, stop, start, INDEX) as loop:
                 vectors = [
-                    emit.load(of.panels, add(mul(add(row, loop.index), INDEX(gates * width)), c))
+                    emit.weights(of.panels, add(mul(add(row, loop.index), INDEX(gates * width)), c))
                     for row, c in factors
                 ]
+                if rows == 1 and emit.weight_size < emit.size:
+                    for row, c in factors[:: gates * V]:
+                        place = add(mul(add(row, loop.index), INDEX(gates * width)), c)
+                        far = INDEX(AHEAD_BYTES // emit.weight_size)
+                        emit.prefetch(of.panels, add(place, far))
                 if ahead is not None:
                     emit.prefetch(ahead, mul(builder.sub(loop.index, start), INDEX(emit.line)))
                 for i, row in enumerate(sums):
@@ -214,11 +252,13 @@ def micro_kernel(rows: int, panels: int, gates: int, bits: int) -> Function:
                         builder.store(new, total)
             for i, row in zip(lines, sums, strict=True):
                 offset = mul(i, mul(of.H, INDEX(gates)))
-                for total, (c, mask) in zip(row, columns, strict=True):
+                for n, (total, (c, mask)) in enumerate(zip(row, columns, strict=True)):
                     # only now, since it is far away
                     before = emit.load(of.before, add(mul(i, of.before_stride), c), mask)
-                    new = builder.fadd(before, builder.load(total))
-                    emit.store(new, of.y, add(offset, c), mask)
+                    found = builder.load(total)
+                    if places:
+                        found = builder.fmul(found, emit.load(*places[n]))
+                    emit.store(builder.fadd(before, found), of.y, add(offset, c), mask)
             return context.get_dummy_value()
 
         return types.void(operands, r, p, units, start, stop), generate
@@ -243,18 +283,19 @@ def _next_panel(
     b, lines = emit.builder, -(-width // emit.line)
     mine = b.srem(b.sdiv(r, INDEX(MR)), INDEX(lines))
     apart = b.mul(b.sub(stop, start), INDEX((width - emit.line) // max(1, lines - 1)))
-    piece = b.mul(b.add(b.mul(b.add(p, INDEX(1)), of.K), start), INDEX(width))
-    return b.add(of.panels, b.mul(b.add(piece, b.mul(mine, apart)), INDEX(emit.size)))
+    rows = b.mul(b.add(p, INDEX(1)), b.add(of.K, INDEX(emit.head)))
+    piece = b.mul(b.add(rows, b.add(start, INDEX(emit.head))), INDEX(width))
+    return b.add(of.panels, b.mul(b.add(piece, b.mul(mine, apart)), INDEX(emit.weight_size)))
 
 
-def tiles(rows: int, panels: int, gates: int, bits: int) -> Function:
+def tiles(rows: int, panels: int, gates: int, stored: str) -> Function:
     """Return a function that fills rows of y by tiles of one shape, and gives the first row left.
 
     At the right edge the tiles are one panel wide, since a mask costs time.
     """
-    NR = VECTORS[gates] * VECTOR_BYTES * 8 // bits  # units of a panel
-    whole = micro_kernel(rows, panels, gates, bits)
-    edge = micro_kernel(rows, 1, gates, bits)
+    NR = VECTORS[gates] * VECTOR_BYTES * 8 // BITS[stored]  # units of a panel
+    whole = micro_kernel(rows, panels, gates, stored)
+    edge = micro_kernel(rows, 1, gates, stored)
 
     def fill(
         operands: Operands, first: int, last: int, low: int, high: int, start: int, stop: int
@@ -271,17 +312,22 @@ def tiles(rows: int, panels: int, gates: int, bits: int) -> Function:
         return end
 
     # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
-    fill.__qualname__ = f"fill_{rows}x{panels}x{gates}x{bits}"
+    fill.__qualname__ = f"fill_{rows}x{panels}x{gates}x{stored}"
     compiled: Function = njit(nogil=True, error_model="numpy")(fill)
     return compiled
 
 
-def macro_kernel(gates: int, bits: int) -> Function:
-    """Return a function that computes a `Gemm`: the loops around the micro-kernels."""
-    many, some, one = (tiles(*shape, gates, bits) for shape in SHAPES)
+def macro_kernel(gates: int, stored: str) -> Function:
+    """Return a function that computes a `Gemm`: the loops around the micro-kernels.
+
+    stored: the dtype of the panels.
+    """
+    bits = BITS[stored]
+    many, some, one = (tiles(*shape, gates, stored) for shape in SHAPES)
     NR = VECTORS[gates] * VECTOR_BYTES * 8 // bits  # units of a panel
     size, element = bits // 8, {32: np.float32, 64: np.float64}[bits]
-    KC, gap = KC_BYTES // (gates * NR * size), LINE_BYTES // size // MR  # keeps rows off one set
+    gap = LINE_BYTES // size // MR  # keeps rows off one set
+    KC = KC_BYTES // (gates * NR * np.dtype(stored).itemsize)
 
     def product(gemm: Gemm) -> None:
         x, x_row, x_column, P, K, base, y, H, first, last, left, right = gemm
@@ -308,7 +354,7 @@ def macro_kernel(gates: int, bits: int) -> Function:
                 one(direct, r, end, low, high, start, stop)
                 before, stride = y, gates * H
 
-    product.__qualname__ = f"product_{gates}x{bits}"
+    product.__qualname__ = f"product_{gates}x{stored}"
     compiled: Function = njit(nogil=True, error_model="numpy")(product)
     return compiled
 
@@ -343,7 +389,8 @@ def gemm(
     right: int,
 ) -> None:
     """Fill y = base + x[:, column : column + K] M in some rows and units; P: M (K, .) packed."""
-    start, x_row, K = x.ctypes.data + column * y.itemsize, x.shape[1], P.shape[1]
+    start, x_row = x.ctypes.data + column * y.itemsize, x.shape[1]
+    K = P.shape[1] - (SCALE_ROWS if P.itemsize == 1 else 0)
     panels, before, out, H = P.ctypes.data, base.ctypes.data, y.ctypes.data, y.shape[1] // gates
     call(function, Gemm(start, x_row, 1, panels, K, before, out, H, first, last, left, right))
 

@@ -15,12 +15,14 @@ from ...codegen.numba_source import NumbaSource
 from ...codegen.schedule import HOST, Schedule, backward_schedule, forward_schedule
 from ...codegen.trace import Product
 from ...typing import DType, HostArray, Step
+from ..contract import OneStep
 from . import tuning
 from .buffers import empty
 from .gemv import gemv, ger
 from .jit_cache import compiled
 from .numpy_runner import NumPy
 from .packed import PackedMatrix, ascarray, gemm, kernel_addresses
+from .small import SmallMatrix
 from .threads import NO_TEAM, count, parallel_for, run_team, submit
 
 NONE_ENDED = np.zeros((0, 0), bool)
@@ -41,7 +43,8 @@ class Numba(NumPy):
 
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, PackedMatrix):  # of a frozen model
-            return (W.matrix, U.matrix) if rows <= tuning.current.frozen_rows else (W, U)
+            stored = rows <= tuning.current.frozen_rows and not isinstance(U, SmallMatrix)
+            return (W.matrix, U.matrix) if stored else (W, U)
         if tuning.packed(rows, W.size + U.size):
             return PackedMatrix(W), PackedMatrix(U)
         return W, U
@@ -66,7 +69,14 @@ class Numba(NumPy):
 
     def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         U, *vectors = recurrent
-        many = self.single_step(step, PackedMatrix(W), b, (PackedMatrix(U), *vectors))
+        if isinstance(U, SmallMatrix):
+            scan = forward_scan(step, len(vectors), False, np.dtype(np.float32))
+            return scan.packed_step(W, b, U, vectors)
+        if isinstance(U, PackedMatrix):  # of a frozen model
+            packed, W, U = (W, U), W.matrix, U.matrix
+        else:
+            packed = PackedMatrix(W), PackedMatrix(U)
+        many = self.single_step(step, packed[0], b, (packed[1], *vectors))
         scan, H = forward_scan(step, len(vectors), False, W.dtype), len(U) // 3
         b = np.zeros(3 * H, W.dtype) if b is None else b
         weights = np.concat([v.ravel() for v in (W.T, *scan.read(U), b, *vectors)])
@@ -81,13 +91,23 @@ class Numba(NumPy):
 
         return one
 
-    def frozen_weights(self, step: Any, W: Any, b: Any, recurrent: Any) -> tuple[Any, Any, Any]:
+    def frozen_weights(
+        self, step: Any, W: Any, b: Any, recurrent: Any, small: str
+    ) -> tuple[Any, Any, Any]:
         (U, *vectors), H = recurrent, len(W) // 3
-        W, U = PackedMatrix(W), PackedMatrix(U)
-        for rows, op in forward_scan(step, len(vectors), False, U.matrix.dtype).products(H):
-            U.panels(rows, op.transposed, len(op.outputs))
-        W.panels(slice(0, 3 * H), True, 3)
-        return W, b, (U, *vectors)
+        products = forward_scan(step, len(vectors), False, U.dtype).products(H)
+        parts = [(rows, len(op.outputs)) for rows, op in products]
+        return _frozen(W, small, [(slice(0, 3 * H), 3)]), b, (_frozen(U, small, parts), *vectors)
+
+    def frozen_matrix(self, W: Any, small: str) -> Any:
+        return _frozen(W, small, [(slice(0, len(W)), 1)])
+
+    def frozen_affine(self, x: Any, W: Any, b: Any) -> Any:
+        if not isinstance(W, PackedMatrix):
+            return super().frozen_affine(x, W, b)
+        y = np.empty((len(x), len(W)), x.dtype)
+        gemm(x, W.panels(slice(0, len(W)), True, 1), b, y)
+        return y
 
     def overlap_products(self, calls: Any, work: int) -> list[Any]:
         """Make the third call on another thread, where no product is large enough to be split."""
@@ -106,9 +126,11 @@ class Numba(NumPy):
         alive: Any,
         reverse: bool,
         keep: bool,
+        cut: Any = None,
     ) -> tuple[Any, Any]:
         U, *vectors = recurrent
-        scan, H = forward_scan(step, len(vectors), keep, h.dtype), len(U) // 3
+        scan, H = forward_scan(step, len(vectors), keep, h.dtype, cut is not None), len(U) // 3
+        rows = [] if cut is None else [cut]
         stored = not isinstance(U, PackedMatrix)
         if isinstance(a, Input):
             (x, W, b), (K, B, _) = a, a.x.shape
@@ -118,13 +140,14 @@ class Numba(NumPy):
         b = np.zeros(3 * H, h.dtype) if b is None else b
         steps, ended = _forwards(K, reverse), _ended(alive, B)
         if stored:
-            path, *saved = scan.few(*steps, ended, *map(ascarray, (h, U, a, *vectors, x, W, b)))
+            given = h, U, a, *vectors, *rows, x, W, b
+            path, *saved = scan.few(*steps, ended, *map(ascarray, given))
             return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
         saved = [empty((K, B, H), h.dtype) for _ in scan.widths]
         W = W if isinstance(W, PackedMatrix) else PackedMatrix(W)
-        arrays = [path, a, *vectors, *saved, x, b]
+        arrays = [path, a, *vectors, *rows, *saved, x, b]
         scan(steps, ended, list(map(ascarray, arrays)), U, W)
         return path, saved
 
@@ -139,10 +162,12 @@ class Numba(NumPy):
         alive: Any,
         reverse: bool,
         taps: bool,
+        cut: Any = None,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
-        scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype)
+        scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype, cut is not None)
         steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
+        given += [] if cut is None else [ascarray(cut)]
         if dy is not None:
             given.insert(0, ascarray(dy))  # the others are ours
         if isinstance(U, PackedMatrix):
@@ -154,6 +179,16 @@ class Numba(NumPy):
             pair, *parts = scan.few(*steps, ended, ascarray(dh), ascarray(U), *given)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
+
+
+def _frozen(M: Any, small: str, parts: Any) -> PackedMatrix:
+    """Return a matrix with its panels; parts: as of `SmallMatrix`."""
+    if small:
+        return SmallMatrix(M, small, parts)
+    packed = PackedMatrix(M)
+    for rows, gates in parts:
+        packed.panels(rows, True, gates)
+    return packed
 
 
 class Input(NamedTuple):
@@ -182,15 +217,17 @@ def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def forward_scan(step: Step, vectors: int, keep: bool, dtype: DType) -> "Scan":
+def forward_scan(step: Step, vectors: int, keep: bool, dtype: DType, cut: bool = False) -> "Scan":
     """Return what runs a forward scan of a block."""
-    return Scan(forward_schedule(step, vectors, keep, HOST), dtype.name)
+    return Scan(forward_schedule(step, vectors, keep, HOST, cut), dtype.name)
 
 
 @lru_cache(maxsize=64)
-def backward_scan(step: Step, saved: int, given: bool, taps: bool, dtype: DType) -> "Scan":
+def backward_scan(
+    step: Step, saved: int, given: bool, taps: bool, dtype: DType, cut: bool = False
+) -> "Scan":
     """Return what runs a backward scan of a block."""
-    return Scan(backward_schedule(step, saved, given, taps, HOST), dtype.name)
+    return Scan(backward_schedule(step, saved, given, taps, HOST, cut), dtype.name)
 
 
 class Scan:
@@ -228,6 +265,48 @@ class Scan:
         pairs = self.products(U.shape[1])
         return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
+    def packed_step(
+        self, W: PackedMatrix, b: HostArray | None, U: PackedMatrix, vectors: list[HostArray]
+    ) -> OneStep:
+        """Return what runs single steps, x (B, I) and h (B, H) -> h' and a copy, with few calls.
+
+        The matrices are frozen, W (3H, I) and U (3H, H); b: (3H,) or None, of zeros.
+        """
+        H, scan, steps, dtype = U.shape[1], self.scan, _forwards(1, False), np.dtype(np.float32)
+        parts = self._parts(U, W)
+        panels = [M.panels(rows, transposed, gates) for M, rows, transposed, gates in parts]
+        sources = [M.source(rows, transposed) for M, rows, transposed, _ in parts]
+        zeros, functions = np.zeros(3 * H, dtype), kernel_addresses(panels[0].dtype)
+        bias, widths = zeros if b is None else b, [v.columns * H for v in self.schedule.buffers]
+        size = U.shape[0] * (U.shape[1] + W.shape[1])
+
+        def one(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
+            B = len(x)
+            path, a = np.empty((2, B, H), dtype), np.empty((1, B, 3 * H), dtype)
+            path[0] = h
+            buffers = [np.empty((B, width), dtype) for width in widths]
+            arrays = [*panels, path, a, *vectors, ascarray(x)[None], bias, *buffers, *sources]
+
+            def units(me: int, sync: HostArray) -> None:
+                scan(*steps, NONE_ENDED, zeros, 0, B, me, sync, False, functions, *arrays)
+
+            members = tuning.team(1, B, H, size, False, count())
+            if members > 1:
+                run_team(units, members)
+            else:
+                units(0, NO_TEAM)
+            return path[1], path[1].copy()
+
+        return one
+
+    def _parts(
+        self, U: PackedMatrix, W: PackedMatrix | None
+    ) -> list[tuple[PackedMatrix, slice, bool, int]]:
+        """The matrix of each product with its rows, whether it is transposed, and its gates."""
+        H = U.shape[1]
+        parts = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
+        return parts if W is None else [*parts, (W, slice(0, 3 * H), True, 3)]
+
     def __call__(
         self,
         steps: tuple[HostArray, HostArray, HostArray],
@@ -242,8 +321,7 @@ class Scan:
         x and the bias; U (3H, H); W (3H, I) of a forward scan.
         """
         (B, H), K, dtype = arrays[0].shape[1:], len(steps[0]), arrays[0].dtype
-        wanted = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
-        wanted += [] if W is None else [(W, slice(0, 3 * H), True, 3)]
+        wanted = self._parts(U, W)
         size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in wanted)
         fresh = not any(M.packed for M, *_ in wanted)
         members = tuning.team(K, B, H, size, fresh, count())
@@ -255,7 +333,11 @@ class Scan:
         sources = [M.source(part, transposed) for M, part, transposed, _ in wanted]
         buffers = [np.empty((B, v.columns * H), dtype) for v in self.schedule.buffers]
         arrays = [*panels, *arrays, *buffers, *sources]
-        zeros, scan, functions = np.zeros(3 * H, dtype), self.scan, kernel_addresses(dtype)
+        zeros, scan, functions = (
+            np.zeros(3 * H, dtype),
+            self.scan,
+            kernel_addresses(panels[0].dtype),
+        )
 
         def rows(first: int, last: int) -> None:
             scan(*steps, ended, zeros, first, last, 0, NO_TEAM, fresh, functions, *arrays)

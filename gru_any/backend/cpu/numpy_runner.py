@@ -92,17 +92,20 @@ class NumPy(Plain):
         alive: Any,
         reverse: bool,
         keep: bool,
+        cut: Any = None,
     ) -> tuple[Any, Any]:
         (K, B, _), H = a.shape, h.shape[-1]
         step = by_exp(step) if tuning.current.exp_elements <= B * H else step
-        program = forward_program(step, len(recurrent) - 1, keep)
-        scan = forward_scan(step, len(recurrent) - 1, keep)
+        kinds = step, len(recurrent) - 1, keep, cut is not None
+        program, scan = forward_program(*kinds), forward_scan(*kinds)
         path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
         pair = turned(a)[:, : 2 * H]
-        over = steps_over([*columns_of(a, 3), pair, *map(turned, (*ends, *saved))], alive, reverse)
+        rows = () if cut is None else (cut,)
+        wide = map(turned, (*ends, *rows, *saved))
+        over = steps_over([*columns_of(a, 3), pair, *wide], alive, reverse)
         vectors = [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in recurrent[1:]]
         scan(over, recurrent[0], vectors, (H, B), a.dtype)
         return path, saved or None
@@ -118,14 +121,15 @@ class NumPy(Plain):
         alive: Any,
         reverse: bool,
         taps: bool,
+        cut: Any = None,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
-        program = backward_program(step, len(saved), dy is not None, taps)
-        scan = backward_scan(step, len(saved), dy is not None, taps)
+        kinds = step, len(saved), dy is not None, taps, cut is not None
+        program, scan = backward_program(*kinds), backward_scan(*kinds)
         parts = [self._empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in columns_of(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
-        wide = map(turned, (*given, previous, *saved))
+        wide = map(turned, (*given, previous, *saved, *(() if cut is None else (cut,))))
         over = steps_over([*wide, *columns, *map(turned, parts)], alive, not reverse)
         dh = scan(over, U, dh.T, (H, B), dh.dtype)
         g = parts.pop() if taps else None
@@ -185,15 +189,15 @@ class Scan(Protocol):
 
 
 @lru_cache(maxsize=64)
-def forward_scan(step: Step, vectors: int, keep: bool) -> Scan:
+def forward_scan(step: Step, vectors: int, keep: bool, cut: bool = False) -> Scan:
     """Return a function that runs a forward scan."""
-    return executed(NumPySource(forward_schedule(step, vectors, keep, HOST)))
+    return executed(NumPySource(forward_schedule(step, vectors, keep, HOST, cut)))
 
 
 @lru_cache(maxsize=64)
-def backward_scan(step: Step, saved: int, given: bool, taps: bool) -> Scan:
+def backward_scan(step: Step, saved: int, given: bool, taps: bool, cut: bool = False) -> Scan:
     """Return a function that runs a backward scan."""
-    return executed(NumPySource(backward_schedule(step, saved, given, taps, HOST)))
+    return executed(NumPySource(backward_schedule(step, saved, given, taps, HOST, cut)))
 
 
 def executed(printer: HostSource, loops: Mapping[str, object] | None = None) -> Scan:

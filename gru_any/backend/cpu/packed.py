@@ -14,10 +14,10 @@ from .threads import parallel_for
 
 SOURCE = """\
 import numpy as np
-from numba import cfunc, float{bits}, intp, njit, void
+from numba import cfunc, float{bits}, int8, intp, njit, uint16, void
 from gru_any.backend.cpu import gemm
 
-kernel1, kernel2, kernel3 = (gemm.macro_kernel(gates, {bits}) for gates in (1, 2, 3))
+kernel1, kernel2, kernel3 = (gemm.macro_kernel(gates, "{stored}") for gates in (1, 2, 3))
 
 
 @njit(cache=CACHE, nogil=True, error_model="numpy")
@@ -25,7 +25,7 @@ def pack(M, P, gates, low, high):
     gemm.pack({bits}, M, P, gates, low, high)
 
 
-vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], float{bits}[:, :, ::1]
+vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], {stored}[:, :, ::1]
 
 
 @njit(void({integers}, panels, vector, matrix, intp, intp), cache=CACHE, nogil=True)
@@ -44,19 +44,21 @@ def product{gates}({names}):
 """
 
 
-@lru_cache(maxsize=4)
-def _compiled(dtype: DType) -> Any:
-    from .gemm import Gemm
+@lru_cache(maxsize=8)
+def _compiled(stored: DType) -> Any:
+    """Return the functions for panels of this dtype."""
+    from .gemm import BITS, Gemm
 
     fields = {"names": ", ".join(Gemm._fields), "types": ", ".join(["intp"] * len(Gemm._fields))}
-    source = SOURCE.format(bits=8 * dtype.itemsize, integers=", ".join(["intp"] * 5))
+    integers = ", ".join(["intp"] * 5)
+    source = SOURCE.format(bits=BITS[stored.name], stored=stored.name, integers=integers)
     return compiled(source + "".join(KERNEL.format(gates=gates, **fields) for gates in (1, 2, 3)))
 
 
-@lru_cache(maxsize=4)
-def kernel_addresses(dtype: DType) -> HostArray:
-    """Return the addresses of the macro-kernels for 1, 2 and 3 gates."""
-    code = _compiled(dtype)
+@lru_cache(maxsize=8)
+def kernel_addresses(stored: DType) -> HostArray:
+    """Return the addresses of the macro-kernels for 1, 2 and 3 gates; stored: dtype of panels."""
+    code = _compiled(stored)
     return np.array([code.product1.address, code.product2.address, code.product3.address])
 
 
@@ -66,12 +68,15 @@ class PackedMatrix:
     The matrix must not change as long as this is in use.
     """
 
+    # by first row, row after the last, transposed, gates
+    packed: dict[tuple[int, int, bool, int], HostArray]
+
     def __init__(self, matrix: HostArray) -> None:
         self.matrix, self.shape = ascarray(matrix), matrix.shape
-        self.packed: dict[tuple[int, int, bool, int], HostArray] = {}
+        self.packed = {}
 
     def __len__(self) -> int:
-        return len(self.matrix)
+        return int(self.shape[0])
 
     @property
     def arrays(self) -> list[HostArray]:
@@ -108,12 +113,12 @@ class PackedMatrix:
 
 def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> None:
     """Fill y = base + x M, the rows of y split over threads; P: M (K, N) packed, base (N,)."""
-    (R, K), N, code = x.shape, y.shape[1], _compiled(y.dtype)
+    (R, K), N, code = x.shape, y.shape[1], _compiled(P.dtype)
     base = np.zeros(N, y.dtype) if base is None else ascarray(base)
     if any(stride % x.itemsize for stride in x.strides):  # a field of records
         x = x.copy()
     x_row, x_column = (stride // x.itemsize for stride in x.strides)
-    left, function = (x.ctypes.data, x_row, x_column, K), kernel_addresses(y.dtype)[0]
+    left, function = (x.ctypes.data, x_row, x_column, K), kernel_addresses(P.dtype)[0]
 
     def rows(first: int, last: int) -> None:
         code.product(function, *left, P, base, y, first, last)

@@ -103,19 +103,20 @@ class CUDA(Calls):
         alive: Alive,
         reverse: bool,
         keep: bool,
+        cut: Array | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         (K, B, _), H = a.shape, h.shape[-1]
         if not B or str(h.dtype) not in ("float32", "float64"):
-            return super().forward(step, a, h, recurrent, alive, reverse, keep)
+            return super().forward(step, a, h, recurrent, alive, reverse, keep, cut)
         U, *vectors = recurrent
-        walk = forward_scan(step, len(vectors), keep, str(h.dtype))
+        walk = forward_scan(step, len(vectors), keep, str(h.dtype), cut=cut is not None)
         path = self._empty((K + 1, B, H), h)
         path[K if reverse else 0, :, :] = h
         saved = tuple(self._empty((K, B, n * H), h) for n in walk.widths)  # 1 - z of a half is 0
-        arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved)}
+        arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved), "cut": cut}
         order = range(K - 1, -1, -1) if reverse else range(K)
         self._run(walk, arrays, alive, h, U, order, 0 if reverse else 1)
-        return path, saved if keep else None
+        return path, saved or None
 
     def backward(
         self,
@@ -128,13 +129,16 @@ class CUDA(Calls):
         alive: Alive,
         reverse: bool,
         taps: bool,
+        cut: Array | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         K, B, H = previous.shape
         if not B or str(dh.dtype) not in ("float32", "float64"):
-            return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps)
-        walk = backward_scan(step, len(saved), dy is not None, taps, str(dh.dtype))
+            return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, cut)
+        kinds = dy is not None, taps, str(dh.dtype)
+        walk = backward_scan(step, len(saved), *kinds, cut=cut is not None)
         parts = [self._empty((K, B, n * H), U) for n in walk.widths]
-        arrays = {"dy": dy, "previous": previous, **_named("s", saved), **_named("p", parts)}
+        arrays = {"dy": dy, "previous": previous, "cut": cut}
+        arrays |= {**_named("s", saved), **_named("p", parts)}
         order = range(K) if reverse else range(K - 1, -1, -1)
         dh = self._run(walk, arrays, alive, dh, U, order, 0)
         g = parts.pop() if taps else None

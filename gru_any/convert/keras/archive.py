@@ -23,6 +23,7 @@ from .hdf5 import Contents, read_hdf5
 
 # beside the layers: the state of training, which is not the model's
 TRAINING = ("optimizer/", "optimizer_weights/", "metrics/", "compile_metrics/", "_compile_metrics/")
+MOST_TEXT = 2**22  # characters of a description
 MODELS = ("Sequential", "Functional", "Model")
 VARS = {"kernel": 0, "embeddings": 0, "recurrent_kernel": 1}
 
@@ -47,6 +48,7 @@ class Source(NamedTuple):
     arrays: dict[str, HostArray]
     groups: dict[str, Places] | None  # of each layer, in the format of Keras 2
     idle: list[str]  # layers without arrays, Dropout and inputs apart
+    places: dict[str, Places]  # of each layer, in the format of Keras 3
 
 
 def open_file(path: Path) -> Source:
@@ -60,15 +62,17 @@ def open_file(path: Path) -> Source:
     content = read_whole(path)
     if pathlib.Path(path).suffix == ".keras" and not content.startswith(b"\x89HDF"):
         description, content = _open_archive(path, content)
-        return Source(description, _weights(read_hdf5(content, path)), None, [])
+        arrays = _weights(read_hdf5(content, path))
+        return Source(description, arrays, None, [], _by_place(arrays))
     contents = read_hdf5(content, path)
     base = "model_weights" if "model_weights" in contents.attributes else ""
     if names := _listed(contents.attributes[base], "layer_names"):
         return _older(path, contents, base + "/" if base else "", names)
     arrays = _weights(contents)
     layers = (g for g in contents.attributes if re.fullmatch(r"layers/[^/]+(/layers/[^/]+)*", g))
-    idle = [g for g in layers if not any(path.startswith(g + "/") for path in arrays)]
-    return Source(None, arrays, None, _working(g.replace("layers/", "") for g in idle))
+    used = {str(folder) for path in arrays for folder in pathlib.PurePosixPath(path).parents}
+    idle = _working(g.replace("layers/", "") for g in layers if g not in used)
+    return Source(None, arrays, None, idle, _by_place(arrays))
 
 
 def _working(layers: Iterable[str]) -> list[str]:
@@ -80,11 +84,19 @@ def _open_archive(path: Path, content: bytes) -> tuple[Config, bytes]:
     """Return the description and the HDF5 file."""
     members = read_zip(path, content, ".keras file")
     try:
-        return json.loads(members["config.json"]), members["model.weights.h5"]
+        return _json(members["config.json"]), members["model.weights.h5"]
     except KeyError as e:
         raise ValueError(f"{path} is damaged or no .keras file: it lacks {e}") from e
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its config.json is damaged: {e}") from e
+
+
+def _json(text: str | bytes) -> Config:
+    """Parse a description, of which a byte can take twenty in memory."""
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"it has {len(text)} characters, expected at most {MOST_TEXT}")
+    found: Config = json.loads(text)
+    return found
 
 
 def _weights(contents: Contents) -> dict[str, HostArray]:
@@ -109,11 +121,11 @@ def _older(path: Path, contents: Contents, base: str, names: list[str]) -> Sourc
             raise ValueError(f"{path} is damaged: it lists {sorted(missing)} and lacks them")
     text = contents.attributes[""].get("model_config")
     try:
-        description = None if text is None else json.loads(text)
+        description = None if text is None else _json(text)
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its model_config is damaged: {e}") from e
     arrays = {k: a for k, a in contents.arrays.items() if not k.startswith(TRAINING)}
-    return Source(description, arrays, groups, _working(g for g, w in groups.items() if not w))
+    return Source(description, arrays, groups, _working(g for g, w in groups.items() if not w), {})
 
 
 def _listed(attributes: dict[str, Any], name: str) -> list[str]:
@@ -188,12 +200,18 @@ def locate(source: Source, part: Part) -> Places:
     """Return the paths of a layer's arrays, by what Keras 3 calls them inside of the layer."""
     if source.groups is not None:
         return _locate_older(source.groups, part)
-    prefix = "".join(f"layers/{name}/" for name in part.place.split("/"))
-    return {
-        path.removeprefix(prefix): path
-        for path in source.arrays
-        if path.startswith(prefix) and not path.startswith(prefix + "layers/")
-    }
+    return source.places.get(part.place, {})
+
+
+def _by_place(arrays: Iterable[str]) -> dict[str, Places]:
+    """Return the paths of the arrays of each layer, by their names inside of it."""
+    places: dict[str, Places] = {}
+    for path in arrays:
+        match = re.match(r"((?:layers/[^/]+/)+)(.*)", path, re.DOTALL)
+        if match and not match[2].startswith("layers/"):
+            place = match[1].removesuffix("/").removeprefix("layers/").replace("/layers/", "/")
+            places.setdefault(place, {})[match[2]] = path
+    return places
 
 
 def _locate_older(groups: dict[str, Places], part: Part) -> Places:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # how the names of the attributes begin that are read; no other is touched
 KNOWN = ("layer_names", "weight_names", "model_config")
+MOST_ITEMS = 50_000  # each takes kilobytes
 HEAP = b"GCOL\x01\x00\x00\x00"
 
 
@@ -54,16 +55,15 @@ def read_hdf5(content: bytes, name: Path) -> Contents:
     try:
         _check_heaps(content)
         with h5py.File(io.BytesIO(content), "r") as file:
-            found = list(_items(h5py, file, "", set()))
-            arrays_found = [item for _, item in found if _is_array(h5py, item)]
-            total = sum(item.id.get_storage_size() for item in arrays_found)
-            if total > len(content):
-                raise ValueError(f"it promises {total} bytes and has {len(content)}")
-            for path, item in found:
+            total = 0
+            for path, item in _items(h5py, file, "", set()):
                 if isinstance(item, h5py.Group):
                     attributes[path] = _attributes(path, item.attrs, len(content))
-                else:
-                    arrays[path] = _array(h5py, item)
+                    continue
+                total += item.id.get_storage_size()
+                if total > len(content):
+                    raise ValueError(f"it promises {total} bytes and has {len(content)}")
+                arrays[path] = _array(h5py, item)
     except (OSError, RuntimeError, LookupError, ArithmeticError, TypeError, ValueError) as e:
         raise ValueError(f"{name} is damaged or no HDF5 file of weights: {e}") from e
     return Contents(arrays, attributes)
@@ -107,6 +107,8 @@ def _items(
         if address in seen:
             raise ValueError(f"{path} is there twice, or in a circle")
         seen.add(address)
+        if len(seen) > MOST_ITEMS:
+            raise ValueError(f"it has more than {MOST_ITEMS} groups and arrays")
         if isinstance(item, h5py.Group):
             yield from _items(h5py, item, path + "/", seen)
         elif isinstance(item, h5py.Dataset):

@@ -13,6 +13,8 @@ import numpy as np
 
 from ...files import read_whole
 from ...typing import HostArray, Path
+from ..files import SLACK
+from .wire import parsed_size
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
@@ -68,10 +70,14 @@ def parse(path: Path, choose: Callable[[GraphProto], GraphProto] | None = None) 
     ValueError
         It is damaged, or has functions, operators of other domains or a version not known here.
     """
-    onnx, path, content = library(), pathlib.Path(path), read_whole(path)
-    if len(content) > LARGEST:
+    onnx, path = library(), pathlib.Path(path)
+    if path.is_file() and path.stat().st_size > LARGEST:
         raise ValueError(f"{path} is larger than the 2 GB that an ONNX file can have")
+    content = read_whole(path)
     try:
+        size = parsed_size(content, onnx.ModelProto.DESCRIPTOR, 4 * SLACK + 2 * len(content))
+        if size > 4 * SLACK + 2 * len(content):
+            raise ValueError("its graph has so many parts that it could fill the memory")
         model: ModelProto = onnx.load_model_from_string(content)
     except Exception as e:  # protobuf's error, whose class depends on how protobuf was built
         raise ValueError(f"{path} is damaged or no ONNX file: {e}") from e

@@ -75,6 +75,7 @@ def visit(walk: Walk, node: Node) -> None:
     results = results if isinstance(results, tuple) else (results,)
     if any(node.outputs[len(results) :]):
         node.refuse(f"has the outputs {node.outputs}, of which only {len(results)} are known")
+    walk.keep(node, results)
     for name, value in zip(node.outputs, results, strict=False):
         if name and name in walk.values:
             node.refuse(f"makes {name!r} a second time")

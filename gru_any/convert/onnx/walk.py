@@ -81,7 +81,7 @@ class Walk:
     merged : the output of a layer by the stages of its two directions
     halves : the bidirectional layer and the direction that a GRU became
     unread : the names of arrays that no node reads
-    budget : how many bytes may still be computed with
+    budget, room : how many bytes may still be computed with, and kept
     """
 
     def __init__(self, graph: "GraphProto", folder: Path, part: bool = False) -> None:
@@ -112,12 +112,19 @@ class Walk:
         self.unread = {t.name for t in graph.initializer} - _read_names(graph)
         whole = sum(v.nbytes for v in self.values.values() if isinstance(v, np.ndarray))
         self.budget = 16 * whole + MEGABYTE
+        self.room = 2 * whole + MEGABYTE
 
     def spend(self, node: Node, arguments: Sequence[object]) -> None:
         """Refuse constants that grow without end."""
         self.budget -= sum(v.nbytes for v in arguments if isinstance(v, np.ndarray))
         if self.budget < 0:
             node.refuse("makes a larger constant than the file holds")
+
+    def keep(self, node: Node, results: Sequence[object]) -> None:
+        """Refuse constants that fill the memory; views of others take none."""
+        self.room -= sum(v.nbytes for v in results if isinstance(v, np.ndarray) and v.base is None)
+        if self.room < 0:
+            node.refuse("makes larger constants than the file holds")
 
     # the sequence that goes from layer to layer --------------------------------------------------
 

@@ -26,6 +26,7 @@ STORAGES = {
     "Untyped": "uint8",
 }  # fmt: skip
 READ = {*STORAGES.values(), "uint16", "uint32", "uint64"}  # dtypes
+MOST_OPERATIONS = 10**6  # about 40 make a tensor
 LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 NUMBERS_AND_TEXT = (
@@ -209,8 +210,10 @@ def unpickle(file: IO[bytes], note: Callable[[Stored], None] = lambda stored: No
         return found
 
     argument: Any
-    for opcode, argument, _ in pickletools.genops(file):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         op = opcode.name
+        if number > MOST_OPERATIONS:
+            raise ValueError("the pickle has so many operations that it could fill the memory")
         if op in ("PROTO", "FRAME"):
             continue
         if op == "STOP":

@@ -1,0 +1,78 @@
+"""Packed matrices of small weights: bfloat16, or int8 with a scale for each row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...typing import HostArray
+from ..rounding import restore, round_weights
+from .packed import PackedMatrix
+
+
+class SmallMatrix(PackedMatrix):
+    """A matrix (N, K) of rounded weights, of which nothing is kept but the panels.
+
+    parts: the rows of each product with a transpose, and its gates, which stand side by side.
+    """
+
+    def __init__(self, matrix: HostArray, small: str, parts: Sequence[tuple[slice, int]]) -> None:
+        self.shape, self.packed = matrix.shape, {}
+        values, scale = round_weights("the matrix", matrix, small)
+        for rows, gates in parts:
+            panels = _arranged(values[rows], gates)
+            if scale is not None:  # in the first rows of each panel
+                head = _arranged(scale[rows, None], gates).view(np.int8)
+                panels = np.concat((head.reshape(len(panels), -1, panels.shape[2]), panels), axis=1)
+            self.packed[rows.start, rows.stop, True, gates] = _from_line(panels)
+
+    @property
+    def matrix(self) -> HostArray:  # type: ignore[override]
+        """The matrix in float32, made anew at each call."""
+        found = np.empty(self.shape, np.float32)
+        for (start, stop, _, gates), panels in self.packed.items():
+            head = panels.shape[1] - self.shape[1]
+            values, scale = _rearranged(panels[:, head:], stop - start, gates), None
+            if head:
+                scales = np.ascontiguousarray(panels[:, :head]).reshape(len(panels), 1, -1)
+                scale = _rearranged(scales.view(np.float32), stop - start, gates)[:, 0]
+            found[start:stop] = restore(values, scale)
+        return found
+
+    @property
+    def arrays(self) -> list[HostArray]:
+        """The panels."""
+        return list(self.packed.values())
+
+    def source(self, rows: slice, transposed: bool) -> HostArray:
+        """Return an empty matrix: there is nothing left to be packed."""
+        return next(iter(self.packed.values()))[0, :0]
+
+
+def _arranged(v: HostArray, gates: int) -> HostArray:
+    """Copy v (N, K) into panels (P, K, gates * units), with zeros beside the last units."""
+    from .gemm import VECTOR_BYTES, VECTORS
+
+    (N, K), units = v.shape, VECTORS[gates] * VECTOR_BYTES // 4  # whose arithmetic is float32
+    H, count = N // gates, -(-(N // gates) // units)
+    room = np.zeros((gates, count * units, K), v.dtype)
+    room[:, :H] = v.reshape(gates, H, K)
+    by_panel = room.reshape(gates, count, units, K).transpose(1, 3, 0, 2)
+    return by_panel.reshape(count, K, gates * units)
+
+
+def _rearranged(panels: HostArray, N: int, gates: int) -> HostArray:
+    """Return v (N, K) of its panels."""
+    count, K, width = panels.shape
+    by_gate = panels.reshape(count, K, gates, width // gates).transpose(2, 0, 3, 1)
+    return by_gate.reshape(gates, -1, K)[:, : N // gates].reshape(N, K)
+
+
+def _from_line(v: HostArray) -> HostArray:
+    """Copy an array to where a line of the cache starts."""
+    from .gemm import LINE_BYTES
+
+    room = np.empty(v.nbytes + LINE_BYTES, np.uint8)
+    start = -room.ctypes.data % LINE_BYTES
+    aligned = room[start : start + v.nbytes].view(v.dtype).reshape(v.shape)
+    aligned[...] = v
+    return aligned
