@@ -141,7 +141,7 @@ def main() -> None:
         times = measured(folder, [*starts], args.sizes, args.rounds, args.steps)
     for what, clock, title in (
         ("step", 0, "step, us: median (99th percentile)"),
-        ("step", 1, "the thread's own time of it, us"),
+        ("step", 1, "a step, the thread's own time, us"),
         ("sequence", 1, f"{STEPS} steps in a call, the thread's own time, us"),
     ):
         show_times(times, [*starts], args.sizes, what, clock, title)
