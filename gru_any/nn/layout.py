@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import arguments
-from ..backend import Backend, to_numpy
-from ..errors import check_shape
+from ..backend import Backend, is_traced, to_numpy
+from ..errors import ShapeError, check_shape
 from ..typing import Array, Lengths
 from .sweep import SequenceMask
 
@@ -101,6 +101,8 @@ class SequenceLayout(NamedTuple):
 
     def _mask(self, lengths: Lengths, T: int, B: int) -> SequenceMask | None:
         """Return the mask of these lengths; None where there is nothing to mask."""
+        if is_traced(lengths):
+            return self._traced_mask(lengths, T, B)
         n = arguments.lengths(to_numpy(lengths, "lengths"), T, B)
         if isinstance(lengths, (list, tuple)) and any(isinstance(v, bool) for v in lengths):
             raise TypeError(f"lengths is {lengths!r}, expected integers")
@@ -108,3 +110,13 @@ class SequenceLayout(NamedTuple):
             return None
         alive = np.arange(T)[:, None, None] < n[None, :, None]
         return SequenceMask(self.backend.put(alive, "bool"), int(n.min()))
+
+    def _traced_mask(self, lengths: Array, T: int, B: int) -> SequenceMask:
+        """Return the mask of lengths without values, of which only shape and dtype are checked."""
+        xp = self.backend.xp
+        if tuple(lengths.shape) != (B,):
+            raise ShapeError(f"lengths is {tuple(lengths.shape)}, expected (B,) = ({B},)")
+        if not xp.isdtype(lengths.dtype, "integral"):
+            raise TypeError(f"lengths has dtype {lengths.dtype}, expected integers")
+        steps = xp.arange(T, dtype=lengths.dtype)[:, None, None]
+        return SequenceMask(steps < lengths[None, :, None], 0)
