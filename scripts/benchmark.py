@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.bars import report
-from benchmarks.contenders import MAKERS, threads_of
+from benchmarks.contenders import MAKERS, NUMBA, threads_of
 from benchmarks.length import sweep
 
 CASES = [
@@ -36,8 +36,9 @@ CASES = [
     (1, 8, 128, 256), (1, 32, 128, 256), (1, 128, 64, 128), (1, 256, 128, 256), (4, 32, 128, 256),
 ]  # fmt: skip
 QUICK = [CASES[0], CASES[3], CASES[6]]
-NEEDS = {"frozen": "numba"}  # contenders that are named otherwise than what they need
-LIBRARIES = ["numpy", "numba", "torch", "onnxruntime", "openvino", "jax"]
+# contenders that are named otherwise than what they need
+NEEDS = {"frozen": "numba", "torch-arrays": "torch", "jax-arrays": "jax"}
+LIBRARIES = ["numpy", "numba", "torch", "onnxruntime", "openvino", "jax", "flax", "equinox"]
 
 
 # in the process of a contender --------------------------------------------------------------------
@@ -95,7 +96,7 @@ class Contender:
         environment = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
                        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=" + str(threads > 1).lower(),
                        "JAX_PLATFORMS": "cpu"}  # fmt: skip
-        if name not in ("numba", "frozen"):
+        if name not in NUMBA:
             environment["GRU_ANY_NO_NUMBA"] = "1"
         command = [sys.executable, __file__, "--worker", name, "--threads", count]
         self.process = subprocess.Popen(
@@ -148,7 +149,7 @@ def agree(numbers: dict[str, Any], cell: Any) -> None:
     reset_after = cell[2]
     expected = numbers["numpy"]
     for name, found in numbers.items():
-        same_equations = name != "floor" and (reset_after or name != "torch")
+        same_equations = name not in ("floor", "flax") and (reset_after or name != "torch")
         if found is not None and same_equations and not np.allclose(found, expected, atol=1e-3):
             raise SystemExit(f"{name} gives other numbers than numpy on {cell}")
 
@@ -228,7 +229,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
     for axis, mode in zip(axes, ["forward", "training"], strict=True):
         cells = [v for v in results.values() if v["cell"][1] == mode and v["cell"][2]]
         cells = [v for v in cells if v["threads"] == max(c["threads"] for c in cells)]
-        for name, marker in zip(others, "oPs^Dvx", strict=True):
+        for name, marker in zip(others, "oPs^Dvx*+12", strict=True):
             ratios = [
                 v["found"][name]["faster"][1] if name in v["found"] else np.nan for v in cells
             ]

@@ -91,7 +91,7 @@ LAYERS = [
     {"backend/bridge"},
     {"backend/modes"},
     {"testing", "backend/cuda"},
-    {"backend/cpu"},
+    {"backend/cpu", "backend/jax_scan"},
     {"backend/reductions", "backend/rounding", "backend/transfer"},
     {"backend/libraries", "backend/reference"},
     {"backend/jax_arrays"},

@@ -2,7 +2,16 @@
 
 from .bridge import by_place
 from .contract import Mode
-from .libraries import NUMPY, Backend, BackendError, of, plain_name, refuse_masked, select
+from .libraries import (
+    NUMPY,
+    Backend,
+    BackendError,
+    is_traced,
+    of,
+    plain_name,
+    refuse_masked,
+    select,
+)
 from .modes import bridged, environment, path, recorded, runner
 from .transfer import asarray, disjoint, overlap, to_numpy
 
@@ -16,6 +25,7 @@ __all__ = [
     "by_place",
     "disjoint",
     "environment",
+    "is_traced",
     "of",
     "overlap",
     "path",

@@ -5,7 +5,7 @@ on the host it is NumPy's, on a CUDA device CuPy's. `by_place` marks the public 
 stands in for itself: a twin over the other backend reads its parameters in place, each time anew.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial, wraps
 from inspect import signature
 from types import CodeType
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ..typing import Array, Arrays, Pytree
 from .cuda import device as cuda
-from .libraries import Backend, of
+from .libraries import Backend, is_traced, of, of_traced
 from .modes import COMPLEX, serves
 from .transfer import FAILURES, neighbour
 
@@ -50,9 +50,12 @@ def by_place(method: Method) -> Method:
 
     @wraps(method)
     def call(model: Model, *args: Any, **options: Any) -> Any:
-        if model.backend.host:
+        backend = model.backend
+        if backend.host or backend.traced:
             return method(model, *args, **options)
-        bridge = _bridge(model.backend, model.dtype)
+        if any(map(is_traced, leaves((args, options)))):
+            return method(_traced(model), *args, **options)
+        bridge = _bridge(backend, model.dtype)
         if bridge is None or not serves(bridge.inner):
             return method(model, *args, **options)
         try:
@@ -61,6 +64,24 @@ def by_place(method: Method) -> Method:
             return method(model, *args, **options)
 
     return cast(Method, call)
+
+
+def leaves(tree: Pytree) -> Iterator[Any]:
+    """Yield what nested tuples, lists and dicts hold."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        yield tree
+        return
+    for branch in tree:
+        yield from leaves(branch)
+
+
+def _traced(model: Model) -> Any:
+    """Return the model for arrays that stand for others; its own parameters are constants there."""
+    twin = model.twin(of_traced(model.backend), model.dtype)
+    model.follow(twin, lambda part: Views(part, part.params))
+    return twin
 
 
 class UnreadableError(TypeError):

@@ -32,6 +32,10 @@ class Mode(StrEnum):
         "compiled",
         "the step's operations, written down once, as one Numba loop over many steps",
     )
+    SCAN = (
+        "scan",
+        "the equations as they stand, as one scan over all steps that JAX compiles",
+    )
     EAGER = (
         "eager",
         "the step's operations, written down once, as a CUDA kernel between two products",
@@ -252,6 +256,7 @@ class Runner(Scans, Products, Memory, Schedules, Protocol):
 
     xp: Namespace
     device: Device
+    whole: bool  # whether all steps are one block
 
     def for_call(self, steps: int, rows: int, units: int) -> "Runner":
         """Return the runner for a call of so many steps, rows of the batch and units."""

@@ -6,6 +6,7 @@ namespace `xp` of one, and asks no questions.
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -63,6 +64,11 @@ class Backend:
     def cuda(self) -> bool:
         """Whether arrays live on a CUDA device, or on one that the host plays."""
         return self.name in cuda.OPERATIONS
+
+    @cached_property
+    def traced(self) -> bool:
+        """Whether arrays stand for others, inside of a function that JAX transforms."""
+        return self.name == "jax.numpy" and self.device is None
 
     @cached_property
     def _dtypes(self) -> dict[str, DType]:
@@ -165,7 +171,7 @@ class Backend:
             raise TypeError(f"{name} is a {type(array).__name__}, {wanted}: {way}") from None
         if home.name != self.name:
             raise TypeError(f"{name} is an array of {home.name}, {wanted}: {way}")
-        if home.device != self.device:
+        if home.device != self.device and not (self.traced or home.traced):
             raise TypeError(f"{name} is on {home.device}, {wanted}: {way}")
         cuda.check_current(name, self)
 
@@ -217,6 +223,12 @@ class Backend:
             self.xp.cuda.get_current_stream().synchronize()
         elif self.name == "torch" and self.device.type == "cuda":
             importlib.import_module("torch").cuda.synchronize(self.device)
+
+
+def is_traced(array: object) -> bool:
+    """Return whether it stands for an array, inside of a function that JAX transforms."""
+    jax: Any = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.core.Tracer)
 
 
 def _scatter_add_host(indices: HostArray, rows: HostArray, n: int) -> HostArray:
@@ -375,6 +387,9 @@ def of(*arrays: Array) -> Backend:
     if all(type(array) is np.ndarray for array in arrays):
         return NUMPY
     homes = {_home(array) for array in arrays}
+    traced = {home for home in homes if home.traced}
+    if traced and len({home.name for home in homes}) == 1:
+        return traced.pop()  # in which concrete arrays are constants
     if len(homes) > 1:
         names = " and ".join(sorted(f"{home.name} on {home.device}" for home in homes))
         raise TypeError(f"arrays of {names} in one call: bring them to one with gru_any.asarray")
@@ -395,7 +410,12 @@ def _home(array: Array) -> Backend:
         if not hasattr(array, "__array_namespace__"):
             raise TypeError(f"{name} is no array library with the Python Array API")
         name = array.__array_namespace__().__name__
-    return _backend(name, _device_of(array))
+    return _backend(name, None if is_traced(array) else _device_of(array))
+
+
+def of_traced(backend: Backend) -> Backend:
+    """Return the backend of arrays that stand for those of another one."""
+    return _backend(backend.name, None)
 
 
 @lru_cache(maxsize=64)

@@ -60,6 +60,8 @@ _asked_once, _asked_once_on_cuda = cache(_asked), cache(_asked_on_cuda)
 
 def _allowed(backend: Backend) -> Mode:
     """Return the fastest mode that the user allows this backend."""
+    if backend.traced:
+        return Mode.PLAIN if (chosen or _asked_once()) == Mode.PLAIN else Mode.SCAN
     if backend.host:
         return chosen or _asked_once()
     return (chosen_on_cuda or _asked_once_on_cuda()) if backend.cuda else Mode.PLAIN
@@ -89,7 +91,7 @@ def runner(backend: Backend, precision: str = "full", dtype: str = "float32") ->
     mode = Mode.PLAIN if dtype == COMPLEX else _allowed(backend)
     if mode == Mode.COMPILED and problem():
         mode = Mode.TRACED
-    return _runner(backend, mode, precision if backend.cuda else "full")
+    return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
 
 
 @cache
@@ -98,6 +100,10 @@ def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
         return Plain(backend.xp, backend.device)
     if backend.cuda:
         return _on_cuda(backend, mode, precision)
+    if mode == Mode.SCAN:
+        from .jax_scan import Scan
+
+        return Scan(backend.xp, backend.device, precision)
     if mode == Mode.TRACED:
         from .cpu.numpy_runner import NumPy
 

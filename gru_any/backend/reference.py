@@ -26,6 +26,8 @@ from .contract import (
 class Plain:
     """Runs blocks of steps on the namespace `xp`."""
 
+    whole = False
+
     def __init__(self, xp: Namespace, device: Device) -> None:
         self.xp, self.device = xp, device
 

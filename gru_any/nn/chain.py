@@ -5,13 +5,13 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 
-from ..backend import Backend, by_place, to_numpy
+from ..backend import Backend, by_place, of, plain_name, to_numpy
 from ..errors import ShapeError
 from ..typing import Array, Arrays, Device, Gradients, Lengths, Rng
 from .cell import GRUCell
 from .gru import GRU
 from .layers import Last
-from .params import BackendLike, Layer, check_mapping, load, refuse_shared
+from .params import BackendLike, Layer, check_mapping, load, refuse_names, refuse_shared
 
 States: TypeAlias = Sequence[Array | None]  # h (L*D, B, H) of each GRU
 # dy, dstate -> grads, dx, dstate
@@ -235,6 +235,20 @@ class Chain:
         """Return a new chain with these weights on another backend, device or dtype."""
         refuse_shared(self.params)
         return _chain([layer.to(backend, device, dtype) for layer in self.layers], dict(self.tied))
+
+    def apply(self, params: Arrays, *args: object, **options: object) -> Any:
+        """Call the chain with these parameters, named like its own; see `Layer.apply`."""
+        refuse_names(self, params, lambda missing, unused: "")
+        named = {**params, **{alias: params[name] for alias, name in self.tied.items()}}
+        own = [{k: named[f"{i}.{k}"] for k in layer.params} for i, layer in enumerate(self.layers)]
+        home, dtype = of(*params.values()), plain_name(next(iter(params.values())).dtype)
+        twin: Any = self.twin(home, dtype)
+        twin.layers = tuple(
+            layer._with(of_layer) if of_layer else layer.over(home, dtype, ())
+            for layer, of_layer in zip(self.layers, own, strict=True)
+        )
+        twin.params = self.params
+        return twin(*args, **options)
 
     @cached_property
     def twins(self) -> dict[str, "Chain"]:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from .. import arguments
-from ..backend import Backend
-from ..errors import check_shape
+from ..backend import Backend, is_traced
+from ..errors import ShapeError, check_shape
 from ..typing import Array, HostArray, Lengths
 from .steps import Restarts, flags, gathered, repeated, restarts, running
 from .sweep import SequenceMask
@@ -70,6 +70,8 @@ class SequenceLayout(NamedTuple):
         repeat = arguments.choice("skipped", skipped, ("zero", "repeat")) == "repeat"
         if lengths is None and mask is None and resets is None:
             return Call(x, h0, None, Restarts(None, None), repeat, unbatched)
+        if any(map(is_traced, (lengths, mask, resets))):
+            return self._traced(x, h0, lengths, mask, resets, repeat)
         given = None if mask is None else self._flags("mask", mask, T, B, unbatched)
         alive, found = running(lengths, given, T, B), Restarts(None, None)
         if resets is not None:
@@ -77,6 +79,24 @@ class SequenceLayout(NamedTuple):
             found = restarts(at, alive, backend, self.reverses, self.layers)
         call = Call(x, h0, self._mask(alive), found, repeat, unbatched)
         return call._replace(h0=self.without_fresh(call, h0))
+
+    def _traced(
+        self,
+        x: Array,
+        h0: Array,
+        lengths: Lengths | None,
+        mask: Array | None,
+        resets: Array | None,
+        repeat: bool,
+    ) -> Call:
+        """Enter a call inside of jax.jit, whose lengths have no values yet."""
+        if mask is not None or resets is not None:
+            raise TypeError(
+                "lengths, mask or resets are traced by JAX; with mask or resets, all of them must "
+                "be known before the call: close over NumPy arrays in the traced function"
+            )
+        T, B, _ = x.shape
+        return Call(x, h0, self._traced_mask(lengths, T, B), Restarts(None, None), repeat, False)
 
     def without_fresh(self, call: Call, states: Array) -> Array:
         """Return states (L*D, B, H) with zeros where a reset came before the first step."""
@@ -156,3 +176,13 @@ class SequenceLayout(NamedTuple):
         parts = [v[:, :, d * H : (d + 1) * H] for d in range(self.directions)]
         pairs = zip(parts, self.reverses, strict=True)
         return xp.concat([function(xp, part, alive, way) for part, way in pairs], axis=-1)
+
+    def _traced_mask(self, lengths: Array, T: int, B: int) -> SequenceMask:
+        """Return the mask of lengths without values, of which only shape and dtype are checked."""
+        xp = self.backend.xp
+        if tuple(lengths.shape) != (B,):
+            raise ShapeError(f"lengths is {tuple(lengths.shape)}, expected (B,) = ({B},)")
+        if not xp.isdtype(lengths.dtype, "integral"):
+            raise TypeError(f"lengths has dtype {lengths.dtype}, expected integers")
+        steps = xp.arange(T, dtype=lengths.dtype)[:, None, None]
+        return SequenceMask(steps < lengths[None, :, None], 0)

@@ -10,7 +10,16 @@ from typing import Any, NoReturn, Protocol, Self, TypeAlias
 import numpy as np
 
 from .. import arguments
-from ..backend import Backend, disjoint, overlap, plain_name, select, to_numpy
+from ..backend import (
+    Backend,
+    disjoint,
+    is_traced,
+    of,
+    overlap,
+    plain_name,
+    select,
+    to_numpy,
+)
 from ..errors import ShapeError
 from ..typing import Array, Arrays, Device, HostArray, Rng, Shape
 
@@ -32,6 +41,11 @@ class Params(dict[str, Array]):
         if name not in self:
             raise KeyError(f"{name!r} is no parameter; there are {', '.join(self)}")
         if array is not self[name]:
+            if is_traced(array):
+                raise TypeError(
+                    f"{name} is traced by JAX, and would outlive the function that it stands in: "
+                    "pass parameters as an argument, with apply(params, x)"
+                )
             self.backend.check(name, array, self.dtype)
             _same_shape(name, array, tuple(self[name].shape))
         super().__setitem__(name, array)
@@ -200,6 +214,43 @@ class Layer:
         host = {name: to_numpy(array) for name, array in self.params.items()}
         return _again, (type(self), self.settings, self.backend, self.dtype, host)
 
+    def apply(self, params: Arrays, *args: object, **options: object) -> Any:
+        """Call the layer with these parameters in place of its own, which it does not change.
+
+        All that the result depends on is then an argument, as `jax.jit`, `jax.grad` and `jax.vmap`
+        want it.
+
+        Parameters
+        ----------
+        params : mapping of the names of `params` to arrays
+            Of any library; the other arguments must be of the same. Their dtype is that of the
+            call.
+        *args, **options
+            As in a call of the layer.
+
+        Raises
+        ------
+        KeyError
+            A name is missing or unused.
+        ValueError, TypeError
+            An array has another shape, or the arrays are of several libraries or dtypes.
+        """
+        layer: Any = self._with(params)
+        return layer(*args, **options)
+
+    def _with(self, params: Arrays) -> Self:
+        """Return the layer over these parameters."""
+        refuse_names(self, params, self._advice)
+        if not params:
+            return self
+        arrays = {name: params[name] for name in self.params}
+        backend, dtype = of(*arrays.values()), plain_name(next(iter(arrays.values())).dtype)
+        _refuse_dtype(dtype)
+        for name, array in arrays.items():
+            backend.check(name, array, dtype)
+            _same_shape(name, array, tuple(self.params[name].shape))
+        return self.over(backend, dtype, arrays.items())
+
     def over(self, backend: Backend, dtype: str, arrays: Iterable[tuple[str, Array]]) -> Self:
         """Return this layer over other arrays, which are neither copied nor checked."""
         twin = object.__new__(type(self))
@@ -250,6 +301,11 @@ class Layer:
         """
         if rng is None or not p:
             return None
+        if self.backend.traced:
+            raise TypeError(
+                "rng would draw the mask once, while JAX traces the function, and every later call "
+                "would drop the same: call vjp outside of jax.jit, or mask x by jax.random"
+            )
         kept = self.backend.put((rng.random(shape) >= p).view(np.uint8))
         return self.backend.xp.astype(kept, self.backend.dtype(self.dtype)) * (1 / (1 - p))
 
@@ -275,20 +331,27 @@ def _refuse_dtype(dtype: object) -> None:
 
 def load(layer: Parametrised, mapping: Arrays, advice: Callable[[set[str], set[str]], str]) -> None:
     """Put copies of the arrays of `mapping` into `layer.params`; strict, all or nothing."""
-    check_mapping(mapping)
+    refuse_names(layer, mapping, advice)
     ours = layer.params
-    missing, unused = set(ours) - set(mapping), set(mapping) - set(ours)
-    if missing or unused:
-        raise KeyError(
-            f"parameters do not fit {layer!r}: missing {sorted(missing)}, unused {sorted(unused)}"
-            + advice(missing, unused)
-        )
     hosts = {name: _host(name, mapping[name], layer.dtype) for name in ours}
     for name, host in hosts.items():
         _same_shape(name, host, tuple(ours[name].shape))
     new = {name: layer.backend.put(host, layer.dtype) for name, host in hosts.items()}
     for name, array in new.items():
         ours[name] = array
+
+
+def refuse_names(
+    layer: Parametrised, mapping: Arrays, advice: Callable[[set[str], set[str]], str]
+) -> None:
+    """Raise where the names of a mapping are not those of the layer's parameters."""
+    check_mapping(mapping)
+    missing, unused = set(layer.params) - set(mapping), set(mapping) - set(layer.params)
+    if missing or unused:
+        raise KeyError(
+            f"parameters do not fit {layer!r}: missing {sorted(missing)}, unused {sorted(unused)}"
+            + advice(missing, unused)
+        )
 
 
 def check_mapping(mapping: object) -> None:

@@ -113,7 +113,8 @@ class Sweep(NamedTuple):
         y = run.output((T, B, h.shape[-1]), x.dtype) if outputs else None
         weights = self._packed(x)
         segments: list[Segment] = []
-        for blocks in _segments(T, B, segment, self.reverse, STEPS, ROWS):
+        least = T if run.whole else STEPS
+        for blocks in _segments(T, B, segment, self.reverse, least, ROWS):
             residuals: list[Residuals] | None = [] if keep and segment is None else None
             if keep:
                 segments.append(Segment(blocks, h, residuals))

@@ -165,39 +165,78 @@ def _openvino_core() -> Any:
     return core
 
 
+def arrays_of(library: str) -> Callable[..., Call]:
+    """gru_any over arrays of another library on the host, as `ours` over NumPy's."""
+
+    def make(x: Any, dy: Any, gru: Any, mode: str) -> Call:
+        there = gru.to(library)
+        put = there.backend.put
+        return ours(put(x), put(dy), there, mode)
+
+    return make
+
+
 def jax(x: Any, dy: Any, gru: Any, mode: str) -> Call:
-    """A scan over the same equations, compiled by JAX; its own derivative."""
-    import jax as library
+    """gru_any inside of `jax.jit`, and `jax.vjp` of it."""
+    there = gru.to("jax.numpy")
+    return _compiled(x, dy, mode, dict(there.params), lambda params, x: there.apply(params, x)[0])
 
-    from gru_any import equations
 
-    xp, H = library.numpy, gru.hidden_size
-    step = equations.variant(gru.reset_after).step
-    params = {k: xp.asarray(v) for k, v in gru.params.items()}
+def flax(x: Any, dy: Any, gru: Any, mode: str) -> Call | None:
+    """flax.nnx.RNN over its GRUCell, with weights of its own."""
+    if not gru.reset_after:
+        return None
+    from flax import nnx
+    from jax.numpy import zeros
 
-    def run(params: Any, x: Any, h: Any) -> Any:
-        a = x @ params["weight_ih_l0"].T + params["bias_ih_l0"]
-        recurrent = [params["weight_hh_l0"]]
-        if gru.reset_after:
-            c = params["bias_hh_l0"]
-            a = a + xp.concat([c[: 2 * H], xp.zeros(H, "float32")])
-            recurrent.append(c[2 * H :])
+    cell = nnx.GRUCell(x.shape[2], gru.hidden_size, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(nnx.RNN(cell, time_major=True), nnx.Param, ...)
+    h0 = zeros((x.shape[1], gru.hidden_size), "float32")
 
-        def one(h: Any, a: Any) -> Any:
-            h = step(xp, a, h, *recurrent)[0]
+    def run(params: Any, x: Any) -> Any:
+        return nnx.merge(graph, params, rest)(x, initial_carry=h0)
+
+    return _compiled(x, dy, mode, params, run)
+
+
+def equinox(x: Any, dy: Any, gru: Any, mode: str) -> Call | None:
+    """Equinox's GRUCell over the batch, in a scan."""
+    if not gru.reset_after:
+        return None
+    import equinox as library
+    import jax as lax
+
+    from gru_any.convert.equinox import to_arrays
+
+    cell = library.nn.GRUCell(x.shape[2], gru.hidden_size, key=lax.random.key(0))
+    for name, array in to_arrays(gru)[0].items():
+        there = lax.numpy.asarray(array)
+        cell = library.tree_at(lambda cell, name=name: getattr(cell, name), cell, there)
+    zeros = lax.numpy.zeros((x.shape[1], gru.hidden_size), "float32")
+    params, static = library.partition(cell, library.is_array)
+
+    def run(params: Any, x: Any) -> Any:
+        rows = lax.vmap(library.combine(params, static))
+
+        def step(h: Any, x: Any) -> Any:
+            h = rows(x, h)
             return h, h
 
-        return library.lax.scan(one, h, a)[1]
+        return lax.lax.scan(step, zeros, x)[1]
 
-    def train(params: Any, x: Any, h: Any, dy: Any) -> Any:
-        return library.vjp(run, params, x, h)[1](dy)
+    return _compiled(x, dy, mode, params, run)
 
-    X, D, h0 = xp.asarray(x), xp.asarray(dy), xp.zeros((x.shape[1], H), "float32")
+
+def _compiled(x: Any, dy: Any, mode: str, params: Any, run: Callable[[Any, Any], Any]) -> Call:
+    """A function of parameters and x, or its gradient, compiled by JAX."""
+    import jax as library
+
+    X, D = library.numpy.asarray(x), library.numpy.asarray(dy)
     if mode == "forward":
         forward = library.jit(run)
-        return lambda: np.asarray(forward(params, X, h0))
-    both = library.jit(train)
-    return lambda: np.asarray(library.block_until_ready(both(params, X, h0, D))[1])
+        return lambda: np.asarray(forward(params, X))
+    both = library.jit(lambda params, x, dy: library.vjp(run, params, x)[1](dy))
+    return lambda: np.asarray(library.block_until_ready(both(params, X, D))[1])
 
 
 MAKERS: dict[str, Callable[..., Call | None]] = {
@@ -208,21 +247,28 @@ MAKERS: dict[str, Callable[..., Call | None]] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "jax": jax,
+    "flax": flax,
+    "equinox": equinox,
+    "torch-arrays": arrays_of("torch"),
+    "jax-arrays": arrays_of("jax.numpy"),
     "floor": floor,
 }
+
+
+NUMBA = ("numba", "frozen", "torch-arrays", "jax-arrays")  # who runs on Numba's loops
 
 
 def threads_of(name: str) -> int:
     """How many threads a contender uses in this process, as its own library tells."""
     if name == "torch":
         return int(importlib.import_module("torch").get_num_threads())
-    if name in ("numba", "frozen"):
+    if name in NUMBA:
         return int(importlib.import_module("gru_any.backend.cpu.threads").count())
     if name == "onnxruntime":
         return int(_onnxruntime_options().intra_op_num_threads)
     if name == "openvino":
         return int(_openvino_core().get_property("CPU", "INFERENCE_NUM_THREADS"))
-    if name == "jax":  # it has no switch, but keeps to the cores it is given
+    if name in ("jax", "flax", "equinox"):  # it has no switch, but keeps to the cores it is given
         return len(os.sched_getaffinity(0))
     pools = importlib.import_module("threadpoolctl").threadpool_info()
     return max(int(pool["num_threads"]) for pool in pools if pool["user_api"] == "blas")

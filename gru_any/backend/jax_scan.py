@@ -1,0 +1,143 @@
+"""The runner inside of functions that JAX transforms: `jax.jit`, `jax.grad`, `jax.vmap`.
+
+All steps are one `lax.scan` over the step of the equations, so compiling takes as long for 10,000
+steps as for 10. The gradient is JAX's own, of that scan.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ..codegen.restart import restarted
+from ..codegen.schedule import backward_program, forward_program
+from ..codegen.trace import Product, Program
+from ..typing import Array, Device, Namespace, Step
+from .contract import Alive, InputProducts, Matrix, Recurrent
+from .reference import Plain
+
+UNROLL = 1  # steps in one turn of the compiled loop
+
+
+class Operand:
+    """U (3H, H) as a step reads it: the parts that its products multiply by, made before the scan.
+
+    Inside of the scan XLA would cut and transpose them again in every step.
+    """
+
+    def __init__(self, U: Array, program: Program) -> None:
+        H = U.shape[-1]
+        self.U, self.shape, self.dtype = U, U.shape, U.dtype
+        self.made: dict[tuple[int, int, bool], Array] = {}
+        for op in program.ops:
+            if isinstance(op, Product):
+                first, last = op.rows.start * H, op.rows.stop * H
+                rows = U[first:last, :]
+                self.made[first, last, op.transposed] = rows.T if op.transposed else rows
+
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> "Rows":
+        rows = key if isinstance(key, slice) else key[0]
+        first, last, _ = rows.indices(self.shape[0])
+        return Rows(self, first, last, False)
+
+    T = property(lambda self: Rows(self, 0, self.shape[0], True))
+
+    def __rmatmul__(self, left: Array) -> Array:
+        return left @ Rows(self, 0, self.shape[0], False)
+
+
+class Rows:
+    """Some rows of it, perhaps transposed."""
+
+    def __init__(self, of: Operand, first: int, last: int, transposed: bool) -> None:
+        self.of, self.key = of, (first, last, transposed)
+
+    def transpose(self) -> "Rows":
+        """Return the same rows, transposed."""
+        first, last, transposed = self.key
+        return Rows(self.of, first, last, not transposed)
+
+    T = property(transpose)
+
+    def __rmatmul__(self, left: Array) -> Array:
+        return left @ self.of.made[self.key]
+
+
+class Scan(Plain):
+    """Runs all steps as one scan that JAX compiles."""
+
+    whole = True
+
+    def __init__(self, xp: Namespace, device: Device, precision: str) -> None:
+        import jax
+
+        super().__init__(xp, device)
+        self._scan: Callable[..., Any] = jax.lax.scan
+        self._precision: Callable[..., AbstractContextManager[None]] = jax.default_matmul_precision
+        self._products = "highest" if precision == "full" else "default"
+
+    def product(self, left: Array, right: Matrix) -> Array:
+        with self._precision(self._products):
+            return super().product(left, right)
+
+    def forward(
+        self,
+        step: Step,
+        a: InputProducts,
+        h: Array,
+        recurrent: Recurrent,
+        alive: Alive,
+        reverse: bool,
+        keep: bool,
+        cut: Array | None = None,
+    ) -> tuple[Array, Sequence[Array] | None]:
+        xp, H, (U, *vectors) = self.xp, h.shape[-1], recurrent
+        M = Operand(U, forward_program(step, len(vectors), keep))
+        run = step if cut is None else restarted(step)
+
+        def one(
+            h: Array, at: tuple[tuple[Array, ...], Any, tuple[Array, ...]]
+        ) -> tuple[Array, Any]:
+            parts, mask, cuts = at
+            new, saved = run(xp, xp.concat(parts, axis=-1), h, M, *vectors, *cuts)
+            h = new if mask is None else xp.where(mask, new, h)
+            return h, (h, saved if keep else saved[len(saved) - len(cuts) :])
+
+        with self._precision(self._products):
+            if a.shape[0] == 1:
+                return super().forward(step, a, h, recurrent, alive, reverse, keep, cut)
+            # apart, since XLA cuts them up more slowly inside of the scan
+            parts = tuple(a[..., n : n + H] for n in range(0, a.shape[-1], H))
+            steps = parts, None if alive is None else alive.block, () if cut is None else (cut,)
+            _, (states, saved) = self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)
+        ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
+        return xp.concat(ends), saved or None
+
+    def backward(
+        self,
+        step: Step,
+        dy: Array | None,
+        dh: Array,
+        previous: Array,
+        saved: Sequence[Array],
+        U: Matrix,
+        alive: Alive,
+        reverse: bool,
+        taps: bool,
+        cut: Array | None = None,
+    ) -> tuple[tuple[Array, ...], Array, Array | None]:
+        xp = self.xp
+        M = Operand(U, backward_program(step, len(saved), dy is not None, taps))
+
+        def one(dh: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
+            dy, h, saved, mask, cuts = at
+            for ended in cuts:  # the next step did not begin from this one
+                dh = xp.where(ended, xp.zeros_like(dh), dh)
+            g = dh if dy is None else dh + dy
+            new, parts = step(xp, g, h, saved, M)
+            return new if mask is None else xp.where(mask, new, dh), (parts, g if taps else None)
+
+        mask = None if alive is None else alive.block
+        steps = dy, previous, tuple(saved), mask, () if cut is None else (cut,)
+        with self._precision(self._products):
+            dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=UNROLL)
+        return parts, dh, gs

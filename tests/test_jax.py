@@ -1,0 +1,298 @@
+"""Models inside of jax.jit, jax.grad and jax.vmap; their gradient by JAX against the pullback."""
+
+import os
+
+import numpy as np
+import pytest
+from conftest import require, running
+
+from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear
+from gru_any.backend import Mode
+
+jax = require("jax")
+jnp = jax.numpy
+SIZES = {"T": 6, "B": 3, "I": 2, "H": 4}
+KINDS = {
+    "one layer": {},
+    "after": {"reset_after": True, "num_layers": 2},
+    "both ways": {"bidirectional": True, "num_layers": 2},
+    "reverse": {"reverse": True, "reset_after": True, "batch_first": True},
+    "no bias": {"bias": False, "reset_after": True},
+}
+LENGTHS = [6, 0, 4]
+
+
+def numbers(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def model(**options):
+    return GRU(2, 4, backend="jax.numpy", dtype="float64", seed=0, **options)
+
+
+def inputs(gru):
+    """x, h0 and the cotangents of y and h_n."""
+    D = len(gru.suffixes)
+    x, dy = numbers(6, 3, 2), numbers(6, 3, 4 * D, seed=1)
+    if gru.batch_first:
+        x, dy = x.swapaxes(0, 1), dy.swapaxes(0, 1)
+    states = numbers(gru.num_layers * D, 3, 4, seed=2), numbers(gru.num_layers * D, 3, 4, seed=3)
+    return x, states[0], dy, states[1]
+
+
+def close(found, expected, error=1e-10):
+    """Trees of arrays are equal, relative to the largest number of each array."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        scale = max(float(np.abs(b).max(initial=0)), 1e-3)
+        assert float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0)) <= error * scale
+
+
+def cases():
+    """Each kind of GRU with one kind of lengths, or GRU_ANY_THOROUGH=1 with all."""
+    if os.environ.get("GRU_ANY_THOROUGH"):
+        return [(kind, lengths) for kind in KINDS for lengths in (None, "known", "traced")]
+    return list(zip(KINDS, [None, "traced", "known", "traced", None], strict=True))
+
+
+@pytest.mark.parametrize(("kind", "lengths"), cases())
+def test_outputs_and_gradients_are_those_of_the_pullback(kind, lengths):
+    gru = model(**KINDS[kind])
+    x, h0, dy, dh = inputs(gru)
+    known = None if lengths is None else LENGTHS
+    traced = jnp.asarray(LENGTHS) if lengths == "traced" else None
+    (y, h_n), pullback = gru.vjp(x, h0, known)
+
+    def total(params, x, h0, n):
+        y, h_n = gru.apply(params, x, h0, lengths=known if n is None else n)
+        return (y * dy).sum() + (h_n * dh).sum(), (y, h_n)
+
+    both = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
+    (_, found), gradient = both(dict(gru.params), x, h0, traced)
+    close(found, (y, h_n))
+    close(gradient, pullback(dy, dh))
+
+
+@pytest.mark.parametrize("kind", ["one layer", "both ways"])
+def test_skipped_steps_and_resets_inside_of_jit(kind):
+    gru = model(**KINDS[kind])
+    x, h0, dy, dh = inputs(gru)
+    rng = np.random.default_rng(0)
+    flags = {"mask": rng.random((6, 3)) < 0.7, "resets": rng.random((6, 3)) < 0.4}
+
+    def loss(params, x, h0):
+        y, h = gru.apply(params, x, h0, **flags, skipped="repeat")
+        return (y * dy).sum() + (h * dh).sum()
+
+    grads, dx, dh0 = gru.vjp(x, h0, **flags, skipped="repeat")[1](dy, dh)
+    found = jax.jit(jax.grad(loss, (0, 1, 2)))(dict(gru.params), x, h0)
+    close(found, (grads, dx, dh0))
+
+    @jax.jit
+    def own(x, h0):
+        return gru.vjp(x, h0, **flags, skipped="repeat")[1](dy, dh)
+
+    close(own(x, h0), (grads, dx, dh0))
+    with pytest.raises(TypeError, match="traced by JAX; with mask or resets"):
+        jax.jit(lambda x, resets: gru(x, resets=resets)[0])(x, flags["resets"])
+
+
+def test_a_checkpoint_and_our_own_pullback_inside_of_jit():
+    gru = model(bidirectional=True, reset_after=True)
+    x, h0, dy, dh = inputs(gru)
+    pullback = gru.vjp(x, h0, LENGTHS)[1]
+
+    @jax.checkpoint
+    def total(params, x, h0, n):
+        y, h_n = gru.apply(params, x, h0, n)
+        return (y * dy).sum() + (h_n * dh).sum()
+
+    @jax.jit
+    def every(params, x, h0, n, dy, dh):
+        own = gru.vjp(x, h0, n)[1]
+        return jax.grad(total, (0, 1, 2))(params, x, h0, n), own(dy, dh), own.taps(dy, dh)
+
+    by_jax, own, taps = every(dict(gru.params), x, h0, jnp.asarray(LENGTHS), dy, dh)
+    close(by_jax, pullback(dy, dh))
+    close(own, pullback(dy, dh))
+    close(taps, pullback.taps(dy, dh))
+
+
+def test_vmap_over_calls_and_for_gradients_of_each_example():
+    gru = model(num_layers=2)
+    xs, params = numbers(2, 6, 3, 2), dict(gru.params)
+    models = {name: jnp.stack([v, 2 * v]) for name, v in params.items()}
+
+    def loss(params, x):  # of one sequence (T, I)
+        return (gru.apply(params, x)[0] ** 2).sum()
+
+    @jax.jit
+    def every(params, models, xs):
+        many = jax.vmap(gru.apply, (None, 0))(params, xs)
+        two = jax.vmap(gru.apply, (0, None))(models, xs[0])
+        return many, two, jax.vmap(jax.grad(loss), (None, 1))(params, xs[0])
+
+    many, two, each = every(params, models, xs)
+    close(many, tuple(jnp.stack(v) for v in zip(*map(gru, xs), strict=True)))
+    close(two[0][1], gru.apply({name: v[1] for name, v in models.items()}, xs[0])[0])
+    host = gru.to("numpy")
+    for n in range(3):
+        y, pullback = host.vjp(np.asarray(xs[0, :, n, :]))
+        close({name: np.asarray(g[n]) for name, g in each.items()}, pullback(2 * y[0])[0])
+    close(jax.vmap(lambda x: gru(x)[0])(xs), many[0])  # without jit
+
+
+def test_compiling_takes_as_long_for_many_steps_as_for_few():
+    gru = model(num_layers=2, bidirectional=True)
+    x = numbers(2, 3, 2)
+    program = str(jax.make_jaxpr(gru.apply)(dict(gru.params), x[:2]))
+    gradient = jax.make_jaxpr(jax.grad(lambda p, x: gru.apply(p, x)[0].sum()))
+    few, many = (str(gradient(dict(gru.params), jnp.zeros((T, 3, 2)))) for T in (10, 1000))
+    assert few.count(" = ") == many.count(" = ")  # equations of the program
+    assert program.count("scan[") == 4  # one for each layer and direction
+    exact = program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+    assert exact == program.count("dot_general[") > 0
+
+
+def test_other_calls_of_a_model_inside_of_jit():
+    gru = model(num_layers=2, reset_after=True)
+    x, h0, *_ = inputs(gru)
+    shapes = [(0, 3, 2), (1, 3, 2), (6, 0, 2), (6, 2)]
+
+    @jax.jit
+    def every(x, h0, n):
+        calls = gru(x, h0), gru.last(x, h0, n), gru.taps(x), gru.step(x[0], h0)
+        return calls, [gru(jnp.ones(shape)) for shape in shapes]
+
+    with jax.check_tracer_leaks():
+        calls, odd = every(x, h0, jnp.asarray(LENGTHS))
+    close(calls, (gru(x, h0), gru.last(x, h0, LENGTHS), gru.taps(x), gru.step(x[0], h0)))
+    close(odd, [gru(jnp.ones(shape)) for shape in shapes])
+    close(jax.grad(lambda x: gru(x)[0].sum())(x), gru.vjp(x)[1](jnp.ones((6, 3, 4)))[1])
+
+
+def test_a_replaced_equation_is_followed(monkeypatch):
+    from gru_any import equations
+
+    gru = model()
+    x, *_ = inputs(gru)
+    before = gru(x)[0]
+    step = equations.reset_before
+    monkeypatch.setattr(equations, "reset_before", lambda xp, a, h, U: step(xp, 2.0 * a, h, U))
+    after = jax.jit(lambda x: gru(x)[0])(x)
+    assert float(np.abs(after - before).max()) > 0.01
+    close(after, gru(x)[0])
+    with running(Mode.PLAIN):  # unrolled
+        close(jax.jit(lambda x: gru(x)[0])(x), after)
+
+
+def test_layers_cells_and_chains_with_parameters_as_an_argument():
+    options = {"backend": "jax.numpy", "dtype": "float64"}
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (6, 3)))
+    chain = Chain(
+        Embedding(5, 4, seed=0, **options),
+        GRU(4, 4, seed=1, **options),
+        Dropout(0.5, **options),
+        Linear(4, 5, seed=2, **options),
+        tied={"3.weight": "0.weight"},
+    )
+    (y, state), pullback = chain.vjp(tokens)
+    params = dict(chain.params)
+    assert "3.weight" not in params
+
+    @jax.jit
+    def every(params, tokens, state):
+        def total(params):
+            found = chain.apply(params, tokens)
+            return (found[0] ** 2).sum(), found
+
+        gradient, found = jax.grad(total, has_aux=True)(params)
+        return found, gradient, chain(tokens, state)
+
+    close(every(params, tokens, state), ((y, state), pullback(2 * y)[0], chain(tokens, state)))
+    linear, x = Linear(2, 3, seed=0, **options), numbers(6, 2)
+    y, pullback = linear.vjp(x)
+    total = jax.jit(jax.grad(lambda p, x: (linear.apply(p, x) ** 2).sum(), (0, 1)))
+    close(total(dict(linear.params), x), pullback(2 * y))
+    cell, h0 = GRUCell(2, 4, seed=0, reset_after=True, **options), numbers(3, 4)
+    xs, cell_params = numbers(6, 3, 2), dict(cell.params)
+
+    def run(params, xs):  # a loop of the user's own
+        def step(h, x):
+            h = cell.apply(params, x, h)
+            return h, h
+
+        return jax.lax.scan(step, h0, xs)[1]
+
+    gru = GRU(2, 4, reset_after=True, **options)
+    gru.load_params({f"{name}_l0": v for name, v in cell_params.items()})
+    y, pullback = gru.vjp(xs, h0[None])
+    total = jax.jit(jax.value_and_grad(lambda *v: (run(*v) ** 2).sum(), (0, 1)))
+    value, found = total(cell_params, xs)
+    grads, dx, _ = pullback(2 * y[0])
+    close(value, (y[0] ** 2).sum())
+    close(found, ({name.removesuffix("_l0"): g for name, g in grads.items()}, dx))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "array_api_strict"])
+def test_parameters_as_an_argument_on_every_library(library):
+    require(library)
+    gru = GRU(2, 4, num_layers=2, backend=library, seed=0)
+    host, x = gru.to("numpy"), np.random.default_rng(0).standard_normal((6, 3, 2))
+    other = GRU(2, 4, num_layers=2, seed=1)
+    before = {name: gru.backend.to_numpy(v).copy() for name, v in gru.params.items()}
+    put = gru.backend.put
+    y, h_n = gru.apply({k: put(v) for k, v in other.params.items()}, put(x, "float32"))
+    Y, H_n = other(x.astype("float32"))
+    np.testing.assert_allclose(gru.backend.to_numpy(y), Y, atol=1e-6)
+    np.testing.assert_allclose(gru.backend.to_numpy(h_n), H_n, atol=1e-6)
+    for name, v in gru.params.items():
+        np.testing.assert_array_equal(gru.backend.to_numpy(v), before[name])
+    wide = {k: v.astype("float64") for k, v in other.params.items()}
+    assert host.apply(wide, x)[0].dtype == np.float64  # the dtype of the call is theirs
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_half_precision_inside_of_jit(half):
+    gru = GRU(2, 4, num_layers=2, backend="jax.numpy", dtype=half, seed=0)
+    x = numbers(6, 3, 2).astype(half)
+    y, h_n = jax.jit(gru.apply)(dict(gru.params), x)
+    assert y.dtype == h_n.dtype == half
+    expected = gru.to(dtype="float32")(x.astype("float32"))[0]
+    np.testing.assert_allclose(np.asarray(y, "float32"), expected, atol=2e-2)
+
+
+def test_what_is_refused():
+    gru, x = model(), numbers(6, 3, 2)
+    params = dict(gru.params)
+    less = {name: v for name, v in params.items() if "bias" not in name}
+    with pytest.raises(KeyError, match=r"missing \['bias_ih_l0'\]"):
+        gru.apply(less, x)
+    with pytest.raises(KeyError, match=r"unused \['bias_hh_l0'\]"):
+        jax.jit(gru.apply)({**params, "bias_hh_l0": x}, x)
+    with pytest.raises(ValueError, match="weight_hh_l0 is "):
+        gru.apply({**params, "weight_hh_l0": params["weight_ih_l0"]}, x)
+    with pytest.raises(TypeError, match="in one call"):
+        gru.apply({**params, "bias_ih_l0": np.zeros(12)}, x)
+    with pytest.raises(TypeError, match="bias_ih_l0 has dtype float32, expected float64"):
+        gru.apply({**params, "bias_ih_l0": jnp.zeros(12, "float32")}, x)
+    with pytest.raises(TypeError, match="parameters are a list, expected a mapping"):
+        gru.apply([params], x)
+    with pytest.raises(TypeError, match="x has dtype float32, expected float64"):
+        jax.jit(gru)(x.astype("float32"))
+    with pytest.raises(ValueError, match="lengths is "):
+        jax.jit(gru)(x, None, jnp.asarray([1, 2]))
+    with pytest.raises(TypeError, match="lengths has dtype float64, expected integers"):
+        jax.jit(gru)(x, None, jnp.asarray([1.0, 2, 3]))
+
+    def assign(x):
+        gru.params["bias_ih_l0"] = x
+
+    with pytest.raises(TypeError, match="would outlive the function"):
+        jax.jit(assign)(jnp.zeros(12))
+    dropping = model(num_layers=2, dropout=0.5)
+    with pytest.raises(TypeError, match="rng would draw the mask once"):
+        jax.jit(lambda x: dropping.vjp(x, rng=np.random.default_rng(0))[0])(x)
+    with pytest.raises(TypeError, match=r"is an array of jax\.numpy, expected an array of numpy"):
+        jax.jit(GRU(2, 4))(x)
