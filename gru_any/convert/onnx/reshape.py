@@ -87,7 +87,7 @@ def _regroup(axes: Axes, shape: Sequence[Length], numbers: dict[str, int]) -> Ax
         found = _take(atoms, shape, numbers)
         if any(atom.size != 1 for atom in atoms):
             raise AxisError
-        return found
+        return (*found[:-1], found[-1] + tuple(atoms)) if found else found
     i = list(shape).index(-1)
     head = _take(atoms, shape[:i], numbers)
     atoms.reverse()
