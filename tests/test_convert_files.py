@@ -9,6 +9,7 @@ import pickle
 import shutil
 import tracemalloc
 import zipfile
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,42 @@ def test_a_file_that_was_written_once_still_opens(name):
     assert np.linalg.norm(y - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
-def test_a_pt_file_is_read_with_torch():
-    require("torch")
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_parameters_are_the_models_own(name):
+    library, file, settings = WRITTEN[name]
+    if library is keras:
+        require("h5py")
+    params = list(library.load(DATA / file, **settings).params.values())
+    assert all(a.flags.c_contiguous and a.flags.writeable and a.dtype.isnative for a in params)
+    assert not any(np.shares_memory(a, b) for a, b in combinations(params, 2))
+
+
+@pytest.mark.parametrize("make", [chainer, equinox, mlx])
+def test_arrays_in_memory_are_copied(make):
+    gru = GRU(3, 4, reset_after=True, seed=0)
+    given = make.to_arrays(gru)
+    cells = given if isinstance(given, list) else [given]
+    for a in make.from_arrays(given).params.values():
+        assert not any(np.shares_memory(a, b) for cell in cells for b in cell.values())
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [(torch, "m.safetensors"), (torch, "m.pt"), (keras, "m.keras"), (keras, "m.weights.h5"),
+     (mlx, "m.npz"), (mlx, "m.safetensors"), (chainer, "m.npz"), (equinox, "m.eqx")],
+)  # fmt: skip
+def test_weights_are_read_within_twice_their_file(tmp_path, library, name):
+    require("h5py"), require("torch")
+    library.save(tmp_path / name, GRU(256, 256, reset_after=True, seed=0))
+    library.load(tmp_path / name)  # what is imported on first use
+    tracemalloc.start()
+    library.load(tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.1 * (tmp_path / name).stat().st_size
+
+
+def test_a_pt_file_is_read():
     one, two = torch.load(DATA / "torch.pt"), torch.load(DATA / "torch.safetensors")
     assert all(np.array_equal(one.params[k], a) for k, a in two.params.items())
 

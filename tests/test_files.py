@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,3 +385,68 @@ def test_a_file_that_is_written_in_place_while_it_is_read(tmp_path):
         writer.join()
     kept = [m.params["weight_hh_l0"] for m in models]
     assert all(any(np.array_equal(w, k) for k in kept) for w in found)
+
+
+# the fuzzer --------------------------------------------------------------------------------------
+
+WATCHED = """
+import os, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from fuzz_files import Reader, watched
+
+folder = Path(tempfile.mkdtemp())
+def writes(path):
+    (folder / "elsewhere").write_text("")
+def runs(path):
+    exec("1 + 1")
+def starts(path):
+    os.system("true")
+def fills(path):
+    return b"x" * 2**27
+def fails(path):
+    raise AttributeError("no word of ours")
+def refuses(path):
+    raise ValueError("in words")
+for load in (refuses, runs, starts, writes, fills, fails):
+    try:
+        watched(Reader(load, "bin", "raw", ""), folder)(b"content")
+        print(load.__name__, "passes")
+    except Exception as e:
+        print(load.__name__, type(e).__name__)
+"""
+
+
+def test_the_fuzzer_notices_harm():
+    """Code that is run, files that are written, memory, and errors that are no words of ours."""
+    folder = Path(__file__).parent.parent / "scripts/maintenance"
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, folder], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n") == [
+        "refuses passes", "runs AssertionError", "starts AssertionError", "writes AssertionError",
+        "fills MemoryError", "fails AttributeError", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["signed", "header", "json"])
+def test_what_the_fuzzer_changes_is_still_a_file(tmp_path, monkeypatch, kind):
+    """The digest and the lengths are written anew, so that a change comes as far as the reader."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts/maintenance")
+    import fuzz_files
+
+    save(tmp_path / "m", Chain(GRU(2, 3, seed=0), Linear(3, 2, seed=0)))
+    whole, found = (tmp_path / "m").read_bytes(), []
+    change = {**fuzz_files.CHANGES, "json": fuzz_files.changed_json}[kind]
+    for seed in range(1, 90, 3):  # those that change JSON as JSON
+        if kind == "json":
+            found.append(json.loads(change(None, b'{"a": [1, {"b": "c"}]}', 1000, seed)))
+            continue
+        (tmp_path / "m").write_bytes(change(lambda c, n: c, whole, 10_000, seed))
+        try:
+            load(tmp_path / "m")
+            found.append("loaded")
+        except ValueError as e:
+            found.append(str(e).rpartition(": ")[2])
+    assert len({str(v) for v in found}) > 8
+    assert not [v for v in found if "digest" in v and kind == "signed"]
