@@ -499,6 +499,48 @@ def test_a_damaged_heap_of_strings(tmp_path):
             keras.load(tmp_path / "m.h5")
 
 
+def test_a_text_that_is_said_to_be_longer_than_the_file(tmp_path):
+    """HDF5's library makes room for it before it looks: 4 GB for a file of 29 kB."""
+    require("h5py")
+    whole = (DATA / "keras_trained.h5").read_bytes()
+    at = whole.index(b"layer_names\0")
+    sizes = [int.from_bytes(whole[at - 8 + i :][:2], "little") for i in (2, 4, 6)]
+    data = at + sum(-(-n // 8) * 8 for n in sizes)
+    assert int.from_bytes(whole[data : data + 4], "little") < 100
+    for text in range(2):
+        changed = bytearray(whole)
+        changed[data + 16 * text : data + 16 * text + 4] = b"\xfd\xff\xff\xf7"
+        (tmp_path / "m.h5").write_bytes(changed)
+        with pytest.raises(ValueError, match="'layer_names' is longer than the file"):
+            keras.load(tmp_path / "m.h5")
+
+
+@pytest.mark.parametrize("version", ["earliest", "v110", "latest"])
+def test_texts_are_found_in_files_of_each_version(version):
+    """So that the check of their lengths sees what the library sees."""
+    from gru_any.convert.keras.hdf5 import _check_texts
+
+    h5py, buffer = require("h5py"), io.BytesIO()
+    names = ["first", "second layer"]
+    with h5py.File(buffer, "w", libver=version) as file:
+        file.attrs["layer_names"] = names
+        for i in range(12):  # so that they no longer stand in the header of the group
+            file.attrs[f"other{i}"] = i
+    content = bytearray(buffer.getvalue())
+    _check_texts(content, "layer_names", 2, 32)
+    long = (12).to_bytes(4, "little")
+    places = [i for i in range(len(content) - 16) if content[i : i + 4] == long]
+    noticed = 0
+    for place in places:
+        changed = content.copy()
+        changed[place : place + 4] = b"\xff\xff\xff\x7f"
+        try:
+            _check_texts(changed, "layer_names", 2, 32)
+        except ValueError:
+            noticed += 1
+    assert noticed
+
+
 def entry(kind, **config):
     return {"class_name": kind, "config": {"name": kind, **config}}
 

@@ -21,7 +21,7 @@ from gru_any import GRU, Chain, Embedding, GRUCell, Last, Linear, load, save
 from gru_any.files import read_whole
 from gru_any.train import resume
 
-KILLS = int(os.environ.get("GRU_ANY_KILLS", "5"))
+KILLS = int(os.environ.get("GRU_ANY_KILLS", "3"))
 
 
 @contextmanager
@@ -341,6 +341,54 @@ def test_the_system_stops_a_write(tmp_path):
     )
     assert "m was not written (File too large)" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import os, subprocess, sys
+import numpy as np
+from pathlib import Path
+from gru_any import GRU, load, save
+from gru_any.train import resume
+
+folder = Path(sys.argv[1])
+save(folder / "m", GRU(3, 4, seed=0))
+before = (folder / "m").read_bytes()
+def tried(call):
+    try:
+        call()
+    except OSError as e:
+        print(e)
+    assert (folder / "m").read_bytes() == before and load(folder / "m").hidden_size == 4
+tried(lambda: save(folder / "m", GRU(200, 200)))
+run = folder / "run"
+run.mkdir()
+tried(lambda: resume.store(run, {}, {"a": np.ones(50_000)}))
+resume.store(run, {}, {"a": np.ones(5_000)})
+tried(lambda: resume.store(run, {}, {"a": np.ones(50_000)}))
+assert resume.restore(run)[1]["a"].size == 5_000
+subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+tried(lambda: save(folder / "m", GRU(3, 4)))
+print(sorted(p.name for p in folder.rglob("*")))
+"""
+
+
+def test_a_disk_that_is_really_full_and_then_read_only(tmp_path):
+    """A file system of 200 kB, in a namespace of its own, which not every machine allows."""
+    mount = f'mount -t tmpfs -o size=200k tmpfs {tmp_path} || exit 77; exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "-", sys.executable, "-c", FULL, tmp_path]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip(f"no file system can be mounted: {done.stderr}")
+    full, first, later, readonly, left = done.stdout.splitlines()
+    assert "m was not written (No space left on device)" in full
+    assert "No space left" in first
+    assert "last good" not in first
+    assert f"the last good checkpoint is {tmp_path / 'run' / resume.NAMES[0]}" in later
+    assert "m was not written (Read-only file system)" in readonly
+    assert left == "['checkpoint.safetensors', 'm', 'run']"
 
 
 def test_a_folder_that_vanished(tmp_path):
