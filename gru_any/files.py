@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from .typing import Path as PathLike
@@ -44,7 +45,8 @@ def write_atomically(path: PathLike, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as e:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that may only be read refuses this too
+            temporary.unlink()
         if isinstance(e, OSError):
             raise OSError(e.errno, f"{path} was not written ({e.strerror})") from e
         raise

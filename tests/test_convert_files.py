@@ -9,6 +9,7 @@ import pickle
 import shutil
 import tracemalloc
 import zipfile
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,42 @@ def test_a_file_that_was_written_once_still_opens(name):
     assert np.linalg.norm(y - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
-def test_a_pt_file_is_read_with_torch():
-    require("torch")
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_parameters_are_the_models_own(name):
+    library, file, settings = WRITTEN[name]
+    if library is keras:
+        require("h5py")
+    params = list(library.load(DATA / file, **settings).params.values())
+    assert all(a.flags.c_contiguous and a.flags.writeable and a.dtype.isnative for a in params)
+    assert not any(np.shares_memory(a, b) for a, b in combinations(params, 2))
+
+
+@pytest.mark.parametrize("make", [chainer, equinox, mlx])
+def test_arrays_in_memory_are_copied(make):
+    gru = GRU(3, 4, reset_after=True, seed=0)
+    given = make.to_arrays(gru)
+    cells = given if isinstance(given, list) else [given]
+    for a in make.from_arrays(given).params.values():
+        assert not any(np.shares_memory(a, b) for cell in cells for b in cell.values())
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [(torch, "m.safetensors"), (torch, "m.pt"), (keras, "m.keras"), (keras, "m.weights.h5"),
+     (mlx, "m.npz"), (mlx, "m.safetensors"), (chainer, "m.npz"), (equinox, "m.eqx")],
+)  # fmt: skip
+def test_weights_are_read_within_twice_their_file(tmp_path, library, name):
+    require("h5py"), require("torch")
+    library.save(tmp_path / name, GRU(256, 256, reset_after=True, seed=0))
+    library.load(tmp_path / name)  # what is imported on first use
+    tracemalloc.start()
+    library.load(tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.1 * (tmp_path / name).stat().st_size
+
+
+def test_a_pt_file_is_read():
     one, two = torch.load(DATA / "torch.pt"), torch.load(DATA / "torch.safetensors")
     assert all(np.array_equal(one.params[k], a) for k, a in two.params.items())
 
@@ -462,6 +497,48 @@ def test_a_damaged_heap_of_strings(tmp_path):
         (tmp_path / "m.h5").write_bytes(changed)
         with pytest.raises(ValueError, match=f"heap of strings at byte {heap} is damaged"):
             keras.load(tmp_path / "m.h5")
+
+
+def test_a_text_that_is_said_to_be_longer_than_the_file(tmp_path):
+    """HDF5's library makes room for it before it looks: 4 GB for a file of 29 kB."""
+    require("h5py")
+    whole = (DATA / "keras_trained.h5").read_bytes()
+    at = whole.index(b"layer_names\0")
+    sizes = [int.from_bytes(whole[at - 8 + i :][:2], "little") for i in (2, 4, 6)]
+    data = at + sum(-(-n // 8) * 8 for n in sizes)
+    assert int.from_bytes(whole[data : data + 4], "little") < 100
+    for text in range(2):
+        changed = bytearray(whole)
+        changed[data + 16 * text : data + 16 * text + 4] = b"\xfd\xff\xff\xf7"
+        (tmp_path / "m.h5").write_bytes(changed)
+        with pytest.raises(ValueError, match="'layer_names' is longer than the file"):
+            keras.load(tmp_path / "m.h5")
+
+
+@pytest.mark.parametrize("version", ["earliest", "v110", "latest"])
+def test_texts_are_found_in_files_of_each_version(version):
+    """So that the check of their lengths sees what the library sees."""
+    from gru_any.convert.keras.hdf5 import _check_texts
+
+    h5py, buffer = require("h5py"), io.BytesIO()
+    names = ["first", "second layer"]
+    with h5py.File(buffer, "w", libver=version) as file:
+        file.attrs["layer_names"] = names
+        for i in range(12):  # so that they no longer stand in the header of the group
+            file.attrs[f"other{i}"] = i
+    content = bytearray(buffer.getvalue())
+    _check_texts(content, "layer_names", 2, 32)
+    long = (12).to_bytes(4, "little")
+    places = [i for i in range(len(content) - 16) if content[i : i + 4] == long]
+    noticed = 0
+    for place in places:
+        changed = content.copy()
+        changed[place : place + 4] = b"\xff\xff\xff\x7f"
+        try:
+            _check_texts(changed, "layer_names", 2, 32)
+        except ValueError:
+            noticed += 1
+    assert noticed
 
 
 def entry(kind, **config):

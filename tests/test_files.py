@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from gru_any import GRU, Chain, Embedding, GRUCell, Last, Linear, load, save
 from gru_any.files import read_whole
 from gru_any.train import resume
 
-KILLS = int(os.environ.get("GRU_ANY_KILLS", "5"))
+KILLS = int(os.environ.get("GRU_ANY_KILLS", "3"))
 
 
 @contextmanager
@@ -342,6 +343,54 @@ def test_the_system_stops_a_write(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+FULL = """
+import os, subprocess, sys
+import numpy as np
+from pathlib import Path
+from gru_any import GRU, load, save
+from gru_any.train import resume
+
+folder = Path(sys.argv[1])
+save(folder / "m", GRU(3, 4, seed=0))
+before = (folder / "m").read_bytes()
+def tried(call):
+    try:
+        call()
+    except OSError as e:
+        print(e)
+    assert (folder / "m").read_bytes() == before and load(folder / "m").hidden_size == 4
+tried(lambda: save(folder / "m", GRU(200, 200)))
+run = folder / "run"
+run.mkdir()
+tried(lambda: resume.store(run, {}, {"a": np.ones(50_000)}))
+resume.store(run, {}, {"a": np.ones(5_000)})
+tried(lambda: resume.store(run, {}, {"a": np.ones(50_000)}))
+assert resume.restore(run)[1]["a"].size == 5_000
+subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+tried(lambda: save(folder / "m", GRU(3, 4)))
+print(sorted(p.name for p in folder.rglob("*")))
+"""
+
+
+def test_a_disk_that_is_really_full_and_then_read_only(tmp_path):
+    """A file system of 200 kB, in a namespace of its own, which not every machine allows."""
+    mount = f'mount -t tmpfs -o size=200k tmpfs {tmp_path} || exit 77; exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "-", sys.executable, "-c", FULL, tmp_path]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip(f"no file system can be mounted: {done.stderr}")
+    full, first, later, readonly, left = done.stdout.splitlines()
+    assert "m was not written (No space left on device)" in full
+    assert "No space left" in first
+    assert "last good" not in first
+    assert f"the last good checkpoint is {tmp_path / 'run' / resume.NAMES[0]}" in later
+    assert "m was not written (Read-only file system)" in readonly
+    assert left == "['checkpoint.safetensors', 'm', 'run']"
+
+
 def test_a_folder_that_vanished(tmp_path):
     with pytest.raises(FileNotFoundError, match="m was not written"):
         save(tmp_path / "gone" / "m", GRU(1, 1))
@@ -384,3 +433,68 @@ def test_a_file_that_is_written_in_place_while_it_is_read(tmp_path):
         writer.join()
     kept = [m.params["weight_hh_l0"] for m in models]
     assert all(any(np.array_equal(w, k) for k in kept) for w in found)
+
+
+# the fuzzer --------------------------------------------------------------------------------------
+
+WATCHED = """
+import os, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from fuzz_files import Reader, watched
+
+folder = Path(tempfile.mkdtemp())
+def writes(path):
+    (folder / "elsewhere").write_text("")
+def runs(path):
+    exec("1 + 1")
+def starts(path):
+    os.system("true")
+def fills(path):
+    return b"x" * 2**27
+def fails(path):
+    raise AttributeError("no word of ours")
+def refuses(path):
+    raise ValueError("in words")
+for load in (refuses, runs, starts, writes, fills, fails):
+    try:
+        watched(Reader(load, "bin", "raw", ""), folder)(b"content")
+        print(load.__name__, "passes")
+    except Exception as e:
+        print(load.__name__, type(e).__name__)
+"""
+
+
+def test_the_fuzzer_notices_harm():
+    """Code that is run, files that are written, memory, and errors that are no words of ours."""
+    folder = Path(__file__).parent.parent / "scripts/maintenance"
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, folder], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n") == [
+        "refuses passes", "runs AssertionError", "starts AssertionError", "writes AssertionError",
+        "fills MemoryError", "fails AttributeError", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["signed", "header", "json"])
+def test_what_the_fuzzer_changes_is_still_a_file(tmp_path, monkeypatch, kind):
+    """The digest and the lengths are written anew, so that a change comes as far as the reader."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts/maintenance")
+    import fuzz_files
+
+    save(tmp_path / "m", Chain(GRU(2, 3, seed=0), Linear(3, 2, seed=0)))
+    whole, found = (tmp_path / "m").read_bytes(), []
+    change = {**fuzz_files.CHANGES, "json": fuzz_files.changed_json}[kind]
+    for seed in range(1, 90, 3):  # those that change JSON as JSON
+        if kind == "json":
+            found.append(json.loads(change(None, b'{"a": [1, {"b": "c"}]}', 1000, seed)))
+            continue
+        (tmp_path / "m").write_bytes(change(lambda c, n: c, whole, 10_000, seed))
+        try:
+            load(tmp_path / "m")
+            found.append("loaded")
+        except ValueError as e:
+            found.append(str(e).rpartition(": ")[2])
+    assert len({str(v) for v in found}) > 8
+    assert not [v for v in found if "digest" in v and kind == "signed"]

@@ -23,11 +23,16 @@ def gru_of(
     """Make a GRU from a library's arrays of each layer and direction, forward before reverse."""
     cells = [cells] if isinstance(cells, Mapping) else list(cells)
     found = [read(table, cell) for cell in cells]
-    return assemble(found, table.reset_after, bidirectional, batch_first)
+    return assemble(found, table.reset_after, bidirectional, batch_first, copy=False)
 
 
-def assemble(cells: list[Cell], reset_after: bool, bidirectional: bool, batch_first: bool) -> GRU:
-    """Make a GRU from our arrays of each layer and direction, forward before reverse."""
+def assemble(
+    cells: list[Cell], reset_after: bool, bidirectional: bool, batch_first: bool, copy: bool = True
+) -> GRU:
+    """Make a GRU from our arrays of each layer and direction, forward before reverse.
+
+    copy: False where the arrays are nobody else's, as a table makes them.
+    """
     bidirectional = arguments.flag("bidirectional", bidirectional)
     batch_first = arguments.flag("batch_first", batch_first)
     dtype = one_dtype(cells)
@@ -51,7 +56,7 @@ def assemble(cells: list[Cell], reset_after: bool, bidirectional: bool, batch_fi
         "bidirectional": bidirectional,
         "reset_after": reset_after,
     }
-    return layer_of(GRU, settings, named, dtype)
+    return layer_of(GRU, settings, named, dtype, copy)
 
 
 def assemble_cell(arrays: Cell) -> GRUCell:
@@ -64,10 +69,12 @@ def assemble_cell(arrays: Cell) -> GRUCell:
     return layer_of(GRUCell, settings, arrays, dtype)
 
 
-def layer_of(kind: type[Kind], settings: dict[str, Any], arrays: Arrays, dtype: str) -> Kind:
-    """Make a layer on the host of its settings and copies of its parameters."""
+def layer_of(
+    kind: type[Kind], settings: dict[str, Any], arrays: Arrays, dtype: str, copy: bool = True
+) -> Kind:
+    """Make a layer on the host of its settings and its parameters, or copies of them."""
     home = select("numpy")
-    return kind.of(settings, converted(arrays, home, dtype), home, dtype)
+    return kind.of(settings, converted(arrays, home, dtype) if copy else arrays, home, dtype)
 
 
 def one_dtype(cells: list[Cell]) -> str:

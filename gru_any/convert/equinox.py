@@ -54,11 +54,7 @@ def load(path: Path, *, bidirectional: bool = False, batch_first: bool = False) 
 
     The file has no names: a matrix, a matrix, and with bias two vectors, for each cell.
     """
-    arrays: list[HostArray] = []
-    content = read_whole(path)
-    file, size = io.BytesIO(content), len(content)
-    while file.tell() < size:
-        arrays.append(read_npy(file, f"{path}, array {len(arrays)}", size - file.tell()))
+    arrays = _arrays(path)
     count = 4 if len(arrays) > 2 and arrays[2].ndim == 1 else 2
     if not arrays or len(arrays) % count:
         raise ValueError(f"{path} holds {len(arrays)} arrays, expected 2 or 4 for each cell")
@@ -67,6 +63,16 @@ def load(path: Path, *, bidirectional: bool = False, batch_first: bool = False) 
     cells = [dict(zip(names, group, strict=True)) for group in groups]
     with naming(path):
         return from_arrays(cells, bidirectional=bidirectional, batch_first=batch_first)
+
+
+def _arrays(path: Path) -> list[HostArray]:
+    """Return the arrays of a file, one after the other."""
+    arrays: list[HostArray] = []
+    content = read_whole(path)
+    file, size = io.BytesIO(content), len(content)
+    while file.tell() < size:
+        arrays.append(read_npy(file, f"{path}, array {len(arrays)}", size - file.tell()))
+    return arrays
 
 
 def save(path: Path, gru: GRU) -> None:

@@ -71,7 +71,10 @@ def read(table: Table, arrays: Arrays) -> Cell:
 
 
 def _stack(blocks: dict[str, HostArray], letter: str) -> HostArray:
-    return np.concatenate([blocks[f"{letter}_{gate}"] for gate in "rzn"])
+    thirds = [blocks[f"{letter}_{gate}"] for gate in "rzn"]
+    rows = sum(len(third) for third in thirds)
+    whole = np.empty((rows, *thirds[0].shape[1:]), np.result_type(*thirds))  # in C's order
+    return np.concatenate(thirds, out=whole)
 
 
 def write(table: Table, ours: Cell, reset_after: bool) -> dict[str, HostArray]:

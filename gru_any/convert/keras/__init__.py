@@ -51,7 +51,7 @@ def from_arrays(
         raise ValueError(f"{len(weights)} arrays, expected {count} for each layer and direction")
     groups = [weights[i : i + count] for i in range(0, len(weights), count)]
     cells = [read_cell(group, reset_after) for group in groups]
-    return assemble(cells, reset_after, bidirectional, flag("batch_first", batch_first))
+    return assemble(cells, reset_after, bidirectional, flag("batch_first", batch_first), copy=False)
 
 
 def to_arrays(model: Layer | Chain) -> list[HostArray]:

@@ -58,12 +58,12 @@ def read_hdf5(content: bytes, name: Path) -> Contents:
             total = 0
             for path, item in _items(h5py, file, "", set()):
                 if isinstance(item, h5py.Group):
-                    attributes[path] = _attributes(path, item.attrs, len(content))
+                    attributes[path] = _attributes(path, item.attrs, content)
                     continue
                 total += item.id.get_storage_size()
                 if total > len(content):
                     raise ValueError(f"it promises {total} bytes and has {len(content)}")
-                arrays[path] = _array(h5py, item)
+                arrays[path] = _array(h5py, item, content)
     except (OSError, RuntimeError, LookupError, ArithmeticError, TypeError, ValueError) as e:
         raise ValueError(f"{name} is damaged or no HDF5 file of weights: {e}") from e
     return Contents(arrays, attributes)
@@ -116,12 +116,53 @@ def _items(
             yield path, item
 
 
-def _attributes(path: str, attributes: AttributeManager, size: int) -> dict[str, Any]:
+def _attributes(path: str, attributes: AttributeManager, content: bytes) -> dict[str, Any]:
     """Return the known attributes; raise where they promise more bytes than the file has."""
     known = {name: attributes.get_id(name) for name in attributes if name.startswith(KNOWN)}
-    if sum(math.prod(i.shape) * i.dtype.itemsize for i in known.values()) > size:
-        raise ValueError(f"the attributes of {path!r} promise more than {size} bytes")
+    if sum(math.prod(i.shape) * i.dtype.itemsize for i in known.values()) > len(content):
+        raise ValueError(f"the attributes of {path!r} promise more than {len(content)} bytes")
+    for name, attribute in known.items():
+        if count := math.prod(attribute.shape):
+            _check_texts(content, name, count, attribute.get_storage_size())
     return {name: attributes[name] for name in known}
+
+
+def _check_texts(content: bytes, name: str, count: int, size: int) -> None:
+    """Raise where an attribute says that its texts are longer than the file.
+
+    HDF5's library would make room for them first. An attribute is its version, flags and the sizes
+    of its name, type and shape (2 bytes each), which follow, and `size` bytes for the texts: for
+    each its length (4) and where it is. In version 1 each part is filled up to 8 bytes, and in
+    version 3 there is a byte more in front of the name.
+    """
+    if size % count or size // count not in (12, 16):  # no texts of any length
+        return
+    at = content.find(name.encode() + b"\0")
+    while at >= 0:
+        for version, start in ((1, at - 8), (2, at - 8), (3, at - 9)):
+            if start < 0 or content[start] != version:
+                continue
+            if version > 1 and content[start + 1] & 2:
+                raise ValueError(f"the shape of the attribute {name!r} is shared with others")
+            parts = [int.from_bytes(content[start + i :][:2], "little") for i in (2, 4, 6)]
+            if version == 1:
+                parts = [-(-n // 8) * 8 for n in parts]
+            shape, data = at + sum(parts[:2]), at + sum(parts)
+            if _count(content[shape:data]) != count:  # another attribute of this name
+                continue
+            lengths = [content[data + i :][:4] for i in range(0, size, size // count)]
+            if any(int.from_bytes(n, "little") > len(content) for n in lengths):
+                raise ValueError(f"a text of the attribute {name!r} is longer than the file")
+        at = content.find(name.encode() + b"\0", at + 1)
+
+
+def _count(shape: bytes) -> int:
+    """Return how many elements a shape has: its version, rank, flags, and each size (8 bytes)."""
+    if len(shape) < 4:
+        return -1
+    start = 8 if shape[0] == 1 else 4
+    sizes = (shape[i : i + 8] for i in range(start, start + 8 * shape[1], 8))
+    return math.prod(int.from_bytes(n, "little") for n in sizes)
 
 
 def _check_present(h5py: ModuleType, path: str, item: Dataset) -> None:
@@ -146,11 +187,14 @@ def _is_array(h5py: ModuleType, item: Group | Dataset) -> bool:
     return is_data and (item.dtype.kind in "fciub" or item.dtype.str in ("|V1", "|V2"))
 
 
-def _array(h5py: ModuleType, item: Dataset) -> HostArray:
+def _array(h5py: ModuleType, item: Dataset, content: bytes) -> HostArray:
     if not _is_array(h5py, item):
         return np.empty(0, item.dtype)
     array = np.asarray(item[()])
-    if item.dtype.str == "|V2" and item.attrs.get("dtype") == "bfloat16":  # as Keras marks it
+    if item.dtype.str != "|V2" or "dtype" not in item.attrs:
+        return array
+    _check_texts(content, "dtype", 1, item.attrs.get_id("dtype").get_storage_size())
+    if item.attrs["dtype"] == "bfloat16":  # as Keras marks it
         return (array.view("<u2").astype("<u4") << 16).view("<f4")
     return array
 

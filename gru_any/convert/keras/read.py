@@ -259,11 +259,11 @@ def _one_gru(levels: list[Level]) -> GRU:
         raise ValueError("these layers differ in reset_after or direction: load them one by one")
     cells = [cell for level in levels for cell in level.cells]
     _, after, direction = levels[0]
-    gru = assemble(cells, after, direction == "both", True)
+    gru = assemble(cells, after, direction == "both", True, copy=False)
     if direction != "reverse":
         return gru
     named = {f"{name}_reverse": array for name, array in gru.params.items()}
-    return layer_of(GRU, gru.settings | {"reverse": True}, named, gru.dtype)
+    return layer_of(GRU, gru.settings | {"reverse": True}, named, gru.dtype, copy=False)
 
 
 def _sequences(part: Part) -> bool:
