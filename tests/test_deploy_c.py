@@ -156,6 +156,17 @@ def test_two_models_in_one_program_that_allocates_nothing(tmp_path):
     subprocess.run(["cc", *STRICT, *files, "-lm", "-o", "main"], cwd=tmp_path, check=True)
 
 
+def test_the_program_of_the_documentation(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "c.md").read_text("utf-8")
+    model = Chain(Embedding(30, 16, seed=0), GRU(16, 32, seed=1), Linear(32, 30, seed=2))
+    c.write(model, tmp_path / "typist", weights="int8")
+    (tmp_path / "main.c").write_text(page.split("```c\n")[1].split("```")[0])
+    sources = ["main.c", "typist/gru.c", "typist/gru_weights.c"]
+    command = ["cc", *STRICT, "-Itypist", *sources, "-lm", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    subprocess.run(["./main"], cwd=tmp_path, check=True)
+
+
 @EVERY_STEP
 def test_every_step_becomes_c(step, tmp_path):
     """What it prints computes what the step does; products with columns of U are refused."""
