@@ -22,7 +22,8 @@ FORMAT = 1
 # their names, newest first
 RUN_FORMAT = 2
 NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
-KNOWN = {"format", "chain", "dtype", "layers", "tied", "digest"}  # of a description
+# the parts of a description
+TYPES = {"format": int, "chain": bool, "dtype": str, "layers": list, "tied": dict, "digest": str}
 # what a description that lies may raise
 ERRORS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 LAYERS: dict[str, type[Layer]] = {
@@ -115,14 +116,27 @@ def load(
             header = json.loads(metadata["gru_any"])
         else:
             header, arrays = _given_back(json.loads(metadata["gru_any.run"]), arrays)
-        if header["format"] > FORMAT:
+        if isinstance(header, dict) and header.get("format", FORMAT) > FORMAT:
             raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
-        if unknown := set(header) - KNOWN:
-            raise ValueError(f"its description has {sorted(unknown)}, not known here")
+        _check_types(header)
         model = _made(header, converted(arrays, backend, header["dtype"]), backend)
     except ERRORS as e:
         raise ValueError(f"{path} does not describe a model of this version: {e}") from e
     return model
+
+
+def _check_types(header: object) -> None:
+    """Raise where a description has other parts than those of this version."""
+    if not isinstance(header, dict):
+        raise ValueError(f"its description is a {type(header).__name__}, expected an object")
+    if unknown := set(header) - set(TYPES):
+        raise ValueError(f"its description has {sorted(unknown)}, not known here")
+    for name, kind in TYPES.items():
+        if not isinstance(header.get(name, kind()), kind):
+            raise ValueError(f"{name} is {header[name]!r}, expected {kind.__name__}")
+    for layer in header["layers"]:
+        if not isinstance(layer, list) or list(map(type, layer)) != [str, dict]:
+            raise ValueError(f"a layer is {layer!r}, expected its class and its settings")
 
 
 def _made(header: dict[str, Any], params: dict[str, Array], backend: Backend) -> Layer | Chain:

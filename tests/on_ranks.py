@@ -9,18 +9,29 @@ from pathlib import Path
 
 import numpy as np
 
-from gru_any import GRU, Adam, Chain, Dropout, Last, Linear, softmax_cross_entropy, squared_error
+from gru_any import (
+    GRU,
+    Adam,
+    Chain,
+    Dropout,
+    Last,
+    Linear,
+    softmax_cross_entropy,
+    squared_error,
+    to_numpy,
+)  # fmt: skip
 from gru_any.train import evaluate, fit
 from gru_any.train.data import Batch
 
 WIDE = {"dtype": "float64"}
 
 
-def chain(batch_first=False, last=False, seed=0):
+def chain(batch_first=False, last=False, seed=0, **more):
     """Dropout at all places, two layers, two directions where each sequence has one result."""
-    gru = GRU(3, 5, 2, dropout=0.3, seed=seed, batch_first=batch_first, bidirectional=last, **WIDE)
-    head = [Last(**WIDE)] if last else []
-    return Chain(gru, *head, Dropout(0.4, **WIDE), Linear(10 if last else 5, 4, seed=1, **WIDE))
+    home = {**WIDE, **more}
+    gru = GRU(3, 5, 2, dropout=0.3, seed=seed, batch_first=batch_first, bidirectional=last, **home)
+    head = [Last(**home)] if last else []
+    return Chain(gru, *head, Dropout(0.4, **home), Linear(10 if last else 5, 4, seed=1, **home))
 
 
 def ragged(epoch):
@@ -64,6 +75,10 @@ RECIPES = {
     "of sequences": lambda: (
         chain(), rooted, regression, {"reduction": "sequences", "accumulate": 3, "steps": 20}
     ),
+    "not on the host": lambda: (
+        chain(backend="array_api_strict", device="device1"), softmax_cross_entropy, ragged,
+        {"tbptt": (4, 4), "clip": 0.5, "steps": 5},
+    ),
 }  # fmt: skip
 
 
@@ -80,16 +95,36 @@ def train(name, comm=None, **more):
     numbers = [[r.get(k, 0.0) for k in ("step", "epoch", "loss", "norm", "valid")]
                for r in history.records]  # fmt: skip
     slots = {f"optimiser {k}": v for k, v in optimiser.state.items()}
-    return {**model.params, **slots, "records": np.array(numbers), "best": np.array(history.best)}
+    arrays = {k: to_numpy(v) for k, v in {**model.params, **slots}.items()}
+    return {**arrays, "records": np.array(numbers), "best": np.array(history.best)}
 
 
 def equal(comm, folder):
     """The runs of all recipes, and one that is stopped early and left in a folder."""
+    compressed(comm, folder)
     for name in RECIPES:
         found = train(name, comm)
         if comm.rank == 0:
             np.savez(folder / f"{name}.npz", **found)
     train("cut in time", comm, steps=47, out=folder / "stopped", save_every=20)
+
+
+def compressed(comm, folder):
+    """The sum of gradients that differ on the ranks, with one number that overflows."""
+    from gru_any.backend import NUMPY
+    from gru_any.train.distributed import ranks_of
+
+    rng, found = np.random.default_rng(comm.rank), {}
+    grads = {"a": rng.standard_normal((3, 5)), "b": rng.standard_normal(7) * 1e5}
+    for dtype in (None, "float16", "bfloat16"):
+        ranks = ranks_of(comm, NUMPY, dtype)
+        for _ in range(2):
+            given = {k: g.astype("float32") for k, g in grads.items()}
+            ranks.start_sum({"b": given["b"]})
+            sums, loss = ranks.sum(given, 1.0, (False, False))
+            assert loss == comm.size
+        found |= {f"{dtype} {k}": v.copy() for k, v in sums.items()}
+    np.savez(folder / f"sums.{comm.rank}.npz", **found)
 
 
 def resumed(comm, folder):
@@ -181,6 +216,14 @@ def stopped(comm, folder, fault=lambda: os.kill(os.getpid(), signal.SIGSTOP)):
         return [(np.ones((3, 4, 1), "float32"), np.ones((3, 4, 1), "float32"))]
 
     small(comm, batches=batches, steps=1000, out=folder / "out", save_every=5)
+
+
+def killed(comm, folder):
+    """A run that may be killed, and goes on when it is started again."""
+    (folder / f"pid.{comm.rank}").write_text(str(os.getpid()))
+    found = train("cut in time", comm, out=folder / "out", save_every=3)
+    if comm.rank == 0:
+        np.savez(folder / "end.npz", **found)
 
 
 def failing(comm, folder):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import random
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 from conftest import refuse, require
 
 from gru_any import Chain, Linear, softmax_cross_entropy
-from gru_any.train import distributed, fit
+from gru_any.train import compress, distributed, fit
 from gru_any.train.data import Batch, Piece
 from gru_any.train.share import SharedGenerator, rows_of, take
 
@@ -74,6 +76,31 @@ def test_three_ranks_train_as_one(three, whole, name):
     same(np.load(three / f"{name}.npz"), whole[name])
 
 
+def test_compressed_gradients(three):
+    """Each number is rounded on its way to the sum, and the sum once more; all ranks get it."""
+    ranks = [np.load(three / f"sums.{rank}.npz") for rank in range(3)]
+    for name in ranks[0].files:
+        for other in ranks:
+            assert np.array_equal(ranks[0][name], other[name], equal_nan=True)
+    sums = dict(ranks[0])
+    for dtype, unit in (("float16", 2.0**-11), ("bfloat16", 2.0**-8)):
+        error = np.abs(sums[f"{dtype} a"] - sums["None a"])
+        assert 0 < error.max() < unit * 3 * 4  # three numbers of less than 4
+    assert not np.isfinite(sums["float16 b"]).all()  # 1e5 is too large
+    assert np.isfinite(sums["bfloat16 b"]).all()
+
+
+def test_half_precision_is_what_the_libraries_mean_by_it():
+    ml_dtypes = require("ml_dtypes")
+    values = np.random.default_rng(0).standard_normal(10000).astype("float32")
+    values *= 10.0 ** np.random.default_rng(1).uniform(-40, 38, 10000).astype("float32")
+    values = np.concatenate([values, np.float32([0, -0.0, np.inf, -np.inf, np.nan, 3.4e38])])
+    ours = compress.decode(compress.encode(values, "bfloat16"), "bfloat16")
+    with np.errstate(over="ignore"):
+        theirs = values.astype(ml_dtypes.bfloat16).astype("float32")
+    assert np.array_equal(ours, theirs, equal_nan=True)
+
+
 @pytest.fixture(scope="module")
 def two(three, tmp_path_factory):
     """What three ranks left, and two go on with."""
@@ -121,6 +148,26 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
     assert len(told) == 1
     assert told[0].startswith("gru_any: rank 1 (process ")
     assert told[0].endswith(f"the last good checkpoint is {tmp_path}/out/checkpoint.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_ranks_that_are_killed_are_named_and_the_run_goes_on(whole, tmp_path):
+    """Though the launcher kills the others too. GRU_ANY_KILLS=20 does it twenty times."""
+    rng, newest = random.Random(time.time()), tmp_path / "out" / "checkpoint.safetensors"
+    for kill in range(int(os.environ.get("GRU_ANY_KILLS", "2"))):
+        began = newest.stat().st_mtime_ns if newest.exists() else 0
+        with start(2, HERE / "on_ranks.py", "killed", tmp_path) as process:
+            while not newest.exists() or newest.stat().st_mtime_ns == began:
+                assert process.poll() is None
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.05)
+            pid = int((tmp_path / f"pid.{kill % 2}").read_text())
+            os.kill(pid, signal.SIGKILL)
+            _, err = process.communicate(timeout=60)
+        told = f"gru_any: rank {kill % 2} (process {pid} on {platform.node()}) was killed; the last"
+        assert err.count("was killed") == err.count(told) == 1, err
+    run(3, HERE / "on_ranks.py", "killed", tmp_path)
+    same(np.load(tmp_path / "end.npz"), whole["cut in time"])
 
 
 def test_a_rank_that_fails_alone_ends_the_run_and_is_named(tmp_path):

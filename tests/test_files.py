@@ -230,10 +230,10 @@ SAVING = """
 import sys
 from gru_any import GRU, save
 models = [GRU(64, 64, seed=seed) for seed in range(2)]
-print("ready", flush=True)
 while True:
     for model in models:
         save(sys.argv[1], model)
+    print("ready", flush=True)
 """
 
 

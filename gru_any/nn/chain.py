@@ -137,8 +137,9 @@ class Chain:
         -------
         (y, state) : as in a plain call.
         pullback : callable
-            `grads, dx, dstate = pullback(dy, dstate=None)`: grads named like `params`; dstate a
-            list like state. It may be called again.
+            `grads, dx, dstate = pullback(dy, dstate=None, ready=None)`: grads named like `params`;
+            dstate a list like state. It may be called again. `ready` is called with the gradients
+            of each layer as soon as they are there, the last layer's first, unless some are tied.
         """
         self.params.refuse_untied()
         states, new = self._states(state), []
@@ -157,18 +158,24 @@ class Chain:
             pullbacks.append(back)
 
         def pullback(
-            dy: Array | None, dstate: States | None = None
+            dy: Array | None,
+            dstate: States | None = None,
+            ready: Callable[[Gradients], object] | None = None,
         ) -> tuple[Gradients, Array, list[Array]]:
             if dy is None and dstate is None:
                 raise ValueError("pullback got neither dy nor dstate; one of them must be given")
             return self._back(
-                pullbacks, self.backend.xp.zeros_like(x) if dy is None else dy, dstate
+                pullbacks, self.backend.xp.zeros_like(x) if dy is None else dy, dstate, ready
             )
 
         return (x, new), pullback
 
     def _back(
-        self, pullbacks: list[Callable[..., Any]], dy: Array | None, dstate: States | None
+        self,
+        pullbacks: list[Callable[..., Any]],
+        dy: Array | None,
+        dstate: States | None,
+        ready: Callable[[Gradients], object] | None,
     ) -> tuple[Gradients, Array, list[Array]]:
         given, found, grads = list(self._states(dstate)), [], {}
         for i in range(len(self.layers) - 1, -1, -1):
@@ -181,6 +188,8 @@ class Chain:
             else:
                 of_layer, dy = pullbacks[i](dy)
             grads[i] = of_layer
+            if ready and not self.tied:
+                ready({f"{i}.{k}": v for k, v in of_layer.items()})
         named = {f"{i}.{k}": v for i in sorted(grads) for k, v in grads[i].items()}
         for alias, name in self.tied.items():
             named[name] = named[name] + named.pop(alias)

@@ -12,30 +12,30 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from ..backend import Backend, environment, to_numpy
-from ..typing import Array, Arrays, HostArray
+from ..typing import Array, Arrays, HostArray, Shape
+from .compress import Wire
 from .share import rows_of
 from .watch import Watch
 
 Result = TypeVar("Result")
 Communicator: TypeAlias = Any  # of mpi4py
 Wishes: TypeAlias = tuple[bool, bool]  # Ctrl-C was pressed; the time is over
-Buckets: TypeAlias = list[tuple[list[str], HostArray]]  # names, and a buffer for their gradients
-BUCKET = 2**22  # bytes of gradients in one message
+BUCKET = 2**20  # bytes of gradients in one message
 PATIENCE = 10.0  # seconds in which a new file is seen on all machines
 LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE",
              "SLURM_STEP_NUM_TASKS")  # fmt: skip
 MISSING = 'distributed training needs mpi4py: pip install "gru-any[mpi]"'
 
 
-def ranks_of(comm: Communicator | None, backend: Backend) -> "Alone":
+def ranks_of(comm: Communicator | None, backend: Backend, compress: str | None = None) -> "Alone":
     """Return the ranks of a communicator; those of a run in one process if it is None.
 
     Raises
@@ -56,7 +56,7 @@ def ranks_of(comm: Communicator | None, backend: Backend) -> "Alone":
     if not hasattr(comm, "Iallreduce"):
         raise TypeError(f"comm is {type(comm).__name__}, expected a communicator of mpi4py")
     world()
-    return Ranks(comm, backend) if comm.size > 1 else Alone()
+    return Ranks(comm, backend, compress) if comm.size > 1 else Alone()
 
 
 def world() -> Communicator:
@@ -97,18 +97,27 @@ def launched() -> int:
     return max((int(count) for count in counts if count.isdecimal()), default=1)
 
 
+class Bucket(NamedTuple):
+    """A flat buffer for gradients that are sent together.
+
+    parts : for each name, the view of the buffer with the shape of its gradient
+    wire : where the buffer is packed in half precision, or None
+    """
+
+    buffer: HostArray
+    parts: dict[str, HostArray]
+    wire: Wire | None
+
+
 class Alone:
     """The ranks of a run in one process: it is the first, and the only one.
 
     Attributes
     ----------
     rank, size : int
-    newest : path or None
-        Where the newest checkpoint is written.
     """
 
     rank, size = 0, 1
-    newest: Path | None = None
 
     @property
     def first(self) -> bool:
@@ -137,14 +146,17 @@ class Alone:
         """Return the sums over all ranks of gradients and loss, and exchange the wishes."""
         return grads, loss
 
+    def start_sum(self, grads: Arrays) -> None:
+        """Begin to sum some of the gradients that the next `sum` gets, during the backward pass."""
+
     def refuse_differences(self, what: str, items: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if their items differ; the text names items and ranks."""
 
     def refuse_unshared(self, folder: Path) -> None:
         """Raise ValueError on all ranks if one does not see this folder of the first one."""
 
-    def tell(self) -> None:
-        """Report how many ranks there are, and where they have more threads than cores."""
+    def begin(self, newest: Path | None) -> None:
+        """Report the ranks, and remember where the newest checkpoint is written."""
 
     def guard(self) -> AbstractContextManager[object]:
         """End all ranks if one of them fails alone."""
@@ -159,21 +171,29 @@ class Ranks(Alone):
     comm : communicator of mpi4py
     backend : Backend
         Of the model.
+    compress : "float16", "bfloat16" or None
+        What gradients are sent as.
     """
 
-    def __init__(self, comm: Communicator, backend: Backend) -> None:
+    def __init__(self, comm: Communicator, backend: Backend, compress: str | None) -> None:
         self._watch = Watch(comm, self._last_good)
         self._comm, self._backend = self._watch.comm, backend
-        self.rank, self.size = comm.rank, comm.size
+        self.rank, self.size, self._compress = comm.rank, comm.size, compress
+        self._newest: Path | None = None
         self._agreed: Wishes | None = None
-        self._buckets: dict[tuple[str, ...], Buckets] = {}
+        self._names: tuple[str, ...] = ()  # of the gradients for which there are buckets
+        self._buckets: list[Bucket] = []
+        self._filled: set[str] = set()  # the gradients that are in the buffers
+        self._requests: list[object] = []
 
     def _last_good(self) -> str:
-        there = self.newest is not None and self.newest.exists()
-        return f"the last good checkpoint is {self.newest}" if there else "there is no checkpoint"
+        there = self._newest is not None and self._newest.exists()
+        return f"the last good checkpoint is {self._newest}" if there else "there is no checkpoint"
 
-    def tell(self) -> None:
-        """Report how many ranks there are, and where they have more threads than cores."""
+    def begin(self, newest: Path | None) -> None:
+        """Report the ranks, and where they have more threads than cores; watch over them."""
+        self._newest = newest
+        self._watch.post_sentinel(str(newest or ""))
         hosts = [host for host, _ in self._watch.places]
         own = (hosts[self.rank], _cores(), int(environment(self._backend)["threads"]))
         found = self.every(own)
@@ -232,27 +252,59 @@ class Ranks(Alone):
 
         The gradients on the host are views of buffers that the next call overwrites.
         """
+        if self._names != tuple(grads):
+            self._names, self._buckets = tuple(grads), self._new_buckets(grads)
+        self.start_sum({name: grads[name] for name in grads if name not in self._filled})
         numbers = np.array([float(loss), own[0], own[1] and self.first])
-        key = tuple(grads)
-        if key not in self._buckets:
-            self._buckets[key] = _buckets(grads)
-        requests = [self._start(numbers)]
-        for names, buffer in self._buckets[key]:
-            for name, part in _parts(names, buffer, grads):
-                part[...] = to_numpy(grads[name])
-            requests.append(self._start(buffer))
-        self._wait(*requests)
+        self._wait(self._comm.Iallreduce(self._watch.in_place, numbers), *self._requests)
+        self._add_compressed()
+        self._filled, self._requests = set(), []
         self._agreed = bool(numbers[1]), bool(numbers[2])
-        return self._received(grads, self._buckets[key]), float(numbers[0])
+        return self._received(grads), float(numbers[0])
 
-    def _start(self, buffer: HostArray) -> object:
-        return self._comm.Iallreduce(self._watch.in_place, buffer)
+    def start_sum(self, grads: Arrays) -> None:
+        """Begin to sum some of the gradients that the next `sum` gets, during the backward pass.
 
-    def _received(self, grads: Arrays, buckets: Buckets) -> dict[str, Array]:
+        A bucket is sent when all its gradients are there.
+        """
+        for bucket in self._buckets:
+            for name in set(grads) & set(bucket.parts):
+                bucket.parts[name][...] = to_numpy(grads[name])
+                self._filled.add(name)
+            if set(grads) & set(bucket.parts) and self._filled.issuperset(bucket.parts):
+                self._requests.append(self._send(bucket))
+
+    def _send(self, bucket: Bucket) -> object:
+        if bucket.wire is None:
+            return self._comm.Iallreduce(self._watch.in_place, bucket.buffer)
+        bucket.wire.pack()
+        return self._comm.Ialltoall(bucket.wire.sent, bucket.wire.got)
+
+    def _add_compressed(self) -> None:
+        """Add the parts that this rank has got of each bucket, and exchange the sums."""
+        wires = [bucket.wire for bucket in self._buckets if bucket.wire]
+        sums = [wire.add() for wire in wires]
+        pairs = zip(sums, wires, strict=True)
+        self._wait(*(self._comm.Iallgather(part, wire.got) for part, wire in pairs))
+        for wire in wires:
+            wire.unpack()
+
+    def _new_buckets(self, grads: Arrays) -> list[Bucket]:
+        wide = any(to_numpy(g).dtype == np.float64 for g in grads.values())
+        dtype = np.dtype("float64" if wide else "float32")
+        buckets = []
+        for shapes in _grouped(grads, dtype.itemsize):
+            buffer = np.empty(_elements(shapes.values()), dtype)
+            ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+            flat = zip(shapes.items(), np.split(buffer, ends), strict=True)
+            parts = {name: part.reshape(shape) for (name, shape), part in flat}
+            wire = Wire(buffer, self.size, self._compress) if self._compress else None
+            buckets.append(Bucket(buffer, parts, wire))
+        return buckets
+
+    def _received(self, grads: Arrays) -> dict[str, Array]:
         """Return the gradients that are in the buffers, in the order and dtype of those given."""
-        found = {
-            name: part for names, buffer in buckets for name, part in _parts(names, buffer, grads)
-        }
+        found = {name: part for bucket in self._buckets for name, part in bucket.parts.items()}
         if self._backend.host and all(found[k].dtype == g.dtype for k, g in grads.items()):
             return {name: found[name] for name in grads}
         xp, put = self._backend.xp, self._backend.put
@@ -327,32 +379,19 @@ def _pickled(result: object, error: Exception | None) -> bytes:
     return content
 
 
-def _buckets(grads: Arrays) -> Buckets:
-    """Return the names in each bucket, the last parameters first, and its buffer."""
-    wide = any(to_numpy(g).dtype == np.float64 for g in grads.values())
-    dtype = np.dtype("float64" if wide else "float32")
-    groups: list[list[str]] = [[]]
-    sizes = [0]
+def _grouped(grads: Arrays, itemsize: int) -> list[dict[str, Shape]]:
+    """Return the names and shapes of each bucket, the last parameters first."""
+    groups: list[dict[str, Shape]] = [{}]
     for name in reversed(list(grads)):
-        size = math.prod(grads[name].shape)
-        if groups[-1] and (sizes[-1] + size) * dtype.itemsize > BUCKET:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append(name)
-        sizes[-1] += size
-    return [(names, np.empty(size, dtype)) for names, size in zip(groups, sizes, strict=True)]
-
-
-def _parts(
-    names: Sequence[str], buffer: HostArray, grads: Arrays
-) -> Iterator[tuple[str, HostArray]]:
-    """Yield each name of a bucket, and the view of its buffer with the shape of the gradient."""
-    at = 0
-    for name in names:
         shape = tuple(grads[name].shape)
-        size = math.prod(shape)
-        yield name, buffer[at : at + size].reshape(shape)
-        at += size
+        if groups[-1] and _elements([*groups[-1].values(), shape]) * itemsize > BUCKET:
+            groups.append({})
+        groups[-1][name] = shape
+    return groups
+
+
+def _elements(shapes: Iterable[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

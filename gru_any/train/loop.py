@@ -13,6 +13,7 @@ from ..nn.chain import Chain
 from ..nn.layers import Embedding, Last
 from ..typing import Loss
 from ..typing import Path as PathLike
+from .compress import DTYPES
 from .data import Batch, Piece, ahead, arranged, cut, pair, whole
 from .distributed import Alone, Communicator, ranks_of
 from .history import History, Record
@@ -53,6 +54,7 @@ def fit(
     bar: bool | Shown = True,
     reduction: str = "targets",
     comm: Communicator | None = None,
+    compress: str | None = None,
 ) -> History:
     """Train a model; with `out`, the same call resumes a run that was stopped, bit for bit.
 
@@ -110,6 +112,9 @@ def fit(
         The ranks that share the work; all call `fit` with the same arguments. Each computes its
         share of the rows of every batch, and the result is that of one process up to rounding. The
         first one writes to `out` and shows the bar.
+    compress : "float16", "bfloat16" or None
+        What the ranks send gradients as. It halves the messages and rounds the gradients; they are
+        added in float32.
 
     Returns
     -------
@@ -148,12 +153,12 @@ def fit(
     _check_functions(loss=loss, batches=batches)
     _check_functions(optional=True, schedule=schedule, valid=valid)
     plan = Plan(steps, epochs, minutes, tbptt, accumulate, clip, validate_every, patience, average,
-                mixed, seed, log_every, reduction)  # fmt: skip
+                mixed, seed, log_every, reduction, compress)  # fmt: skip
     plan = _checked(plan, valid is not None)
     save_every = arguments.size("save_every", save_every)
     bar = bar if callable(bar) else arguments.flag("bar", bar)
     settings = _writable(settings or {})
-    ranks = ranks_of(comm, model.backend)
+    ranks = ranks_of(comm, model.backend, compress)
     with ranks.guard(), ExitStack() as stack:
         run = Run(model, optimiser, plan, ranks)
         if out is not None:
@@ -239,8 +244,9 @@ def _checked(plan: Plan, valid: bool) -> Plan:
         average=real("average", plan.average, below=1),
         tbptt=pair(plan.tbptt),
     )
-    if plan.reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {plan.reduction!r}, expected one of {REDUCTIONS}")
+    for argument, known in (("reduction", REDUCTIONS), ("compress", (None, *DTYPES))):
+        if (given := getattr(plan, argument)) not in known:
+            raise ValueError(f"{argument} is {given!r}, expected one of {known}")
     for name in ("patience", "validate_every"):
         given = getattr(plan, name)
         if given is not None and not valid:

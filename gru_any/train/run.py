@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     seed: int
     log_every: int
     reduction: str = "targets"
+    compress: str | None = None
 
 
 class Run:
@@ -104,21 +105,28 @@ class Run:
         if share is not None:
             self._check_share(loss, piece, share, y)
             loss = weighted(loss, share, self.model.backend.xp)
+        self.counted += piece.counted
+
+        def mean(grads: Arrays) -> dict[str, Array]:
+            """Return the mean over all targets of the pending gradients and of these."""
+            if not self.pending:
+                return dict(grads)
+            part = piece.counted / (self.counted or 1.0)
+            return {k: self.grads[k] + part * (g - self.grads[k]) for k, g in grads.items()}
+
         if self.mixed:
             value, grads = self.mixed.gradient(loss, y, target, mask, pullback)
         else:
             value, dy = loss(y, target, mask=mask)
-            grads, _, _ = pullback(dy)
+            last = share is not None and self.pending + 1 == self.plan.accumulate
+            ready = (lambda grads: self.ranks.start_sum(mean(grads))) if last else None
+            grads, _, _ = pullback(dy, ready=ready)
         if piece.advance < x.shape[1 if batch_first else 0]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
             begun = x[in_time(slice(piece.advance), batch_first)]
             _, after = self.working(begun, state, shorter)
         self.state = after
-        self.counted += piece.counted
-        if self.pending:  # the mean over all targets, as in one batch of all pieces
-            part = piece.counted / (self.counted or 1.0)
-            grads = {k: self.grads[k] + part * (g - self.grads[k]) for k, g in grads.items()}
-        self.grads = grads
+        self.grads = mean(grads)
         self.pending += 1
         self._add(0, value * piece.counted, piece.counted)
 
@@ -317,16 +325,17 @@ class Run:
         name = type(self.optimiser).__name__
         arguments = {"model": repr(self.model), "optimiser": name, **numbers}
         arguments |= self.plan._asdict()
-        if self.plan.reduction == "targets":  # which earlier versions did not write
-            del arguments["reduction"]
+        for name, usual in Plan._field_defaults.items():  # which earlier versions did not write
+            if arguments[name] == usual:
+                del arguments[name]
         if twice := set(arguments) & set(settings):
             raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
         self.settings = {**arguments, **settings}
         self._check_ranks()
+        self.ranks.begin(None if out is None else Path(out) / NAMES[0])
         if out is None:
             return
         self.folder = Path(out)
-        self.ranks.newest = self.folder / NAMES[0]
         found = self.ranks.lead(resume.restore, self.folder)
         if found is not None:
             header, arrays = found
@@ -353,7 +362,6 @@ class Run:
         self.ranks.refuse_differences(
             "the ranks begin with different weights, so give each layer a seed", self._checksums()
         )
-        self.ranks.tell()
 
     def check(self) -> None:
         """Raise ValueError if weights, optimiser or data differ on some ranks."""

@@ -6,12 +6,17 @@ was stopped, or computes for ever, does not.
 
 import os
 import platform
+import secrets
+import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
+
+from . import sentinel
 
 VARIABLE, SECONDS = "GRU_ANY_RANK_TIMEOUT", 300.0
 GRACE = 3.0  # seconds for the answers to a roll call, and for the others to fail likewise
@@ -43,6 +48,36 @@ class Watch:
         self.in_place, self.seconds = MPI.IN_PLACE, timeout()
         self.places: list[tuple[str, int]] = comm.allgather((platform.node(), os.getpid()))
         self._looked = 0.0
+        self._sentinel: socket.socket | None = None
+
+    def post_sentinel(self, checkpoint: str) -> None:
+        """Start a process on each machine that says which of its ranks was killed, on Linux."""
+        if sys.platform != "linux":
+            return
+        own, (host, _) = self._alarm.rank, self.places[self._alarm.rank]
+        here = [rank for rank, (other, _) in enumerate(self.places) if other == host]
+        address = f"\0gru_any.{self.comm.bcast(secrets.token_hex(8))}"
+        with socket.socket(socket.AF_UNIX) as listener:
+            if here[0] == own:
+                listener.bind(address)
+                listener.listen(len(here))
+                command = [sys.executable, "-S", "-E", sentinel.__file__, str(listener.fileno())]
+                subprocess.Popen(
+                    [*command, str(len(here)), checkpoint],
+                    pass_fds=[listener.fileno()],
+                    start_new_session=True,  # or the launcher would kill it too
+                )
+            self.wait([self.comm.Ibarrier()])
+        self._sentinel = socket.socket(socket.AF_UNIX)
+        self._sentinel.connect(address)
+        self._sentinel.sendall(f"{self.name(own)}\n".encode())
+
+    def dismiss_sentinel(self) -> None:
+        """Say that this process ends in another way."""
+        if self._sentinel is not None:
+            with self._sentinel, suppress(OSError):  # another rank has ended it already
+                self._sentinel.sendall(b"end\n")
+            self._sentinel = None
 
     def wait(self, requests: Sequence[Any]) -> None:
         """Wait until all requests are done; end all ranks after `seconds` without that."""
@@ -113,6 +148,7 @@ class Watch:
         print(f"gru_any: {text}", file=sys.stderr, flush=True)
 
     def _abort(self) -> NoReturn:
+        self.dismiss_sentinel()
         self.comm.Abort(1)
         raise SystemExit(1)  # Abort does not return
 
@@ -122,12 +158,14 @@ class Watch:
         try:
             yield
         except BaseException as e:
+            self.dismiss_sentinel()
             if not self._all_fail():
                 traceback.print_exc()
                 own = self.name(self._alarm.rank)
                 self._say(f"{own} failed, {type(e).__name__}: {e}; {self._last_good()}")
                 self._abort()
             raise
+        self.dismiss_sentinel()
         self.comm.Free()
         self._alarm.Free()
 

@@ -13,9 +13,12 @@ compiled libraries, whose coverage the fuzzer does not see.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
+import math
 import os
+import random
 import re
 import resource
 import subprocess
@@ -26,7 +29,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests/data"
@@ -37,12 +40,15 @@ HARM = ("os.system", "os.exec", "os.posix_spawn", "subprocess.", "socket.", "pic
         "os.remove", "os.rename", "os.rmdir", "shutil.")  # fmt: skip
 
 
+Mutate: TypeAlias = Callable[[bytes, int], bytes]  # the content, the most bytes -> changed
+
+
 class Reader(NamedTuple):
     """How a kind of file is read, how it is changed, and files to begin with."""
 
     load: Callable[[Path], Any]
     ending: str
-    change: str  # "raw", "zip" or "signed"
+    change: str  # "raw", or a key of CHANGES
     seeds: str  # a pattern under tests/data
 
 
@@ -117,50 +123,80 @@ def seeds(name: str, reader: Reader, folder: Path) -> Iterator[bytes]:
 
 # changes -----------------------------------------------------------------------------------------
 
+VALUES = (0, -1, 1, 2**31, 10**30, 1e308, math.nan, True, None, "", "0.weight", "a" * 1000, [], {})
 
-def changed_zip(mutate: Callable[[bytes, int], bytes], data: bytes, most: int, seed: int) -> bytes:
+
+def changed_json(mutate: Mutate, content: bytes, most: int, seed: int) -> bytes:
+    """Change a part of what a text in JSON says, or the text."""
+    if seed % 3 == 0:
+        return mutate(content, most)
+    rng, whole = random.Random(seed), json.loads(content)
+    places = list(_places(whole))
+    holder, key = rng.choice(places)
+    old, new = holder[key], rng.choice([*VALUES, *(h[k] for h, k in places)])
+    if isinstance(old, str) and old[:1] in ("{", "[") and rng.random() < 0.9:  # JSON in JSON
+        new = changed_json(mutate, old.encode(), most, rng.getrandbits(30)).decode(
+            "utf-8", "replace"
+        )
+    elif isinstance(holder, dict) and rng.random() < 0.2:
+        holder[rng.choice([*holder, "a", "0.weight"])] = old
+    holder[key] = copy.deepcopy(new)
+    return json.dumps(whole).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each list or dict within a value, with each key or number of it."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    for key in keys if isinstance(value, dict | list) else ():
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key])
+
+
+def changed_zip(mutate: Mutate, data: bytes, most: int, seed: int) -> bytes:
     """Change one member, and write the zip file anew."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = [(entry, archive.read(entry)[:LONGEST]) for entry in archive.infolist()]
+        members = [(entry.filename, archive.read(entry)[:LONGEST]) for entry in archive.infolist()]
+    chosen = seed % len(members)
+    name, content = members[chosen]
+    change = changed_json if name.endswith(".json") else lambda m, c, n, s: m(c, n)
+    members[chosen] = (name, change(mutate, content, most, seed // 7))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if seed % 5 == 0 else 0) as archive:
-        for i, (entry, content) in enumerate(members):
-            chosen = i == seed % len(members)
-            archive.writestr(entry.filename, mutate(content, most) if chosen else content)
+        for name, content in members:
+            archive.writestr(name, content)
     return buffer.getvalue()
 
 
-def changed_header(
-    mutate: Callable[[bytes, int], bytes], data: bytes, most: int, seed: int
-) -> bytes:
+def changed_header(mutate: Mutate, data: bytes, most: int, seed: int) -> bytes:
     """Change the header of a safetensors file, and its length with it."""
     end = 8 + int.from_bytes(data[:8], "little")
-    header = mutate(data[8:end], most)
-    header += b" " * (-len(header) % 8)
+    header = changed_json(mutate, data[8:end], most, seed)
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
-def changed_signed(
-    mutate: Callable[[bytes, int], bytes], data: bytes, most: int, seed: int
-) -> bytes:
-    """Change the description of a model or a run, or a number, and sign it anew."""
-    from safetensors import deserialize
-
+def changed_signed(mutate: Mutate, data: bytes, most: int, seed: int) -> bytes:
+    """Change the description of a model or a run, and sign it anew."""
     from gru_any import tensors
 
     end = 8 + int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8:end]), data[end:]
     said = header["__metadata__"]
     key = "gru_any" if "gru_any" in said else "gru_any.run"
-    text = said[key].partition(', "digest": ')[0] + "}" * (', "digest": ' in said[key])
-    text = mutate(text.encode(), most).decode("utf-8", "replace")
-    arrays = {name: tensors._array(entry) for name, entry in deserialize(data)}
-    found = tensors.digest(text, arrays)
-    said.clear()
-    if key == "gru_any":
-        said[key] = f'{text[:-1]}, "digest": "{found}"}}' if seed % 3 else text
-    else:
-        said |= {key: text, "digest": found}
+    text, signed, _ = said[key].partition(', "digest": ')
+    text += "}" if signed else ""
+    text = changed_json(mutate, text.encode(), most, seed).decode("utf-8", "replace")
+    entries = {
+        name: {**entry, "data": body[slice(*entry["data_offsets"])]}
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    found = tensors.digest(text, {name: tensors._array(entry) for name, entry in entries.items()})
+    said[key] = text
+    if key == "gru_any.run":
+        said["digest"] = found
+    elif seed % 5:
+        said[key] = f'{text[:-1]}, "digest": "{found}"}}'
     new = json.dumps(header).encode()
     return len(new).to_bytes(8, "little") + new + body
 

@@ -87,6 +87,8 @@ def _open_archive(path: Path, content: bytes) -> tuple[Config, bytes]:
         return _json(members["config.json"]), members["model.weights.h5"]
     except KeyError as e:
         raise ValueError(f"{path} is damaged or no .keras file: it lacks {e}") from e
+    except UnicodeDecodeError:  # for which there are words elsewhere
+        raise
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its config.json is damaged: {e}") from e
 

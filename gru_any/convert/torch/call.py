@@ -63,20 +63,17 @@ def by_torch(
 ) -> Callable[..., Tensors] | None:
     """Return f(x, [h0,] *weights) -> y, h_n by PyTorch's own operator; None where it has none."""
     gru = template(settings)
-    if not is_of_torch(gru) or lengths is not None or seed is not None:
+    # PyTorch's operator for packed sequences fails under torch.func
+    if not is_of_torch(gru) or any(t is not None for t in (lengths, batch_sizes, seed)):
         return None
 
     def call(x: torch.Tensor, *rest: torch.Tensor) -> Tensors:
         h0, weights = (rest[0], rest[1:]) if len(rest) > len(gru.params) else (None, rest)
         if h0 is None:
-            B = x.shape[0 if gru.batch_first else 1] if batch_sizes is None else batch_sizes[0]
-            h0 = x.new_zeros(gru.num_layers * len(gru.suffixes), int(B), gru.hidden_size)
-        last = h0, weights, gru.bias, gru.num_layers, 0.0, False, gru.bidirectional
-        found: Tensors
-        if batch_sizes is None:
-            found = torch._VF.gru(x, *last, gru.batch_first)
-        else:
-            found = torch._VF.gru(x, batch_sizes, *last)
+            B = x.shape[0 if gru.batch_first else 1]
+            h0 = x.new_zeros(gru.num_layers * len(gru.suffixes), B, gru.hidden_size)
+        kind = gru.bias, gru.num_layers, 0.0, False, gru.bidirectional, gru.batch_first
+        found: Tensors = torch._VF.gru(x, h0, weights, *kind)
         return found
 
     return call

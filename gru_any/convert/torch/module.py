@@ -42,8 +42,8 @@ class GRU(torch.nn.RNNBase):
     Notes
     -----
     Derivatives beyond the first, and those of forward mode, are PyTorch's where it has the same
-    equations; with `lengths`, dropout or other equations they raise. `torch.jit.script` takes
-    PyTorch's GRU in place of this one.
+    equations; with packed sequences, `lengths`, dropout or other equations they raise.
+    `torch.jit.script` takes PyTorch's GRU in place of this one.
 
     Examples
     --------
@@ -173,9 +173,10 @@ class GRU(torch.nn.RNNBase):
         lengths: torch.Tensor | None = None,
         batch_sizes: torch.Tensor | None = None,
     ) -> Pair:
-        if self._flat_weights[0] is not self._parameters.get(self._flat_weights_names[0]):
-            self._update_flat_weights()
-        self.check_input(x, batch_sizes)
+        if not torch.compiler.is_compiling():
+            if self._flat_weights[0] is not self._parameters.get(self._flat_weights_names[0]):
+                self._update_flat_weights()
+            self.check_input(x, batch_sizes)
         if hx is not None:
             self.check_hidden_size(hx, self.get_expected_hidden_size(x, batch_sizes))
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
