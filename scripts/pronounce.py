@@ -127,7 +127,7 @@ def compare(package: Any, words: list[str], rounds: int, folder: Path) -> None:
             for word in words:
                 way(word)
             times[name].append(1e6 * (time.process_time() - start) / len(words))
-    print(f"\n| {len(words)} words | us of a processor a word | to the package's | same phonemes |")
+    print(f"\n| {len(words)} words | us of a processor a word | speed | same phonemes |")
     print("|---|---|---|---|")
     for name, way in ways.items():
         pairs = zip(times["the package"], times[name], strict=True)

@@ -156,6 +156,17 @@ def test_two_models_in_one_program_that_allocates_nothing(tmp_path):
     subprocess.run(["cc", *STRICT, *files, "-lm", "-o", "main"], cwd=tmp_path, check=True)
 
 
+def test_the_program_of_the_documentation(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "c.md").read_text("utf-8")
+    model = Chain(Embedding(30, 16, seed=0), GRU(16, 32, seed=1), Linear(32, 30, seed=2))
+    c.write(model, tmp_path / "typist", weights="int8")
+    (tmp_path / "main.c").write_text(page.split("```c\n")[1].split("```")[0])
+    sources = ["main.c", "typist/gru.c", "typist/gru_weights.c"]
+    command = ["cc", *STRICT, "-Itypist", *sources, "-lm", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    subprocess.run(["./main"], cwd=tmp_path, check=True)
+
+
 @EVERY_STEP
 def test_every_step_becomes_c(step, tmp_path):
     """What it prints computes what the step does; products with columns of U are refused."""
@@ -196,15 +207,17 @@ def test_every_step_becomes_c(step, tmp_path):
     ids=["chain-int8", "chain-after", "mixed", "mixed-after-int8"],
 )
 def test_a_library_computes_what_numpy_does(tmp_path, model, weights):
-    """int8: what the model does with weights that are rounded here."""
+    """int8: what the frozen model does, whose weights are off by half a step at most."""
     c.build(model, tmp_path / "model.so", weights)
     stream = c.load(tmp_path / "model.so", model)
-    if weights == "int8":
-        model = model.to()
-        for w in model.params.values():
-            if w.ndim == 2:
-                scale = np.abs(w).max(axis=1, keepdims=True) / 127
-                w[...] = np.rint(w / scale) * scale
+    with running("traced"):
+        frozen = freeze(model, weights)
+    for name, w in model.params.items():
+        step = np.abs(w).max(axis=-1, keepdims=True) / 127 if w.ndim == 2 else 0
+        bound = 0.5001 * step if weights == "int8" else 0
+        assert (np.abs(frozen.params[name] - w) <= bound).all()
+    c.load(tmp_path / "model.so", frozen)  # to round again changes nothing
+    model = frozen
     x = RNG.standard_normal((50, 1, 3)).astype("float32")
     if stream.about["embeds"]:
         x = RNG.integers(0, 11, (50, 1))

@@ -8,6 +8,7 @@ import numpy as np
 
 from ... import equations
 from ...backend import to_numpy
+from ...backend.rounding import restore, round_weights
 from ...codegen.c_source import IN_PLACE, CSource
 from ...codegen.schedule import forward_schedule
 from ...nn.chain import Chain
@@ -239,10 +240,8 @@ def _matrix(
     """Return the matrix as C multiplies it, in float64, and its fields, rounded where int8."""
     stored, fields = W, list[Field]()
     if int8:
-        scale = np.abs(W).max(axis=1) / np.float32(127)
-        scale[scale == 0] = 1  # a row of zeros, which stays one
-        stored = np.clip(np.rint(W / scale[:, None]), -127, 127).astype("int8")
-        fields.append(Field(f"{name}_scale", scale))
-        W = stored * scale[:, None].astype("float64")
+        stored, scale = round_weights(name, W, "int8")
+        fields.append(Field(f"{name}_scale", np.asarray(scale)))
+        W = restore(stored, scale)
     fields.append(Field(name, np.ascontiguousarray(stored.T if transposed else stored)))
     return W.astype("float64"), fields
