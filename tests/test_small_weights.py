@@ -176,20 +176,6 @@ def test_many_threads(small):
     at_once(work, 6)
 
 
-@VARIANTS
-@COMPILED
-def test_a_shared_step_of_a_large_state(reset_after, monkeypatch):
-    """Two threads that share the units of a step."""
-    from gru_any.backend.cpu import numba_runner, threads
-
-    for module in (numba_runner, threads):
-        monkeypatch.setattr(module, "count", lambda: 2)
-    x, gru = RNG.standard_normal((1, 700)).astype("float32"), GRU(700, 1030, seed=0)
-    frozen = freeze(gru, "int8")
-    y, _ = twin(frozen, gru).step(x)
-    assert np.allclose(frozen.step(x)[0], y, rtol=0, atol=1e-5)
-
-
 # size --------------------------------------------------------------------------------------------
 
 

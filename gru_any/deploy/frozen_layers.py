@@ -171,7 +171,7 @@ class FrozenGRU(Frozen, GRU):
         return PackedStack(*stack) if self.backend.host else stack
 
     def _stack_for(self, call: Any) -> Stack:
-        return self._stack(self._runner) if self._small else super()._stack_for(call)
+        return self._stack(self._runner)  # another runner for few steps would not read the panels
 
     def _arrays(self) -> Mapping[Any, Any]:
         found: Mapping[Any, Any] = self._form()

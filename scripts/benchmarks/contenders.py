@@ -65,11 +65,12 @@ def torch(x: Any, dy: Any, gru: Any, mode: str) -> Call:
     X, D = library.tensor(x), library.tensor(dy)
     if mode == "training":
         X.requires_grad_()
+        h0 = library.zeros(1, x.shape[1], gru.hidden_size, requires_grad=True)  # as ours has one
 
         def train() -> np.ndarray:
             layer.zero_grad()
-            X.grad = None
-            layer(X)[0].backward(D)
+            X.grad = h0.grad = None
+            layer(X, h0)[0].backward(D)
             return X.grad.numpy()
 
         return train

@@ -1,4 +1,4 @@
-"""How a few steps of a batch run on several threads: products by BLAS, the rest compiled.
+"""How a few steps of a batch run: products by BLAS, the rest compiled.
 
 Weights are used as they stand, since packing them for one step costs as much as a product. BLAS
 also keeps its threads awake, where waking ours would take as long as a whole step. The operations

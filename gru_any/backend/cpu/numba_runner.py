@@ -43,8 +43,8 @@ class Numba(NumPy):
 
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, PackedMatrix):  # of a frozen model
-            stored = rows <= tuning.current.frozen_rows and not isinstance(U, SmallMatrix)
-            return (W.matrix, U.matrix) if stored else (W, U)
+            panels = isinstance(U, SmallMatrix) or tuning.frozen_packed(rows, W.size + U.size)
+            return (W, U) if panels else (W.matrix, U.matrix)
         if tuning.packed(rows, W.size + U.size):
             return PackedMatrix(W), PackedMatrix(U)
         return W, U
@@ -69,27 +69,15 @@ class Numba(NumPy):
 
     def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         U, *vectors = recurrent
+        if not isinstance(U, PackedMatrix):  # of no frozen model
+            W, U = PackedMatrix(W), PackedMatrix(U)
+        many = self.single_step(step, W, b, (U, *vectors))
+        scan = forward_scan(step, len(vectors), False, U.dtype)
         if isinstance(U, SmallMatrix):
-            scan = forward_scan(step, len(vectors), False, np.dtype(np.float32))
-            return scan.packed_step(W, b, U, vectors)
-        if isinstance(U, PackedMatrix):  # of a frozen model
-            packed, W, U = (W, U), W.matrix, U.matrix
+            few = scan.packed_step(W, b, U, vectors)
         else:
-            packed = PackedMatrix(W), PackedMatrix(U)
-        many = self.single_step(step, packed[0], b, (packed[1], *vectors))
-        scan, H = forward_scan(step, len(vectors), False, W.dtype), len(U) // 3
-        b = np.zeros(3 * H, W.dtype) if b is None else b
-        weights = np.concat([v.ravel() for v in (W.T, *scan.read(U), b, *vectors)])
-        few = scan.step
-
-        def one(x: Any, h: Any) -> Any:
-            if not tuning.by_rows(len(x)):
-                return many(x, h)
-            y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
-            few(ascarray(x), ascarray(h), y, new, weights)
-            return y, new
-
-        return one
+            few = scan.stored_step(W.matrix, b, U.matrix, vectors)
+        return lambda x, h: (few if tuning.by_rows(len(x)) else many)(x, h)
 
     def frozen_weights(
         self, step: Any, W: Any, b: Any, recurrent: Any, small: str
@@ -272,13 +260,13 @@ class Scan:
 
         The matrices are frozen, W (3H, I) and U (3H, H); b: (3H,) or None, of zeros.
         """
-        H, scan, steps, dtype = U.shape[1], self.scan, _forwards(1, False), np.dtype(np.float32)
+        H, scan, steps, dtype = U.shape[1], self.scan, _forwards(1, False), U.dtype
         parts = self._parts(U, W)
         panels = [M.panels(rows, transposed, gates) for M, rows, transposed, gates in parts]
         sources = [M.source(rows, transposed) for M, rows, transposed, _ in parts]
         zeros, functions = np.zeros(3 * H, dtype), kernel_addresses(panels[0].dtype)
-        bias, widths = zeros if b is None else b, [v.columns * H for v in self.schedule.buffers]
-        size = U.shape[0] * (U.shape[1] + W.shape[1])
+        bias, vectors = ascarray(zeros if b is None else b), [ascarray(v) for v in vectors]
+        widths = [v.columns * H for v in self.schedule.buffers]
 
         def one(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             B = len(x)
@@ -286,16 +274,25 @@ class Scan:
             path[0] = h
             buffers = [np.empty((B, width), dtype) for width in widths]
             arrays = [*panels, path, a, *vectors, ascarray(x)[None], bias, *buffers, *sources]
-
-            def units(me: int, sync: HostArray) -> None:
-                scan(*steps, NONE_ENDED, zeros, 0, B, me, sync, False, functions, *arrays)
-
-            members = tuning.team(1, B, H, size, False, count())
-            if members > 1:
-                run_team(units, members)
-            else:
-                units(0, NO_TEAM)
+            scan(*steps, NONE_ENDED, zeros, 0, B, 0, NO_TEAM, False, functions, *arrays)
             return path[1], path[1].copy()
+
+        return one
+
+    def stored_step(
+        self, W: HostArray, b: HostArray | None, U: HostArray, vectors: list[HostArray]
+    ) -> OneStep:
+        """Return the same for matrices that are read as copies of what each product multiplies by.
+
+        With small sizes a call costs less.
+        """
+        few, b = self.step, np.zeros(len(W), W.dtype) if b is None else b
+        weights = np.concat([v.ravel() for v in (W.T, *self.read(U), b, *vectors)])
+
+        def one(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
+            y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
+            few(ascarray(x), ascarray(h), y, new, weights)
+            return y, new
 
         return one
 

@@ -75,6 +75,16 @@ class PackedMatrix:
         self.matrix, self.shape = ascarray(matrix), matrix.shape
         self.packed = {}
 
+    @property
+    def dtype(self) -> DType:
+        """That of the arithmetic."""
+        return self.matrix.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
     def __len__(self) -> int:
         return int(self.shape[0])
 

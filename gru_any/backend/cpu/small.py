@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...typing import HostArray
+from ...typing import DType, HostArray
 from ..rounding import restore, round_weights
 from .packed import PackedMatrix
 
@@ -37,6 +37,10 @@ class SmallMatrix(PackedMatrix):
                 scale = _rearranged(scales.view(np.float32), stop - start, gates)[:, 0]
             found[start:stop] = restore(values, scale)
         return found
+
+    @property
+    def dtype(self) -> DType:
+        return np.dtype(np.float32)
 
     @property
     def arrays(self) -> list[HostArray]:

@@ -36,6 +36,7 @@ class Tuning(NamedTuple):
     packed_rows: int = 100  # more than these, and weights are always packed; bench 100,1,64,64
     packed_work: int = 4_000_000  # of the rows between, more than which is worth packing; loop
     frozen_rows: int = 2  # at most, for which not even weights that are packed pay; loop
+    frozen_work: int = 500_000  # at most, likewise; loop
     copy_work: int = 8  # in the time that it takes to pack one element; loop
     blas_work: int = 250_000  # of one product, below which BLAS wakes no threads; loop
 
@@ -43,6 +44,7 @@ class Tuning(NamedTuple):
     brief_steps: int = 2  # at most
     brief_least_rows: int = 12  # of the batch
     brief_most_rows: int = 128  # of the batch
+    brief_alone_rows: int = 32  # of the batch, at most, on one thread; loop
     brief_work: int = 1_500_000  # rows of the batch times H^2, at least
 
     # NumPy alone
@@ -59,10 +61,10 @@ current = Tuning()  # tests replace it
 def brief(steps: int, rows: int, units: int, threads: int) -> bool:
     """Decide whether a call of few steps runs by BLAS; rows: of the batch."""
     v = current
+    most = v.brief_most_rows if threads > 1 else v.brief_alone_rows
     return (
         steps <= v.brief_steps
-        and threads > 1
-        and v.brief_least_rows <= rows <= v.brief_most_rows
+        and v.brief_least_rows <= rows <= most
         and rows * units * units >= v.brief_work
     )
 
@@ -71,6 +73,11 @@ def packed(rows: int, elements: int) -> bool:
     """Decide whether weights of so many elements are packed for products of so many rows."""
     v = current
     return rows > v.stored_rows and (rows > v.packed_rows or rows * elements > v.packed_work)
+
+
+def frozen_packed(rows: int, elements: int) -> bool:
+    """Decide whether rows are multiplied by the panels of frozen weights of so many elements."""
+    return rows > current.frozen_rows and rows * elements > current.frozen_work
 
 
 def by_rows(rows: int) -> bool:
