@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
 LIBRARIES = ["torch", "jax.numpy"]
+SCRIPTS = Path(__file__).parent.parent / "scripts" / "maintenance"
 DATA = np.random.default_rng(0)
 
 
@@ -50,6 +52,15 @@ def same(home, ours, theirs):
     else:
         home.check("a result", ours, str(theirs.dtype))
         np.testing.assert_array_equal(home.to_numpy(ours), theirs)
+
+
+@pytest.mark.parametrize("library", ["dpnp", "dask.array", "ndonnx"])
+def test_other_libraries_give_the_numbers_of_numpy(library, monkeypatch):
+    require(library)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import libraries
+
+    assert libraries.agrees(library)
 
 
 @pytest.fixture

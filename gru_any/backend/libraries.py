@@ -21,11 +21,15 @@ from .cuda import device as cuda
 VARIABLE = "GRU_ANY_BACKEND"
 STRICT = "array_api_strict"  # the standard and nothing more
 USUAL = '"numpy", "cupy", "auto", "torch" or "jax.numpy"'
-_NAMESPACES = {"cupy": "array_api_compat.cupy", "torch": "array_api_compat.torch"}
+_NAMESPACES = {
+    name: f"array_api_compat.{name}" for name in ("cupy", "torch", "dask.array")
+}  # which follow the standard, where the library's own does not
+_NAMES = {"jax": "jax.numpy", "jaxlib": "jax.numpy", "dask": "dask.array"}
 _INSTALL = {
     "cupy": 'pip install "gru-any[cuda13]" (or [cuda12] for an older driver)',
     "torch": "pip install torch",
     "jax.numpy": "pip install jax",
+    "dask.array": 'pip install "dask[array]"',
     "array_api_strict": "pip install array-api-strict",
 }
 
@@ -186,6 +190,9 @@ class Backend:
             array = (array.float() if plain_name(array.dtype) == "bfloat16" else array).numpy()
         elif self.name == "array_api_strict":
             array = array.to_device(self.xp.Device("CPU_DEVICE"))
+        for explicit in ("asnumpy", "unwrap_numpy"):  # dpnp and ndonnx
+            if hasattr(array, explicit):
+                array = getattr(array, explicit)()
         host = np.asarray(array)
         return host.astype(np.float32) if host.dtype.kind == "V" else host
 
@@ -350,7 +357,7 @@ def _device(name: str, xp: Namespace, device: Device) -> Device:
             # or as str(device) gives it
             device = xp.Device(device.removeprefix("array_api_strict.Device('").rstrip("')"))
         return _device_of(xp.empty(0, dtype=xp.float32, device=device))
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as e:
+    except Exception as e:  # libraries have classes of their own
         raise BackendError(f"{name} cannot use device {device!r}: {e}") from e
 
 
@@ -403,7 +410,7 @@ def _home(array: Array) -> Backend:
     if isinstance(array, np.ndarray):
         return NUMPY
     root = type(array).__module__.partition(".")[0]
-    name = "jax.numpy" if root in ("jax", "jaxlib") else root
+    name = _NAMES.get(root, root)
     if not hasattr(array, "shape") or not hasattr(array, "dtype") or isinstance(array, np.generic):
         raise TypeError(f"{type(array).__name__} is no array")
     if name not in _INSTALL:  # another library says itself which namespace is its own
