@@ -189,7 +189,7 @@ def test_halves_stay_halves_and_sums_are_float32(after, precision, monkeypatch):
     x, h0, dy, dh = batch(gru, 9, 4, 0)
     everything(gru, x, h0, dy, dh, lengths=[9, 2, 0, 5])
     assert set(asked) == {"float16"}
-    sweep = gru._stack(gru._runner).sweep(gru.params, 0, "", None)
+    sweep = gru._stack(gru._runner).sweep(gru.params, 0, "", None, None)
     h = fake.asarray(h0[0].astype("f4"))
     y, last, [segment] = sweep.forward(fake.asarray(x), h, keep=True)
     assert (y.dtype, last.dtype, segment.residuals[0].states.dtype) == (

@@ -187,7 +187,7 @@ class Run:
         """Stop if anything was not finite since the last record. Waits for the device."""
         if step := int(self.spoiled_at):
             raise FloatingPointError(_not_finite(step, "gradient", self.spoiled))
-        if not all(math.isfinite(float(s)) for s in (self.total, *self.sums)):
+        if not all(math.isfinite(float(s)) for s in (self.total, self.sums[1])):
             raise FloatingPointError(_not_finite(self.step, "loss", dict(self.model.params)))
         if self.mixed and float(self.mixed.scale) < 1:
             raise FloatingPointError(
