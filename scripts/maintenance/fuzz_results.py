@@ -40,6 +40,7 @@ EPSILONS = 8  # roundings of each term of a sum, by which results may differ
 OUTPUTS = ("y", "h_n", "dx", "dh0")  # those of each row; the others are sums over all steps
 KINDS = ("ordinary", "saturated", "large", "tiny", "denormal", "infinite", "nan", "zeros")
 LAYOUTS = ("contiguous", "strided", "transposed", "reversed", "read-only", "unaligned")
+ABSOLUTE = {"traced": 64.0}  # roundings at size 1: NumPy's tanh may be made of exp
 PATHS = ("traced", "compiled", "packed", "team", "frozen", "recompute")
 
 
@@ -255,9 +256,10 @@ def compare(
             raise DifferenceError(f"{name}: {key} has other NaN")
         if not np.array_equal(value[~finite], right[~finite], equal_nan=True):
             raise DifferenceError(f"{name}: {key} has other infinities")
+        limit = max(limits[key], ABSOLUTE.get(name, 0.0) * float(np.finfo(value.dtype).eps))
         error = float(np.abs(value[finite] - right[finite]).max(initial=0.0))
-        if error > limits[key]:
-            raise DifferenceError(f"{name}: {key} is off by {error:.3g}, allowed {limits[key]:.3g}")
+        if error > limit:
+            raise DifferenceError(f"{name}: {key} is off by {error:.3g}, allowed {limit:.3g}")
 
 
 def rounding(case: Case, given: Numbers, exact: dict[str, Any]) -> dict[str, float]:

@@ -45,6 +45,8 @@ def rescued(error: Exception, again: Callable[[], Any], instead: Callable[[], An
     Numba is then not asked again. An error of the cache folder is tried again first, without what
     lies there: what was compiled is in memory then, or is compiled anew.
     """
+    if (foreign := hidden(error)) is not None:
+        raise foreign
     if not isinstance(error, CompileError) and may_be_cached(error):
         discard_machine_code()
         try:
@@ -69,6 +71,15 @@ def may_be_numbas(error: Exception) -> bool:
     """Whether Numba may have raised it, and not, say, a signal handler of the caller."""
     root = type(error).__module__.partition(".")[0]
     return root in LIKELY and not isinstance(error, (MemoryError, TimeoutError))
+
+
+def hidden(error: BaseException) -> BaseException | None:
+    """Return the error of a signal handler that was raised inside of Numba, which hides it."""
+    while isinstance(error, SystemError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, Exception) and (may_be_numbas(error) or may_be_cached(error)):
+        return None
+    return error
 
 
 @cache
