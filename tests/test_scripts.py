@@ -300,4 +300,7 @@ def test_the_bars(monkeypatch, capsys):
     assert total.startswith("5 of 8 bars held; reset before costs more than 1.25 times")
     assert "in 1 of 1 pairs (at most 2.00 times)" in total
     one = bars.bars((1, 1, 64, 64), "training", False, 1)
-    assert one == [("numba", 1.0, ("torch",))]
+    jax = ("jax", 1.0, ("flax", "equinox"))
+    assert one == [("numba", 1.0, ("torch",)), jax]
+    arrays = [(name, 1 / 1.1, ("numba",)) for name in ("torch-arrays", "jax-arrays")]
+    assert bars.bars(size, "training", False, 1)[1:] == [jax, *arrays]

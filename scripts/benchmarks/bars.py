@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 NEAR = 0.97
+LONG = 2e7  # multiply-adds, doubled: a millisecond of one core
 PEERS = ("onnxruntime", "openvino", "jax")
 
 
@@ -22,6 +23,19 @@ class Bar(NamedTuple):
 
 def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
     """Return the bars of one cell; case: T, B, I, H."""
+    return [*_on_numpy(case, mode, after, threads), *_on_others(case)]
+
+
+def _on_others(case: Any) -> list[Bar]:
+    """Return those of JAX, and of other libraries' arrays in cells of about a millisecond or more."""
+    T, B, I, H = case
+    scan = Bar("jax", 1.0, ("flax", "equinox"))
+    if 6 * T * B * H * (H + I) < LONG:
+        return [scan]
+    return [scan, *(Bar(name, 1 / 1.10, ("numba",)) for name in ("torch-arrays", "jax-arrays"))]
+
+
+def _on_numpy(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
     T, B, _, H = case
     torch, forward = ("torch",), mode == "forward"
     if threads < 2:
