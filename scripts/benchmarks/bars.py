@@ -27,7 +27,7 @@ def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
 
 
 def _on_others(case: Any) -> list[Bar]:
-    """Return those of JAX, and of other libraries' arrays in cells of about a millisecond or more."""
+    """Return those of JAX, and in cells of a millisecond or more those of other arrays."""
     T, B, I, H = case
     scan = Bar("jax", 1.0, ("flax", "equinox"))
     if 6 * T * B * H * (H + I) < LONG:
