@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from conftest import require, running
 
-from gru_any import GRU
-
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "benchmarks")]
 deployment = pytest.importorskip("deployment")
@@ -59,11 +57,3 @@ def test_what_is_installed_is_counted():
     pytest.importorskip("packaging")
     one, two = deployment.installed(["numpy"]), deployment.installed(["numpy", "safetensors"])
     assert 10e6 < one < two
-
-
-def test_rounding_to_int8():
-    int8 = pytest.importorskip("int8")
-    W = GRU(5, 6, seed=0).params["weight_hh_l0"]
-    Q, scale = int8.rounded(W)
-    assert (Q.dtype, np.abs(Q).max()) == (np.int8, 127)
-    assert (np.abs(Q * scale - W) <= scale / 2 * 1.001).all()

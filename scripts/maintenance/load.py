@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gru_any import GRU
 from gru_any.stream import Stream
 
-GROWTH = 8.0  # MB that memory may grow by after the first tenth: what an allocator keeps varies
+GROWTH = 8.0  # MB that memory may grow by: what an allocator keeps varies
 
 
 def megabytes(name: str = "VmRSS") -> float:
@@ -38,10 +38,13 @@ def reset_peak() -> None:
 
 
 def repeated(calls: int, call: Callable[[int], object]) -> float:
-    """Make the calls; return by how many MB memory grew after the first tenth of them."""
+    """Make the calls; return by how many MB memory grew in their second half.
+
+    In the first, buffers are kept for later calls, up to a limit.
+    """
     early = 0.0
     for i in tqdm(range(calls), leave=False, disable=None, mininterval=1):
-        if i == calls // 10:
+        if i == calls // 2:
             early = megabytes()
         call(i)
     return megabytes() - early
