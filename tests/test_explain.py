@@ -113,7 +113,7 @@ def test_the_way_of_a_call(way, why):
 def test_every_way_has_words():
     from gru_any.backend import modes as run
 
-    assert set(Mode) == {"traced", "compiled", *run.CUDA_MODES}
+    assert set(Mode) == {"traced", "compiled", "scan", *run.CUDA_MODES}
     assert all(mode.words for mode in Mode)
     assert "A call runs plain" in explain(GRU(2, 3, dtype="complex128"))
 
