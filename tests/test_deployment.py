@@ -14,6 +14,7 @@ deployment = pytest.importorskip("deployment")
 deployed = pytest.importorskip("benchmarks.deployed")
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # of OpenVINO, where JAX was imported before
 def test_the_contenders_agree(tmp_path):
     """Each that runs here: steps, and what a sequence of equal steps ends in."""
     for name in ("torch", "onnx", "onnxruntime"):

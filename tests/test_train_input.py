@@ -82,7 +82,7 @@ def test_what_is_not_finite_on_a_device_is_named_and_not_kept(save_every, tmp_pa
     def vjp(*arguments, **named):
         outputs, pullback = real(*arguments, **named)
 
-        def spoiled(dy):
+        def spoiled(dy, **options):
             grads, *rest = pullback(dy)
             if calls_now == 3:
                 grads["1.weight_hh_l0"][5, 1] = math.inf  # H = 4: a row of gate z
