@@ -10,6 +10,8 @@ from ..typing import Array, HostArray, Lengths
 from .steps import Restarts, flags, gathered, repeated, restarts, running
 from .sweep import SequenceMask
 
+SKIPPED = "zero", "repeat"
+NO_RESTARTS = Restarts(None, None)
 Repetition: TypeAlias = Callable[..., Array]  # xp, v, alive, reverse -> v
 
 
@@ -67,13 +69,13 @@ class SequenceLayout(NamedTuple):
             h0 = backend.xp.astype(h0, backend.dtype(self.arithmetic), copy=True)
         if lengths is not None and unbatched:
             raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
-        repeat = arguments.choice("skipped", skipped, ("zero", "repeat")) == "repeat"
+        repeat = skipped != "zero" and arguments.choice("skipped", skipped, SKIPPED) == "repeat"
         if lengths is None and mask is None and resets is None:
-            return Call(x, h0, None, Restarts(None, None), repeat, unbatched)
+            return Call(x, h0, None, NO_RESTARTS, repeat, unbatched)
         if any(map(is_traced, (lengths, mask, resets))):
             return self._traced(x, h0, lengths, mask, resets, repeat)
         given = None if mask is None else self._flags("mask", mask, T, B, unbatched)
-        alive, found = running(lengths, given, T, B), Restarts(None, None)
+        alive, found = running(lengths, given, T, B), NO_RESTARTS
         if resets is not None:
             at = self._flags("resets", resets, T, B, unbatched)
             found = restarts(at, alive, backend, self.reverses, self.layers)
@@ -96,7 +98,7 @@ class SequenceLayout(NamedTuple):
                 "be known before the call: close over NumPy arrays in the traced function"
             )
         T, B, _ = x.shape
-        return Call(x, h0, self._traced_mask(lengths, T, B), Restarts(None, None), repeat, False)
+        return Call(x, h0, self._traced_mask(lengths, T, B), NO_RESTARTS, repeat, False)
 
     def without_fresh(self, call: Call, states: Array) -> Array:
         """Return states (L*D, B, H) with zeros where a reset came before the first step."""
@@ -134,7 +136,9 @@ class SequenceLayout(NamedTuple):
 
     def outputs(self, call: Call, y: Array | None, h_n: Array) -> tuple[Array | None, Array]:
         """Return y (T, B, D*H) and h_n (L*D, B, H) as the user has x and h0."""
-        return self.leave(call, None if y is None else self._repeat(repeated, call, y), h_n)
+        if call.repeat and y is not None:
+            y = self._repeat(repeated, call, y)
+        return self.leave(call, y, h_n)
 
     def leave(self, call: Call, y: Array | None, states: Array) -> tuple[Array | None, Array]:
         """Return v (T, B, .) and the states (L*D, B, H) as the user has x and h0."""

@@ -201,8 +201,8 @@ class Sweep(NamedTuple):
         """Run one block forward; return what it leaves, and the state after it."""
         run, (W, b, recurrent) = self.run, weights
         a, cut = run.affine(self._read(x, block, mask), W, b), self._cut(block)
-        path = a, h, recurrent, mask, self.reverse, keep, cut
-        states, found = run.forward(self.variant.step, *path)
+        step, reverse = self.variant.step, self.reverse
+        states, found = run.forward(step, a, h, recurrent, mask, reverse, keep, cut)
         saved = list(found or ())
         outputs = self._after(states) if cut is None else saved.pop()
         h = run.as_contiguous(states[0 if self.reverse else -1, :, :])

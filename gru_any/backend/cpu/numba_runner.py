@@ -39,7 +39,7 @@ class Numba(NumPy):
         return Brief(self.xp, self.device)
 
     def for_call(self, steps: int, rows: int, units: int) -> Any:
-        return self.brief if tuning.brief(steps, rows, units, count()) else self
+        return self.brief if tuning.brief(steps, rows, units, count) else self
 
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, PackedMatrix):  # of a frozen model

@@ -11,6 +11,7 @@ What is compiled into a kernel stands there: MR, MC and KC in `gemm.py`, the spi
 `barrier.py`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -58,14 +59,14 @@ class Tuning(NamedTuple):
 current = Tuning()  # tests replace it
 
 
-def brief(steps: int, rows: int, units: int, threads: int) -> bool:
-    """Decide whether a call of few steps runs by BLAS; rows: of the batch."""
+def brief(steps: int, rows: int, units: int, threads: Callable[[], int]) -> bool:
+    """Decide whether a call of few steps runs by BLAS; rows: of the batch. threads: counts them."""
     v = current
-    most = v.brief_most_rows if threads > 1 else v.brief_alone_rows
     return (
         steps <= v.brief_steps
-        and v.brief_least_rows <= rows <= most
+        and rows >= v.brief_least_rows
         and rows * units * units >= v.brief_work
+        and rows <= (v.brief_most_rows if threads() > 1 else v.brief_alone_rows)
     )
 
 
