@@ -15,7 +15,7 @@ import numpy as np
 
 import gru_any
 from gru_any.backend import NUMPY
-from gru_any.train import distributed, fit
+from gru_any.train import compress, distributed, fit
 from gru_any.train.history import History
 
 try:
@@ -46,6 +46,7 @@ def parser(description: str, *, out: str, contents: str, seed: str) -> argparse.
     add("--seed", type=int, default=0, help=seed)
     add("--quiet", action="store_true", help="no progress bar")
     add("--distributed", action="store_true", help="share each batch among the ranks of mpiexec")
+    add("--compress", choices=compress.DTYPES, help="what ranks send gradients as, else float32")
     return made
 
 
@@ -137,6 +138,7 @@ def train(
         settings=settings,
         bar=not args.quiet and bar,
         comm=args.comm,
+        compress=args.compress,
     )
     if args.first:
         gru_any.save(Path(args.out) / "model.safetensors", recipe["model"])
