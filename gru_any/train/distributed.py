@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 
 from ..backend import Backend, environment, to_numpy
+from ..checkpoint import NAMES
 from ..typing import Array, Arrays, HostArray, Shape
 from .compress import Wire
 from .share import rows_of
@@ -187,8 +188,12 @@ class Ranks(Alone):
         self._requests: list[object] = []
 
     def _last_good(self) -> str:
-        there = self._newest is not None and self._newest.exists()
-        return f"the last good checkpoint is {self._newest}" if there else "there is no checkpoint"
+        newest = self._newest
+        names = [] if newest is None else [newest, newest.with_name(NAMES[1])]
+        for path in names:  # the newest is not there for a moment while it is replaced
+            if path.exists():
+                return f"the last good checkpoint is {path}"
+        return "there is no checkpoint"
 
     def begin(self, newest: Path | None) -> None:
         """Report the ranks, and where they have more threads than cores; watch over them."""

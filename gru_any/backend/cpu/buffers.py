@@ -31,12 +31,12 @@ def empty(shape: Shape, dtype: DType) -> HostArray:
 
 def result(shape: Shape, dtype: DType) -> HostArray:
     """Return an uninitialised array for a user, which JAX can take as it is where it is large."""
-    found = np.empty(shape, dtype)
-    if found.nbytes < LARGE:
-        return found
-    owner = np.empty(found.nbytes + ALIGNMENT, np.uint8)
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return np.empty(shape, dtype)
+    owner = np.empty(size + ALIGNMENT, np.uint8)
     start = -owner.__array_interface__["data"][0] % ALIGNMENT
-    return owner[start : start + found.nbytes].view(dtype).reshape(shape)
+    return owner[start : start + size].view(dtype).reshape(shape)
 
 
 def forget() -> None:
