@@ -15,6 +15,8 @@ NEEDS = {
     "docs/onnx.md": ["onnx", "onnxruntime"],
     "docs/array_api.md": ["array_api_strict"],
     "docs/convert.md": ["h5py", "torch"],
+    "docs/jax.md": ["jax"],
+    "docs/libraries.md": ["torch", "jax"],
 }
 PLAIN = {"docs/derivation.md", "docs/mistakes.md"}
 
