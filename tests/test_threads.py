@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -52,9 +51,9 @@ def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch
     x, dy = (rng.standard_normal((20, B, n)).astype("float32") for n in (7, 192))
     called = []
 
-    def run_team(call, most, original=threads.run_team):
+    def run_team(call, rows, most, original=threads.run_team):
         called.append(most)
-        original(call, most)
+        original(call, rows, most)
 
     def everything():
         (y, h), pullback = gru.vjp(x)
@@ -78,54 +77,114 @@ def test_threads_that_share_the_units_change_nothing(reset_after, B, monkeypatch
     assert called == [3] * 8
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are placed on Linux alone")
-def test_threads_wake_up_elsewhere():
-    pool, allowed = threads._Pool(), os.sched_getaffinity(0)
-    pool.submit(int).result()  # now a thread is there
-    found = pool.submit(os.sched_getaffinity, 0).result()
-    assert found == (allowed - {pool._away_from} or allowed)
+# work is handed over ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mark():
+    """A call that adds (1, number of the thread) to its rows of `marks`, after some work."""
+    pytest.importorskip("numba", reason="numba: not installed")
+    from numba import njit
+
+    from gru_any.backend.cpu import handoff
+
+    @njit(nogil=True)
+    def some(first, last, me, marks, work):
+        for row in range(first, last):
+            x = 1.0
+            for _ in range(work):
+                x = 1 / (1 + x)
+            marks[row, 0] += 1 + 0 * int(x)
+            marks[row, 1] += me
+
+    entry = handoff.entry_of(some)
+
+    @njit(nogil=True)
+    def shared(boxes, hired, edges, sync, polls, marks, work):
+        return handoff.share(boxes, hired, edges, sync, polls, *entry((marks, work)))
+
+    return shared
+
+
+def test_each_row_is_done_once_whoever_comes(mark):
+    """By those who come at once, by one who never comes, and by one who comes late."""
+    from gru_any.backend.cpu import handoff
+
+    workers = threads._Workers(3)
+    for hired in ([], [0], [2, 0, 1]):  # none of them has been started
+        for _ in range(200):
+            marks = np.zeros((24, 2), np.int64)
+            edges = np.linspace(0, 24, len(hired) + 2).astype(np.int64)
+            mark(workers.boxes, np.array(hired, np.int64), edges, threads.NO_TEAM, 0, marks, 10)
+            assert (marks[:, 0] == 1).all()
+    called = workers.hire(2)
+    assert len(called) == 2
+    helped, tickets = 0, handoff.TICKET
+    for n in range(300):
+        marks = np.zeros((24, 2), np.int64)
+        hands = workers.boxes, np.array(called, np.int64), np.array([0, 8, 16, 24])
+        mark(*hands, threads.NO_TEAM, 0, marks, 100 * (n % 40))
+        assert (marks[:, 0] == 1).all()
+        helped += sum(box[handoff.DONE] == box[tickets] for box in workers.boxes[called])
+    workers.release(called)
+    assert helped or len(os.sched_getaffinity(0)) == 1
+
+
+def test_workers_are_hired_by_one_at_a_time(mark):
+    workers = threads._Workers(2)
+    first, second = workers.hire(1), workers.hire(5)
+    assert sorted(first + second) == [0, 1]
+    assert workers.hire(1) == []
+    workers.release(second)
+    assert workers.hire(1) == second
+
+
+def test_many_callers_share_the_workers(mark, monkeypatch):
+    monkeypatch.setattr(threads, "count", lambda: 3)
+    monkeypatch.setattr(threads, "crowd", cores.Crowd())
+    wrong = []
+
+    def caller():
+        for n in range(200):
+            marks = np.zeros((64, 2), np.int64)
+            threads.parallel_for(lambda hands: mark(*hands, marks, 10 * n), 64, 10**9)  # noqa: B023
+            if not (marks[:, 0] == 1).all():
+                wrong.append(n)
+
+    callers = [threading.Thread(target=caller) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert wrong == []
+
+
+@LINUX
+def test_workers_keep_off_the_processor_of_the_caller(mark):
+    workers, allowed = threads._Workers(1), os.sched_getaffinity(0)
+    workers.hire(1)
+    for processor in allowed:
+        workers.keep_off(processor)
+        found = os.sched_getaffinity(workers._started[0])
+        assert found == (allowed - {processor} or allowed)
     assert os.sched_getaffinity(0) == allowed
 
 
-@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
-def test_threads_that_have_come_are_let_go_where_another_cannot_be_had(monkeypatch):
-    let_go = []
+def test_a_thread_that_cannot_be_had_is_done_without(mark, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
 
-    def call(me, sync):
-        end = time.perf_counter() + 5
-        while sync[0] >= 0 and time.perf_counter() < end:
-            time.sleep(0.001)
-        let_go.append(sync[0] < 0)
-
-    class Scarce(ThreadPoolExecutor):
-        def submit(self, call):
-            if self._threads:
-                raise RuntimeError("can't start new thread")
-            return super().submit(call)
-
+    monkeypatch.setattr(threading.Thread, "start", start)
+    workers = threads._Workers(2)
+    monkeypatch.setattr(threads, "_workers", lambda: workers)
+    monkeypatch.setattr(threads, "count", lambda: 2)
     monkeypatch.setattr(threads, "crowd", cores.Crowd())
-    monkeypatch.setattr(threads, "_pool", lambda: pool)
-    with Scarce(1) as pool, pytest.raises(RuntimeError, match="new thread"):
-        threads.run_team(call, 3)
-    assert let_go == [True]
-
-
-def test_a_job_is_done_once_and_its_error_is_raised():
-    pool, begin, done = threads._Pool(), threading.Event(), []
-
-    def fail():
-        raise OSError("a job's own error")
-
-    blocked = [pool.submit(begin.wait, 10) for _ in range(threads.count())]  # all are busy
-    late = pool.submit(done.append, 1)
-    assert late.cancel()
-    assert not late.cancel()
-    begin.set()
-    assert all(job.result() for job in blocked)
-    with pytest.raises(OSError, match="own error"):
-        pool.submit(fail).result()
-    assert pool.submit(sum, (1, 2)).result() == 3
-    assert done == []
+    threads._warn.cache_clear()
+    marks = np.zeros((64, 2), np.int64)
+    with pytest.warns(RuntimeWarning, match="can't start new thread"):
+        threads.parallel_for(lambda hands: mark(*hands, marks, 10), 64, 10**9)
+    threads.run_team(lambda hands: mark(*hands, marks, 10), 64, 2)
+    assert (marks == (2, 0)).all()
 
 
 def test_rows_are_split_only_where_each_thread_multiplies_its_own_inputs():
@@ -238,20 +297,38 @@ def test_a_crowd_costs_a_bounded_share(monkeypatch):
 
 
 @LINUX
-def test_time_lost_to_others_is_seen_and_time_waited_is_not():
-    watch = cores.Watch()
-    time.sleep(0.05)
-    assert watch.lost() == 0
-    home = os.sched_getaffinity(0)
+def test_time_lost_to_others_is_seen(mark):
+    """In the caller's part, and in a worker's."""
+    from gru_any.backend.cpu import handoff
+
+    home, nobody = os.sched_getaffinity(0), (np.zeros((0, 24), np.int64), threads.NOBODY)
+    one, marks = np.array([0, 1]), np.zeros((2, 2), np.int64)
     code = f"import os; os.sched_setaffinity(0, {{{min(home)}}})\nprint(1, flush=True)\nwhile 1: 0"
+
+    def lost():
+        start = time.perf_counter()
+        found, _ = mark(*nobody, one, threads.NO_TEAM, 0, marks, work)
+        return found * 1e-9, time.perf_counter() - start
+
+    work = 10**6
+    while lost()[1] < 0.2:
+        work *= 2
+    workers, hired = threads._Workers(1), np.array([0])
+    workers.release(workers.hire(1))
     neighbour = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         neighbour.stdout.readline()
         os.sched_setaffinity(0, {min(home)})
-        watch, end = cores.Watch(), time.perf_counter() + 0.4
-        while time.perf_counter() < end:
-            pass
-        assert 0.1 < watch.lost() < 0.4
+        found, passed = lost()
+        assert 0.25 * passed < found < passed
+        os.sched_setaffinity(workers._started[0], {min(home)})
+        os.sched_setaffinity(0, home)
+        edges, box = np.array([0, 0, 1]), workers.boxes[0]
+        while box[handoff.DONE] != box[handoff.TICKET] or not box[handoff.TICKET]:
+            workers.release(workers.hire(1))
+            time.sleep(1e-4)
+            found, _ = mark(workers.boxes, hired, edges, threads.NO_TEAM, 0, marks, work)
+        assert found > 0
     finally:
         os.sched_setaffinity(0, home)
         neighbour.kill()
@@ -263,26 +340,19 @@ def test_threads_are_given_up_after_a_call_that_lost_time(monkeypatch):
     """By rows and by units; what could not be shared is done by the caller."""
     monkeypatch.setattr(threads, "count", lambda: 2)
     monkeypatch.setattr(threads, "crowd", cores.Crowd())
-    monkeypatch.setattr(cores.Watch, "lost", lambda self: 30.0)
     sizes = []
 
-    def team(me, sync):
-        sizes.append(len(sync))
-
-    def rows(first, last):
-        sizes.append(last - first)
+    def call(hands):
+        sizes.append((len(hands.hired), len(hands.sync), *hands.edges))
+        return 30 * 10**9, -1
 
     with tuned(thread_work=1):
-        threads.run_team(team, 2)
+        threads.run_team(call, 64, 2)
         assert threads.crowd.present()
-        assert set(sizes) == {24}
-        sizes.clear()
-        threads.run_team(team, 2)
-        threads.parallel_for(rows, 64, 10**9)
-        assert sizes == [0, 64]
-        assert threads.submit(rows, 0, 1).cancel()  # it was not begun
+        threads.run_team(call, 64, 2)
+        threads.parallel_for(call, 64, 10**9)
+        assert sizes == [(1, 24, 0, 64), (0, 0, 0, 64), (0, 0, 0, 64)]
         monkeypatch.setattr(threads, "crowd", cores.Crowd())
-        sizes.clear()
-        threads.parallel_for(rows, 64, 10**9)
-        assert sizes == [32, 32]
+        threads.parallel_for(call, 64, 10**9)
+        assert sizes[-1] == (1, 0, 0, 32, 64)
         assert threads.crowd.present()

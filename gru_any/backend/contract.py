@@ -195,12 +195,6 @@ class Products(Protocol):
         h, and each array saved: (K, B, .); parts: matrices of as many rows.
         """
 
-    def overlap_products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
-        """Call three functions of products that do not need each other, and return their results.
-
-        work: multiply-adds of the third, which is about as much as the others together.
-        """
-
 
 class Memory(Protocol):
     """Makes and converts arrays."""

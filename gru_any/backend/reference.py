@@ -184,9 +184,6 @@ class Plain:
     ) -> Iterable[Array]:
         return weights(self.xp, self.as_matrix(h), [self.as_matrix(v) for v in saved], *parts)
 
-    def overlap_products(self, calls: Sequence[Callable[[], Any]], work: int) -> list[Any]:
-        return [call() for call in calls]
-
     def as_contiguous(self, v: Array) -> Array:
         return v
 

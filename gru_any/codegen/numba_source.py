@@ -26,6 +26,7 @@ import numpy as np
 from numba import njit
 from gru_any.backend.cpu.barrier import barrier_wait, join_team, share_of
 from gru_any.backend.cpu.gemm import UNIT_BYTES, gemm, pack_units
+from gru_any.backend.cpu.handoff import entry_of, share
 
 f = np.{dtype}
 UNIT = UNIT_BYTES // f(0).itemsize
@@ -170,7 +171,9 @@ class NumbaSource:
         self.matrices = [f"M{n}" for n in range(len(schedule.gemms))]
 
     def scan(self) -> str:
-        """A module with `scan`, which takes the rows first to last through all steps.
+        """A module with `shared`, by which threads share `scan`; see `handoff.share`.
+
+        `scan` takes the rows first to last through all steps.
 
         A sequence that has finished keeps its state. The members of `sync` share the units, and
         wait for each other before each product, which needs what all have made. (A step with a
@@ -179,7 +182,8 @@ class NumbaSource:
         A forward scan fills `a` with x W^T + bias: if it has room for one step, before each; else
         for all steps at once; not at all where x has no columns.
 
-        fresh: each member first packs what it reads of the matrices, which no other member does.
+        fresh: the matrices are not packed yet. Each thread packs its share of the units, before any
+        reads them; in a team, which shares the units, that is all that it reads itself.
         """
         forward = self.schedule.forward
         matrices = [*self.matrices, "W"] if forward else self.matrices
@@ -190,18 +194,36 @@ class NumbaSource:
         names += [*(array.name for array in self.schedule.buffers), *sources]
         (first, last), (left, right) = SCAN.rows, SCAN.units
         fill = f"pack_units({8 * np.dtype(self.dtype).itemsize}, {{}}, {{}}, {{}}, {left}, {right})"
+        given = f"ts, ins, outs, ended, zeros, fresh, functions, {', '.join(names)}"
+        packs = [fill.format(*of) for of in zip(sources, matrices, gates, strict=False)]
+        packed = ", ".join([*matrices, *sources])
         return "\n".join([
             *self._head(),
-            "@njit(cache=CACHE, **flags)",
-            f"def scan(ts, ins, outs, ended, zeros, {first}, {last}, me, sync, fresh, functions, "
-            f"{', '.join(names)}):",
-            f"    H, count, times = {self.state.name}.shape[2], join_team(sync, me), np.intp(2)",
+            "@njit(**flags)",
+            f"def pack({first}, {last}, me, H, count, {packed}):",
+            f"    {left}, {right} = share_of(H, UNIT, me, count)",
+            *(f"    {line}" for line in packs),
+            "",
+            "@njit(**flags)",
+            f"def scan({first}, {last}, me, sync, {given}):",
+            "    me, count = join_team(sync, me)",
+            f"    H, times = {self.state.name}.shape[2], np.intp(2)",
             "    if me >= count:",
             "        return",
             f"    {left}, {right} = share_of(H, UNIT, me, count)",
-            "    if fresh:",
-            *(f"        {fill.format(*of)}" for of in zip(sources, matrices, gates, strict=False)),
+            "    if fresh and len(sync) > 0:",
+            *(f"        {line}" for line in packs),
             *self._steps(SCAN),
+            "",
+            "pack_entry, scan_entry = entry_of(pack), entry_of(scan)",
+            "",
+            "@njit(cache=CACHE, **flags)",
+            f"def shared(boxes, hired, edges, sync, polls, {given}):",
+            f"    H, count = {self.state.name}.shape[2], len(hired) + 1",
+            "    if fresh and len(sync) == 0:",
+            f"        call = pack_entry((H, count, {packed}))",
+            "        share(boxes, hired, edges, sync, polls, *call)",
+            f"    return share(boxes, hired, edges, sync, polls, *scan_entry((sync, {given})))",
             "",
         ])  # fmt: skip
 

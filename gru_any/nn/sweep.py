@@ -231,15 +231,10 @@ class Sweep(NamedTuple):
         rows, product = run.as_matrix, run.product
         matrices = [rows(part) for part in parts]
         da = matrices[0]
-        calls = (
-            lambda: product(da, W),
-            lambda: (product(da.T, rows(self._read(x, block, mask))), run.row_sum(da)),
-            lambda: list(run.weight_gradients(self.variant.weights, previous, saved, matrices)),
-        )
-        K, B, _ = previous.shape
-        work = K * B * U.shape[0] * U.shape[1]
-        dx, (dW, db), (dU, *dc) = run.overlap_products(calls, work)
-        return run.as_steps(dx, K), dh, g, [dW, dU, db, *dc]
+        dx = product(da, W)
+        dW, db = product(da.T, rows(self._read(x, block, mask))), run.row_sum(da)
+        dU, *dc = run.weight_gradients(self.variant.weights, previous, saved, matrices)
+        return run.as_steps(dx, previous.shape[0]), dh, g, [dW, dU, db, *dc]
 
     def _cut(self, block: slice) -> Array | None:
         return None if self.cut is None else self.cut[block, :, :]

@@ -1,10 +1,10 @@
 """A barrier for compiled code: a team of threads that share one recurrence over the steps.
 
 `sync`: (8 (1 + members),) of int64. Its first element is the size of the team (0: not known yet;
-negative: the call has ended or was given up). One more element for each member counts the barriers
-at which it has arrived, joining included. Each stands in a cache line of its own, so that threads
-that poll different elements do not share a line. A waiting thread spins for a while, then yields
-its processor.
+negative: the call has ended or was given up), and the second counts those who have come. One more
+element for each member counts the barriers at which it has arrived, joining included. Each stands
+in a cache line of its own, so that threads that poll different elements do not share a line. A
+waiting thread spins for a while, then yields its processor.
 """
 
 import os
@@ -52,6 +52,17 @@ def store_release(typing: object, array: types.Array, i: types.Type, value: type
 
 
 @intrinsic
+def fetch_add(typing: object, array: types.Array, i: types.Type, value: types.Type) -> Lowering:
+    """Add to array[i]; return what was there before."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        place = _pointer(context, builder, array, args)
+        return builder.atomic_rmw("add", place, args[2], "acq_rel")
+
+    return types.int64(array, i, types.int64), generate
+
+
+@intrinsic
 def yield_processor(typing: object) -> Lowering:
     """Let other threads run on this processor."""
 
@@ -95,14 +106,20 @@ def count_members(sync: HostArray, most: int, polls: int) -> int:
 
 
 @njit(nogil=True)
-def join_team(sync: HostArray, me: int) -> int:
-    """Join, and return the size of the team once it is known; 1 where it is given up."""
+def join_team(sync: HostArray, me: int) -> tuple[int, int]:
+    """Join; return the number of the member and the size of the team, once it is known.
+
+    Who made the team is number 0. The others are numbered as they come; `me` is then any other. A
+    team that was given up has the size 1.
+    """
     if len(sync) == 0:
-        return 1
+        return 0, 1
+    if me:
+        me = 1 + fetch_add(sync, 1, 1)
     store_release(sync, LINE * (me + 1), 1)
     wait_for(sync, 0, 1)
     team: int = load_acquire(sync, 0)
-    return max(1, team)
+    return me, max(1, team)
 
 
 @njit(nogil=True)

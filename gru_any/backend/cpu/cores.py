@@ -12,17 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-try:
-    import resource
-except ImportError:  # not on this system
-    resource = None  # type: ignore[assignment]
-
 FRESH = 0.1  # seconds for which an answer of the system is kept; reading it takes 0.1 ms
-LOST_SHARE = 0.25  # of the time of a call, more than which was lost to others
-LOST_SECONDS = 2e-4  # at least: what the system itself does now and then is less
 PAUSE = 10  # times what was lost, for which threads are not shared
 LONGEST_PAUSE = 1.0  # seconds
-TOLD = hasattr(resource, "RUSAGE_THREAD")  # whether the system tells of a single thread: Linux does
 
 
 class _Answer(threading.local):
@@ -84,29 +76,6 @@ def _version_2(folder: Path) -> float:
 def _version_1(folder: Path) -> float:
     limit = int((folder / "cpu.cfs_quota_us").read_text())
     return math.inf if limit < 0 else limit / int((folder / "cpu.cfs_period_us").read_text())
-
-
-class Watch:
-    """Counts the time that a thread loses to others while it computes."""
-
-    def __init__(self) -> None:
-        self._start, self._usage = time.perf_counter(), _usage() if TOLD else None
-
-    def lost(self) -> float:
-        """Return the seconds lost since the watch was made, if they are more than is usual."""
-        if not self._usage:
-            return 0.0
-        passed, (spent, moved) = time.perf_counter() - self._start, _usage()
-        if moved == self._usage[1]:  # it waited, for a lock say, but was not moved aside
-            return 0.0
-        lost = passed - (spent - self._usage[0])
-        return lost if lost > max(LOST_SECONDS, LOST_SHARE * passed) else 0.0
-
-
-def _usage() -> tuple[float, int]:
-    """The seconds that this thread computed, and how often it had to make way for another."""
-    found = resource.getrusage(resource.RUSAGE_THREAD)
-    return found.ru_utime + found.ru_stime, found.ru_nivcsw
 
 
 class Crowd:

@@ -23,7 +23,7 @@ from .jit_cache import compiled
 from .numpy_runner import NumPy
 from .packed import PackedMatrix, ascarray, gemm, kernel_addresses
 from .small import SmallMatrix
-from .threads import NO_TEAM, count, parallel_for, run_team, submit
+from .threads import Hands, alone, count, parallel_for, run_team
 
 NONE_ENDED = np.zeros((0, 0), bool)
 
@@ -96,14 +96,6 @@ class Numba(NumPy):
         y = np.empty((len(x), len(W)), x.dtype)
         gemm(x, W.panels(slice(0, len(W)), True, 1), b, y)
         return y
-
-    def overlap_products(self, calls: Any, work: int) -> list[Any]:
-        """Make the third call on another thread, where no product is large enough to be split."""
-        if not tuning.overlaps(work, count()):
-            return [call() for call in calls]
-        other = submit(calls[2])
-        found = [call() for call in calls[:2]]
-        return [*found, calls[2]() if other.cancel() else other.result()]
 
     def forward(
         self,
@@ -226,9 +218,9 @@ class Scan:
         self.widths = [array.columns for array in schedule.extras]
 
     @cached_property
-    def scan(self) -> Callable[..., None]:
-        """The compiled function."""
-        function: Callable[..., None] = compiled(self.source.scan()).scan
+    def scan(self) -> Callable[..., tuple[int, int]]:
+        """The compiled function, which threads share."""
+        function: Callable[..., tuple[int, int]] = compiled(self.source.scan()).shared
         return function
 
     @cached_property
@@ -267,6 +259,7 @@ class Scan:
         zeros, functions = np.zeros(3 * H, dtype), kernel_addresses(panels[0].dtype)
         bias, vectors = ascarray(zeros if b is None else b), [ascarray(v) for v in vectors]
         widths = [v.columns * H for v in self.schedule.buffers]
+        size = sum(P.size for P in panels)
 
         def one(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             B = len(x)
@@ -274,7 +267,12 @@ class Scan:
             path[0] = h
             buffers = [np.empty((B, width), dtype) for width in widths]
             arrays = [*panels, path, a, *vectors, ascarray(x)[None], bias, *buffers, *sources]
-            scan(*steps, NONE_ENDED, zeros, 0, B, 0, NO_TEAM, False, functions, *arrays)
+
+            def call(hands: Hands) -> tuple[int, int]:
+                return scan(*hands, *steps, NONE_ENDED, zeros, False, functions, *arrays)
+
+            members = tuning.team(1, B, H, size, False, count())
+            run_team(call, B, members) if members > 1 else call(alone(B))
             return path[1], path[1].copy()
 
         return one
@@ -322,7 +320,6 @@ class Scan:
         size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in wanted)
         fresh = not any(M.packed for M, *_ in wanted)
         members = tuning.team(K, B, H, size, fresh, count())
-        fresh = fresh and tuning.packs_inside(K * B * size, members, count())
         panels = [
             (M.empty_panels if fresh else M.panels)(part, transposed, gates)
             for M, part, transposed, gates in wanted
@@ -336,18 +333,14 @@ class Scan:
             kernel_addresses(panels[0].dtype),
         )
 
-        def rows(first: int, last: int) -> None:
-            scan(*steps, ended, zeros, first, last, 0, NO_TEAM, fresh, functions, *arrays)
-
-        def units(me: int, sync: np.ndarray) -> None:
-            scan(*steps, ended, zeros, 0, B, me, sync, fresh, functions, *arrays)
+        def call(hands: Hands) -> tuple[int, int]:
+            return scan(*hands, *steps, ended, zeros, fresh, functions, *arrays)
 
         if members > 1:
-            run_team(units, members)
-        elif fresh:
-            rows(0, B)
+            run_team(call, B, members)
         else:
-            parallel_for(rows, B, K * B * size)
+            packing = tuning.current.copy_work * size * fresh
+            parallel_for(call, B, K * B * size + packing)
         for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
             M.packed[part.start, part.stop, transposed, gates] = P  # now that it is filled
 

@@ -14,27 +14,41 @@ from .threads import parallel_for
 
 SOURCE = """\
 import numpy as np
-from numba import cfunc, float{bits}, int8, intp, njit, uint16, void
-from gru_any.backend.cpu import gemm
+from numba import cfunc, float{bits}, int8, int64, intp, njit, types, uint16, void
+from gru_any.backend.cpu import barrier, gemm, handoff
 
 kernel1, kernel2, kernel3 = (gemm.macro_kernel(gates, "{stored}") for gates in (1, 2, 3))
 
 
-@njit(cache=CACHE, nogil=True, error_model="numpy")
-def pack(M, P, gates, low, high):
+@njit(nogil=True, error_model="numpy")
+def some_panels(low, high, me, M, P, gates):
     gemm.pack({bits}, M, P, gates, low, high)
 
 
-vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], {stored}[:, :, ::1]
+@njit(cache=CACHE, nogil=True, error_model="numpy")
+def pack(boxes, hired, edges, sync, polls, M, P, gates):
+    return handoff.share(boxes, hired, edges, sync, polls, *panels_entry((M, P, gates)))
 
 
-@njit(void({integers}, panels, vector, matrix, intp, intp), cache=CACHE, nogil=True)
-def product(function, x, x_row, x_column, K, P, base, y, first, last):
-    N, zero = np.intp(y.shape[1]), np.intp(0)
-    P, base, y = np.intp(P.ctypes.data), np.intp(base.ctypes.data), np.intp(y.ctypes.data)
+@njit(nogil=True)
+def some_rows(first, last, me, function, x, x_row, x_column, K, P, base, y, N):
     gemm.call(
-        function, gemm.Gemm(x, x_row, x_column, P, K, base, y, N, first, last, zero, N)
+        function, gemm.Gemm(x, x_row, x_column, P, K, base, y, N, first, last, np.intp(0), N)
     )
+
+
+panels_entry, rows_entry = handoff.entry_of(some_panels), handoff.entry_of(some_rows)
+vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], {stored}[:, :, ::1]
+line = int64[::1]
+hands, pair = (int64[:, ::1], line, line, line, int64), types.UniTuple(int64, 2)
+
+
+@njit(pair(*hands, {integers}, panels, vector, matrix), cache=CACHE, nogil=True)
+def product(boxes, hired, edges, sync, polls, function, x, x_row, x_column, K, P, base, y):
+    N = np.intp(y.shape[1])
+    P, base, y = np.intp(P.ctypes.data), np.intp(base.ctypes.data), np.intp(y.ctypes.data)
+    entry = rows_entry((function, x, x_row, x_column, K, P, base, y, N))
+    return handoff.share(boxes, hired, edges, sync, polls, *entry)
 """
 KERNEL = """
 
@@ -99,7 +113,7 @@ class PackedMatrix:
         if key not in self.packed:
             source, P = self.source(rows, transposed), self.empty_panels(rows, transposed, gates)
             pack, work = _compiled(P.dtype).pack, tuning.current.copy_work * P.size
-            parallel_for(lambda low, high: pack(source, P, gates, low, high), len(P), work)
+            parallel_for(lambda hands: pack(*hands, source, P, gates), len(P), work)
             self.packed[key] = P
         return self.packed[key]
 
@@ -130,10 +144,7 @@ def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> No
     x_row, x_column = (stride // x.itemsize for stride in x.strides)
     left, function = (x.ctypes.data, x_row, x_column, K), kernel_addresses(P.dtype)[0]
 
-    def rows(first: int, last: int) -> None:
-        code.product(function, *left, P, base, y, first, last)
-
-    parallel_for(rows, R, R * K * N)
+    parallel_for(lambda hands: code.product(*hands, function, *left, P, base, y), R, R * K * N)
 
 
 def ascarray(v: HostArray) -> HostArray:

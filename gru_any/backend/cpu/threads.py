@@ -4,22 +4,45 @@ import os
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from itertools import count as numbers
-from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from ...typing import HostArray
 from . import cores, tuning
+from .jit_cache import compiled
 
-Result = TypeVar("Result")
+SOURCE = """\
+from numba import njit
+from gru_any.backend.cpu import barrier, handoff
+
+
+@njit("void(int64[::1], int64)", cache=CACHE, nogil=True)
+def serve(box, yields):
+    handoff.serve(box, yields)
+"""
+NOBODY = np.zeros(0, np.int64)
+NO_BOXES = np.zeros((0, 0), np.int64)
 NO_TEAM = np.zeros(0, np.int64)  # `sync` of a thread that shares its work with no other
 
 crowd = cores.Crowd()
+
+
+class Hands(NamedTuple):
+    """Who shares a call of compiled code; the first arguments of `handoff.share`."""
+
+    boxes: HostArray
+    hired: HostArray
+    edges: HostArray
+    sync: HostArray
+    polls: int
+
+
+Call: TypeAlias = Callable[[Hands], tuple[int, int]]  # returns what `handoff.share` returns
 
 
 def count() -> int:
@@ -33,96 +56,78 @@ def _asked() -> int:
     return int(asked) if asked.isdigit() and int(asked) else sys.maxsize
 
 
-class Job(Generic[Result]):
-    """A call that another thread makes, unless it is cancelled before."""
+class _Workers:
+    """Threads that look for work for a while after they had some, and then sleep.
 
-    def __init__(self, call: Callable[..., Result], arguments: tuple[object, ...]) -> None:
-        self._call, self._arguments = call, arguments
-        self._claimed, self._ended = threading.Lock(), threading.Lock()
-        self._ended.acquire()
-        self._found: Result
-        self._error: BaseException | None = None
-        self.lost = 0.0  # seconds for which others held the processor, once it has ended
-
-    def run(self, idle: list[None]) -> None:
-        """Make the call; the thread says first that it is idle, then that the call has ended."""
-        claimed = self.cancel()
-        if claimed:
-            watch = cores.Watch()
-            try:
-                self._found = self._call(*self._arguments)
-            except BaseException as e:
-                self._error = e
-            self.lost = watch.lost()
-        idle.append(None)
-        if claimed:
-            self._ended.release()
-
-    def cancel(self) -> bool:
-        """Take the call away from the others; False if one of them has begun it."""
-        return self._claimed.acquire(blocking=False)
-
-    def result(self) -> Result:
-        """Wait for the end of the call, and return its result or raise its error."""
-        self._ended.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._found
-
-
-class _Pool:
-    """Threads that Linux wakes up on another processor than that of who calls them.
-
-    Left alone, it often puts a thread where it was woken, to wait there for who woke it. Handing a
-    job over takes 12 us, there and back, and 52 us with `concurrent.futures`.
+    Linux often wakes a thread on the processor of who wakes it, to wait there for that one. So
+    theirs are all but that of who hires them.
     """
 
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[Job[Any]] = SimpleQueue()
-        self._started = 0
-        self._idle: list[None] = []  # an entry for each thread that waits for a job
-        self._threads: list[int] = []
+    def __init__(self, most: int) -> None:
+        from .handoff import AWAKE, WORDS
+
+        self.boxes, self._awake = _aligned((most, WORDS)), AWAKE
+        self._free = deque(range(most))
+        self._wake = [threading.Lock() for _ in range(most)]
+        self._started: dict[int, int] = {}  # the system's number of each thread
         self._away_from = -1
-        self._here: Callable[[], int] | None = None
-        if sys.platform == "linux":
-            with suppress(ImportError, OSError):
-                import ctypes
 
-                self._here = getattr(ctypes.CDLL(None), "sched_getcpu", None)
+    def hire(self, wanted: int) -> list[int]:
+        """Call up to so many that are free, to be released; others do somebody else's work."""
+        found: list[int] = []
+        with suppress(IndexError):
+            while len(found) < wanted:
+                worker = self._free.pop()
+                if worker not in self._started and not self._start(worker):
+                    self._free.append(worker)
+                    break
+                found.append(worker)
+        for worker in found:
+            if not self.boxes[worker, self._awake]:
+                with suppress(RuntimeError):  # it is on its way
+                    self._wake[worker].release()
+        return found
 
-    def _work(self) -> None:
-        self._threads.append(threading.get_native_id())
-        self._away_from = -1
-        while True:
-            self._jobs.get().run(self._idle)
+    def release(self, found: list[int]) -> None:
+        """Let others hire them."""
+        self._free.extend(found)
 
-    def submit(self, call: Callable[..., Result], *arguments: object) -> Job[Result]:
-        """Have a thread make this call; where none can be had, it waits to be cancelled."""
-        if self._here and (here := self._here()) != self._away_from:
-            self._away_from = here
-            with suppress(AttributeError, OSError):
-                others = os.sched_getaffinity(0) - {here}
-                for thread in self._threads if others else ():
-                    with suppress(OSError):
-                        os.sched_setaffinity(thread, others)
-        job = Job(call, arguments)
+    def keep_off(self, processor: int) -> None:
+        """Have all run on other processors than this."""
+        if processor == self._away_from:
+            return
+        self._away_from = processor
+        with suppress(AttributeError, OSError):  # not on this system
+            others = os.sched_getaffinity(0) - {processor}
+            for thread in [*self._started.values()] if others else ():
+                with suppress(OSError):
+                    os.sched_setaffinity(thread, others)
+
+    def _start(self, worker: int) -> bool:
+        self._wake[worker].acquire()
+        thread = threading.Thread(target=self._work, args=(worker,), name="gru_any", daemon=True)
         try:
-            self._idle.pop()
-        except IndexError:
-            if self._started < count() and not self._start():
-                return job
-        self._jobs.put(job)
-        return job
-
-    def _start(self) -> bool:
-        self._started += 1
-        try:
-            threading.Thread(target=self._work, name="gru_any", daemon=True).start()
+            thread.start()
         except RuntimeError as e:
-            self._started -= 1
+            self._wake[worker].release()
             _warn(f"{e}: calls run on fewer threads, which is slower")
             return False
+        self._started[worker] = thread.native_id or 0
+        self._away_from = -1
         return True
+
+    def _work(self, worker: int) -> None:
+        box, serve = self.boxes[worker], compiled(SOURCE).serve
+        while True:
+            self._wake[worker].acquire()
+            serve(box, tuning.current.idle_yields)
+
+
+def _aligned(shape: tuple[int, int]) -> HostArray:
+    """Return zeros of int64 from the start of a line of the cache on."""
+    room = np.zeros(shape[0] * shape[1] + 8, np.int64)
+    start = -room.ctypes.data % 64 // 8
+    return room[start : start + shape[0] * shape[1]].reshape(shape)
 
 
 @cache
@@ -132,62 +137,59 @@ def _warn(words: str) -> None:
 
 
 @cache
-def _pool() -> _Pool:
-    return _Pool()
+def _workers() -> _Workers:
+    return _Workers(max(os.cpu_count() or 1, count()))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
 
 
-def submit(call: Callable[..., Result], *arguments: object) -> Job[Result]:
-    """Have another thread make the call; where others hold the processors, it waits."""
-    return Job(call, arguments) if crowd.present() else _pool().submit(call, *arguments)
+def alone(rows: int) -> Hands:
+    """Nobody but the caller, who takes all rows."""
+    return Hands(NO_BOXES, NOBODY, np.array((0, rows)), NO_TEAM, 0)
 
 
-def parallel_for(call: Callable[[int, int], object], rows: int, work: int) -> None:
-    """Make call(first, last) for all rows, in a few pieces at once; work: in multiply-adds."""
+def parallel_for(call: Call, rows: int, work: int) -> None:
+    """Have a call share its rows with other threads; work: in multiply-adds."""
     pieces = tuning.pieces(rows, work, count())
     if pieces < 2 or crowd.present():
-        call(0, rows)
+        call(alone(rows))
         return
+    workers = _workers()
+    hired = workers.hire(pieces - 1)
+    pieces = 1 + len(hired)
     # whole groups of rows, as the products take them
     unit = 8 if rows >= 16 * pieces else 4
-    edges = [min(rows, unit * round(i * rows / (pieces * unit))) for i in range(pieces)] + [rows]
-    watch, others = cores.Watch(), [submit(call, *edges[i : i + 2]) for i in range(1, pieces)]
-    call(edges[0], edges[1])
-    lost = [watch.lost()]
-    for i, other in enumerate(others, 1):
-        if other.cancel():  # the pool is busy with somebody else's work
-            call(*edges[i : i + 2])
-        else:
-            other.result()
-            lost.append(other.lost)
-    crowd.note(max(lost))
+    edges = [min(rows, unit * round(i * rows / (pieces * unit))) for i in range(pieces)]
+    _shared(call, workers, hired, [*edges, rows], NO_TEAM)
 
 
-def run_team(call: Callable[[int, HostArray], object], most: int) -> None:
-    """Make call(me, sync) in up to so many threads at once, which may wait for one another.
+def run_team(call: Call, rows: int, most: int) -> None:
+    """Have a call share each step of all rows with a team, whose members wait for one another.
 
-    me: 0, 1, ...; sync: see `barrier.py`. Those that are not there in time are left out, and all
-    others where other processes hold the processors.
+    Those that are not there in time are left out, and all others where other processes hold the
+    processors.
     """
     if crowd.present():
-        call(0, NO_TEAM)
+        call(alone(rows))
         return
-    from .barrier import LINE, count_members
+    from .barrier import LINE
 
-    sync, number = np.zeros(LINE * (most + 1), np.int64), numbers(1)
-    watch = cores.Watch()
+    workers = _workers()
+    hired = workers.hire(most - 1)
+    sync = np.zeros(LINE * (len(hired) + 2), np.int64) if hired else NO_TEAM
+    _shared(call, workers, hired, [0, rows], sync)
+
+
+def _shared(
+    call: Call, workers: _Workers, hired: list[int], edges: list[int], sync: HostArray
+) -> None:
+    """Make a call with those who are hired, and take note of what threads lost to others."""
+    numbers = np.array(hired, np.int64), np.array(edges), sync, tuning.current.wake_polls
     try:
-        others = [submit(lambda: call(next(number), sync)) for _ in range(1, most)]
-        sync[0] = count_members(sync, most, tuning.current.wake_polls)
-        call(0, sync)
+        lost, processor = call(Hands(workers.boxes, *numbers))
     finally:
-        sync[0] = -1  # or those who have joined would wait for ever where no other can be had
-    lost = [watch.lost()]
-    for other in others:
-        if not other.cancel():
-            other.result()
-            lost.append(other.lost)
-    crowd.note(max(lost))
+        workers.release(hired)
+    crowd.note(lost * 1e-9)
+    workers.keep_off(processor)

@@ -19,8 +19,9 @@ class Tuning(NamedTuple):
     """The values. Work is in multiply-adds; rows are rows of a product: steps times batch."""
 
     # threads
-    thread_work: int = 4_000_000  # work of a thread, at least, about 80 us; loop
+    thread_work: int = 1_000_000  # work of a thread, at least, about 15 us; loop
     thread_rows: int = 4  # rows of a thread, at least; chosen
+    idle_yields: int = 1000  # of a worker without work, some 300 us, until it sleeps; chosen
     wake_polls: int = 100_000  # looks, some 100 us, whether the threads of a team are there; chosen
 
     # a team: threads that share the units of each step and meet at a barrier before each product
@@ -28,6 +29,7 @@ class Tuning(NamedTuple):
     team_step_work: int = (
         40_000  # of a step with few rows, at least; bench 100,1,64,64 100,1,256,256
     )
+    team_work: int = 1_000_000  # of a block, at least; loop
     team_steps: int = 4  # of a block, at most, where more than few rows are shared; loop
     team_rows: int = 64  # of the batch, at most, in such a block; loop
 
@@ -108,19 +110,9 @@ def team(steps: int, rows: int, units: int, size: int, unpacked: bool, threads: 
     of which each thread then packs its part.
     """
     v, of_step = current, rows * size
-    few = rows < v.few_rows and of_step >= v.team_step_work and steps * of_step >= v.thread_work
+    few = rows < v.few_rows and of_step >= v.team_step_work and steps * of_step >= v.team_work
     short = steps <= v.team_steps and rows <= v.team_rows
     packing = v.copy_work * size * unpacked
-    if few or (short and steps * of_step + packing >= v.thread_work):
+    if few or (short and steps * of_step + packing >= v.team_work):
         return min(threads, units // v.team_units)
     return 1
-
-
-def packs_inside(work: int, members: int, threads: int) -> bool:
-    """Decide whether a compiled block packs its matrices itself; members: of its team."""
-    return members > 1 or threads == 1 or work < 2 * current.thread_work
-
-
-def overlaps(work: int, threads: int) -> bool:
-    """Decide whether two threads share products of so much work, none of which is split."""
-    return threads > 1 and current.thread_work // 2 <= work < 2 * current.thread_work

@@ -1,0 +1,219 @@
+"""Compiled work handed to other threads without the interpreter, within about a microsecond.
+
+A worker is a thread that runs `serve`, and looks into its box for work. Whoever has work (`share`)
+writes it into the boxes of some workers, does a part of it, and then whatever no worker has begun.
+So nothing waits for a worker that is late, asleep, or kept off its processor.
+
+A box is a row of int64, in lines of the cache of their own for those who write:
+
+    TICKET   number of the latest job; what belongs to it stands behind it (`ENTRY` ... `ME`)
+    CLAIMED  number of the latest job that was begun, by the worker or by its giver
+    DONE     number of the latest job that the worker has ended; `LOST`: see `lost`
+    AWAKE    1 while the worker looks into the box
+
+A job is a call function(first, last, me, *arguments) of a compiled function: `ENTRY` is the address
+of code that takes the address of the tuple of arguments (`BLOCK`) and the three numbers.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from llvmlite import ir
+from numba import extending, njit, types
+from numba.core import cgutils as untyped_cgutils
+
+from ...typing import HostArray
+from .barrier import LINE, count_members, load_acquire, store_release, yield_processor
+
+cgutils: Any = untyped_cgutils
+numba_types: Any = types  # without annotations
+Lowering: TypeAlias = tuple[Any, Callable[..., Any]]  # Numba's signature and what emits code
+Type: TypeAlias = types.Type  # of a value in compiled code
+intp: Any = np.intp
+TICKET, ENTRY, BLOCK, FIRST, LAST, ME = range(6)
+CLAIMED, DONE, LOST = range(LINE, LINE + 3)
+AWAKE = 2 * LINE
+WORDS = 3 * LINE  # of a box
+LOOKS = 16  # into the box between two yields
+SPINS = 50_000  # some 50 us: a giver yields only then, since a neighbour may keep the processor
+WALL, OWN = 1, 3  # clocks as Linux numbers them: of the system, of the calling thread
+USUAL = 200_000  # nanoseconds of a job that the system itself may take
+INDEX, INDEX32 = ir.IntType(64), ir.IntType(32)
+
+
+def intrinsic(function: Callable[..., Lowering | None]) -> Callable[..., Any]:
+    """Return what compiled code calls, without the first argument of the function given."""
+    found: Callable[..., Any] = extending.intrinsic(function)
+    return found
+
+
+@intrinsic
+def compare_and_swap(typing: object, box: types.Array, i: Type, old: Type, new: Type) -> Lowering:
+    """Set box[i] = new if it is old; tell whether it was."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        data = context.make_array(box)(context, builder, args[0]).data
+        place = builder.gep(data, [args[1]])
+        found = builder.cmpxchg(place, args[2], args[3], "acq_rel", "acquire")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(box, i, old, new), generate
+
+
+def entry_of(function: Any) -> Callable[..., Any]:
+    """Return an intrinsic: the addresses of code that calls a function, and of its arguments.
+
+    It takes the tuple of the arguments. These are there until its caller returns.
+    """
+
+    @intrinsic
+    def entry_and_block(typing: object, arguments: Any) -> Lowering:
+        of = types.void(*(types.intp,) * 3, *arguments.types)
+        pair = numba_types.UniTuple(types.intp, 2)
+        function.compile(of.args)
+        compiled = function.get_compile_result(of)
+
+        def generate(
+            context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]
+        ) -> ir.Value:
+            block = cgutils.alloca_once_value(builder, args[0])
+            kind = ir.FunctionType(ir.VoidType(), [INDEX] * 4)
+            entry = ir.Function(builder.module, kind, builder.module.get_unique_name("entry"))
+            entry.linkage = "internal"
+            inside = ir.IRBuilder(entry.append_basic_block())
+            values = inside.load(inside.inttoptr(entry.args[0], block.type))
+            given = [*entry.args[1:], *cgutils.unpack_tuple(inside, values)]
+            context.call_internal_no_propagate(inside, compiled.fndesc, of, given)
+            inside.ret_void()
+            context.active_code_library.add_linking_library(compiled.library)
+            found = [builder.ptrtoint(v, INDEX) for v in (entry, block)]
+            return context.make_tuple(builder, pair, found)
+
+        return pair(arguments), generate
+
+    return entry_and_block
+
+
+@intrinsic
+def enter(typing: object, entry: Type, block: Type, first: Type, last: Type, me: Type) -> Lowering:
+    """Make the call whose addresses `entry_of` gave."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        kind = ir.FunctionType(ir.VoidType(), [INDEX] * 4)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(entry, block, first, last, me), generate
+
+
+@intrinsic
+def clock(typing: object, of: Type) -> Lowering:
+    """Return the nanoseconds on a clock of the system; 0 where the system has no such clock."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        if sys.platform != "linux":
+            return INDEX(0)
+        pair = ir.ArrayType(INDEX, 2)  # seconds and nanoseconds
+        place = cgutils.alloca_once(builder, pair)
+        kind = ir.FunctionType(INDEX32, [INDEX32, pair.as_pointer()])
+        function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(function, [builder.trunc(args[0], INDEX32), place])
+        seconds, rest = (builder.extract_value(builder.load(place), i) for i in (0, 1))
+        return builder.add(builder.mul(seconds, INDEX(10**9)), rest)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def processor(typing: object) -> Lowering:
+    """Return the number of the processor that this runs on; -1 where the system does not tell."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        if sys.platform != "linux":
+            return INDEX(-1)
+        kind = ir.FunctionType(INDEX32, [])
+        function = cgutils.get_or_insert_function(builder.module, kind, "sched_getcpu")
+        return builder.sext(builder.call(function, []), INDEX)
+
+    return types.int64(), generate
+
+
+@njit(nogil=True)
+def lost(wall: int, own: int) -> int:
+    """Return the nanoseconds for which others held the processor, if they are more than is usual.
+
+    wall, own: the clocks when it began.
+    """
+    passed = clock(WALL) - wall
+    waited = passed - (clock(OWN) - own)
+    return waited if waited > max(USUAL, passed // 4) else 0
+
+
+@njit(nogil=True)
+def serve(box: HostArray, yields: int) -> None:
+    """Do what is put into a box, until nothing has come for so many yields of the processor."""
+    store_release(box, AWAKE, 1)
+    idle = 0
+    while idle < yields * LOOKS:
+        ticket = load_acquire(box, TICKET)
+        if load_acquire(box, CLAIMED) != ticket and compare_and_swap(
+            box, CLAIMED, ticket - 1, ticket
+        ):
+            idle, wall, own = 0, clock(WALL), clock(OWN)
+            enter(box[ENTRY], box[BLOCK], box[FIRST], box[LAST], box[ME])
+            box[LOST] = lost(wall, own)
+            store_release(box, DONE, ticket)
+        else:
+            idle += 1
+            if idle % LOOKS == 0:
+                yield_processor()
+    store_release(box, AWAKE, 0)
+
+
+@njit(nogil=True)
+def share(
+    boxes: HostArray,
+    hired: HostArray,
+    edges: HostArray,
+    sync: HostArray,
+    polls: int,
+    entry: int,
+    block: int,
+) -> tuple[int, int]:
+    """Make a call for all rows, the hired workers taking their part.
+
+    boxes: of all workers; hired: the numbers of those who may take part. edges: the first rows of
+    the parts, and the one after the last, for one more than are hired. Or, with `sync`, a team:
+    each part is all rows, and `sync` is as of `barrier.py`. polls: how often to look for those who
+    join a team; others are left out. entry, block: of the call; see `entry_of`.
+
+    Returns the most nanoseconds that a thread lost to others, and the processor of the caller.
+    """
+    team, wall, own = len(sync) > 0, clock(WALL), clock(OWN)
+    for i in range(len(hired)):
+        box = boxes[hired[i]]
+        box[ENTRY], box[BLOCK], box[ME] = entry, block, i + 1
+        box[FIRST], box[LAST] = edges[0 if team else i + 1], edges[1 if team else i + 2]
+        store_release(box, TICKET, box[TICKET] + 1)
+    if team:
+        store_release(sync, 0, count_members(sync, len(hired) + 1, polls))
+    enter(entry, block, edges[0], edges[1], 0)
+    if team:
+        store_release(sync, 0, -1)
+    most = lost(wall, own)
+    for i in range(len(hired)):
+        box = boxes[hired[i]]
+        ticket = box[TICKET]
+        if compare_and_swap(box, CLAIMED, ticket - 1, ticket):
+            if not team:
+                enter(entry, block, edges[i + 1], edges[i + 2], i + 1)
+            continue
+        spins = 0
+        while load_acquire(box, DONE) != ticket:
+            spins += 1
+            if spins > SPINS:
+                yield_processor()
+        most = max(most, box[LOST])
+    return most, processor()
