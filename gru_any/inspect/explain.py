@@ -40,8 +40,8 @@ def explain(model: Layer | Chain, shape: Shape | None = None, format: str = "tex
     -------
     str
         For each layer its shapes and parameters; for a GRU also its equations and their gradient,
-        the order of its gates, the meaning of its biases, and how a call runs, with the reason why
-        not faster.
+        the order of its gates, the meaning of its biases, which code runs a call, and why no faster
+        code does.
 
     Raises
     ------

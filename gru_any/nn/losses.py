@@ -15,7 +15,7 @@ from ..typing import Array, DType, Namespace, Shape
 def softmax_cross_entropy(
     y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """-log of the probability that softmax(y) gives to the target, as `torch.nn.CrossEntropyLoss`.
+    """Cross entropy of softmax(y) and the target, a mean as in `torch.nn.CrossEntropyLoss`.
 
         p = exp(y) / sum(exp(y));  L = -sum(t * log p);  dL/dy = p * sum(t) - t
 
@@ -31,8 +31,8 @@ def softmax_cross_entropy(
     ValueError, TypeError
         Shapes, libraries, devices or dtypes do not fit.
     IndexError
-        A target is out of range, in a NumPy array. On a device that would mean to wait for it;
-        there the value becomes NaN.
+        A target in a NumPy array is out of range. On a device, where checking would wait for it,
+        the value becomes NaN instead.
 
     Examples
     --------
@@ -74,20 +74,20 @@ def softmax_cross_entropy(
 def sigmoid_cross_entropy(
     y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """-log of the probability that sigmoid(y) gives to a target of 0 to 1, for each number alone.
+    """Cross entropy of sigmoid(y) and a target of 0 to 1, element by element.
 
         L = max(y, 0) - y t + log(1 + exp(-|y|));  dL/dy = sigmoid(y) - t
 
-    The mean over all numbers that count, as `torch.nn.BCEWithLogitsLoss`.
+    The mean over all elements that count, as in `torch.nn.BCEWithLogitsLoss`.
 
     Parameters
     ----------
     y, target : arrays of one shape; the target is taken as y's dtype
     weight : array or None
-        Of the last axis of y, (C,), or of y's rank, with axes of 1 or as long as y's.
+        (C,), for the last axis of y, or the shape of y, where axes may be 1.
     mask : array of bool or None
-        True where a number counts: of y's leading axes, all but the last, or of y's rank, with axes
-        of 1 or as long as y's. The mean is over the numbers that count, channels included.
+        True where an element counts. It has the shape of y, where axes may be 1, or that of y
+        without its last axis. The mean is over the elements that count, channels included.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def sigmoid_cross_entropy(
 def squared_error(
     y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """The mean of (y - t)^2, as `torch.nn.MSELoss`; dL/dy = 2 (y - t) / count.
+    """The mean of (y - t)^2, as in `torch.nn.MSELoss`; dL/dy = 2 (y - t) / count.
 
     Parameters and errors as in `sigmoid_cross_entropy`; the target may be any number.
 

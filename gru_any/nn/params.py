@@ -165,7 +165,7 @@ class Layer:
             )
 
     def load_params(self, mapping: Arrays) -> None:
-        """Replace all parameters by copies of the arrays of `mapping`, whose names must be ours.
+        """Replace all parameters by copies of the arrays of `mapping`, by the names of `params`.
 
         The arrays may be of any library and any real floating dtype; they are converted to the
         model's. Nothing is loaded unless everything fits.
