@@ -149,7 +149,7 @@ class Stream:
 
     def _without(self, h: Array, rows: Sequence[bool] | Array) -> Array:
         """Return h (L, B, H) with zeros in these rows of the batch."""
-        chosen = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows)
+        chosen = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows, "rows")
         if chosen.dtype != bool or h.ndim != 3 or chosen.shape != h.shape[1:2]:
             wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"
             raise ValueError(f"rows is {chosen.dtype} {chosen.shape}, expected booleans {wanted}")

@@ -49,7 +49,11 @@ def softmax_cross_entropy(
     if hard:
         t = _one_hot(backend, target, y.shape[-1], z.dtype, mask)
     else:
-        _same("target", target, y.shape)
+        if tuple(target.shape) != tuple(y.shape):
+            raise ShapeError(
+                f"target is {tuple(target.shape)}, expected {tuple(y.shape[:-1])} of integers, the "
+                f"classes, or {tuple(y.shape)} of probabilities"
+            )
         if not xp.isdtype(target.dtype, "real floating"):
             raise TypeError(
                 f"target has dtype {target.dtype} and the shape of y, expected probabilities of "
@@ -148,7 +152,11 @@ def _enter(
     y: Array, target: Array, weight: Array | None, mask: Array | None, axes: int | None = None
 ) -> tuple[Backend, Namespace, Array, Array | None]:
     """Return the backend, its namespace, y for the arithmetic, and the mask over y[:axes]."""
-    backend = of(*(v for v in (y, target, weight, mask) if v is not None))
+    given = {"y": y, "target": target, "weight": weight, "mask": mask}
+    try:
+        backend = of(*(v for v in given.values() if v is not None))
+    except TypeError as e:
+        raise _named(given, e) from None
     xp = backend.xp
     if not xp.isdtype(y.dtype, "real floating"):
         raise TypeError(f"y has dtype {y.dtype}, expected a real floating dtype")
@@ -163,6 +171,17 @@ def _enter(
             raise ShapeError(f"mask is {tuple(mask.shape)}, expected {tuple(y.shape[:-1])}{whole}")
         mask = _spread(xp, "mask", mask, y.shape[:axes])
     return backend, xp, z, mask
+
+
+def _named(given: dict[str, Array | None], error: TypeError) -> TypeError:
+    """Return the error that names the argument which is no array; else the one that there was."""
+    for name, v in given.items():
+        if v is not None and not (hasattr(v, "shape") and hasattr(v, "dtype")):
+            return TypeError(
+                f"{name}: {type(v).__name__} is no array; convert it, for example with "
+                f"numpy.asarray({name})"
+            )
+    return error
 
 
 def _spread(xp: Namespace, name: str, v: Array, shape: Shape) -> Array:
@@ -184,7 +203,8 @@ def _one_hot(
     wrong = (target < 0) | (target >= classes)
     if backend.host and (wrong & mask if mask is not None else wrong).any():
         bad = target[wrong][0]
-        raise IndexError(f"target holds {bad}, expected 0 to C - 1 = {classes - 1}")
+        way = "; leave out by a mask what does not count" if bad < 0 else ""
+        raise IndexError(f"target holds {bad}, expected 0 to C - 1 = {classes - 1}{way}")
     if backend.host:
         return hot
     return xp.where(xp.expand_dims(wrong, axis=-1), xp.full_like(hot, math.nan), hot)
