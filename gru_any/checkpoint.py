@@ -27,10 +27,6 @@ NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
 TYPES = {"format": int, "chain": bool, "dtype": str, "layers": list, "tied": dict, "digest": str}
 # what a description that lies may raise
 ERRORS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
-READERS = {  # of gru_any.convert, by the ending of a file
-    ".pt": "torch", ".pth": "torch", ".bin": "torch", ".keras": "keras", ".h5": "keras",
-    ".onnx": "onnx", ".eqx": "equinox",
-}  # fmt: skip
 LAYERS: dict[str, type[Layer]] = {
     c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout, Last)
 }
@@ -211,9 +207,9 @@ def _read(path: PathLike) -> tuple[dict[str, str], dict[str, HostArray]]:
     try:
         metadata, arrays = read(path)
     except DamagedError as e:
-        reader = READERS.get(Path(path).suffix)
-        way = f"; gru_any.convert.{reader}.load reads such files" if reader else ""
-        raise DamagedError(f"{e}{way}") from e
+        if Path(path).suffix == ".safetensors":
+            raise
+        raise DamagedError(f"{e}; gru_any.convert reads files of other libraries") from e
     if "gru_any.run" in metadata:
         check_digest(path, metadata.get("digest"), metadata["gru_any.run"], arrays)
     elif "gru_any" not in metadata:

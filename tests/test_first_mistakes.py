@@ -73,7 +73,7 @@ def test_layers_that_do_not_fit_each_other(layers, message):
     [
         (
             {"target": [0, 1, 2]},
-            "target: list is no array; convert it, for example with numpy.asarray(target)",
+            "target: list is no array; convert it, for example with numpy",
         ),
         ({"weight": [1, 1, 1, 1]}, "weight: list is no array"),
         ({"mask": [True, True, False]}, "mask: list is no array"),
@@ -106,12 +106,11 @@ def test_the_model_before_the_path(gru, tmp_path):
     refused(TypeError, "path is None", gru_any.load, None)
 
 
-@pytest.mark.parametrize(
-    ("name", "reader"), [("x.pt", "torch"), ("x.h5", "keras"), ("x.onnx", "onnx")]
-)
-def test_the_file_of_another_library(tmp_path, name, reader):
+@pytest.mark.parametrize("name", ["x.pt", "x.h5", "x.onnx"])
+def test_the_file_of_another_library(tmp_path, name):
     (tmp_path / name).write_bytes(b"something else")
-    refused(ValueError, f"gru_any.convert.{reader}.load", gru_any.load, tmp_path / name)
+    told = "gru_any.convert reads files of other libraries"
+    refused(ValueError, told, gru_any.load, tmp_path / name)
 
 
 def test_our_file_for_the_converter(gru, tmp_path):
