@@ -10,7 +10,7 @@ from .errors import check_shape
 from .nn.chain import Chain
 from .nn.gru import GRU
 from .nn.layers import Last
-from .typing import Array, Lengths
+from .typing import Array, HostArray, Lengths
 
 
 class Stream:
@@ -144,13 +144,18 @@ class Stream:
         """Set the state to zeros: of all rows, or of those where `rows`, B booleans, is true."""
         if rows is None:
             self._states = [None] * len(self._grus)
-        elif all(h is not None for h in self._states):
-            self._states = [self._without(h, rows) for h in self._states]
-
-    def _without(self, h: Array, rows: Sequence[bool] | Array) -> Array:
-        """Return h (L, B, H) with zeros in these rows of the batch."""
+            return
         chosen = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows, "rows")
-        if chosen.dtype != bool or h.ndim != 3 or chosen.shape != h.shape[1:2]:
+        if chosen.dtype != bool:
+            raise ValueError(
+                f"rows is {chosen.dtype} {chosen.shape}, expected B booleans, True to reset"
+            )
+        if all(h is not None for h in self._states):
+            self._states = [self._without(h, chosen) for h in self._states]
+
+    def _without(self, h: Array, chosen: HostArray) -> Array:
+        """Return h (L, B, H) with zeros in these rows of the batch."""
+        if h.ndim != 3 or chosen.shape != h.shape[1:2]:
             wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"
             raise ValueError(f"rows is {chosen.dtype} {chosen.shape}, expected booleans {wanted}")
         xp, there = self.model.backend.xp, self.model.backend.put(chosen[None, :, None], "bool")

@@ -147,7 +147,14 @@ def test_arguments_of_fit(chain, given, message):
     refused(TypeError, message, fit, **arguments | given)
 
 
+def test_a_file_in_place_of_the_folder(chain, tmp_path):
+    (tmp_path / "x").touch()
+    given = chain, softmax_cross_entropy, lambda epoch: [], Adam(chain.params)
+    refused(OSError, "out is no folder: ", fit, *given, steps=1, out=tmp_path / "x")
+
+
 def test_rows_of_a_stream(gru):
     stream = Stream(gru)
+    refused(ValueError, "expected B booleans, True to reset", stream.reset, [0, 2])
     stream(X)
     refused(TypeError, "rows is a str", stream.reset, "all")
