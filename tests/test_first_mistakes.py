@@ -101,6 +101,15 @@ def test_names_with_a_prefix(gru):
     assert "removeprefix" not in str(e.value)
 
 
+def test_weights_of_keras(gru):
+    kernels = {name: array.T for name, array in gru.params.items()}
+    message = "weight_ih_l0 is (8, 48), expected (48, 8): transpose it"
+    refused(ValueError, message, gru.load_params, kernels)
+    other = {**gru.params, "weight_ih_l0": np.zeros((9, 48), "float32")}
+    with pytest.raises(ValueError, match=r"expected \(48, 8\)$"):
+        gru.load_params(other)
+
+
 def test_the_model_before_the_path(gru, tmp_path):
     refused(TypeError, ": save(path, model)", gru_any.save, gru, tmp_path / "x.safetensors")
     refused(TypeError, "path is None", gru_any.load, None)

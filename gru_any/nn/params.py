@@ -339,7 +339,12 @@ def load(layer: Parametrised, mapping: Arrays, advice: Callable[[set[str], set[s
     ours = layer.params
     hosts = {name: _host(name, mapping[name], layer.dtype) for name in ours}
     for name, host in hosts.items():
-        _same_shape(name, host, tuple(ours[name].shape))
+        shape = tuple(ours[name].shape)
+        if host.ndim == 2 and host.shape == shape[::-1] != shape:
+            raise ShapeError(
+                f"{name} is {host.shape}, expected {shape}: transpose it, with {name}.T"
+            )
+        _same_shape(name, host, shape)
     new = {name: layer.backend.put(host, layer.dtype) for name, host in hosts.items()}
     for name, array in new.items():
         ours[name] = array
