@@ -341,9 +341,7 @@ def load(layer: Parametrised, mapping: Arrays, advice: Callable[[set[str], set[s
     for name, host in hosts.items():
         shape = tuple(ours[name].shape)
         if host.ndim == 2 and host.shape == shape[::-1] != shape:
-            raise ShapeError(
-                f"{name} is {host.shape}, expected {shape}: transpose it, with {name}.T"
-            )
+            raise ShapeError(f"{name} is {host.shape}, expected {shape}: transpose it")
         _same_shape(name, host, shape)
     new = {name: layer.backend.put(host, layer.dtype) for name, host in hosts.items()}
     for name, array in new.items():
