@@ -87,6 +87,10 @@ def choice(name: str, value: object, known: Sequence[str]) -> str:
     return value
 
 
+# where the sizes that came are T and B in place of B and T
+SWAPPED = "; is time the other axis of x? See batch_first"
+
+
 def lengths(n: HostArray, T: int, B: int) -> HostArray:
     """Return the lengths of B sequences as int64.
 
@@ -98,9 +102,14 @@ def lengths(n: HostArray, T: int, B: int) -> HostArray:
         They are not integers.
     """
     if n.shape != (B,):
-        raise ValueError(f"lengths is {n.shape}, expected (B,) = ({B},), one for each row of x")
+        way = SWAPPED if n.shape == (T,) else ""
+        raise ValueError(
+            f"lengths is {n.shape}, expected (B,) = ({B},), one for each row of x{way}"
+        )
     if n.dtype.kind not in "iu" and n.size:
-        raise TypeError(f"lengths has dtype {n.dtype}, expected integers")
+        raise TypeError(
+            f"lengths has dtype {n.dtype}, expected integers, such as lengths.astype(int)"
+        )
     if n.size and (n.min() < 0 or n.max() > T):
         wrong = n[(n < 0) | (n > T)][0]
         raise ValueError(f"lengths holds {wrong}, expected 0 to T = {T}, the steps of x")

@@ -1,6 +1,7 @@
 """A model in one file: a flat dict of arrays and a small JSON header, stored as safetensors."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from .nn.chain import Chain
 from .nn.gru import GRU
 from .nn.layers import Dropout, Embedding, Last, Linear
 from .nn.params import Layer, converted, refuse_shared
-from .tensors import check_digest, content_of, digest, read
+from .tensors import DamagedError, check_digest, content_of, digest, read
 from .typing import Array, Device, HostArray
 from .typing import Path as PathLike
 
@@ -63,8 +64,9 @@ def save(path: PathLike, model: Layer | Chain) -> None:
     parts = model.layers if isinstance(model, Chain) else (model,)
     for part in parts:
         if type(part) not in LAYERS.values():
+            way = ": save(path, model)" if isinstance(part, (str, os.PathLike)) else ""
             raise TypeError(
-                f"cannot save {type(part).__name__}, only {', '.join(LAYERS)} and Chain"
+                f"cannot save {type(part).__name__}, only {', '.join(LAYERS)} and Chain{way}"
             )
     refuse_shared(model.params)
     arrays = {name: to_numpy(a) for name, a in model.params.items()}
@@ -109,6 +111,8 @@ def load(
     OSError
         The file cannot be read.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path is {path!r}, expected the path of a file or folder")
     metadata, arrays = _newest(Path(path)) if Path(path).is_dir() else _read(path)
     backend = select(backend, device)
     try:
@@ -200,13 +204,18 @@ def _given_back(
 
 def _read(path: PathLike) -> tuple[dict[str, str], dict[str, HostArray]]:
     """Return the metadata that `save` or a run wrote, and the arrays."""
-    metadata, arrays = read(path)
+    try:
+        metadata, arrays = read(path)
+    except DamagedError as e:
+        if Path(path).suffix == ".safetensors":
+            raise
+        raise DamagedError(f"{e}; gru_any.convert reads files of other libraries") from e
     if "gru_any.run" in metadata:
         check_digest(path, metadata.get("digest"), metadata["gru_any.run"], arrays)
     elif "gru_any" not in metadata:
         raise ValueError(
             f"{path} was not written by gru_any.save; to load plain weights, make the model and "
-            "call its load_params"
+            "call its load_params, or see gru_any.convert"
         )
     elif '"digest"' in metadata["gru_any"]:  # which files of earlier versions lack
         text, _, found = metadata["gru_any"].partition(', "digest": ')

@@ -1,4 +1,4 @@
-"""A model that reads without end: steps or chunks come in, the state is kept between them."""
+"""A model that reads a sequence piece by piece and keeps the state between the pieces."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from .errors import check_shape
 from .nn.chain import Chain
 from .nn.gru import GRU
 from .nn.layers import Last
-from .typing import Array, Lengths
+from .typing import Array, HostArray, Lengths
 
 
 class Stream:
-    """A GRU or Chain with a state of its own, for rows that go on from call to call.
+    """A GRU or Chain that keeps its state, so that each call continues where the last one ended.
 
-    Letters: T time, B batch (the streams side by side), I input, H hidden, L layers.
+    Letters: T time, B batch (streams that advance together), I input, H hidden, L layers.
 
     Parameters
     ----------
     model : GRU or Chain
-        Not with a GRU that reads from the end: it would have to wait for it.
+        Its GRUs read forward: one that reads from the end would have to wait for it.
 
     Raises
     ------
@@ -32,9 +32,21 @@ class Stream:
 
     Notes
     -----
-    Whatever the cut into steps and chunks, the outputs are those of the whole at once, to rounding;
-    the same cuts give the same bits. A Stream may hold weights that were prepared for single steps:
-    call `refresh` after changing the model's parameters, or the change may not be seen.
+    However a sequence is cut into steps and chunks, the outputs are those of one call, up to
+    rounding; the same cuts give the same bits. A Stream may keep a copy of the weights for single
+    steps, so call `refresh` after you change the model's parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gru_any import GRU
+    >>> from gru_any.stream import Stream
+    >>> gru = GRU(3, 4, seed=0)
+    >>> x = np.ones((5, 2, 3), dtype="float32")  # (T, B, I)
+    >>> stream = Stream(gru)
+    >>> chunk, step = stream(x[:4]), stream.step(x[4])
+    >>> chunk.shape, step.shape, bool(np.allclose(step, gru(x)[0][4], atol=1e-6))
+    ((4, 2, 4), (2, 4), True)
     """
 
     def __init__(self, model: GRU | Chain) -> None:
@@ -69,7 +81,8 @@ class Stream:
         lengths : B integers in 0..T
             How many steps of each row there are. A row with none keeps its state.
         mask, resets : booleans, one for each step of each row
-            As of a GRU: steps that are not skipped, and those before which a row starts anew.
+            As in a call of a GRU: the steps that are not skipped, and those at which an episode
+            begins.
         """
         if isinstance(self.model, Chain):
             y, states = self.model(x, self._states, lengths, mask=mask, resets=resets)
@@ -105,8 +118,8 @@ class Stream:
     def state(self) -> Any:
         """The state as the model returns it, a copy; None at the start.
 
-        h (L, B, H) of a GRU, (L, H) without a batch; of a Chain a list, one h for each GRU. What it
-        is set to is where the next call goes on.
+        h (L, B, H) of a GRU, (L, H) without a batch; of a Chain a list, one h for each GRU. Assign
+        a state to continue from it.
         """
         if any(h is None for h in self._states):
             return None
@@ -128,16 +141,21 @@ class Stream:
         self._states = [self._copy(h) for h in states]
 
     def reset(self, rows: Sequence[bool] | Array | None = None) -> None:
-        """Begin anew from zeros: all rows, or those where `rows`, B booleans, is true."""
+        """Set the state to zeros: of all rows, or of those where `rows`, B booleans, is true."""
         if rows is None:
             self._states = [None] * len(self._grus)
-        elif all(h is not None for h in self._states):
-            self._states = [self._without(h, rows) for h in self._states]
+            return
+        chosen = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows, "rows")
+        if chosen.dtype != bool:
+            raise ValueError(
+                f"rows is {chosen.dtype} {chosen.shape}, expected B booleans, True to reset"
+            )
+        if all(h is not None for h in self._states):
+            self._states = [self._without(h, chosen) for h in self._states]
 
-    def _without(self, h: Array, rows: Sequence[bool] | Array) -> Array:
+    def _without(self, h: Array, chosen: HostArray) -> Array:
         """Return h (L, B, H) with zeros in these rows of the batch."""
-        chosen = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows)
-        if chosen.dtype != bool or h.ndim != 3 or chosen.shape != h.shape[1:2]:
+        if h.ndim != 3 or chosen.shape != h.shape[1:2]:
             wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"
             raise ValueError(f"rows is {chosen.dtype} {chosen.shape}, expected booleans {wanted}")
         xp, there = self.model.backend.xp, self.model.backend.put(chosen[None, :, None], "bool")

@@ -52,5 +52,16 @@ def test_numpy_is_the_only_library_needed():
     run(f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\nimport gru_any\n" + TRAIN)
 
 
+def test_the_submodules_need_no_import_of_their_own():
+    names = "deploy.freeze, deploy.c.write, stream.Stream, train.fit, convert.torch.load"
+    run("import gru_any\n" + ", ".join(f"gru_any.{name}" for name in names.split(", ")))
+
+
+def test_the_import_leaves_out_what_training_alone_needs():
+    late = {"socket", "subprocess", "concurrent.futures", "logging"}
+    run(f"import sys, numpy\nlate = {late} - set(sys.modules)\nimport gru_any\n"
+        "sys.exit(', '.join(late & set(sys.modules)) or 0)")  # fmt: skip
+
+
 def test_the_types_are_shipped():
     assert (Path(gru_any.__file__).parent / "py.typed").is_file()

@@ -21,12 +21,12 @@ FAILURES = (  # what libraries raise where they cannot share an array
 def to_numpy(x: object, name: str = "x") -> HostArray:
     """Return an array of any backend as a NumPy array, without a copy where that is possible.
 
-    bfloat16 becomes float32; lists and numbers become arrays. `name` is what errors call it.
+    bfloat16 becomes float32; lists and numbers become arrays. Errors call the array `name`.
 
     Raises
     ------
     TypeError
-        It is no array, holds what is no number, or has a mask, which would be lost.
+        It is no array, holds something other than numbers, or has a mask, which would be lost.
     """
     refuse_masked(name, x)
     if isinstance(x, np.ndarray | np.generic | list | tuple | int | float):
@@ -49,8 +49,8 @@ def asarray(x: Any, like: Any) -> Array:
     Raises
     ------
     TypeError
-        x holds what is no number, or complex numbers where `like` is real; it is floating where
-        `like` has integers; or it is a NumPy array with a mask, which would be lost.
+        x holds something other than numbers, or complex numbers where `like` is real; it is
+        floating where `like` has integers; or it is a NumPy array with a mask, which would be lost.
 
     Examples
     --------

@@ -97,8 +97,10 @@ def _check(at: str, cell: Cell, shapes: dict[str, Shape]) -> None:
     """Raise where the arrays of a layer do not fit the first one, before anything is made."""
     if set(cell) != set(shapes):
         where = f"layer {at} has" if at else "the cell has"
-        wanted = f"{sorted(shapes)}{' as the first has' if at else ''}"
-        raise KeyError(f"{where} {sorted(cell)}, expected {wanted}")
+        way = ""
+        if set(shapes) - set(cell) == {"bias_hh"}:
+            way = "; if gru_any.save wrote the file, read it by gru_any.load"
+        raise KeyError(f"{where} {sorted(cell)}, expected {sorted(shapes)}{way}")
     for name, shape in shapes.items():
         if cell[name].shape != shape:
             after = " after the layers before" if at else ": H is from weight_hh"
@@ -139,7 +141,7 @@ def under(arrays: Arrays, prefix: str) -> dict[str, Array]:
         raise TypeError(f"prefix is {prefix!r}, expected a string such as 'encoder.rnn.'")
     found = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
     if not found:
-        raise KeyError(f"no name begins with {prefix!r}; there are {shown(arrays)}")
+        raise KeyError(f"no name begins with {prefix!r}; there are {shown(arrays) or 'no names'}")
     return found
 
 

@@ -1,10 +1,10 @@
 """Chainer, which has two GRUs that differ: the links of `links.GRU`, and `links.NStepGRU`.
 
-`links.GRU`, `StatefulGRU` and `StatelessGRU`: reset before, z replaces (here its sign is changed),
-two biases that are added. (On its first step after `reset_state` a StatefulGRU leaves the second
-out; ours computes what it does from a state of zeros given to `set_state`.) `NStepGRU` and
-`NStepBiGRU`: reset after, z keeps. Files are those of `chainer.serializers.save_npz`
-(https://docs.chainer.org).
+`links.GRU`, `StatefulGRU` and `StatelessGRU`: reset before, two biases that are added; z near 1
+replaces the state, so the sign of z's weights is changed. (In its first step after `reset_state` a
+StatefulGRU leaves out the second bias; the GRU made here does not, like a StatefulGRU after
+`set_state` with zeros.) `NStepGRU` and `NStepBiGRU`: reset after. Files are those of
+`chainer.serializers.save_npz` (https://docs.chainer.org).
 """
 
 from collections.abc import Mapping

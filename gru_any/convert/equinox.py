@@ -1,4 +1,4 @@
-"""Equinox: `equinox.nn.GRUCell`. Reset after, z keeps, gates r, z, n, one bias, and c_n.
+"""Equinox: `equinox.nn.GRUCell`. Reset after, gates in order r, z, n, one bias b, and c_n.
 
 Arrays are `weight_ih`, `weight_hh`, `bias` and `bias_n` of a cell (https://docs.kidger.site).
 """

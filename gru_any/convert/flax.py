@@ -1,7 +1,7 @@
-"""Flax, linen and nnx: `GRUCell`. Reset after, z keeps, gates r, z, n.
+"""Flax, linen and nnx: `GRUCell`. Reset after, gates in order r, z, n.
 
-linen has an array for each gate, one bias for each and `hn`'s. nnx has one matrix for the input
-and one for the state, and no bias beside the second: c_n has no home there
+linen has one kernel for each gate and operand, and biases b_r, b_z, b_n and c_n. nnx has one matrix
+for the input, with a bias, and one for the state, without: c_n has no counterpart there
 (https://flax.readthedocs.io).
 """
 
@@ -62,7 +62,7 @@ def from_arrays(layers: Tree | Iterable[Tree], *, batch_first: bool = True) -> G
     layers : nested mappings of one layer, or a list of them
         As linen's `init` or nnx's `state` and `to_pure_dict(state(...))` give them of a GRUCell, an
         RNN over one, or a Bidirectional over two such RNNs; also flat, by path. The state of random
-        numbers (`rngs`) is no weight and is passed over, as are collections beside `params`.
+        numbers (`rngs`) and collections other than `params` are ignored.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def to_arrays(gru: GRU, api: str = "linen") -> list[Nested]:
     Raises
     ------
     ValueError
-        reset_after is False; or c_n is not 0, which nnx has no home for.
+        reset_after is False; or c_n is not 0, for which nnx has no counterpart.
     """
     if api not in TABLES:
         raise ValueError(f'api is {api!r}, expected "linen" or "nnx"')

@@ -1,6 +1,7 @@
-"""Haiku: `haiku.GRU`. Reset before, z replaces (here its sign is changed), gates z, r, a.
+"""Haiku: `haiku.GRU`. Reset before, gates in order z, r, n (called a there).
 
-The equations are those of Chung et al. 2014 (https://dm-haiku.readthedocs.io).
+The equations are those of Chung et al. 2014, where z near 1 replaces the state, so the sign of z's
+weights is changed (https://dm-haiku.readthedocs.io).
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""haste: `haste_pytorch.GRU` and `haste_tf.GRU`. Reset after, z keeps, gates z, r, n.
+"""haste: `haste_pytorch.GRU` and `haste_tf.GRU`. Reset after, gates in order z, r, n.
 
 The names are those of a layer's parameters (https://github.com/lmnt-com/haste). Zoneout and
 dropout are settings of training there, and are not weights.

@@ -1,4 +1,4 @@
-"""MLX: `mlx.nn.GRU`. Reset after, z keeps, gates r, z, n, one bias and `bhn`.
+"""MLX: `mlx.nn.GRU`. Reset after, gates in order r, z, n, one bias b, and c_n as `bhn`.
 
 Files are those of `mlx.nn.Module.save_weights`, npz or safetensors
 (https://ml-explore.github.io/mlx).

@@ -25,20 +25,21 @@ def freeze(model: GRU | Chain, weights: str = "float32") -> Any:
     Parameters
     ----------
     model : GRU or Chain
-        Of any backend and dtype. What is done to its parameters later does not show.
+        Of any backend and dtype. Later changes of its parameters have no effect.
     weights : str
         "float32": as they are, in the model's own dtype, whichever that is. "bfloat16" rounds each
-        matrix of a float32 model to 8 bits of mantissa, and "int8" each of its rows to 127 steps
-        either way of a scale of its own. Biases, states and arithmetic stay float32. With Numba the
-        matrices are kept in that form and read in it, so that a model takes a half or a quarter
-        of the memory and steps of few rows take less time. Without Numba, and on other backends,
-        the rounded numbers are kept in float32: the results are the same and nothing is saved.
+        matrix of a float32 model to 8 significant bits, and "int8" each of its rows to 127 steps on
+        either side of zero, with a scale of its own. Biases, states and arithmetic stay float32.
+        With Numba only the small weights are stored, so that a model takes a half or a quarter of
+        the memory, and steps of few rows of a large model take less time. Without Numba, and on
+        other backends, the rounded weights are stored in float32: the results are the same up to
+        rounding, without these savings.
 
     Returns
     -------
     frozen : GRU or Chain
-        `frozen.params` holds copies of what the weights have become, and `frozen.nbytes` is the
-        memory that they take, packed copies included. `frozen.to(...)`, copy and pickle give
+        `frozen.params` holds copies of the rounded weights, and `frozen.nbytes` is the memory that
+        the weights take, packed copies included. `frozen.to(...)`, copy and pickle give
         frozen models again.
 
     Raises

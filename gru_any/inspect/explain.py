@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, SupportsIndex, TypeAlias
 
 from .. import equations
 from ..backend import bridged, path, recorded
@@ -40,8 +40,8 @@ def explain(model: Layer | Chain, shape: Shape | None = None, format: str = "tex
     -------
     str
         For each layer its shapes and parameters; for a GRU also its equations and their gradient,
-        the order of its gates, the meaning of its biases, and how a call runs, with the reason why
-        not faster.
+        the order of its gates, the meaning of its biases, which code runs a call, and why no faster
+        code does.
 
     Raises
     ------
@@ -67,6 +67,10 @@ def explain(model: Layer | Chain, shape: Shape | None = None, format: str = "tex
         raise ValueError(f'format is {format!r}, expected "text" or "latex"')
     if not isinstance(model, (Layer, Chain)):
         raise TypeError(f"explain takes a layer or a Chain, not a {type(model).__name__}")
+    sizes = isinstance(shape, (tuple, list)) and all(isinstance(n, SupportsIndex) for n in shape)
+    if shape is not None and not sizes:
+        kind = type(shape).__name__
+        raise TypeError(f"shape is a {kind}, expected integers such as x.shape, (T, B, I)")
     write = _text if format == "text" else _latex
     now: Sizes | None = None if shape is None else tuple(shape)  # the shape between two layers
     parts, batch_first = [], False

@@ -99,6 +99,9 @@ def gradcheck(
     """
     if method not in TOLERANCE:
         raise ValueError(f"method is {method!r}, expected 'central' or 'complex'")
+    if not hasattr(layer, "vjp"):
+        kind = type(layer).__name__
+        raise TypeError(f"layer is a {kind}, expected a layer or Chain: gradcheck(model, x)")
     rng = arguments.seed(seed)
     twin = layer.to(dtype="float64")
     points = {f"{k}": to_numpy(v) for k, v in twin.params.items()} | _flat("input", inputs)

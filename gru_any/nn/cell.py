@@ -14,7 +14,7 @@ from .weights import parameter_shapes, variant_advice, weights
 
 
 class GRUCell(Layer):
-    """One step, with the conventions of `torch.nn.GRUCell`.
+    """One step of a GRU, with the conventions of `torch.nn.GRUCell`.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from ..errors import ShapeError
 from ..typing import Array, Arrays, Device, Gradients, Lengths, Rng
 from .cell import GRUCell
 from .gru import GRU
-from .layers import Last
+from .layers import Dropout, Embedding, Last, Linear
 from .params import BackendLike, Layer, check_mapping, load, refuse_names, refuse_shared
 
 States: TypeAlias = Sequence[Array | None]  # h (L*D, B, H) of each GRU
@@ -68,9 +68,10 @@ class Chain:
     def __init__(self, *layers: Layer, tied: Mapping[str, str] | None = None) -> None:
         for layer in layers:
             if not isinstance(layer, Layer) or isinstance(layer, GRUCell):
+                way = ": Chain(*layers)" if isinstance(layer, (list, tuple)) else ""
                 raise TypeError(
                     "a Chain is made of GRU, Linear, Embedding, Dropout and Last, not "
-                    f"{type(layer)}"
+                    f"{type(layer)}{way}"
                 )
         if not layers:
             raise ValueError("a Chain needs at least one layer")
@@ -90,6 +91,7 @@ class Chain:
         self.tied: Mapping[str, str] = MappingProxyType(dict(tied or {}))
         self.params = _AllParams(layers, self.tied)
         refuse_shared(self.params)
+        _check_widths(layers)
         self.backend, self.dtype = layers[0].backend, layers[0].dtype
 
     @by_place
@@ -296,6 +298,26 @@ def _check_last(layers: Sequence[Layer]) -> None:
             raise ValueError(f"layer {i} is a Last, which must follow a GRU directly")
         if any(isinstance(layer, GRU) for layer in layers[i:]):
             raise ValueError(f"a GRU comes after the Last at {i}, which leaves no steps to read")
+
+
+def _check_widths(layers: Sequence[Layer]) -> None:
+    """Raise where a layer reads rows of another width than the layer before it returns."""
+    width: int | None = None  # None: not known
+    for i, layer in enumerate(layers):
+        name = "in_features" if isinstance(layer, Linear) else "input_size"
+        if width is not None and getattr(layer, name, width) != width:
+            raise ValueError(
+                f"layer {i} has {name}={getattr(layer, name)}, expected {width}, the width of what "
+                f"layer {i - 1} returns"
+            )
+        if isinstance(layer, GRU):
+            width = len(layer.suffixes) * layer.hidden_size
+        elif isinstance(layer, Linear):
+            width = layer.out_features
+        elif isinstance(layer, Embedding):
+            width = layer.size
+        elif not isinstance(layer, (Dropout, Last)):
+            width = None
 
 
 class _AllParams(MutableMapping[str, Array]):

@@ -33,17 +33,17 @@ class GRU(Layer):
     num_layers : int
         L. Layer l > 0 reads the outputs of layer l - 1.
     bias : bool
-        With bias or without.
+        Whether the layers have biases.
     batch_first : bool
         x and y are (B, T, .) in place of (T, B, .). States keep their shape.
     dropout : float
-        Probability with which an output between two layers becomes 0 in `vjp` with `rng`; what is
-        left is divided by 1 - dropout. Needs num_layers > 1.
+        Probability with which an element that passes from one layer to the next is set to 0; the
+        others are divided by 1 - dropout. Acts only in `vjp` with `rng`; needs num_layers > 1.
     bidirectional : bool
         A second GRU reads from each sequence's end; y holds both, side by side.
     reverse : bool
-        The one that reads from the end alone; its parameters end in `_reverse`. y_t still belongs
-        to x_t. Not together with bidirectional.
+        A single direction, which reads from each sequence's end; the names of its parameters end in
+        `_reverse`. y_t still belongs to x_t. Not together with bidirectional.
     reset_after : bool
         Reset gate after the matrix product (PyTorch, cuDNN, Keras' default) or before it
         (Cho et al. 2014, ONNX's default; the default here).
@@ -59,13 +59,13 @@ class GRU(Layer):
     seed : int or None
         Of the weights, uniform in +-1/sqrt(H) as in PyTorch; the same on every backend.
     precision : str
-        "full": float32 products are float32. "tf32": on CuPy they may round their factors to 10
-        bits, which is several times as fast on large sizes; elsewhere it changes nothing. PyTorch's
-        default for a GRU on CUDA is TF32 (`torch.backends.cudnn.allow_tf32`).
+        "full": products of float32 are computed in float32. "tf32": on CuPy their factors may be
+        rounded to 10 bits, for speed; elsewhere it changes nothing. PyTorch's default for a GRU on
+        CUDA is TF32 (`torch.backends.cudnn.allow_tf32`).
     recompute : None, "sqrt" or int
-        None keeps about 5 elements a step and unit for the backward pass. "sqrt" keeps a state
-        every sqrt(T) steps, an int one every so many (rounded up to whole blocks), and computes
-        the rest again in the pullback, with the same gradients bit for bit.
+        What is stored for the backward pass. None: about 5 values per step and unit. "sqrt": one
+        state every sqrt(T) steps; an int: one every that many steps (rounded up to whole blocks).
+        The pullback computes the rest again, and the gradients are the same bit for bit.
 
     Attributes
     ----------
@@ -173,12 +173,12 @@ class GRU(Layer):
         mask : (T, B) of bool, laid out like x without its last axis
             Where it is false, the row skips the step: its state stays, whatever x holds there.
         resets : (T, B) of bool, likewise
-            Where it is true, the row's state starts anew from 0 before the step, and no gradient
-            passes: an episode begins. A direction that reads from the end starts anew where it
-            leaves the episode. A step that is skipped or padding has no reset.
+            Where it is true, an episode begins: the row's state is set to 0 before the step, and no
+            gradient passes. A direction that reads from the end is reset where it leaves the
+            episode. A reset at a skipped or padded step has no effect.
         skipped : "zero" or "repeat"
-            What y holds at steps that are skipped or padding: 0, or the output of the step that was
-            read before (0 where there is none), as Keras has it.
+            What y holds at skipped and padded steps: 0, or the output of the row's last step that
+            was read (0 if there is none), as in Keras.
 
         Returns
         -------
@@ -222,7 +222,7 @@ class GRU(Layer):
         Parameters are those of a plain call, and
 
         rng : numpy.random.Generator or None
-            Given, dropout acts between the layers. Its numbers are drawn on the host.
+            If given, dropout acts between the layers. Its random numbers are drawn on the host.
 
         Returns
         -------
@@ -245,7 +245,7 @@ class GRU(Layer):
         """Advance by one step, for streams.
 
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
-        new state; the one given is not written. `Stream.reset(rows)` starts rows anew.
+        new state; the one given is not written. A `Stream` can reset single rows.
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)

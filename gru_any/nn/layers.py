@@ -142,8 +142,8 @@ class Embedding(Layer):
     def __call__(self, x: Array) -> Array:
         """Return the rows (..., size) of x (...), integers in 0..n-1.
 
-        An index out of range raises IndexError where the array is on the host (NumPy). On a device
-        that would mean to wait for it; there the row becomes NaN, and with it the next loss read.
+        An index out of range raises IndexError if the array is on the host (NumPy). On a device,
+        where checking would wait for it, the row becomes NaN instead, and with it the loss.
         """
         xp, flat = self.backend.xp, self._indices(x)
         if self.backend.host:  # all are in range

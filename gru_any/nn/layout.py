@@ -58,6 +58,11 @@ class SequenceLayout(NamedTuple):
         unbatched = x.ndim == 2
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             letters = "(B, T, I)" if self.batch_first else "(T, B, I)"
+            if x.ndim not in (2, 3):
+                raise ShapeError(
+                    f"x is {tuple(x.shape)}, expected {letters}, I = {self.input_size}; or (T, I) "
+                    "without a batch"
+                )
             check_shape("x", x, "(T, I)" if unbatched else letters, {"I": self.input_size})
         x = self._time_major(x, unbatched)
         T, B, _ = x.shape

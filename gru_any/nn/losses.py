@@ -15,7 +15,7 @@ from ..typing import Array, DType, Namespace, Shape
 def softmax_cross_entropy(
     y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """-log of the probability that softmax(y) gives to the target, as `torch.nn.CrossEntropyLoss`.
+    """Cross entropy of softmax(y) and the target, a mean as in `torch.nn.CrossEntropyLoss`.
 
         p = exp(y) / sum(exp(y));  L = -sum(t * log p);  dL/dy = p * sum(t) - t
 
@@ -31,8 +31,8 @@ def softmax_cross_entropy(
     ValueError, TypeError
         Shapes, libraries, devices or dtypes do not fit.
     IndexError
-        A target is out of range, in a NumPy array. On a device that would mean to wait for it;
-        there the value becomes NaN.
+        A target in a NumPy array is out of range. On a device, where checking would wait for it,
+        the value becomes NaN instead.
 
     Examples
     --------
@@ -49,7 +49,11 @@ def softmax_cross_entropy(
     if hard:
         t = _one_hot(backend, target, y.shape[-1], z.dtype, mask)
     else:
-        _same("target", target, y.shape)
+        if tuple(target.shape) != tuple(y.shape):
+            raise ShapeError(
+                f"target is {tuple(target.shape)}, expected {tuple(y.shape[:-1])} of integers, the "
+                f"classes, or {tuple(y.shape)} of probabilities"
+            )
         if not xp.isdtype(target.dtype, "real floating"):
             raise TypeError(
                 f"target has dtype {target.dtype} and the shape of y, expected probabilities of "
@@ -74,20 +78,20 @@ def softmax_cross_entropy(
 def sigmoid_cross_entropy(
     y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """-log of the probability that sigmoid(y) gives to a target of 0 to 1, for each number alone.
+    """Cross entropy of sigmoid(y) and a target of 0 to 1, element by element.
 
         L = max(y, 0) - y t + log(1 + exp(-|y|));  dL/dy = sigmoid(y) - t
 
-    The mean over all numbers that count, as `torch.nn.BCEWithLogitsLoss`.
+    The mean over all elements that count, as in `torch.nn.BCEWithLogitsLoss`.
 
     Parameters
     ----------
     y, target : arrays of one shape; the target is taken as y's dtype
     weight : array or None
-        Of the last axis of y, (C,), or of y's rank, with axes of 1 or as long as y's.
+        (C,), for the last axis of y, or the shape of y, where axes may be 1.
     mask : array of bool or None
-        True where a number counts: of y's leading axes, all but the last, or of y's rank, with axes
-        of 1 or as long as y's. The mean is over the numbers that count, channels included.
+        True where an element counts. It has the shape of y, where axes may be 1, or that of y
+        without its last axis. The mean is over the elements that count, channels included.
 
     Raises
     ------
@@ -109,7 +113,7 @@ def sigmoid_cross_entropy(
 def squared_error(
     y: Array, target: Array, weight: Array | None = None, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """The mean of (y - t)^2, as `torch.nn.MSELoss`; dL/dy = 2 (y - t) / count.
+    """The mean of (y - t)^2, as in `torch.nn.MSELoss`; dL/dy = 2 (y - t) / count.
 
     Parameters and errors as in `sigmoid_cross_entropy`; the target may be any number.
 
@@ -148,7 +152,11 @@ def _enter(
     y: Array, target: Array, weight: Array | None, mask: Array | None, axes: int | None = None
 ) -> tuple[Backend, Namespace, Array, Array | None]:
     """Return the backend, its namespace, y for the arithmetic, and the mask over y[:axes]."""
-    backend = of(*(v for v in (y, target, weight, mask) if v is not None))
+    given = {"y": y, "target": target, "weight": weight, "mask": mask}
+    try:
+        backend = of(*(v for v in given.values() if v is not None))
+    except TypeError as e:
+        raise _named(given, e) from None
     xp = backend.xp
     if not xp.isdtype(y.dtype, "real floating"):
         raise TypeError(f"y has dtype {y.dtype}, expected a real floating dtype")
@@ -163,6 +171,17 @@ def _enter(
             raise ShapeError(f"mask is {tuple(mask.shape)}, expected {tuple(y.shape[:-1])}{whole}")
         mask = _spread(xp, "mask", mask, y.shape[:axes])
     return backend, xp, z, mask
+
+
+def _named(given: dict[str, Array | None], error: TypeError) -> TypeError:
+    """Return the error that names the argument which is no array; else the one that there was."""
+    for name, v in given.items():
+        if v is not None and not (hasattr(v, "shape") and hasattr(v, "dtype")):
+            return TypeError(
+                f"{name}: {type(v).__name__} is no array; convert it, for example with "
+                f"numpy.asarray({name})"
+            )
+    return error
 
 
 def _spread(xp: Namespace, name: str, v: Array, shape: Shape) -> Array:
@@ -184,7 +203,8 @@ def _one_hot(
     wrong = (target < 0) | (target >= classes)
     if backend.host and (wrong & mask if mask is not None else wrong).any():
         bad = target[wrong][0]
-        raise IndexError(f"target holds {bad}, expected 0 to C - 1 = {classes - 1}")
+        way = "; leave out by a mask what does not count" if bad < 0 else ""
+        raise IndexError(f"target holds {bad}, expected 0 to C - 1 = {classes - 1}{way}")
     if backend.host:
         return hot
     return xp.where(xp.expand_dims(wrong, axis=-1), xp.full_like(hot, math.nan), hot)

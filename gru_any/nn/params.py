@@ -1,5 +1,6 @@
 """What layers have in common: named parameters, loading them, moving to another device."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import cache, cached_property
 from inspect import signature
@@ -50,6 +51,9 @@ class Params(dict[str, Array]):
             _same_shape(name, array, tuple(self[name].shape))
         super().__setitem__(name, array)
         self.version += 1
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(f"{name!r} is no parameter; there are {', '.join(self)}")
 
     def update(self, *mappings: Any, **arrays: Array) -> None:
         """Replace several entries, each checked as alone."""
@@ -165,7 +169,7 @@ class Layer:
             )
 
     def load_params(self, mapping: Arrays) -> None:
-        """Replace all parameters by copies of the arrays of `mapping`, whose names must be ours.
+        """Replace all parameters by copies of the arrays of `mapping`, by the names of `params`.
 
         The arrays may be of any library and any real floating dtype; they are converted to the
         model's. Nothing is loaded unless everything fits.
@@ -335,7 +339,10 @@ def load(layer: Parametrised, mapping: Arrays, advice: Callable[[set[str], set[s
     ours = layer.params
     hosts = {name: _host(name, mapping[name], layer.dtype) for name in ours}
     for name, host in hosts.items():
-        _same_shape(name, host, tuple(ours[name].shape))
+        shape = tuple(ours[name].shape)
+        if host.ndim == 2 and host.shape == shape[::-1] != shape:
+            raise ShapeError(f"{name} is {host.shape}, expected {shape}: transpose it")
+        _same_shape(name, host, shape)
     new = {name: layer.backend.put(host, layer.dtype) for name, host in hosts.items()}
     for name, array in new.items():
         ours[name] = array
@@ -348,10 +355,22 @@ def refuse_names(
     check_mapping(mapping)
     missing, unused = set(layer.params) - set(mapping), set(mapping) - set(layer.params)
     if missing or unused:
+        told = re.sub("  # .*", "", repr(layer))  # without the numbers of parameters
         raise KeyError(
-            f"parameters do not fit {layer!r}: missing {sorted(missing)}, unused {sorted(unused)}"
+            f"parameters do not fit {told}: missing {sorted(missing)}, unused {sorted(unused)}"
             + advice(missing, unused)
+            + _prefix(missing, unused)
         )
+
+
+def _prefix(missing: set[str], unused: set[str]) -> str:
+    """Say which prefix the unused names have, if the missing ones are among them but for it."""
+    for name in unused:
+        for end in missing:
+            prefix = name.removesuffix(end)
+            if all(prefix + other in unused for other in missing):
+                return f"; take {prefix!r} off their beginning: name.removeprefix({prefix!r})"
+    return ""
 
 
 def check_mapping(mapping: object) -> None:

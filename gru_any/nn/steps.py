@@ -30,7 +30,8 @@ def flags(name: str, value: Array, shape: Shape, letters: str) -> HostArray:
     """
     host = np.asarray(value) if isinstance(value, (list, tuple)) else to_numpy(value, name)
     if host.shape != shape:
-        raise ValueError(f"{name} is {host.shape}, expected {letters} = {shape}")
+        way = arguments.SWAPPED if host.shape == shape[::-1] else ""
+        raise ValueError(f"{name} is {host.shape}, expected {letters} = {shape}{way}")
     if host.dtype != bool:
         raise TypeError(f"{name} has dtype {host.dtype}, expected booleans, such as {name} != 0")
     return host

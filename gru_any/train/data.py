@@ -72,7 +72,8 @@ def arranged(
     """
     if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= len(Batch._fields):
         raise TypeError(
-            f"a batch is {type(batch).__name__}, expected a Batch or (x, target[, mask[, lengths]])"
+            f"a batch is {type(batch).__name__}, expected a Batch or (x, target[, mask[, "
+            "lengths]]); batches are a list of these"
         )
     x, target, mask, lengths, given = Batch(*batch)
     x, target = _array("x", x), _array("target", target)

@@ -3,6 +3,7 @@
 The operating system holds the lock, so it ends with the process that took it, however that ends.
 """
 
+import errno
 import os
 import platform
 import time
@@ -25,6 +26,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     OSError
         It cannot be made or written to.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"out is no folder: {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as file:
         now = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 from .. import arguments
 from ..nn.chain import Chain
 from ..nn.layers import Embedding, Last
+from ..nn.params import Layer
 from ..typing import Loss
 from ..typing import Path as PathLike
 from .compress import DTYPES
@@ -209,9 +210,18 @@ def _follow_up(run: Run, valid: Callable[[], float] | None, save_every: int) -> 
         run.save()
 
 
+CALLS = {  # what each function of fit takes and returns
+    "loss": "loss(y, target, mask=None) -> value, dy",
+    "batches": "batches(epoch) -> the batches of an epoch, such as lambda epoch: [(x, target)]",
+    "schedule": "schedule(step, losses) -> the learning rate",
+    "valid": "valid() -> the validation loss",
+}
+
+
 def _check_chain(model: object) -> None:
     if not isinstance(model, Chain):
-        raise TypeError(f"model is {type(model).__name__}, expected a Chain: Chain({model!r})")
+        way = ": Chain(model)" if isinstance(model, Layer) else ""
+        raise TypeError(f"model is {type(model).__name__}, expected a Chain{way}")
 
 
 def _check_optimiser(optimiser: object) -> None:
@@ -223,7 +233,9 @@ def _check_optimiser(optimiser: object) -> None:
 def _check_functions(optional: bool = False, **functions: object) -> None:
     for name, function in functions.items():
         if not (callable(function) or (optional and function is None)):
-            raise TypeError(f"{name} is {type(function).__name__}, expected a function: see fit")
+            raise TypeError(
+                f"{name} is {type(function).__name__}, expected a function, {CALLS[name]}"
+            )
 
 
 def _checked(plan: Plan, valid: bool) -> Plan:

@@ -386,7 +386,7 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam with the decay taken off the weights themselves (Loshchilov and Hutter 2019).
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
     p <- p - lr weight_decay p, then as Adam
     """

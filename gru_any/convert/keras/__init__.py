@@ -1,4 +1,4 @@
-"""Keras 2 and 3: `keras.layers.GRU`, with both values of `reset_after`. z keeps, gates z, r, n.
+"""Keras 2 and 3: `keras.layers.GRU`, with both values of `reset_after`. Gates in order z, r, n.
 
 With reset_after (the default there) the bias is (2, 3H): b on top of c; without, (3H,). x is
 (B, T, I) in Keras, and so it is for the models made here. Files (`.keras`, `.weights.h5`, `.h5`)
@@ -81,19 +81,19 @@ def load(
         Bidirectional of either, Embedding, Dropout, Dense and TimeDistributed(Dense), or models of
         these. It becomes a Chain, or a GRU where there is nothing else; GRUs on top of each other
         become one of several layers; a `Last` stands where `return_sequences` is False.
-        `.weights.h5`, or `.h5` of weights: the GRU alone, with the outputs of all steps, since the
-        file does not describe the model. It does not say either whether a GRU was made with
-        `activation="relu"` or `go_backwards=True`: where it was, say so below.
+        `.weights.h5`, or `.h5` of weights: only the GRU, with the outputs of all steps, since the
+        file does not describe the model. Nor does it show whether a GRU was made with
+        `activation="relu"` or `go_backwards=True`: if it was, say so by the arguments below.
     layer : str, a list of them, or None
         Layers to take out of a larger model, also one that branches, by their names, which are
         paths such as "encoder/gru" in a model inside of the model. In `.weights.h5` they are the
         places, such as "gru", "bidirectional_1" or "sequential/gru". GRUs become one GRU of
-        several layers, with the outputs of all steps; of `go_backwards` it is a
-        `GRU(reverse=True)`. Where there are other layers among them, they become a Chain, and a
-        warning says what of them is left to you: an activation, or a mask.
+        several layers, with the outputs of all steps, or with `go_backwards` a
+        `GRU(reverse=True)`. With other layers among them they become a Chain, and a warning says
+        what you must do yourself, such as apply an activation or a mask.
     reset_after, go_backwards, activation, recurrent_activation : None, or as in Keras
         What the GRUs were made with. Needed where a file cannot tell: `reset_after` of weights
-        without bias. Whatever the file says otherwise is an error, and so is an activation other
+        without bias. A value that contradicts the file is an error, and so is an activation other
         than "tanh" and "sigmoid".
 
     Raises

@@ -30,13 +30,13 @@ def load(
     backend, device
         As in `GRU`.
     node : str, optional
-        The name of a GRU node, or what the names of several begin with, up to a slash, dot, colon
-        or, where there are none, underscore: "encoder/rnn" for "/encoder/rnn/GRU" and
-        "/encoder/rnn/GRU_1". They alone are read, as one GRU where they are alike; each must read
-        what another puts out, or they are the two directions of a layer. What the first reads is
-        x: (T, B, I), or (B, T, I) if its attribute `layout` is 1, whatever axes the rest of the
-        graph has. Lengths and first states that the graph computes, or takes from an input, are
-        arguments here; the logger `gru_any.convert` names them.
+        Read only this GRU node, by its name, or several, by what their names begin with, up to a
+        slash, dot, colon or, if there are none, underscore: "encoder/rnn" for
+        "/encoder/rnn/GRU" and "/encoder/rnn/GRU_1". Several must be consecutive layers or the two
+        directions of a layer. x is the input of the first: (T, B, I), or (B, T, I) if its attribute
+        `layout` is 1, whatever the layout of the rest of the graph. Lengths and initial states are
+        arguments of the call, wherever the graph takes them from; the logger `gru_any.convert`
+        names them.
 
     Returns
     -------
@@ -74,12 +74,12 @@ def load(
 def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
     """Write a GRU or a Chain to an ONNX file, for any T and B.
 
-    Inputs are `x`, `lengths` (B,) int32, and the first state; outputs `y` and the last state. They
-    are `h0` and `h_n` (L*D, B, H) of a GRU, and `h0_0`, `h_n_0`, `h0_1`... of the GRUs of a Chain,
-    in order. What comes out as a state goes in as the next call's, so a stream can be continued.
+    Inputs are `x`, `lengths` (B,) int32, and the initial state; outputs `y` and the last state. The
+    states are `h0` and `h_n` (L*D, B, H) of a GRU, and `h0_0`, `h_n_0`, `h0_1`... of the GRUs of a
+    Chain, in order. To stream, pass the last state of one call as the initial state of the next.
     Dropout is left out.
 
-    **Not every runtime heeds lengths.** onnxruntime does; OpenVINO and the reference evaluator of
+    **Not every runtime uses lengths.** onnxruntime does; OpenVINO and the reference evaluator of
     the package onnx read each row to its end, whatever `sequence_lens` of the operator GRU says,
     and give other results where a length is below T. With `lengths=False` the file has no such
     input, and gives the same results in all of them.

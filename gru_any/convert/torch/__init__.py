@@ -1,8 +1,8 @@
-"""PyTorch: `torch.nn.GRU`. Reset after, z keeps, gates r, z, n: the names and shapes are ours.
+"""PyTorch: `torch.nn.GRU` and `GRUCell`. Reset after, with the names and shapes of this library.
 
-`torch.nn.GRUCell` likewise. Files are safetensors, or what `torch.save` writes. `GRU` and `GRUCell`
-are modules that stand in for PyTorch's, `accelerate` puts them into a model, and `as_module` makes
-one of a model of ours. Only these, and writing files of `torch.save`, import PyTorch.
+Files are safetensors, or what `torch.save` writes. `GRU` and `GRUCell` are modules that are called
+like PyTorch's and compute with this library, `accelerate` puts them into a model, and `as_module`
+makes a module of a model of this library. Only these, and writing `.pt` files, import PyTorch.
 """
 
 from __future__ import annotations  # PyTorch's classes are known to a type checker alone

@@ -41,7 +41,8 @@ def part(arrays: Arrays, prefix: str) -> dict[str, Array]:
         dotted = {k.removeprefix("."): a for k, a in under.items() if k.startswith(".")}
         under = dotted or under
     if not under:
-        raise KeyError(f"no name begins with {prefix!r}; there are {shown(arrays)}{_where(arrays)}")
+        there = shown(arrays) or "no names at all"
+        raise KeyError(f"no name begins with {prefix!r}; there are {there}{_where(arrays)}")
     return _computed(under)
 
 
