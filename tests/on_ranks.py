@@ -230,6 +230,20 @@ def failing(comm, folder):
     stopped(comm, folder, lambda: 1 / 0)
 
 
+def late(comm, rank):
+    """One rank ends before the others' common work, as with an error in a program of one's own."""
+    if comm.rank != rank:
+        small(comm)
+
+
+def late0(comm, folder):
+    late(comm, 0)
+
+
+def late1(comm, folder):
+    late(comm, 1)
+
+
 def main():
     from gru_any.train import distributed, watch
 

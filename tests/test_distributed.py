@@ -6,6 +6,7 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 from conftest import refuse, require
 
 from gru_any import Chain, Linear, softmax_cross_entropy
-from gru_any.train import compress, distributed, fit
+from gru_any.train import compress, distributed, fit, sentinel
 from gru_any.train.data import Batch, Piece
 from gru_any.train.share import SharedGenerator, rows_of, take
 
@@ -168,6 +169,51 @@ def test_ranks_that_are_killed_are_named_and_the_run_goes_on(whole, tmp_path):
         assert err.count("was killed") == err.count(told) == 1, err
     run(3, HERE / "on_ranks.py", "killed", tmp_path)
     same(np.load(tmp_path / "end.npz"), whole["cut in time"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_come_ends_the_run_and_is_named(tmp_path, rank):
+    """It has failed before its call of fit, or does something else for ever."""
+    text = run(2, HERE / "on_ranks.py", f"late{rank}", tmp_path, code=1, GRU_ANY_RANK_TIMEOUT="0.5")
+    assert f"gru_any: rank {rank} did not come to the work that all share for" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_the_table_of_faults(monkeypatch, capsys):
+    """A few of its lines; scripts/maintenance/faults.py makes all."""
+    require("mpi4py")
+    monkeypatch.syspath_prepend(SCRIPTS / "maintenance")
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    import faults
+
+    code = faults.main(["--ranks=2", "--kills=1", "--steps=30", "--faults", "kill"])
+    lines = capsys.readouterr()
+    rows = [line.split(" | ") for line in lines.out.splitlines()[2:]]
+    assert code == 0, lines
+    assert [row[0] for row in rows] == ["| SIGKILL to rank 0 of 2", "| SIGKILL to rank 1 of 2"]
+    assert all(row[3:] == ["1", "1", "1", "1", "1", "1 |"] for row in rows)
+
+
+def test_the_checkpoint_before_is_named_while_the_newest_is_replaced(tmp_path):
+    """By the process that outlives the ranks."""
+    if sys.platform != "linux":
+        pytest.skip("needs Linux")
+    paths = [tmp_path / name for name in ("checkpoint", "checkpoint.before")]
+    paths[1].touch()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0gru_any.{os.getpid()}")
+        listener.listen(1)
+        with subprocess.Popen(
+            [sys.executable, sentinel.__file__, *map(str, [listener.fileno(), 1, os.getpid()]),
+             *map(str, paths)],
+            pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True,
+        ) as process, socket.socket(socket.AF_UNIX) as rank:  # fmt: skip
+            rank.connect(listener.getsockname())
+            rank.sendall(b"rank 7\n")
+            assert rank.recv(1) == b"."
+            rank.close()
+            _, err = process.communicate(timeout=60)
+    assert err == f"gru_any: rank 7 was killed; the last good checkpoint is {paths[1]}\n"
 
 
 def test_a_rank_that_fails_alone_ends_the_run_and_is_named(tmp_path):

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -156,8 +156,8 @@ class Alone:
     def refuse_unshared(self, folder: Path) -> None:
         """Raise ValueError on all ranks if one does not see this folder of the first one."""
 
-    def begin(self, newest: Path | None) -> None:
-        """Report the ranks, and remember where the newest checkpoint is written."""
+    def begin(self, folder: Path | None) -> None:
+        """Report the ranks, and remember in which folder checkpoints are written."""
 
     def guard(self) -> AbstractContextManager[object]:
         """End all ranks if one of them fails alone."""
@@ -176,11 +176,13 @@ class Ranks(Alone):
         What gradients are sent as.
     """
 
+    # of the run that this process is in, which may evaluate on ranks of its own; the newest first
+    _checkpoints: ClassVar[list[Path]] = []
+
     def __init__(self, comm: Communicator, backend: Backend, compress: str | None) -> None:
         self._watch = Watch(comm, self._last_good)
         self._comm, self._backend = self._watch.comm, backend
         self.rank, self.size, self._compress = comm.rank, comm.size, compress
-        self._newest: Path | None = None
         self._agreed: Wishes | None = None
         self._names: tuple[str, ...] = ()  # of the gradients for which there are buckets
         self._buckets: list[Bucket] = []
@@ -188,17 +190,15 @@ class Ranks(Alone):
         self._requests: list[object] = []
 
     def _last_good(self) -> str:
-        newest = self._newest
-        names = [] if newest is None else [newest, newest.with_name(NAMES[1])]
-        for path in names:  # the newest is not there for a moment while it is replaced
+        for path in self._checkpoints:  # the newest is not there for a moment while it is replaced
             if path.exists():
                 return f"the last good checkpoint is {path}"
         return "there is no checkpoint"
 
-    def begin(self, newest: Path | None) -> None:
+    def begin(self, folder: Path | None) -> None:
         """Report the ranks, and where they have more threads than cores; watch over them."""
-        self._newest = newest
-        self._watch.post_sentinel(str(newest or ""))
+        Ranks._checkpoints = [] if folder is None else [folder / name for name in NAMES]
+        self._watch.post_sentinel([str(path) for path in self._checkpoints])
         hosts = [host for host, _ in self._watch.places]
         own = (hosts[self.rank], _cores(), int(environment(self._backend)["threads"]))
         found = self.every(own)

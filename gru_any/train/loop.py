@@ -160,6 +160,7 @@ def fit(
     settings = _writable(settings or {})
     ranks = ranks_of(comm, model.backend, compress)
     with ranks.guard(), ExitStack() as stack:
+        ranks.begin(None if out is None else Path(out))
         run = Run(model, optimiser, plan, ranks)
         if out is not None:
             ranks.lead(lambda: stack.enter_context(alone_in(Path(out))))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import environment, to_numpy
-from ..checkpoint import NAMES, describe
+from ..checkpoint import describe
 from ..nn.chain import Chain
 from ..nn.params import refuse_shared
 from ..typing import Array, Arrays, HostArray, Loss
@@ -332,7 +332,6 @@ class Run:
             raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
         self.settings = {**arguments, **settings}
         self._check_ranks()
-        self.ranks.begin(None if out is None else Path(out) / NAMES[0])
         if out is None:
             return
         self.folder = Path(out)
