@@ -8,18 +8,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
 from gru_any import (
     GRU,
+    SGD,
     Adam,
+    AdamW,
     Chain,
     Dropout,
     Last,
     Linear,
+    RMSprop,
     softmax_cross_entropy,
     squared_error,
     to_numpy,
 )  # fmt: skip
+from gru_any.checkpoint import NAMES
 from gru_any.train import evaluate, fit
 from gru_any.train.data import Batch
 
@@ -106,6 +111,10 @@ def equal(comm, folder):
         found = train(name, comm)
         if comm.rank == 0:
             np.savez(folder / f"{name}.npz", **found)
+    for name in ("cut in time", "not on the host"):
+        found = train(name, comm, shard=True)
+        if comm.rank == 0:
+            np.savez(folder / f"{name}, sharded.npz", **found)
     train("cut in time", comm, steps=47, out=folder / "stopped", save_every=20)
 
 
@@ -132,8 +141,61 @@ def resumed(comm, folder):
     found = train("cut in time", comm, out=folder / "stopped", save_every=20)
     if comm.rank == 0:
         np.savez(folder / "resumed.npz", **found)
+    sharded(comm, folder)
     told = {name: refused(attempt, comm, folder) for name, attempt in REFUSED.items()}
     (folder / f"told.{comm.rank}.json").write_text(json.dumps(told))
+
+
+OPTIMISERS = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "RMSprop": lambda params: RMSprop(params, centered=True, momentum=0.5),
+    "AdamW of a part": lambda params: AdamW(
+        [{"params": {k: v for k, v in params.items() if "weight" in k}, "weight_decay": 0.1},
+         {"params": {"1.bias": params["1.bias"]}, "lr": 0.1}],
+        amsgrad=True,
+    ),
+}  # fmt: skip
+
+
+def sharded(comm, folder):
+    """Each optimiser, mixed precision, compressed gradients: trained in both ways, with files."""
+    ways = {**{name: {} for name in OPTIMISERS}, "SGD mixed": {"mixed": "float16"}}
+    ways["AdamW of a part, compressed"] = {"compress": "bfloat16"}
+    found = {}
+    for name, given in ways.items():
+        make = next(make for start, make in OPTIMISERS.items() if name.startswith(start))
+        here = [folder / f"{name}{shard}" for shard in (False, True)]
+        ends = [
+            one_way(comm, make, steps, out, {**given, "shard": bool(shard)})
+            for shard, out in enumerate(here)
+            for steps in ((3, 7) if name == "RMSprop" else (7,))
+        ]
+        files = [dict(safetensors.numpy.load_file(out / NAMES[0])) for out in here]
+        found[name] = [equal_bits(ends[-1], ends[len(ends) // 2 - 1]), equal_bits(*files)]
+    (folder / f"sharded.{comm.rank}.json").write_text(json.dumps(found))
+
+
+def one_way(comm, make, steps, out, given):
+    """The parameters and the optimiser at the end of a run, which may be one that goes on."""
+    model = Chain(GRU(1, 5, seed=0), Linear(5, 1, seed=1))
+    optimiser = make(model.params)
+    rng = np.random.default_rng(0)
+    data = [tuple(rng.standard_normal((2, 3, 4, 1)).astype("float32")) for _ in range(3)]
+    given = {**given, "steps": steps, "accumulate": 2, "average": 0.5, "bar": False, "out": out}
+
+    def rate(step, losses):
+        kept.append(sum(slot.size for slot in optimiser.slots.values()))
+        return 0.1
+
+    kept = []
+    fit(model, squared_error, lambda epoch: data, optimiser, schedule=rate, comm=comm, **given)
+    whole = sum(slot.size for slot in optimiser.slots.values())
+    assert max(kept[1:]) <= (whole + 3) // 2 if given["shard"] else min(kept) == whole, kept
+    return {**model.params, **optimiser.state}
+
+
+def equal_bits(one, other):
+    return set(one) == set(other) and all(np.array_equal(one[k], other[k]) for k in one)
 
 
 def refused(attempt, comm, folder):
@@ -204,6 +266,7 @@ REFUSED = {
     "loss": lambda comm, folder: small(comm, loss=no_mean),
     "folder": lambda comm, folder: small(comm, out=folder / of_rank(comm, "a", "b")),
     "disk": full_disk,
+    "shard": lambda comm, folder: small(comm, shard=comm.rank == 1),
 }
 
 

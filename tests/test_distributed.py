@@ -21,6 +21,7 @@ from conftest import refuse, require
 from gru_any import Chain, Linear, softmax_cross_entropy
 from gru_any.train import compress, distributed, fit, sentinel
 from gru_any.train.data import Batch, Piece
+from gru_any.train.shard import Sharded
 from gru_any.train.share import SharedGenerator, rows_of, take
 
 HERE = Path(__file__).parent
@@ -77,6 +78,35 @@ def test_three_ranks_train_as_one(three, whole, name):
     same(np.load(three / f"{name}.npz"), whole[name])
 
 
+@pytest.mark.parametrize("name", ["cut in time", "not on the host"])
+def test_a_sharded_optimiser_trains_as_a_whole_one(three, whole, name):
+    """With clipping by the norm of all shares, averaged weights, and the state whole at the end."""
+    same(np.load(three / f"{name}, sharded.npz"), whole[name])
+
+
+def test_a_sharded_optimiser_on_two_ranks_gives_the_same_bits(two):
+    """Two numbers have one sum, so all is equal: parameters, optimiser, and the checkpoints."""
+    for rank in range(2):
+        found = json.loads((two / f"sharded.{rank}.json").read_text())
+        assert len(found) == 5
+        assert all(found[name] == [True, True] for name in found), found
+
+
+def test_an_optimiser_that_needs_whole_parameters_is_not_sharded():
+    class Lamb(on_ranks.Adam):
+        def _update(self, xp, name, p, g, group):
+            update = super()._update(xp, name, p, g, group)
+            return update * np.linalg.norm(p) / np.linalg.norm(update)
+
+    class Mine(on_ranks.Adam):
+        lr_of_biases = 0.1
+
+    params = on_ranks.chain().params
+    with pytest.raises(ValueError, match="the update of Lamb may need whole ones"):
+        Sharded(Lamb(params), distributed.Alone(), params)
+    Sharded(Mine(params), distributed.Alone(), params)
+
+
 def test_compressed_gradients(three):
     """Each number is rounded on its way to the sum, and the sum once more; all ranks get it."""
     ranks = [np.load(three / f"sums.{rank}.npz") for rank in range(3)]
@@ -109,7 +139,7 @@ def two(three, tmp_path_factory):
     shutil.copytree(three / "stopped", folder / "stopped")
     text = run(2, HERE / "on_ranks.py", "resumed", folder)
     assert "goes on after step 47 (steps was 47 and is now 100)" in text
-    assert text.count("goes on") == 1
+    assert text.count("goes on after step 47") == 1
     assert "2 ranks on" in text
     return folder
 
@@ -132,6 +162,7 @@ def test_a_run_of_three_ranks_goes_on_with_two_or_one(three, two, whole, tmp_pat
         ("weights", ": 1.bias is"),
         ("loss", "the gradient of this rank's rows is 2 times what it must be"),
         ("folder", "is another folder for rank 1 (process"),
+        ("shard", "the ranks have different settings: shard is False on rank 0, True on rank 1"),
         ("disk", "No space left on device; there is no earlier one"),
     ],
 )

@@ -55,6 +55,7 @@ def fit(
     reduction: str = "targets",
     comm: Communicator | None = None,
     compress: str | None = None,
+    shard: bool = False,
 ) -> History:
     """Train a model; with `out`, the same call resumes a run that was stopped, bit for bit.
 
@@ -115,6 +116,9 @@ def fit(
     compress : "float16", "bfloat16" or None
         What the ranks send gradients as. It halves the messages and rounds the gradients; they are
         added in float32.
+    shard : bool
+        Let each rank keep its share of the optimiser's state alone, which takes less memory. The
+        checkpoints, and the optimiser after the run, hold all of it.
 
     Returns
     -------
@@ -155,7 +159,7 @@ def fit(
     plan = Plan(steps, epochs, minutes, tbptt, accumulate, clip, validate_every, patience, average,
                 mixed, seed, log_every, reduction, compress)  # fmt: skip
     plan = _checked(plan, valid is not None)
-    save_every = arguments.size("save_every", save_every)
+    save_every, shard = arguments.size("save_every", save_every), arguments.flag("shard", shard)
     bar = bar if callable(bar) else arguments.flag("bar", bar)
     settings = _writable(settings or {})
     ranks = ranks_of(comm, model.backend, compress)
@@ -165,7 +169,7 @@ def fit(
         if out is not None:
             ranks.lead(lambda: stack.enter_context(alone_in(Path(out))))
             ranks.refuse_unshared(Path(out))
-        run.open(out, settings, schedule)
+        run.open(out, settings, schedule, shard)
         _train(run, loss, batches, schedule, valid, save_every, bar)
         return run.close(valid)
 
