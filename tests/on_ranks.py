@@ -25,7 +25,7 @@ from gru_any import (
     to_numpy,
 )  # fmt: skip
 from gru_any.checkpoint import NAMES
-from gru_any.train import evaluate, fit
+from gru_any.train import evaluate, fit, spread
 from gru_any.train.data import Batch
 
 WIDE = {"dtype": "float64"}
@@ -256,7 +256,20 @@ def full_disk(comm, folder):
         resume.write_atomically = real
 
 
+def other_version(comm, folder):
+    from gru_any.train import run
+
+    real = run.environment
+    run.environment = lambda backend: {**real(backend), "numpy": of_rank(comm, "2.1.0", "2.0.0")}
+    try:
+        small(comm)
+    finally:
+        run.environment = real
+
+
 REFUSED = {
+    "version": other_version,
+    "items": lambda comm, folder: spread(str, range(of_rank(comm, 2, 3)), comm),
     "settings": lambda comm, folder: small(comm, lr=of_rank(comm, 0.1, 0.2), clip=1.0),
     "seed": lambda comm, folder: small(comm, seed=of_rank(comm, 0, 7)),
     "dropout": lambda comm, folder: small(comm, seed=0, settings={"x": of_rank(comm, 1, 2)}),

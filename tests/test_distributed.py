@@ -156,6 +156,8 @@ def test_a_run_of_three_ranks_goes_on_with_two_or_one(three, two, whole, tmp_pat
         ("settings", "the ranks have different settings: lr is 0.1 on rank 0, 0.2 on rank 1"),
         ("seed", "different weights, so give each layer a seed: 0.weight_ih_l0 is"),
         ("dropout", "the ranks have different settings: x is 1 on rank 0, 2 on rank 1"),
+        ("version", "the ranks have different versions: numpy is '"),
+        ("items", "the ranks have different items: their number is 2 on rank 0, 3 on rank 1"),
         ("data", "the ranks read different data: the first piece of the data is"),
         ("late data", "apart by step 4: the data read so far is"),
         ("weights", "come apart by step"),
@@ -270,6 +272,24 @@ def test_the_script_on_two_ranks_and_ctrl_c(tmp_path):
     assert out.count("test: ") == out.count("characters, SHA-256") == 1
     lines = (tmp_path / "out" / "log.jsonl").read_text("utf-8").splitlines()
     assert all(json.loads(b)["step"] - json.loads(a)["step"] == 20 for a, b in pairwise(lines))
+
+
+def test_ranks_share_the_prompts(tmp_path):
+    """Texts from saved weights are those of one process, in order."""
+    (tmp_path / "data.txt").write_text("to be or not to be " * 500, "utf-8")
+    prompts = ["to", "be or", "n", "not to", "o"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), "utf-8")
+    small = ["--hidden", 8, "--embedding", 4, "--backend", "numpy", "--chunk", 16, "--steps", 3]
+    alone = [SCRIPTS / "train_text.py", "--data", tmp_path / "data.txt", *small, "--out", tmp_path]
+    rest = ["--prompts", tmp_path / "prompts.txt", "--sample", 12]
+    done = subprocess.run(
+        [sys.executable, *map(str, [*alone, *rest])], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "GRU_ANY_NO_NUMBA": "1"},
+    )  # fmt: skip
+    texts = done.stdout.splitlines()[-5:]
+    assert [text[:-12] for text in texts] == prompts
+    load = [SCRIPTS / "train_text.py", "--load", tmp_path, "--backend", "numpy", "--distributed"]
+    assert run(3, *load, *rest).splitlines() == texts
 
 
 # without MPI -------------------------------------------------------------------------------------

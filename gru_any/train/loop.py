@@ -3,12 +3,13 @@
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from .. import arguments
+from ..backend import NUMPY
 from ..nn.chain import Chain
 from ..nn.layers import Embedding, Last
 from ..typing import Loss
@@ -24,6 +25,8 @@ from .schedules import Schedule
 from .share import REDUCTIONS, Share, take
 
 Number = TypeVar("Number", int, float)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Batches: TypeAlias = Callable[[int], Iterable[Any]]
 Shown: TypeAlias = Callable[[Record], dict[str, str]]
 
@@ -339,6 +342,37 @@ def evaluate(
             "its batches once: give a list, or make it anew"
         )
     return total / count
+
+
+def spread(
+    function: Callable[[Item], Result], items: Sequence[Item], comm: Communicator | None = None
+) -> list[Result]:
+    """Return function(item) of each item, computed on one of the ranks each; all get all, in order.
+
+    Such as texts that one model writes from many prompts.
+
+    Parameters
+    ----------
+    function : callable
+        Its result should depend on the item alone, so that the number of ranks does not matter:
+        random numbers are drawn from a seed and the item, say. It is sent to the other ranks, so it
+        can be pickled.
+    items : sequence
+        The same on all ranks.
+    comm : communicator of mpi4py or None
+        The ranks that share the items; all call this.
+
+    Raises
+    ------
+    ValueError
+        The ranks have different numbers of items.
+    """
+    ranks = Alone() if comm is None else ranks_of(comm, NUMPY)
+    with ranks.guard():
+        ranks.refuse_differences("the ranks have different items", {"their number": len(items)})
+        own = {i: function(items[i]) for i in range(ranks.rank, len(items), ranks.size)}
+        found = {i: result for each in ranks.every(own) for i, result in each.items()}
+    return [found[i] for i in range(len(items))]
 
 
 def _pieces(run: Run, batches: Batches) -> Iterator[tuple[int, int, Piece, Share | None]]:
