@@ -85,11 +85,18 @@ RECIPES = {
         {"tbptt": (4, 4), "clip": 0.5, "steps": 5},
     ),
 }  # fmt: skip
+DEVICE = "gru_any.testing.fake_cuda.array"
+MORE = {
+    "on a device": lambda: (
+        chain(backend=DEVICE), softmax_cross_entropy, ragged,
+        {"tbptt": (4, 4), "clip": 0.5, "steps": 5},
+    ),
+}  # fmt: skip
 
 
 def train(name, comm=None, **more):
     """A run of 100 steps or fewer; returns what it leaves."""
-    model, loss, batches, given = RECIPES[name]()
+    model, loss, batches, given = {**RECIPES, **MORE}[name]()
     optimiser = Adam(model.params, lr=0.01)
 
     def valid():
@@ -144,6 +151,48 @@ def resumed(comm, folder):
     sharded(comm, folder)
     told = {name: refused(attempt, comm, folder) for name, attempt in REFUSED.items()}
     (folder / f"told.{comm.rank}.json").write_text(json.dumps(told))
+
+
+def on_device(comm, folder):
+    """MPI that reads a device's memory, played: the emulated device is memory of the host."""
+    from mpi4py import MPI
+
+    from gru_any.testing.fake_cuda import array, memory
+
+    sent = []
+
+    def told(buffer):
+        """The memory of an array, all writes to which the host must have waited for."""
+        if isinstance(buffer, array.Array):
+            stream = memory.current_stream()
+            clocks = (memory.CLOCKS[who].get(stream, 0) for who in ("host", stream))
+            assert len({*clocks}) == 1, "sent before it was there"
+            sent.append(buffer.size)
+            return buffer.host
+        return buffer
+
+    class Played(MPI.Intracomm):
+        def Get_info(self):
+            info = super().Get_info()
+            info.Set("mpi_memory_alloc_kinds", "mpi,system,cuda:device")
+            return info
+
+        def Iallreduce(self, place, buffer):
+            return super().Iallreduce(place, told(buffer))
+
+        def Ireduce_scatter(self, buffer, own, counts):
+            return super().Ireduce_scatter(told(buffer), told(own), counts)
+
+        def Iallgatherv(self, place, found):
+            return super().Iallgatherv(place, (told(found[0]), found[1]))
+
+    for shard in (False, True):
+        sent.clear()
+        found = train("on a device", Played(comm), shard=shard)
+        whole = sum(v.size for k, v in found.items() if not k.startswith(("opt", "rec", "best")))
+        assert sum(sent) >= 5 * whole, "gradients went another way"
+        if comm.rank == 0:
+            np.savez(folder / f"device{shard}.npz", **found)
 
 
 OPTIMISERS = {

@@ -193,6 +193,7 @@ class Ranks(Alone):
         self._comm, self._backend = self._watch.comm, backend
         self.rank, self.size, self._compress = comm.rank, comm.size, compress
         self._agreed: Wishes | None = None
+        self._on_device = not compress and _reads_device(comm, backend)
         self._exchange: Exchange | None = None
 
     def _last_good(self) -> str:
@@ -210,9 +211,10 @@ class Ranks(Alone):
         found = self.every(own)
         if not self.first:
             return
+        where = "in device memory" if self._on_device else "on the host"
         print(
             f"gru_any: {self.size} ranks on {', '.join(dict.fromkeys(hosts))} share each batch; "
-            "gradients are summed on the host, by MPI",
+            f"gradients are summed {where}, by MPI",
             file=sys.stderr,
         )
         for host, cores, _ in dict.fromkeys(found):
@@ -276,7 +278,8 @@ class Ranks(Alone):
         return self._finished(self._new(grads), grads, loss, own)
 
     def _new(self, grads: Arrays, sharded: bool = False) -> Exchange:
-        return Exchange(self._watch, self._backend, self._compress, grads, sharded)
+        where = self._backend, self._compress
+        return Exchange(self._watch, *where, grads, sharded, self._on_device)
 
     def _finished(
         self, exchange: Exchange, grads: Arrays, loss: Array, own: Wishes
@@ -363,6 +366,16 @@ class Ranks(Alone):
 
     def _wait(self, *requests: object) -> None:
         self._watch.wait(requests)
+
+
+def _reads_device(comm: Communicator, backend: Backend) -> bool:
+    """Whether MPI takes memory of the model's device, as MPI 4.1 lets it say."""
+    if not backend.cuda:
+        return False
+    info = comm.Get_info()
+    kinds = (info.get("mpi_memory_alloc_kinds") or "").split(",")
+    info.Free()
+    return any(kind.partition(":")[0] == "cuda" for kind in kinds)
 
 
 def _cores() -> int:
