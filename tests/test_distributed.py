@@ -84,6 +84,18 @@ def test_a_sharded_optimiser_trains_as_a_whole_one(three, whole, name):
     same(np.load(three / f"{name}, sharded.npz"), whole[name])
 
 
+def test_an_optimiser_that_a_failed_run_left_in_parts_says_so():
+    class Second(distributed.Alone):
+        def share(self, arrays):
+            return {name: array.reshape(-1)[array.size // 2 :] for name, array in arrays.items()}
+
+    params = on_ranks.chain().params
+    optimiser = on_ranks.Adam(params)
+    Sharded(optimiser, Second(), params)
+    with pytest.raises(ValueError, match=r"expected \(23,\): a run that failed left one"):
+        optimiser.step(params, {name: 0 * w for name, w in params.items()})
+
+
 def test_gradients_are_summed_in_device_memory_where_mpi_reads_it(whole, tmp_path):
     """Sent when they are there, and not by way of the host. MPI's part is played."""
     text = run(3, HERE / "on_ranks.py", "on_device", tmp_path, GRU_ANY_PLAIN="1")

@@ -182,13 +182,15 @@ class Optimizer:
                     home.check(f"{where}[{name!r}]", array, plain_name(dtype))
                 if tuple(array.shape) != shape:
                     what = f"{where}[{name!r}] is {tuple(array.shape)}"
-                    raise ShapeError(f"{what}, expected {shape}")
+                    why = ": a run that failed left one rank's share here, so make a new optimiser"
+                    raise ShapeError(f"{what}, expected {shape}{why if self._in_parts else ''}")
 
-    def rebase(self, params: Arrays, slots: Mapping[str, Array]) -> None:
+    def rebase(self, params: Arrays, slots: Mapping[str, Array], in_parts: bool = False) -> None:
         """Go on with other parameters of the same names, and the arrays kept for them.
 
-        They may be parts of the ones before, if the update is `elementwise`.
+        in_parts : they are parts of the model's parameters, for which an `elementwise` update works
         """
+        self._in_parts = in_parts
         self._like = {k: (type(p), of(p), p.dtype, tuple(p.shape)) for k, p in params.items()}
         self._slots: dict[str, Array] = {**slots}
 

@@ -48,7 +48,7 @@ class Sharded:
             kind: {name: _copy(share) for name, share in ranks.share(slots).items()}
             for kind, slots in _by_kind(optimiser.slots).items()
         }
-        optimiser.rebase(ranks.share(ours), _by_name(kinds))
+        optimiser.rebase(ranks.share(ours), _by_name(kinds), in_parts=True)
 
     def step(
         self, params: MutableMapping[str, Array], grads: Arrays, finite: Array | None = None
