@@ -23,7 +23,7 @@ import training
 import gru_any
 from gru_any import GRU, Adam, Chain, Dropout, Embedding, Linear
 from gru_any.backend import BackendError
-from gru_any.train import evaluate
+from gru_any.train import evaluate, spread
 from gru_any.train.data import streams
 from gru_any.train.schedules import cosine, warm_up
 
@@ -56,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
         text = split(read(args.data))
         characters, prompt = text.characters, prompted(args.prompt, text.characters)
         model = train(text, args)
-    if args.sample and args.first:
+    if args.prompts:
+        for text in continued(model, characters, args):
+            print(text)
+    elif args.sample and args.first:
         rng = np.random.default_rng(args.seed)
         print(write(model, characters, prompt, args.sample, args.temperature, rng))
 
@@ -192,6 +195,17 @@ def write(
     return "".join(out)
 
 
+def continued(model: Chain, characters: str, args: argparse.Namespace) -> list[str]:
+    """Return the prompts of a file, a line each, continued; the ranks share them."""
+    prompts = [prompted(line, characters) for line in training.read_utf8(args.prompts).splitlines()]
+
+    def one(i: int) -> str:
+        rng = np.random.default_rng([args.seed, i])
+        return write(model, characters, prompts[i], args.sample, args.temperature, rng)
+
+    return spread(one, range(len(prompts)), args.comm)
+
+
 # saved weights, and the command line -------------------------------------------------------------
 
 
@@ -224,6 +238,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rate", type=float, default=4e-3, help="highest learning rate of Adam")
     add("--sample", type=int, default=400, metavar="N", help="characters to write at the end")
     add("--prompt", help='what the sample begins with; else "The "')
+    add("--prompts", metavar="FILE", help="continue each line of this file; the ranks share them")
     add("--temperature", type=float, default=0.7, help="lower is more careful")
     args = parser.parse_args(arguments)
     if not args.temperature > 0 or not 0 <= args.dropout < 1 or min(args.seed, args.sample) < 0:

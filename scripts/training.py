@@ -47,6 +47,7 @@ def parser(description: str, *, out: str, contents: str, seed: str) -> argparse.
     add("--quiet", action="store_true", help="no progress bar")
     add("--distributed", action="store_true", help="share each batch among the ranks of mpiexec")
     add("--compress", choices=compress.DTYPES, help="what ranks send gradients as, else float32")
+    add("--shard", action="store_true", help="each rank keeps a part of the optimiser's state")
     return made
 
 
@@ -139,6 +140,7 @@ def train(
         bar=not args.quiet and bar,
         comm=args.comm,
         compress=args.compress,
+        shard=args.shard,
     )
     if args.first:
         gru_any.save(Path(args.out) / "model.safetensors", recipe["model"])

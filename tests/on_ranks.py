@@ -8,19 +8,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
 from gru_any import (
     GRU,
+    SGD,
     Adam,
+    AdamW,
     Chain,
     Dropout,
     Last,
     Linear,
+    RMSprop,
     softmax_cross_entropy,
     squared_error,
     to_numpy,
 )  # fmt: skip
-from gru_any.train import evaluate, fit
+from gru_any.checkpoint import NAMES
+from gru_any.train import evaluate, fit, spread
 from gru_any.train.data import Batch
 
 WIDE = {"dtype": "float64"}
@@ -80,11 +85,18 @@ RECIPES = {
         {"tbptt": (4, 4), "clip": 0.5, "steps": 5},
     ),
 }  # fmt: skip
+DEVICE = "gru_any.testing.fake_cuda.array"
+MORE = {
+    "on a device": lambda: (
+        chain(backend=DEVICE), softmax_cross_entropy, ragged,
+        {"tbptt": (4, 4), "clip": 0.5, "steps": 5},
+    ),
+}  # fmt: skip
 
 
 def train(name, comm=None, **more):
     """A run of 100 steps or fewer; returns what it leaves."""
-    model, loss, batches, given = RECIPES[name]()
+    model, loss, batches, given = {**RECIPES, **MORE}[name]()
     optimiser = Adam(model.params, lr=0.01)
 
     def valid():
@@ -106,6 +118,10 @@ def equal(comm, folder):
         found = train(name, comm)
         if comm.rank == 0:
             np.savez(folder / f"{name}.npz", **found)
+    for name in ("cut in time", "not on the host"):
+        found = train(name, comm, shard=True)
+        if comm.rank == 0:
+            np.savez(folder / f"{name}, sharded.npz", **found)
     train("cut in time", comm, steps=47, out=folder / "stopped", save_every=20)
 
 
@@ -132,8 +148,103 @@ def resumed(comm, folder):
     found = train("cut in time", comm, out=folder / "stopped", save_every=20)
     if comm.rank == 0:
         np.savez(folder / "resumed.npz", **found)
+    sharded(comm, folder)
     told = {name: refused(attempt, comm, folder) for name, attempt in REFUSED.items()}
     (folder / f"told.{comm.rank}.json").write_text(json.dumps(told))
+
+
+def on_device(comm, folder):
+    """MPI that reads a device's memory, played: the emulated device is memory of the host."""
+    from mpi4py import MPI
+
+    from gru_any.testing.fake_cuda import array, memory
+
+    sent = []
+
+    def told(buffer):
+        """The memory of an array, all writes to which the host must have waited for."""
+        if isinstance(buffer, array.Array):
+            stream = memory.current_stream()
+            clocks = (memory.CLOCKS[who].get(stream, 0) for who in ("host", stream))
+            assert len({*clocks}) == 1, "sent before it was there"
+            sent.append(buffer.size)
+            return buffer.host
+        return buffer
+
+    class Played(MPI.Intracomm):
+        def Get_info(self):
+            info = super().Get_info()
+            info.Set("mpi_memory_alloc_kinds", "mpi,system,cuda:device")
+            return info
+
+        def Iallreduce(self, place, buffer):
+            return super().Iallreduce(place, told(buffer))
+
+        def Ireduce_scatter(self, buffer, own, counts):
+            return super().Ireduce_scatter(told(buffer), told(own), counts)
+
+        def Iallgatherv(self, place, found):
+            return super().Iallgatherv(place, (told(found[0]), found[1]))
+
+    for shard in (False, True):
+        sent.clear()
+        found = train("on a device", Played(comm), shard=shard)
+        whole = sum(v.size for k, v in found.items() if not k.startswith(("opt", "rec", "best")))
+        assert sum(sent) >= 5 * whole, "gradients went another way"
+        if comm.rank == 0:
+            np.savez(folder / f"device{shard}.npz", **found)
+
+
+OPTIMISERS = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "RMSprop": lambda params: RMSprop(params, centered=True, momentum=0.5),
+    "AdamW of a part": lambda params: AdamW(
+        [{"params": {k: v for k, v in params.items() if "weight" in k}, "weight_decay": 0.1},
+         {"params": {"1.bias": params["1.bias"]}, "lr": 0.1}],
+        amsgrad=True,
+    ),
+}  # fmt: skip
+
+
+def sharded(comm, folder):
+    """Each optimiser, mixed precision, compressed gradients: trained in both ways, with files."""
+    ways = {**{name: {} for name in OPTIMISERS}, "SGD mixed": {"mixed": "float16"}}
+    ways["AdamW of a part, compressed"] = {"compress": "bfloat16"}
+    found = {}
+    for name, given in ways.items():
+        make = next(make for start, make in OPTIMISERS.items() if name.startswith(start))
+        here = [folder / f"{name}{shard}" for shard in (False, True)]
+        ends = [
+            one_way(comm, make, steps, out, {**given, "shard": bool(shard)})
+            for shard, out in enumerate(here)
+            for steps in ((3, 7) if name == "RMSprop" else (7,))
+        ]
+        files = [dict(safetensors.numpy.load_file(out / NAMES[0])) for out in here]
+        found[name] = [equal_bits(ends[-1], ends[len(ends) // 2 - 1]), equal_bits(*files)]
+    (folder / f"sharded.{comm.rank}.json").write_text(json.dumps(found))
+
+
+def one_way(comm, make, steps, out, given):
+    """The parameters and the optimiser at the end of a run, which may be one that goes on."""
+    model = Chain(GRU(1, 5, seed=0), Linear(5, 1, seed=1))
+    optimiser = make(model.params)
+    rng = np.random.default_rng(0)
+    data = [tuple(rng.standard_normal((2, 3, 4, 1)).astype("float32")) for _ in range(3)]
+    given = {**given, "steps": steps, "accumulate": 2, "average": 0.5, "bar": False, "out": out}
+
+    def rate(step, losses):
+        kept.append(sum(slot.size for slot in optimiser.slots.values()))
+        return 0.1
+
+    kept = []
+    fit(model, squared_error, lambda epoch: data, optimiser, schedule=rate, comm=comm, **given)
+    whole = sum(slot.size for slot in optimiser.slots.values())
+    assert max(kept[1:]) <= (whole + 3) // 2 if given["shard"] else min(kept) == whole, kept
+    return {**model.params, **optimiser.state}
+
+
+def equal_bits(one, other):
+    return set(one) == set(other) and all(np.array_equal(one[k], other[k]) for k in one)
 
 
 def refused(attempt, comm, folder):
@@ -194,7 +305,20 @@ def full_disk(comm, folder):
         resume.write_atomically = real
 
 
+def other_version(comm, folder):
+    from gru_any.train import run
+
+    real = run.environment
+    run.environment = lambda backend: {**real(backend), "numpy": of_rank(comm, "2.1.0", "2.0.0")}
+    try:
+        small(comm)
+    finally:
+        run.environment = real
+
+
 REFUSED = {
+    "version": other_version,
+    "items": lambda comm, folder: spread(str, range(of_rank(comm, 2, 3)), comm),
     "settings": lambda comm, folder: small(comm, lr=of_rank(comm, 0.1, 0.2), clip=1.0),
     "seed": lambda comm, folder: small(comm, seed=of_rank(comm, 0, 7)),
     "dropout": lambda comm, folder: small(comm, seed=0, settings={"x": of_rank(comm, 1, 2)}),
@@ -204,6 +328,7 @@ REFUSED = {
     "loss": lambda comm, folder: small(comm, loss=no_mean),
     "folder": lambda comm, folder: small(comm, out=folder / of_rank(comm, "a", "b")),
     "disk": full_disk,
+    "shard": lambda comm, folder: small(comm, shard=comm.rank == 1),
 }
 
 
@@ -228,6 +353,20 @@ def killed(comm, folder):
 
 def failing(comm, folder):
     stopped(comm, folder, lambda: 1 / 0)
+
+
+def late(comm, rank):
+    """One rank ends before the others' common work, as with an error in a program of one's own."""
+    if comm.rank != rank:
+        small(comm)
+
+
+def late0(comm, folder):
+    late(comm, 0)
+
+
+def late1(comm, folder):
+    late(comm, 1)
 
 
 def main():

@@ -226,7 +226,7 @@ class Backend:
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
-        if self.name == "cupy":
+        if self.cuda:
             self.xp.cuda.get_current_stream().synchronize()
         elif self.name == "torch" and self.device.type == "cuda":
             importlib.import_module("torch").cuda.synchronize(self.device)

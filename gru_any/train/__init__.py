@@ -1,15 +1,15 @@
 """Training: the loop, its data, optimisers and schedules, and runs that can be resumed.
 
-`fit` and `evaluate` are imported on first use, since what they need would double the time that
-`import gru_any` takes.
+`fit`, `evaluate` and `spread` are imported on first use, since what they need would double the time
+that `import gru_any` takes.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loop import evaluate, fit
+    from .loop import evaluate, fit, spread
 
-__all__ = ["evaluate", "fit"]
+__all__ = ["evaluate", "fit", "spread"]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,10 @@ class Wire:
         """Return the sum of the parts in `got`, in half precision."""
         return encode(decode(self.got, self.dtype).sum(axis=0), self.dtype)
 
+    def share(self) -> HostArray:
+        """Return the same sum in float32: what all ranks would get of this rank's part."""
+        return decode(self.add(), self.dtype)
+
     def unpack(self) -> None:
         """Put the sums in `got` into the buffer."""
         self.buffer[...] = decode(self.got, self.dtype).reshape(-1)[: self.buffer.size]

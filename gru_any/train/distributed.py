@@ -4,7 +4,6 @@ Each rank has the whole model and the whole optimiser, reads every batch, and co
 of its share of the rows. The gradients are summed over all ranks, so that all make the same update.
 """
 
-import math
 import os
 import pickle
 import secrets
@@ -12,24 +11,23 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from ..backend import Backend, environment, to_numpy
+from ..backend import Backend, environment
 from ..checkpoint import NAMES
-from ..typing import Array, Arrays, HostArray, Shape
-from .compress import Wire
+from ..typing import Array, Arrays
+from .exchange import Exchange
 from .share import rows_of
 from .watch import Watch
 
 Result = TypeVar("Result")
 Communicator: TypeAlias = Any  # of mpi4py
 Wishes: TypeAlias = tuple[bool, bool]  # Ctrl-C was pressed; the time is over
-BUCKET = 2**20  # bytes of gradients in one message
 PATIENCE = 10.0  # seconds in which a new file is seen on all machines
 LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE",
              "SLURM_STEP_NUM_TASKS")  # fmt: skip
@@ -98,27 +96,17 @@ def launched() -> int:
     return max((int(count) for count in counts if count.isdecimal()), default=1)
 
 
-class Bucket(NamedTuple):
-    """A flat buffer for gradients that are sent together.
-
-    parts : for each name, the view of the buffer with the shape of its gradient
-    wire : where the buffer is packed in half precision, or None
-    """
-
-    buffer: HostArray
-    parts: dict[str, HostArray]
-    wire: Wire | None
-
-
 class Alone:
     """The ranks of a run in one process: it is the first, and the only one.
 
     Attributes
     ----------
     rank, size : int
+    sharded : bool
+        Whether each rank updates its shares of the parameters alone.
     """
 
-    rank, size = 0, 1
+    rank, size, sharded = 0, 1, False
 
     @property
     def first(self) -> bool:
@@ -147,8 +135,29 @@ class Alone:
         """Return the sums over all ranks of gradients and loss, and exchange the wishes."""
         return grads, loss
 
+    def sum_whole(
+        self, grads: dict[str, Array], loss: Array, own: Wishes
+    ) -> tuple[dict[str, Array], Array]:
+        """Return the same for gradients that lead to no update yet, and whole in any case."""
+        return grads, loss
+
     def start_sum(self, grads: Arrays) -> None:
         """Begin to sum some of the gradients that the next `sum` gets, during the backward pass."""
+
+    def shard(self, params: Arrays) -> None:
+        """From now on let each rank update its shares of these parameters alone."""
+
+    def share(self, arrays: Arrays) -> dict[str, Array]:
+        """Return this rank's shares of arrays like the parameters, each flat."""
+        return dict(arrays)
+
+    def gather(self, shares: Arrays) -> dict[str, Array]:
+        """Return whole arrays; those on the host are views that the next call overwrites."""
+        return dict(shares)
+
+    def total(self, number: Array) -> Array:
+        """Return the sum of a number over all ranks, if each has that of its shares."""
+        return number
 
     def refuse_differences(self, what: str, items: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if their items differ; the text names items and ranks."""
@@ -156,8 +165,8 @@ class Alone:
     def refuse_unshared(self, folder: Path) -> None:
         """Raise ValueError on all ranks if one does not see this folder of the first one."""
 
-    def begin(self, newest: Path | None) -> None:
-        """Report the ranks, and remember where the newest checkpoint is written."""
+    def begin(self, folder: Path | None) -> None:
+        """Report the ranks, and remember in which folder checkpoints are written."""
 
     def guard(self) -> AbstractContextManager[object]:
         """End all ranks if one of them fails alone."""
@@ -176,37 +185,36 @@ class Ranks(Alone):
         What gradients are sent as.
     """
 
+    # of the run that this process is in, which may evaluate on ranks of its own; the newest first
+    _checkpoints: ClassVar[list[Path]] = []
+
     def __init__(self, comm: Communicator, backend: Backend, compress: str | None) -> None:
         self._watch = Watch(comm, self._last_good)
         self._comm, self._backend = self._watch.comm, backend
         self.rank, self.size, self._compress = comm.rank, comm.size, compress
-        self._newest: Path | None = None
         self._agreed: Wishes | None = None
-        self._names: tuple[str, ...] = ()  # of the gradients for which there are buckets
-        self._buckets: list[Bucket] = []
-        self._filled: set[str] = set()  # the gradients that are in the buffers
-        self._requests: list[object] = []
+        self._on_device = not compress and _reads_device(comm, backend)
+        self._exchange: Exchange | None = None
 
     def _last_good(self) -> str:
-        newest = self._newest
-        names = [] if newest is None else [newest, newest.with_name(NAMES[1])]
-        for path in names:  # the newest is not there for a moment while it is replaced
+        for path in self._checkpoints:  # the newest is not there for a moment while it is replaced
             if path.exists():
                 return f"the last good checkpoint is {path}"
         return "there is no checkpoint"
 
-    def begin(self, newest: Path | None) -> None:
+    def begin(self, folder: Path | None) -> None:
         """Report the ranks, and where they have more threads than cores; watch over them."""
-        self._newest = newest
-        self._watch.post_sentinel(str(newest or ""))
+        Ranks._checkpoints = [] if folder is None else [folder / name for name in NAMES]
+        self._watch.post_sentinel([str(path) for path in self._checkpoints])
         hosts = [host for host, _ in self._watch.places]
         own = (hosts[self.rank], _cores(), int(environment(self._backend)["threads"]))
         found = self.every(own)
         if not self.first:
             return
+        where = "in device memory" if self._on_device else "on the host"
         print(
             f"gru_any: {self.size} ranks on {', '.join(dict.fromkeys(hosts))} share each batch; "
-            "gradients are summed on the host, by MPI",
+            f"gradients are summed {where}, by MPI",
             file=sys.stderr,
         )
         for host, cores, _ in dict.fromkeys(found):
@@ -255,65 +263,56 @@ class Ranks(Alone):
     ) -> tuple[dict[str, Array], Array]:
         """Return the sums over all ranks of gradients and loss, and exchange the wishes.
 
-        The gradients on the host are views of buffers that the next call overwrites.
+        The gradients are this rank's shares, if it has them. Those on the host are views of buffers
+        that the next call overwrites.
         """
-        if self._names != tuple(grads):
-            self._names, self._buckets = tuple(grads), self._new_buckets(grads)
-        self.start_sum({name: grads[name] for name in grads if name not in self._filled})
+        exchange = self._exchange
+        if exchange is None or exchange.names != tuple(grads):
+            exchange = self._exchange = self._new(grads)
+        return self._finished(exchange, grads, loss, own)
+
+    def sum_whole(
+        self, grads: dict[str, Array], loss: Array, own: Wishes
+    ) -> tuple[dict[str, Array], Array]:
+        """Return the same for gradients that lead to no update yet, and whole in any case."""
+        return self._finished(self._new(grads), grads, loss, own)
+
+    def _new(self, grads: Arrays, sharded: bool = False) -> Exchange:
+        where = self._backend, self._compress
+        return Exchange(self._watch, *where, grads, sharded, self._on_device)
+
+    def _finished(
+        self, exchange: Exchange, grads: Arrays, loss: Array, own: Wishes
+    ) -> tuple[dict[str, Array], Array]:
         numbers = np.array([float(loss), own[0], own[1] and self.first])
-        self._wait(self._comm.Iallreduce(self._watch.in_place, numbers), *self._requests)
-        self._add_compressed()
-        self._filled, self._requests = set(), []
+        sums = exchange.finish(grads, numbers)
         self._agreed = bool(numbers[1]), bool(numbers[2])
-        return self._received(grads), float(numbers[0])
+        return sums, float(numbers[0])
 
     def start_sum(self, grads: Arrays) -> None:
-        """Begin to sum some of the gradients that the next `sum` gets, during the backward pass.
+        """Begin to sum some of the gradients that the next `sum` gets, during the backward pass."""
+        if self._exchange is not None:
+            self._exchange.start(grads)
 
-        A bucket is sent when all its gradients are there.
-        """
-        for bucket in self._buckets:
-            for name in set(grads) & set(bucket.parts):
-                bucket.parts[name][...] = to_numpy(grads[name])
-                self._filled.add(name)
-            if set(grads) & set(bucket.parts) and self._filled.issuperset(bucket.parts):
-                self._requests.append(self._send(bucket))
+    def shard(self, params: Arrays) -> None:
+        """From now on let each rank update its shares of these parameters alone."""
+        self._exchange, self.sharded = self._new(params, sharded=True), True
 
-    def _send(self, bucket: Bucket) -> object:
-        if bucket.wire is None:
-            return self._comm.Iallreduce(self._watch.in_place, bucket.buffer)
-        bucket.wire.pack()
-        return self._comm.Ialltoall(bucket.wire.sent, bucket.wire.got)
+    def share(self, arrays: Arrays) -> dict[str, Array]:
+        """Return this rank's shares of arrays like the parameters, each flat."""
+        return self._exchange.share(arrays) if self._exchange and self.sharded else dict(arrays)
 
-    def _add_compressed(self) -> None:
-        """Add the parts that this rank has got of each bucket, and exchange the sums."""
-        wires = [bucket.wire for bucket in self._buckets if bucket.wire]
-        sums = [wire.add() for wire in wires]
-        pairs = zip(sums, wires, strict=True)
-        self._wait(*(self._comm.Iallgather(part, wire.got) for part, wire in pairs))
-        for wire in wires:
-            wire.unpack()
+    def gather(self, shares: Arrays) -> dict[str, Array]:
+        """Return whole arrays; those on the host are views that the next call overwrites."""
+        return self._exchange.gather(shares) if self._exchange and self.sharded else dict(shares)
 
-    def _new_buckets(self, grads: Arrays) -> list[Bucket]:
-        wide = any(to_numpy(g).dtype == np.float64 for g in grads.values())
-        dtype = np.dtype("float64" if wide else "float32")
-        buckets = []
-        for shapes in _grouped(grads, dtype.itemsize):
-            buffer = np.empty(_elements(shapes.values()), dtype)
-            ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
-            flat = zip(shapes.items(), np.split(buffer, ends), strict=True)
-            parts = {name: part.reshape(shape) for (name, shape), part in flat}
-            wire = Wire(buffer, self.size, self._compress) if self._compress else None
-            buckets.append(Bucket(buffer, parts, wire))
-        return buckets
-
-    def _received(self, grads: Arrays) -> dict[str, Array]:
-        """Return the gradients that are in the buffers, in the order and dtype of those given."""
-        found = {name: part for bucket in self._buckets for name, part in bucket.parts.items()}
-        if self._backend.host and all(found[k].dtype == g.dtype for k, g in grads.items()):
-            return {name: found[name] for name in grads}
-        xp, put = self._backend.xp, self._backend.put
-        return {name: xp.astype(put(found[name]), g.dtype) for name, g in grads.items()}
+    def total(self, number: Array) -> Array:
+        """Return the sum of a number over all ranks, if each has that of its shares."""
+        if not self.sharded:
+            return number
+        sums = np.array([float(number)])
+        self._wait(self._comm.Iallreduce(self._watch.in_place, sums))
+        return self._backend.xp.astype(self._backend.put(sums[0:1]), number.dtype)[0]
 
     def refuse_differences(self, what: str, items: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if their items differ; the text names items and ranks."""
@@ -369,6 +368,16 @@ class Ranks(Alone):
         self._watch.wait(requests)
 
 
+def _reads_device(comm: Communicator, backend: Backend) -> bool:
+    """Whether MPI takes memory of the model's device, as MPI 4.1 lets it say."""
+    if not backend.cuda:
+        return False
+    info = comm.Get_info()
+    kinds = (info.get("mpi_memory_alloc_kinds") or "").split(",")
+    info.Free()
+    return any(kind.partition(":")[0] == "cuda" for kind in kinds)
+
+
 def _cores() -> int:
     """Return on how many cores this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -382,21 +391,6 @@ def _pickled(result: object, error: Exception | None) -> bytes:
     except Exception:  # an error whose class cannot be made from its arguments
         content = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
     return content
-
-
-def _grouped(grads: Arrays, itemsize: int) -> list[dict[str, Shape]]:
-    """Return the names and shapes of each bucket, the last parameters first."""
-    groups: list[dict[str, Shape]] = [{}]
-    for name in reversed(list(grads)):
-        shape = tuple(grads[name].shape)
-        if groups[-1] and _elements([*groups[-1].values(), shape]) * itemsize > BUCKET:
-            groups.append({})
-        groups[-1][name] = shape
-    return groups
-
-
-def _elements(shapes: Iterable[Shape]) -> int:
-    return sum(math.prod(shape) for shape in shapes)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

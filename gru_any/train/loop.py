@@ -3,12 +3,13 @@
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from .. import arguments
+from ..backend import NUMPY
 from ..nn.chain import Chain
 from ..nn.layers import Embedding, Last
 from ..nn.params import Layer
@@ -25,6 +26,8 @@ from .schedules import Schedule
 from .share import REDUCTIONS, Share, take
 
 Number = TypeVar("Number", int, float)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Batches: TypeAlias = Callable[[int], Iterable[Any]]
 Shown: TypeAlias = Callable[[Record], dict[str, str]]
 
@@ -56,6 +59,7 @@ def fit(
     reduction: str = "targets",
     comm: Communicator | None = None,
     compress: str | None = None,
+    shard: bool = False,
 ) -> History:
     """Train a model; with `out`, the same call resumes a run that was stopped, bit for bit.
 
@@ -116,6 +120,9 @@ def fit(
     compress : "float16", "bfloat16" or None
         What the ranks send gradients as. It halves the messages and rounds the gradients; they are
         added in float32.
+    shard : bool
+        Let each rank keep its share of the optimiser's state alone, which takes less memory. The
+        checkpoints, and the optimiser after the run, hold all of it.
 
     Returns
     -------
@@ -156,16 +163,17 @@ def fit(
     plan = Plan(steps, epochs, minutes, tbptt, accumulate, clip, validate_every, patience, average,
                 mixed, seed, log_every, reduction, compress)  # fmt: skip
     plan = _checked(plan, valid is not None)
-    save_every = arguments.size("save_every", save_every)
+    save_every, shard = arguments.size("save_every", save_every), arguments.flag("shard", shard)
     bar = bar if callable(bar) else arguments.flag("bar", bar)
     settings = _writable(settings or {})
     ranks = ranks_of(comm, model.backend, compress)
     with ranks.guard(), ExitStack() as stack:
+        ranks.begin(None if out is None else Path(out))
         run = Run(model, optimiser, plan, ranks)
         if out is not None:
             ranks.lead(lambda: stack.enter_context(alone_in(Path(out))))
             ranks.refuse_unshared(Path(out))
-        run.open(out, settings, schedule)
+        run.open(out, settings, schedule, shard)
         _train(run, loss, batches, schedule, valid, save_every, bar)
         return run.close(valid)
 
@@ -346,6 +354,37 @@ def evaluate(
             "its batches once: give a list, or make it anew"
         )
     return total / count
+
+
+def spread(
+    function: Callable[[Item], Result], items: Sequence[Item], comm: Communicator | None = None
+) -> list[Result]:
+    """Return function(item) of each item, computed on one of the ranks each; all get all, in order.
+
+    Such as texts that one model writes from many prompts.
+
+    Parameters
+    ----------
+    function : callable
+        Its result should depend on the item alone, so that the number of ranks does not matter:
+        random numbers are drawn from a seed and the item, say. It is sent to the other ranks, so it
+        can be pickled.
+    items : sequence
+        The same on all ranks.
+    comm : communicator of mpi4py or None
+        The ranks that share the items; all call this.
+
+    Raises
+    ------
+    ValueError
+        The ranks have different numbers of items.
+    """
+    ranks = Alone() if comm is None else ranks_of(comm, NUMPY)
+    with ranks.guard():
+        ranks.refuse_differences("the ranks have different items", {"their number": len(items)})
+        own = {i: function(items[i]) for i in range(ranks.rank, len(items), ranks.size)}
+        found = {i: result for each in ranks.every(own) for i, result in each.items()}
+    return [found[i] for i in range(len(items))]
 
 
 def _pieces(run: Run, batches: Batches) -> Iterator[tuple[int, int, Piece, Share | None]]:

@@ -13,6 +13,7 @@ import numpy as np
 from ..nn.chain import Chain
 from ..typing import Array, Arrays, Loss
 from .optim import Optimizer
+from .shard import Sharded
 
 START, GROWTH = 2.0**16, 2000.0
 
@@ -53,7 +54,7 @@ class Mixed:
         grads, _, _ = pullback(xp.astype(dy * self.scale, y.dtype))
         return value, {name: xp.astype(g, xp.float32) / self.scale for name, g in grads.items()}
 
-    def update(self, optimiser: Optimizer, grads: Arrays, norm: Array) -> Array:
+    def update(self, optimiser: Optimizer | Sharded, grads: Arrays, norm: Array) -> Array:
         """Update the scale, and the weights if the norm is finite; return 1.0 if so, else 0.0."""
         xp = self.model.backend.xp
         finite = xp.asarray(xp.isfinite(norm))  # NumPy would make it a scalar

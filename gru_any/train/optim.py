@@ -15,7 +15,7 @@ parameters may each have their own settings:
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
 from .. import arguments
@@ -66,7 +66,12 @@ class Optimizer:
         The initial lr.
     names : tuple of str
         The parameters that a step changes.
+    elementwise : bool
+        Whether the update of an element depends on that element alone, so that it may be computed
+        in parts; said by the class that defines the update.
     """
+
+    elementwise = False
 
     def __init__(self, params: Parameters, lr: float, weight_decay: float) -> None:
         self.lr, self.weight_decay = lr, weight_decay
@@ -75,15 +80,12 @@ class Optimizer:
         self.names = tuple(arrays)
         refuse_shared(arrays)
         self.count: Array = 0  # of steps; a 0-d array after a step that was given `finite`
-        self._like = {k: (type(p), of(p), p.dtype, tuple(p.shape)) for k, p in arrays.items()}
-        self._slots: dict[str, Array] = {}
+        self.rebase(arrays, {})
         for names, group in self._resolved():
             for name in names:
                 p = arrays[name]
                 self._accept(group, name, p)
-                self._slots |= {
-                    f"{s}.{name}": of(p).xp.zeros_like(p) for s in self._slot_names(group)
-                }
+                self._slots |= {f"{s}.{name}": _zeros_like(p) for s in self._slot_names(group)}
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in SETTINGS:
@@ -180,7 +182,22 @@ class Optimizer:
                     home.check(f"{where}[{name!r}]", array, plain_name(dtype))
                 if tuple(array.shape) != shape:
                     what = f"{where}[{name!r}] is {tuple(array.shape)}"
-                    raise ShapeError(f"{what}, expected {shape}")
+                    why = ": a run that failed left one rank's share here, so make a new optimiser"
+                    raise ShapeError(f"{what}, expected {shape}{why if self._in_parts else ''}")
+
+    def rebase(self, params: Arrays, slots: Mapping[str, Array], in_parts: bool = False) -> None:
+        """Go on with other parameters of the same names, and the arrays kept for them.
+
+        in_parts : they are parts of the model's parameters, for which an `elementwise` update works
+        """
+        self._in_parts = in_parts
+        self._like = {k: (type(p), of(p), p.dtype, tuple(p.shape)) for k, p in params.items()}
+        self._slots: dict[str, Array] = {**slots}
+
+    @property
+    def slots(self) -> Mapping[str, Array]:
+        """The arrays such as "m.weight_ih_l0" themselves, of which `state` has copies."""
+        return MappingProxyType(self._slots)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -232,6 +249,8 @@ class SGD(Optimizer):
     nesterov : bool
     """
 
+    elementwise = True
+
     def __init__(
         self,
         params: Parameters,
@@ -281,6 +300,8 @@ class RMSprop(Optimizer):
     lr, alpha, eps, weight_decay, momentum : float
     centered : bool
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -343,6 +364,8 @@ class Adam(Optimizer):
     [0.9, -0.9]
     """
 
+    elementwise = True
+
     def __init__(
         self,
         params: Parameters,
@@ -391,6 +414,8 @@ class AdamW(Adam):
     p <- p - lr weight_decay p, then as Adam
     """
 
+    elementwise = True
+
     def __init__(
         self,
         params: Parameters,
@@ -423,6 +448,16 @@ def clip_by_global_norm(grads: MutableMapping[str, Array], max_norm: float) -> A
     >>> float(clip_by_global_norm(grads, 1.0)), round(float(grads["a"][0]), 4)
     (5.0, 0.6)
     """
+    return clip_by_total_norm(grads, max_norm, lambda squares: squares)
+
+
+def clip_by_total_norm(
+    grads: MutableMapping[str, Array], max_norm: float, total: Callable[[Array], Array]
+) -> Array:
+    """Scale gradients as `clip_by_global_norm`, where these are a part of all.
+
+    total : from the sum of the squares of these gradients to that of all
+    """
     if max_norm != math.inf:
         max_norm = arguments.number("max_norm", max_norm, above=True)
     if not grads:
@@ -430,7 +465,7 @@ def clip_by_global_norm(grads: MutableMapping[str, Array], max_norm: float) -> A
     _check_gradients(grads)
     xp = of(*grads.values()).xp
     squares = [_upcast(xp, g) for g in grads.values()]
-    norm = xp.sqrt(xp.sum(xp.stack([xp.sum(g * g) for g in squares])))
+    norm = xp.sqrt(total(xp.sum(xp.stack([xp.sum(g * g) for g in squares]))))
     factor = xp.where(norm + 1e-6 > max_norm, max_norm / (norm + 1e-6), xp.ones_like(norm))
     for name, g in grads.items():
         grads[name] *= xp.astype(factor, g.dtype, copy=False)
@@ -447,6 +482,20 @@ def clip_by_value(grads: MutableMapping[str, Array], limit: float) -> None:
             g[...] = cut
         except TypeError:  # an array that cannot be written to
             grads[name] = cut
+
+
+def is_elementwise(optimiser: Optimizer) -> bool:
+    """Whether the class that defines the optimiser's update says that it is element by element."""
+    for kind in type(optimiser).__mro__:
+        if "_update" in vars(kind) or "step" in vars(kind):
+            return bool(vars(kind).get("elementwise", False))
+    return False
+
+
+def _zeros_like(p: Array) -> Array:
+    """Return zeros that take no memory before they are used, where the library can."""
+    home = of(p)
+    return home.zeros(tuple(p.shape), plain_name(p.dtype))
 
 
 def _grouped(

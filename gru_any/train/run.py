@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import environment, to_numpy
-from ..checkpoint import NAMES, describe
+from ..checkpoint import describe
 from ..nn.chain import Chain
 from ..nn.params import refuse_shared
 from ..typing import Array, Arrays, HostArray, Loss
@@ -21,8 +21,9 @@ from .data import Piece, in_time
 from .distributed import Alone, Wishes
 from .history import History, Log, Record
 from .mixed import Mixed
-from .optim import Optimizer, clip_by_global_norm
+from .optim import Optimizer, clip_by_total_norm
 from .schedules import Schedule
+from .shard import Sharded
 from .share import Share, SharedGenerator, checksum, digest, misfit, weighted
 
 GATES = ("r", "z", "n")
@@ -57,6 +58,7 @@ class Run:
 
     def __init__(self, model: Chain, optimiser: Optimizer, plan: Plan, ranks: Alone) -> None:
         self.model, self.optimiser, self.plan, self.ranks = model, optimiser, plan, ranks
+        self.stepper: Optimizer | Sharded = optimiser  # what updates the weights
         self._tell_frozen()
         self.mixed = Mixed(model, plan.mixed) if plan.mixed else None
         self.working: Chain = self.mixed.twin if self.mixed else model
@@ -150,13 +152,14 @@ class Run:
         """Update the weights that are not frozen by the mean of the gradients."""
         grads = {name: self.grads[name] for name in self.optimiser.names}
         grads, self.total = self.ranks.sum(grads, self.sums[0], self.wishes())
-        norm = clip_by_global_norm(grads, math.inf if self.plan.clip is None else self.plan.clip)
+        limit = math.inf if self.plan.clip is None else self.plan.clip
+        norm = clip_by_total_norm(grads, limit, self.ranks.total)
         if self.mixed:
-            done = self.mixed.update(self.optimiser, grads, norm)
+            done = self.mixed.update(self.stepper, grads, norm)
             norm = self.model.backend.xp.where(done > 0, norm, 0 * done)
         else:
             self._watch(grads, norm)
-            self.optimiser.step(self.model.params, grads)
+            self.stepper.step(self.model.params, grads)
             done = 1
         self.grads, self.pending, self.counted, self.news = {}, 0, 0.0, {}
         self.step += 1
@@ -176,7 +179,7 @@ class Run:
         if backend.host:
             for what, number in (("gradient", norm), ("loss", self.total)):
                 if not math.isfinite(number):
-                    raise FloatingPointError(_not_finite(step, what, grads))
+                    raise FloatingPointError(_not_finite(step, what, self.ranks.gather(grads)))
             return
         xp, kept = backend.xp, self.spoiled or grads
         first = xp.logical_not(xp.isfinite(norm)) & (self.spoiled_at == 0)
@@ -186,7 +189,7 @@ class Run:
     def _check(self) -> None:
         """Stop if anything was not finite since the last record. Waits for the device."""
         if step := int(self.spoiled_at):
-            raise FloatingPointError(_not_finite(step, "gradient", self.spoiled))
+            raise FloatingPointError(_not_finite(step, "gradient", self.ranks.gather(self.spoiled)))
         if not all(math.isfinite(float(s)) for s in (self.total, self.sums[1])):
             raise FloatingPointError(_not_finite(self.step, "loss", dict(self.model.params)))
         if self.mixed and float(self.mixed.scale) < 1:
@@ -279,6 +282,8 @@ class Run:
                 self.closing = self._write(valid=self._validation(valid))
             self.save()
             self._tell_pending()
+        if isinstance(self.stepper, Sharded):
+            self.stepper.release(self.model.params)
         if self.closing:
             self._judge(self.closing["valid"])
         self._put_in(self.lowest or self.averaged)
@@ -311,12 +316,28 @@ class Run:
     # saved, and resumed --------------------------------------------------------------------------
 
     def open(
-        self, out: PathLike | None, settings: dict[str, object], schedule: Schedule | None
+        self,
+        out: PathLike | None,
+        settings: dict[str, object],
+        schedule: Schedule | None,
+        shard: bool = False,
     ) -> None:
         """Resume the run that is in the folder `out`, which exists, or start one there.
 
         settings : what decides the numbers beside the plan
+        shard : whether the ranks share the optimiser's state; it decides nothing
         """
+        self._restore(out, settings, schedule, shard)
+        if shard and self.ranks.size > 1:
+            self.stepper = Sharded(self.optimiser, self.ranks, self.model.params)
+
+    def _restore(
+        self,
+        out: PathLike | None,
+        settings: dict[str, object],
+        schedule: Schedule | None,
+        shard: bool,
+    ) -> None:
         numbers = self.optimiser.settings
         if schedule:  # which has changed lr, where this optimiser has been in a run before
             numbers["lr"] = self.optimiser.first_rate
@@ -331,8 +352,7 @@ class Run:
         if twice := set(arguments) & set(settings):
             raise ValueError(f"settings has {sorted(twice)}, which are kept anyway: rename them")
         self.settings = {**arguments, **settings}
-        self._check_ranks()
-        self.ranks.begin(None if out is None else Path(out) / NAMES[0])
+        self._check_ranks(shard)
         if out is None:
             return
         self.folder = Path(out)
@@ -350,7 +370,7 @@ class Run:
             self._same_schedule(schedule, bool(changes))
         self.log = Log(self.folder / "log.jsonl" if self.ranks.first else None, self.log.records)
 
-    def _check_ranks(self) -> None:
+    def _check_ranks(self, shard: bool) -> None:
         """Raise ValueError if the ranks are not about to train the same."""
         if self.ranks.size == 1:
             return
@@ -358,7 +378,8 @@ class Run:
         here = {name: version for name, version in here.items() if name != "threads"}
         here["backend"] = self.model.backend.name  # the device may be another one
         self.ranks.refuse_differences("the ranks have different versions", here)
-        self.ranks.refuse_differences("the ranks have different settings", self.settings)
+        settings = {**self.settings, "shard": shard}
+        self.ranks.refuse_differences("the ranks have different settings", settings)
         self.ranks.refuse_differences(
             "the ranks begin with different weights, so give each layer a seed", self._checksums()
         )
@@ -371,7 +392,7 @@ class Run:
             self.ranks.refuse_differences(told, items)
 
     def _checksums(self) -> dict[str, str]:
-        slots = {k: v for k, v in self.optimiser.state.items() if k != "count"}
+        slots = {} if self.ranks.sharded else self.optimiser.slots
         arrays = {**self.model.params, **{f"the optimiser's {k}": v for k, v in slots.items()}}
         return {name: f"{checksum(to_numpy(v)):08x}" for name, v in arrays.items()}
 
@@ -422,7 +443,7 @@ class Run:
             return
         state, grads, loss = self._of_all_ranks()
         self.seconds, self.clock = self.elapsed(), time.monotonic()
-        header, slots = {name: getattr(self, name) for name in NUMBERS}, self.optimiser.state
+        header, slots = {name: getattr(self, name) for name in NUMBERS}, self._whole_state()
         header |= {
             "settings": self.settings,
             "environment": environment(self.model.backend),
@@ -450,7 +471,13 @@ class Run:
         state = [np.concatenate(rows, axis=1) for rows in zip(*parts, strict=True)]
         if not self.pending:
             return state, {}, self.total
-        return state, *self.ranks.sum(self.grads, self.sums[0], self.wishes())
+        return state, *self.ranks.sum_whole(self.grads, self.sums[0], self.wishes())
+
+    def _whole_state(self) -> dict[str, Any]:
+        """Return the optimiser's state; if it is sharded, on the first rank alone."""
+        if isinstance(self.stepper, Sharded):
+            return self.stepper.state()
+        return self.optimiser.state
 
     def _resume(self, header: resume.Header, arrays: dict[str, HostArray]) -> None:
         backend = self.model.backend

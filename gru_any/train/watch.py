@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 from . import sentinel
 
 VARIABLE, SECONDS = "GRU_ANY_RANK_TIMEOUT", 300.0
+START = 10.0  # seconds in which the sentinel begins to watch
 GRACE = 3.0  # seconds for the answers to a roll call, and for the others to fail likewise
-CALL, ANSWER = 1, 2  # tags
+CALL, ANSWER, GREETING = 1, 2, 3  # tags
 
 
 class Watch:
@@ -44,33 +45,71 @@ class Watch:
         from mpi4py import MPI
 
         self._mpi, self._last_good = MPI, last_good
-        self.comm, self._alarm = comm.Dup(), comm.Dup()
         self.in_place, self.seconds = MPI.IN_PLACE, timeout()
-        self.places: list[tuple[str, int]] = comm.allgather((platform.node(), os.getpid()))
+        self.places: list[tuple[str, int]] = []
         self._looked = 0.0
         self._sentinel: socket.socket | None = None
+        self.comm, self._token = comm, secrets.token_hex(8)
+        self._alarm = comm  # until there is another one
+        self._meet()
+        (own, first), (alarm, second) = comm.Idup(), comm.Idup()
+        self.wait([first, second])
+        self.comm, self._alarm = own, alarm
 
-    def post_sentinel(self, checkpoint: str) -> None:
+    def _meet(self) -> None:
+        """Wait for all ranks, and exchange their places and the first one's token."""
+        comm, own = self.comm, (platform.node(), os.getpid())
+        if comm.rank:
+            greeting = comm.isend(own, 0, GREETING)
+            # the first one speaks for those that are missing, unless it is the one
+            self._receive([0], self.seconds + GRACE)
+            self.places, self._token = comm.recv(source=0, tag=GREETING)
+            greeting.wait()
+            return
+        others = range(1, comm.size)
+        self._receive(list(others), self.seconds)
+        places = [own, *(comm.recv(source=rank, tag=GREETING) for rank in others)]
+        for request in [comm.isend((places, self._token), rank, GREETING) for rank in others]:
+            request.wait()
+        self.places = places
+
+    def _receive(self, ranks: list[int], seconds: float) -> None:
+        """Wait until a greeting of each of these ranks can be received."""
+        began = time.monotonic()
+        while ranks := [r for r in ranks if not self.comm.Iprobe(r, GREETING)]:
+            time.sleep(1e-4)
+            if time.monotonic() - began > seconds:
+                names = ", ".join(f"rank {rank}" for rank in ranks)
+                self._say(f"{names} did not come to the work that all share for {seconds:g} s")
+                self._abort()
+
+    def post_sentinel(self, checkpoints: Sequence[str]) -> None:
         """Start a process on each machine that says which of its ranks was killed, on Linux."""
         if sys.platform != "linux":
             return
         own, (host, _) = self._alarm.rank, self.places[self._alarm.rank]
         here = [rank for rank, (other, _) in enumerate(self.places) if other == host]
-        address = f"\0gru_any.{self.comm.bcast(secrets.token_hex(8))}"
+        address = f"\0gru_any.{self._token}"
         with socket.socket(socket.AF_UNIX) as listener:
             if here[0] == own:
                 listener.bind(address)
                 listener.listen(len(here))
                 command = [sys.executable, "-S", "-E", sentinel.__file__, str(listener.fileno())]
                 subprocess.Popen(
-                    [*command, str(len(here)), checkpoint],
+                    [*command, str(len(here)), str(os.getpid()), *checkpoints],
                     pass_fds=[listener.fileno()],
                     start_new_session=True,  # or the launcher would kill it too
                 )
             self.wait([self.comm.Ibarrier()])
-        self._sentinel = socket.socket(socket.AF_UNIX)
-        self._sentinel.connect(address)
-        self._sentinel.sendall(f"{self.name(own)}\n".encode())
+        line = socket.socket(socket.AF_UNIX)
+        line.connect(address)
+        line.sendall(f"{self.name(own)}\n".encode())
+        self.wait([self.comm.Ibarrier()])
+        line.settimeout(START)
+        with suppress(TimeoutError):
+            line.recv(1)  # it watches now
+        line.settimeout(None)
+        self._sentinel = line
 
     def dismiss_sentinel(self) -> None:
         """Say that this process ends in another way."""

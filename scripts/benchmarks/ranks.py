@@ -5,7 +5,7 @@
 Each contender runs in fresh processes of one thread, in turns: this library on one rank and on
 `--ranks` ranks of mpiexec, and PyTorch with DistributedDataParallel (gloo) on as many processes. On
 a busy machine, the fastest tenth of the steps says more than their mean. Arguments that the script
-does not know go to train_text.py.
+does not know go to train_text.py, such as --shard.
 """
 
 import argparse
@@ -108,6 +108,8 @@ def work(args: argparse.Namespace, rest: list[str]) -> None:
         return float(schedule(step, losses))
 
     made["schedule"] = timed
+    if args.work == "ours":
+        made |= {"shard": told.shard, "compress": told.compress}
     losses = train_ours(made, args) if args.work == "ours" else train_torch(made, args)
     times.append(time.perf_counter())
     if losses:

@@ -7,6 +7,7 @@ has to wait for the device. See memory.py for what else is checked.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Never
 
 import numpy as np
@@ -257,6 +258,8 @@ def _made(name: str, *args: object, device: object = None, **kwargs: object) -> 
     return Array(allocate(result.shape, result.dtype)) if name == "empty" else _filled(result)
 
 
+# as CuPy's cuda.get_current_stream()
+cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(synchronize=wait))
 MAKERS = ("empty", "zeros", "ones", "full", "arange", "eye", "linspace")
 globals().update({name: partial(_made, name) for name in MAKERS})
 
