@@ -27,12 +27,15 @@ except ImportError as e:
 # the command line --------------------------------------------------------------------------------
 
 
-def parser(description: str, *, out: str, contents: str, seed: str) -> argparse.ArgumentParser:
+def parser(
+    description: str, *, out: str, contents: str, seed: str, ranks: bool = True
+) -> argparse.ArgumentParser:
     """Return a parser with the arguments that all training scripts have.
 
     description : the docstring of the script, of which the first paragraph is shown
     out, contents : the default of --out, and what the folder holds at the end
     seed : what --seed decides
+    ranks : whether the script can share its batches among ranks
     """
     made = argparse.ArgumentParser(
         description=description.split("\n\n")[0],
@@ -45,6 +48,8 @@ def parser(description: str, *, out: str, contents: str, seed: str) -> argparse.
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help=seed)
     add("--quiet", action="store_true", help="no progress bar")
+    if not ranks:
+        return made
     add("--distributed", action="store_true", help="share each batch among the ranks of mpiexec")
     add("--compress", choices=compress.DTYPES, help="what ranks send gradients as, else float32")
     add("--shard", action="store_true", help="each rank keeps a part of the optimiser's state")

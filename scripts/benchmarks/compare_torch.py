@@ -151,11 +151,13 @@ def final(recipe: Recipe, layers: Any) -> dict[str, float]:
 class Worker:
     """A process that runs one of the two libraries."""
 
-    def __init__(self, library: str, command: list[str], threads: int | None) -> None:
+    def __init__(
+        self, library: str, command: list[str], threads: int | None, script: str = __file__
+    ) -> None:
         count = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
         self.library = library
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *command, "--worker", library], text=True,
+            [sys.executable, script, *command, "--worker", library], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, **(count if threads else {})},
         )  # fmt: skip
