@@ -96,7 +96,7 @@ def runner(backend: Backend, precision: str = "full", dtype: str = "float32") ->
 
 @cache
 def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
-    if mode == Mode.PLAIN:
+    if mode == Mode.PLAIN or backend.constants != backend:
         return Plain(backend.xp, backend.device)
     if backend.cuda:
         return _on_cuda(backend, mode, precision)

@@ -1,17 +1,27 @@
 """Layers one after the other, with the states of the GRUs among them."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 
 from ..backend import Backend, by_place, of, plain_name, to_numpy
+from ..backend.dual_backend import dual
 from ..errors import ShapeError
 from ..typing import Array, Arrays, Device, Gradients, Lengths, Rng
 from .cell import GRUCell
 from .gru import GRU
 from .layers import Last
 from .params import BackendLike, Layer, check_mapping, load, refuse_names, refuse_shared
+from .tangents import (
+    DualChainPullback,
+    along,
+    check_params_dot,
+    lift,
+    lift_states,
+    parted,
+    refuse_nothing,
+)
 
 States: TypeAlias = Sequence[Array | None]  # h (L*D, B, H) of each GRU
 Ready: TypeAlias = Callable[[Gradients], object]
@@ -157,6 +167,78 @@ class Chain:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
         return (x, new), ChainPullback(self, pullbacks, x)
+
+    @by_place
+    def jvp(
+        self,
+        x: Array,
+        state: States | None = None,
+        lengths: Lengths | None = None,
+        *,
+        x_dot: Array | None = None,
+        state_dot: States | None = None,
+        params_dot: Arrays | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> tuple[tuple[Array, list[Array]], tuple[Array, list[Array]]]:
+        """Run all layers, and differentiate the outputs along a direction; see `GRU.jvp`.
+
+        state_dot: a list like state. Returns (y, state) and (y_dot, state_dot).
+        """
+        twin, x, state = self._along(x, state, x_dot, state_dot, params_dot)
+        found = twin(x, state, lengths, mask=mask, resets=resets, skipped=skipped)
+        values, dots = parted(twin.backend, found)
+        return values, dots
+
+    @by_place
+    def forward_over_reverse(
+        self,
+        x: Array,
+        state: States | None = None,
+        lengths: Lengths | None = None,
+        rng: Rng | None = None,
+        *,
+        x_dot: Array | None = None,
+        state_dot: States | None = None,
+        params_dot: Arrays | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> tuple[tuple[Array, list[Array]], tuple[Array, list[Array]], DualChainPullback]:
+        """Run all layers for a backward pass and its derivative; see `GRU.forward_over_reverse`.
+
+        Returns
+        -------
+        (y, state), (y_dot, state_dot) : as of `jvp`.
+        pullback : callable
+            `(grads, dx, dstate), (grads_dot, dx_dot, dstate_dot) = pullback(dy, dstate=None,
+            dy_dot=None, dstate_dot=None)`; dx_dot is None where dx is.
+        """
+        twin, x, state = self._along(x, state, x_dot, state_dot, params_dot)
+        found, back = twin.vjp(x, state, lengths, rng, mask=mask, resets=resets, skipped=skipped)
+        return *parted(twin.backend, found), DualChainPullback(twin.backend, self.dtype, back)
+
+    def _along(
+        self,
+        x: Array,
+        state: States | None,
+        x_dot: Array | None,
+        state_dot: States | None,
+        params_dot: Arrays | None,
+    ) -> tuple[Any, Array, States | None]:
+        """Return the chain, x and state over dual numbers."""
+        refuse_nothing("x_dot, state_dot and params_dot", x_dot, state_dot, params_dot)
+        self.params.refuse_untied()
+        dots = dict(check_params_dot(self, params_dot))
+        dots |= {alias: dots[name] for alias, name in self.tied.items() if name in dots}
+        twin: Any = self.twin(dual(self.backend), self.dtype)
+        own = [{k: dots.get(f"{i}.{k}") for k in v.params} for i, v in enumerate(self.layers)]
+        twin.layers = tuple(along(*pair) for pair in zip(self.layers, own, strict=True))
+        twin.params = self.params
+        made = partial(lift, self.backend, self.dtype)
+        state = lift_states(made, "state", state, state_dot)
+        return twin, made("x", x, x_dot), state
 
     def _back(
         self,
