@@ -9,11 +9,14 @@ derivative is a constant among them.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from types import EllipsisType
+from typing import Any, TypeAlias
 
 from ..typing import Array, Namespace
 from .libraries import Backend
 
+Index: TypeAlias = int | slice | EllipsisType | None
+Key: TypeAlias = Index | tuple[Index, ...]
 # the derivative of y = f(v), element by element
 SLOPES: dict[str, Callable[[Namespace, Array, Array], Array]] = {
     "tanh": lambda xp, y, v: 1.0 - y * y,
@@ -59,13 +62,13 @@ class Dual:
     def _with(self, value: Array, dot: Array) -> "Dual":
         return Dual(value, dot, self.backend)
 
-    def __getitem__(self, key: Any) -> "Dual":
+    def __getitem__(self, key: Key) -> "Dual":
         return self._each(lambda v: v[key])
 
     def __neg__(self) -> "Dual":
         return self._each(lambda v: -v)
 
-    def __add__(self, other: Any) -> "Dual":
+    def __add__(self, other: Array | float) -> "Dual":
         if isinstance(other, Dual):
             return self._with(self.value + other.value, self.dot + other.dot)
         value = self.value + other
@@ -73,13 +76,13 @@ class Dual:
 
     __radd__ = __add__
 
-    def __sub__(self, other: Any) -> "Dual":
+    def __sub__(self, other: Array | float) -> "Dual":
         return self.__add__(-other)
 
-    def __rsub__(self, other: Any) -> "Dual":
+    def __rsub__(self, other: Array | float) -> "Dual":
         return self.__neg__().__add__(other)
 
-    def __mul__(self, other: Any) -> "Dual":
+    def __mul__(self, other: Array | float) -> "Dual":
         if isinstance(other, Dual):
             dot = self.dot * other.value + self.value * other.dot
             return self._with(self.value * other.value, dot)
@@ -87,35 +90,35 @@ class Dual:
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> "Dual":
+    def __truediv__(self, other: Array | float) -> "Dual":
         if isinstance(other, Dual):
             value = self.value / other.value
             return self._with(value, (self.dot - value * other.dot) / other.value)
         return self._each(lambda v: v / other)
 
-    def __rtruediv__(self, other: Any) -> "Dual":
+    def __rtruediv__(self, other: Array | float) -> "Dual":
         value = other / self.value
         return self._with(value, -value * self.dot / self.value)
 
-    def __matmul__(self, other: Any) -> "Dual":
+    def __matmul__(self, other: Array | float) -> "Dual":
         if isinstance(other, Dual):
             dot = self.dot @ other.value + self.value @ other.dot
             return self._with(self.value @ other.value, dot)
         return self._each(lambda v: v @ other)
 
-    def __rmatmul__(self, other: Any) -> "Dual":
+    def __rmatmul__(self, other: Array | float) -> "Dual":
         return self._each(lambda v: other @ v)
 
-    def __lt__(self, other: Any) -> Array:
+    def __lt__(self, other: Array | float) -> Array:
         return self.value < value_of(other)
 
-    def __le__(self, other: Any) -> Array:
+    def __le__(self, other: Array | float) -> Array:
         return self.value <= value_of(other)
 
-    def __gt__(self, other: Any) -> Array:
+    def __gt__(self, other: Array | float) -> Array:
         return self.value > value_of(other)
 
-    def __ge__(self, other: Any) -> Array:
+    def __ge__(self, other: Array | float) -> Array:
         return self.value >= value_of(other)
 
     def __eq__(self, other: object) -> Any:
@@ -130,12 +133,12 @@ class Dual:
         return f"Dual({self.value!r}, dot={self.dot!r})"
 
 
-def value_of(v: Any) -> Any:
+def value_of(v: Array) -> Array:
     """Return what v is without its derivative."""
     return v.value if isinstance(v, Dual) else v
 
 
-def dot_of(xp: Namespace, v: Any) -> Any:
+def dot_of(xp: Namespace, v: Array) -> Array:
     """Return the derivative of an array; zeros where it is a constant."""
     return v.dot if isinstance(v, Dual) else xp.zeros_like(v)
 
@@ -158,7 +161,9 @@ class DualNamespace:
             return found
         return partial(self._call, name, found)
 
-    def _call(self, name: str, function: Any, *args: Any, **options: Any) -> Any:
+    def _call(
+        self, name: str, function: Callable[..., Array], *args: Array, **options: object
+    ) -> Array:
         """Call a function of an array."""
         if not any(isinstance(v, Dual) for v in (*args, *options.values())):
             return function(*args, **options)

@@ -4,8 +4,8 @@ See `backend/dual.py`. What ends in _dot is the derivative of what it is named a
 direction.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from ..backend import Backend
 from ..backend.bridge import Views
@@ -13,7 +13,17 @@ from ..backend.dual import Dual, dot_of, value_of
 from ..backend.dual_backend import DualBackend, dual
 from ..errors import ShapeError
 from ..typing import Array, Arrays, Gradients, Loss, Pytree
-from .params import Layer
+from .params import Layer, Parametrised
+
+States: TypeAlias = Sequence[Array | None]  # of the GRUs of a Chain
+
+
+class Differentiable(Parametrised, Protocol):
+    """A GRU or a Chain."""
+
+    @property
+    def forward_over_reverse(self) -> Callable[..., tuple[Any, Any, Any]]:
+        """Outputs, their derivatives, and the pullback of both."""
 
 
 def along(layer: Layer, params_dot: Mapping[str, Array | None]) -> Any:
@@ -36,7 +46,7 @@ def lift(backend: Backend, dtype: str, name: str, value: Array, dot: Array | Non
     return dual(backend).lift(value, dot)
 
 
-def check_params_dot(model: Any, params_dot: Arrays | None) -> Arrays:
+def check_params_dot(model: Parametrised, params_dot: Arrays | None) -> Arrays:
     """Return the derivatives of parameters by name; not all need be there.
 
     Raises
@@ -116,17 +126,19 @@ class DualChainPullback(DualPullback):
     def __call__(
         self,
         dy: Array | None,
-        dstate: Any = None,
+        dstate: States | None = None,
         dy_dot: Array | None = None,
-        dstate_dot: Any = None,
-    ) -> Any:
+        dstate_dot: States | None = None,
+    ) -> tuple[Pytree, Pytree]:
         """Return (grads, dx, dstate) and (grads_dot, dx_dot, dstate_dot)."""
         dy = self._lift("dy", dy, dy_dot)
         dstate = lift_states(self._lift, "dstate", dstate, dstate_dot)
         return parted(self._backend, self._pullback(dy, dstate))
 
 
-def lift_states(lift: Callable[..., Array], name: str, states: Any, dots: Any) -> Any:
+def lift_states(
+    lift: Callable[..., Array], name: str, states: States | None, dots: States | None
+) -> States | None:
     """Return states of a Chain with their derivatives, both lists of one for each GRU."""
     if dots is None:
         return states
@@ -138,7 +150,12 @@ def lift_states(lift: Callable[..., Array], name: str, states: Any, dots: Any) -
 
 
 def hvp(
-    model: Any, loss: Loss, params_dot: Arrays, x: Array, *args: Any, **options: Any
+    model: Differentiable,
+    loss: Loss,
+    params_dot: Arrays,
+    x: Array,
+    *args: object,
+    **options: object,
 ) -> tuple[Array, Gradients, Gradients]:
     """Return a loss, its gradient, and the product of its Hessian with a vector.
 
