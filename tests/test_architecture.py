@@ -94,7 +94,7 @@ LAYERS = [
     {"testing", "backend/cuda"},
     {"backend/cpu", "backend/jax_scan"},
     {"backend/reductions", "backend/rounding", "backend/transfer"},
-    {"backend/dual_backend"},
+    {"backend/dual_backend", "backend/dual_runner"},
     {"backend/dual"},
     {"backend/libraries", "backend/reference"},
     {"backend/jax_arrays"},

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import HOST, require, running
+from conftest import HOST, PATHS, require, running
 from hypothesis import given
 from hypothesis import strategies as st
 from test_per_example import GIVEN, KINDS, case, close, numbers
@@ -24,7 +24,15 @@ from gru_any import (
     to_numpy,
 )
 
+THOROUGH = os.environ.get("GRU_ANY_THOROUGH")
 STEP = 1e-30
+
+
+@pytest.fixture(autouse=True)
+def traced():
+    """NumPy's calls, which need no compiling, where a test does not say otherwise."""
+    with running("traced"):
+        yield
 
 
 def directions(gru, x, h0, seed=10):
@@ -84,7 +92,7 @@ def test_the_derivative_of_the_pullback_by_complex_jvp(kind, options):
     assert found == pytest.approx(float(total.imag) / STEP, rel=1e-11)
 
 
-@pytest.mark.parametrize("kind", KINDS if os.environ.get("GRU_ANY_THOROUGH") else ["after"])
+@pytest.mark.parametrize("kind", KINDS if THOROUGH else ["after"])
 def test_against_jax(kind):
     jax = require("jax")
     gru, (x, h0, dy, dh), options = case(kind, "mask")
@@ -109,6 +117,66 @@ def test_against_jax(kind):
             close(a, np.asarray(b), 1e-10)
 
 
+def flat(tree):
+    """The arrays in nested tuples and dicts."""
+    if isinstance(tree, dict):
+        tree = [tree[name] for name in sorted(tree)]
+    return [v for part in tree for v in flat(part)] if isinstance(tree, (tuple, list)) else [tree]
+
+
+WAYS = {"plain": "both ways", "compiled": "after", "packed": "no bias"}
+
+
+@pytest.mark.parametrize("kind", KINDS if THOROUGH else [None])
+@pytest.mark.parametrize("path", [path for path in WAYS if path in ("packed", *PATHS)])
+def test_all_ways_give_the_same(path, kind):
+    if path != "plain":
+        require("numba")
+    gru, (x, h0, dy, dh), options = case(kind or WAYS[path], "lengths")
+    along, outputs = directions(gru, x, h0), []
+    for way in ("traced", path):
+        with running(way):
+            *found, pullback = gru.forward_over_reverse(x, h0, **along, **options)
+            outputs.append(flat([*found, *pullback(dy, dh, dy, dh)]))
+    for found, expected in zip(*outputs, strict=True):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("way", ["eager", "graph", "persistent"] if THOROUGH else ["persistent"])
+def test_on_the_emulated_device(way, monkeypatch, compiler):
+    from gru_any.backend import modes
+
+    monkeypatch.setattr(modes, "chosen_on_cuda", modes.Mode(way))
+    gru, (x, h0, dy, dh), options = case("after", "lengths")
+    along, there = directions(gru, x, h0), gru.to(HOST)
+    *expected, pullback = gru.forward_over_reverse(x, h0, **along, **options)
+    expected += [pullback(dy, dh, dy)]
+    put = there.backend.put
+    along = {k: put(v) if k != "params_dot" else {n: put(w) for n, w in v.items()}
+             for k, v in along.items()}  # fmt: skip
+    *found, pullback = there.forward_over_reverse(put(x), put(h0), **along, **options)
+    found += [pullback(put(dy), put(dh), put(dy))]
+    for ours, theirs in zip(flat(found), flat(expected), strict=True):
+        close(to_numpy(ours), theirs)
+
+
+def test_inside_of_jit():
+    jax = require("jax")
+    gru, (x, h0, dy, dh), options = case("no bias", "lengths")
+    there, along = gru.to("jax.numpy"), directions(gru, x, h0)
+    *expected, pullback = gru.forward_over_reverse(x, h0, **along, **options)
+    expected += [pullback(dy, dh, dy)]
+
+    @jax.jit
+    def both(x, h0, along, dy, dh):
+        *found, pullback = there.forward_over_reverse(x, h0, **along, **options)
+        return [*found, pullback(dy, dh, dy)]
+
+    arrays = jax.tree.map(jax.numpy.asarray, (x, h0, along, dy, dh))
+    for ours, theirs in zip(flat(both(*arrays)), flat(expected), strict=True):
+        close(np.asarray(ours), theirs, 1e-10)
+
+
 def test_on_every_library(backend):
     gru, (x, h0, dy, dh), options = case("after", "mask")
     along = directions(gru, x, h0)
@@ -128,10 +196,13 @@ def test_on_every_library(backend):
         close(backend.host(a[1]), b[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", ["numpy", HOST])
-def test_small_dtypes(dtype, name, compiler):
+@pytest.mark.parametrize(("name", "dtype"), [("numpy", "float32"), ("numpy", "float16"),
+                                             (HOST, "float16")])  # fmt: skip
+def test_small_dtypes(name, dtype, monkeypatch, compiler):
     """Half precision: arithmetic in float32, as everywhere."""
+    from gru_any.backend import modes
+
+    monkeypatch.setattr(modes, "chosen_on_cuda", modes.Mode.EAGER)
     gru, (x, h0, dy, dh), options = case("both ways", "lengths", dtype)
     there, along = gru.to(name), directions(gru, x, h0)
     wide = gru.to(dtype="float64")

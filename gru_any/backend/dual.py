@@ -41,26 +41,31 @@ class Dual:
 
     __array_ufunc__ = None  # NumPy's arrays leave their operations with it to this class
 
-    def __init__(self, value: Array, dot: Array, backend: Backend) -> None:
-        self.value, self.dot, self.backend = value, dot, backend
+    def __init__(self, value: Array, dot: Array, space: "DualNamespace") -> None:
+        self.value, self.dot, self.space = value, dot, space
 
     def __array_namespace__(self, api_version: str | None = None) -> "DualNamespace":
-        space: DualNamespace = self.backend.xp
-        return space
+        return self.space
 
     shape = property(lambda self: self.value.shape)
     dtype = property(lambda self: self.value.dtype)
     ndim = property(lambda self: self.value.ndim)
     size = property(lambda self: self.value.size)
-    device = property(lambda self: self.backend.device)
+    device = property(lambda self: self.space.backend.device)
     T = property(lambda self: self._each(lambda v: v.T))
 
     def _each(self, function: Callable[[Array], Array]) -> "Dual":
         """Apply a linear function."""
-        return Dual(function(self.value), function(self.dot), self.backend)
+        return Dual(function(self.value), function(self.dot), self.space)
 
     def _with(self, value: Array, dot: Array) -> "Dual":
-        return Dual(value, dot, self.backend)
+        return Dual(value, dot, self.space)
+
+    def _shifted(self, value: Array) -> "Dual":
+        """Return what a constant was added to, which may be of more axes."""
+        if self.dot.shape == value.shape:
+            return self._with(value, self.dot)
+        return self._with(value, self.space.plain.broadcast_to(self.dot, value.shape))
 
     def __getitem__(self, key: Key) -> "Dual":
         return self._each(lambda v: v[key])
@@ -71,16 +76,18 @@ class Dual:
     def __add__(self, other: Array | float) -> "Dual":
         if isinstance(other, Dual):
             return self._with(self.value + other.value, self.dot + other.dot)
-        value = self.value + other
-        return self._with(value, _spread(self.backend.xp.plain, self.dot, value))
+        return self._shifted(self.value + other)
 
     __radd__ = __add__
 
     def __sub__(self, other: Array | float) -> "Dual":
-        return self.__add__(-other)
+        if isinstance(other, Dual):
+            return self._with(self.value - other.value, self.dot - other.dot)
+        return self._shifted(self.value - other)
 
     def __rsub__(self, other: Array | float) -> "Dual":
-        return self.__neg__().__add__(other)
+        value = other - self.value
+        return self._with(value, -1.0 * self._shifted(value).dot)
 
     def __mul__(self, other: Array | float) -> "Dual":
         if isinstance(other, Dual):
@@ -98,13 +105,14 @@ class Dual:
 
     def __rtruediv__(self, other: Array | float) -> "Dual":
         value = other / self.value
-        return self._with(value, -value * self.dot / self.value)
+        return self._with(value, -1.0 * (value * self.dot) / self.value)
 
     def __matmul__(self, other: Array | float) -> "Dual":
         if isinstance(other, Dual):
             dot = self.dot @ other.value + self.value @ other.dot
             return self._with(self.value @ other.value, dot)
-        return self._each(lambda v: v @ other)
+        product = getattr(other, "product", None)  # of U in `dual_runner.py`
+        return product(self) if product else self._each(lambda v: v @ other)
 
     def __rmatmul__(self, other: Array | float) -> "Dual":
         return self._each(lambda v: other @ v)
@@ -143,17 +151,13 @@ def dot_of(xp: Namespace, v: Array) -> Array:
     return v.dot if isinstance(v, Dual) else xp.zeros_like(v)
 
 
-def _spread(xp: Namespace, dot: Array, like: Array) -> Array:
-    return dot if dot.shape == like.shape else xp.broadcast_to(dot, like.shape)
-
-
 class DualNamespace:
     """The functions of an array library `plain`, of dual numbers too."""
 
     def __init__(self, plain: Namespace) -> None:
         self.plain = plain
         self.backend: Backend  # of the dual numbers
-        self.lift: Callable[[Array, None], Array]  # see `DualBackend.lift`
+        self.lift: Callable[[Array, None], Array] = lambda v, dot: v  # see `DualBackend.lift`
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.plain, name)
@@ -191,7 +195,7 @@ class DualNamespace:
         value = join([value_of(v) for v in arrays])
         if not any(isinstance(v, Dual) for v in arrays):
             return value
-        return Dual(value, join([dot_of(self.plain, v) for v in arrays]), self.backend)
+        return Dual(value, join([dot_of(self.plain, v) for v in arrays]), self)
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
         """Choose, element by element."""
@@ -199,7 +203,7 @@ class DualNamespace:
         if not isinstance(x, Dual) and not isinstance(y, Dual):
             return value
         dots = [v.dot if isinstance(v, Dual) else self.plain.zeros_like(value) for v in (x, y)]
-        return Dual(value, self.plain.where(condition, *dots), self.backend)
+        return Dual(value, self.plain.where(condition, *dots), self)
 
     def maximum(self, x: Array, y: Array) -> Array:
         """Return the larger, element by element."""
