@@ -224,13 +224,15 @@ class DualRunner(Plain):
             tuple(Entry(pair[0].shape[-1] // H, len(pair) == 2) for pair in pairs)
             for pairs in (given, products)
         ]
-        columns = [
-            run.as_contiguous(v[:, :, n : n + H])
-            for pair in (*given, *products)
-            for v in pair
-            for n in range(0, v.shape[-1], H)
-        ]
-        return tangent(call, *kinds), columns
+        columns = [v for pair in (*given, *products) for v in pair]
+        return tangent(call, *kinds), [c for v in columns for c in self._columns(v, H)]
+
+    def _columns(self, v: Array, H: int) -> list[Array]:
+        """Return the columns of v (K, B, nH), of width H, each contiguous as v is."""
+        if v.shape[-1] == H:
+            return [v]
+        starts = range(0, v.shape[-1], H)
+        return [self.inner.as_contiguous(v[:, :, n : n + H]) for n in starts]
 
     def _packed(self, U: Matrix, rows: int) -> Matrix:
         value = value_of(U)
@@ -238,7 +240,7 @@ class DualRunner(Plain):
 
     def _spread(self, vector: Array, shape: tuple[int, ...]) -> Array:
         """Return a vector (H,) for each step and row."""
-        return self.xp.broadcast_to(vector, shape)
+        return self.as_contiguous(self.xp.broadcast_to(vector, shape))
 
     def _pairs(self, values: Sequence[Array], dots: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(Dual(v, d, self.xp) for v, d in zip(values, dots, strict=True))
