@@ -154,7 +154,11 @@ class Sweep(NamedTuple):
             for block, kept in zip(reversed(segment.blocks), reversed(residuals), strict=True):
                 found = self._block_back(weights, x, block, kept, dy, dh, taps is not None, by_row)
                 dx, dh, g, grads = found
-                total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
+                if total and by_row:  # in place, where arrays can: they are large
+                    for n, d in enumerate(grads):
+                        total[n] += d
+                else:
+                    total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
                 output.put(block, dx if dx.dtype == x.dtype else run.xp.astype(dx, x.dtype))
                 if taps is not None:
                     taps.put(block, g)
