@@ -21,6 +21,7 @@ Key: TypeAlias = Index | tuple[Index, ...]
 SLOPES: dict[str, Callable[[Namespace, Array, Array], Array]] = {
     "tanh": lambda xp, y, v: 1.0 - y * y,
     "exp": lambda xp, y, v: y,
+    "expm1": lambda xp, y, v: 1.0 + y,
     "log": lambda xp, y, v: 1.0 / v,
     "log1p": lambda xp, y, v: 1.0 / (1.0 + v),
     "sqrt": lambda xp, y, v: 0.5 / y,
