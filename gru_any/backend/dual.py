@@ -112,8 +112,9 @@ class Dual:
         if isinstance(other, Dual):
             dot = self.dot @ other.value + self.value @ other.dot
             return self._with(self.value @ other.value, dot)
-        product = getattr(other, "product", None)  # of U in `dual_runner.py`
-        return product(self) if product else self._each(lambda v: v @ other)
+        if not hasattr(other, "dtype"):  # what stands for a matrix multiplies by itself
+            return NotImplemented
+        return self._each(lambda v: v @ other)
 
     def __rmatmul__(self, other: Array | float) -> "Dual":
         return self._each(lambda v: other @ v)

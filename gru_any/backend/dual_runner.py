@@ -37,8 +37,7 @@ class Known:
 
     T = property(lambda self: Known(self.matrix.T, self.products))
 
-    def product(self, left: Dual) -> Dual:
-        """Return left @ self."""
+    def __rmatmul__(self, left: Dual) -> Dual:
         known, dot = next(self.products), left.dot @ self.matrix
         if isinstance(known, Dual):
             return Dual(known.value, known.dot + dot, known.space)
