@@ -271,6 +271,27 @@ def test_products_with_the_hessian_of_a_model(kind, path):
         close(product[k], (up[1][k] - down[1][k]) / 2e-5, 1e-8)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid, tied"] if THOROUGH else ["sigmoid, tied"])
+def test_products_on_every_library(backend, kind):
+    model, x = MODELS[kind][0](), np.random.default_rng(0).integers(0, 5, (7, 3))
+    v = {k: numbers(*p.shape, seed=n) for n, (k, p) in enumerate(model.params.items())}
+    there, put = model.to(backend.name, backend.device), backend.put
+    target = np.random.default_rng(0).random((7, 3, 5))
+    weight = np.array([1.0, 3.0])
+
+    def loss(put):
+        if kind == "softmax":
+            return lambda y: softmax_cross_entropy(y, put(HARD), put(weight), mask=put(HARD < 2))
+        return lambda y: sigmoid_cross_entropy(y, put(target), mask=put(HARD > 0))
+
+    expected = hvp(model, loss(np.asarray), v, x)
+    found = hvp(there, loss(put), {k: put(w) for k, w in v.items()}, put(x))
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-12)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        for k in v:
+            close(backend.host(ours[k]), theirs[k])
+
+
 def test_linear_loss_of_a_model_with_states():
     """The chain's states take part, forward and backward, as in the complex step of each part."""
     model = Chain(GRU(2, 3, seed=0, **O), Linear(3, 2, seed=1, **O), GRU(2, 2, seed=2, **O))

@@ -172,7 +172,7 @@ class DualNamespace:
     ) -> Array:
         """Call a function of an array."""
         if not any(isinstance(v, Dual) for v in (*args, *options.values())):
-            return function(*args, **options)
+            return self.lift(function(*args, **options), None)
         v, *others = args
         if name in CONSTANT:
             return self.lift(function(*map(value_of, args), **options), None)

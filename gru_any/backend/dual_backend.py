@@ -47,9 +47,11 @@ class DualBackend(Backend):
     def lift(self, value: Array, dot: Array | None) -> Array:
         """Return an array with its derivative; without one it is a constant."""
         if dot is None:
-            if self._mixes or self.xp.isdtype(value.dtype, "integral"):
+            if self._mixes or not hasattr(value, "shape"):
                 return value
-            dot = self.xp.zeros_like(value)
+            if not self.constants.xp.isdtype(value.dtype, ("real floating", "complex floating")):
+                return value
+            dot = self.constants.xp.zeros_like(value)
         return Dual(value, dot, self.xp)
 
     @cached_property
