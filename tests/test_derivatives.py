@@ -132,7 +132,7 @@ WAYS = {"plain": "both ways", "compiled": "after", "packed": "no bias"}
 def test_all_ways_give_the_same(path, kind):
     if path != "plain":
         require("numba")
-    gru, (x, h0, dy, dh), options = case(kind or WAYS[path], "lengths")
+    gru, (x, h0, dy, dh), options = case(kind or WAYS[path], "mask")
     along, outputs = directions(gru, x, h0), []
     for way in ("traced", path):
         with running(way):
@@ -147,7 +147,7 @@ def test_on_the_emulated_device(way, monkeypatch, compiler):
     from gru_any.backend import modes
 
     monkeypatch.setattr(modes, "chosen_on_cuda", modes.Mode(way))
-    gru, (x, h0, dy, dh), options = case("after", "lengths")
+    gru, (x, h0, dy, dh), options = case("after", "mask")
     along, there = directions(gru, x, h0), gru.to(HOST)
     *expected, pullback = gru.forward_over_reverse(x, h0, **along, **options)
     expected += [pullback(dy, dh, dy)]
@@ -162,7 +162,7 @@ def test_on_the_emulated_device(way, monkeypatch, compiler):
 
 def test_inside_of_jit():
     jax = require("jax")
-    gru, (x, h0, dy, dh), options = case("no bias", "lengths")
+    gru, (x, h0, dy, dh), options = case("no bias", "mask")
     there, along = gru.to("jax.numpy"), directions(gru, x, h0)
     *expected, pullback = gru.forward_over_reverse(x, h0, **along, **options)
     expected += [pullback(dy, dh, dy)]
@@ -394,6 +394,28 @@ def test_nan_in_padding_reaches_nothing():
     _, found, again = gru.forward_over_reverse(x, h0, lengths, **along)
     for a, b in zip((*found, *again(dy, dh, dy, dh)[1][1:]), (*expected, *dots[1:]), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("path", ["plain", "traced"])
+def test_nan_in_an_episode_stays_in_it(path):
+    gru, (x, h0, dy, dh), _ = case("after", "all")
+    resets, along = np.zeros((7, 3), bool), directions(gru, x, h0)
+    resets[3, 1] = True
+    mask = np.ones((7, 3), bool)
+    mask[2:4, 1] = [True, False]
+    resets[4, 1] = True
+    options = {"resets": resets, "mask": mask}
+    with running(path):
+        _, expected, back = gru.forward_over_reverse(x, h0, **along, **options)
+        dots = back(dy, dh, dy)[1]
+        x[1, 1] = np.nan
+        _, found, again = gru.forward_over_reverse(x, h0, **along, **options)
+        changed = again(dy, dh, dy)[1]
+    assert np.isnan(found[0][1, 1]).all()
+    for a, b in zip((found[0], changed[1]), (expected[0], dots[1]), strict=True):
+        close(a[4:], b[4:])
+        close(a[:, [0, 2]], b[:, [0, 2]])
+    close(found[1], expected[1])
 
 
 def test_refusals():

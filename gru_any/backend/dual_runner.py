@@ -73,15 +73,18 @@ class Recorder:
 
 
 @lru_cache(maxsize=64)
-def _forward(step: Step, keep: bool) -> Call:
-    """Return a step as a function of its state, the other arguments and U."""
+def _forward(step: Step, keep: bool, cut: bool) -> Call:
+    """Return a step as a function of its state, the other arguments and U.
+
+    keep: with its residuals; cut: with h' beside, which the state may not go on from.
+    """
 
     def call(
         xp: Namespace, h: Array, others: Sequence[Array], U: Matrix
     ) -> tuple[Array, tuple[Array, ...]]:
         a, *vectors = others
         new, saved = step(xp, a, h, U, *vectors)
-        return new, saved if keep else ()
+        return new, (*(saved if keep else ()), *((new,) if cut else ()))
 
     return call
 
@@ -127,6 +130,20 @@ def tangent(call: Call, others: tuple[Entry, ...], products: tuple[Entry, ...]) 
     return step
 
 
+def _begins(xp: Namespace, cut: Array, alive: Alive, reverse: bool) -> tuple[Array, Array]:
+    """Return which steps start anew, as their rows were cut after the step before, (K, B, 1).
+
+    And which rows are cut at the end. A step that a row skips does not start.
+    """
+    K = cut.shape[0]
+    waiting, found = xp.zeros_like(cut[0, :, :]), []
+    for t in range(K - 1, -1, -1) if reverse else range(K):
+        mask = None if alive is None else alive[t]
+        found.append(waiting if mask is None else waiting & mask)
+        waiting = cut[t, :, :] if mask is None else xp.where(mask, cut[t, :, :], waiting)
+    return xp.stack(found[::-1] if reverse else found), waiting
+
+
 class DualRunner(Plain):
     """Runs blocks of steps on dual numbers by the runner of their values."""
 
@@ -160,23 +177,27 @@ class DualRunner(Plain):
     ) -> tuple[Array, Sequence[Array] | None]:
         U, *vectors = recurrent
         (K, B, _), run, xp = a.shape, self.inner, self.xp.plain
-        if cut is not None or not K * B:
+        if not K * B:
             return super().forward(step, a, h, recurrent, alive, reverse, keep, cut)
         packed = self._packed(U, K * B)
-        values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep
+        values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep, cut
         states, saved = run.forward(step, value_of(a), *values)
         if not any(isinstance(v, Dual) for v in (a, h, *recurrent)):
             return states, saved
         before = states[1:, :, :] if reverse else states[:-1, :, :]
         spread = [self._spread(c, before.shape) for c in vectors]
-        made, columns = self._tangent(_forward(step, keep), before, [a, *spread], U)
-        dh = h.dot if isinstance(h, Dual) else xp.zeros_like(h)
-        dots, last, before = run.backward(
-            made, None, dh, before, columns, packed, alive, not reverse, True
+        made, columns = self._tangent(
+            _forward(step, keep, cut is not None), before, [a, *spread], U
         )
+        dh = h.dot if isinstance(h, Dual) else xp.zeros_like(h)
+        begins, ended = (None, None) if cut is None else _begins(xp, cut, alive, reverse)
+        dots, last, before = run.backward(
+            made, None, dh, before, columns, packed, alive, not reverse, True, begins
+        )
+        last = last if ended is None else xp.where(ended, xp.zeros_like(last), last)
         ends = (last[None, :, :], before) if reverse else (before, last[None, :, :])
         path = Dual(states, xp.concat(ends), self.xp)
-        return path, self._pairs(saved, dots) if keep and saved is not None else None
+        return path, None if saved is None else self._pairs(saved, dots)
 
     def backward(
         self,
