@@ -17,6 +17,7 @@ from gru_any import (
     Last,
     Linear,
     asarray,
+    deploy,
     hvp,
     sigmoid_cross_entropy,
     softmax_cross_entropy,
@@ -451,6 +452,18 @@ def test_refusals():
         model.jvp(np.zeros((3, 2), int), state_dot=[h0])
     with pytest.raises(ValueError, match="state_dot holds 2, expected 1"):
         model.jvp(np.zeros((3, 3), int), [h0], state_dot=[h0, h0])
+
+
+def test_what_has_no_second_derivative_is_refused():
+    x, v = numbers(5, 3), {"bias": np.ones(2)}
+    with pytest.raises(TypeError, match="the model is a Linear, expected a GRU or a Chain"):
+        hvp(Linear(3, 2, **O), lambda y: squared_error(y, y), v, x)
+    with pytest.raises(TypeError, match="frozen"):
+        deploy.freeze(GRU(3, 2, **O)).jvp(x, x_dot=x)
+    with pytest.raises(TypeError, match="frozen"):
+        deploy.freeze(Chain(GRU(3, 2, **O))).jvp(x, x_dot=x)
+    with pytest.raises(ValueError, match=r"x is \(3,\), expected \(T, B, I\)"):
+        GRU(3, 2, **O).jvp(x[0], h0_dot=numbers(1, 2))
 
 
 def test_a_function_without_a_derivative_is_refused():

@@ -322,7 +322,7 @@ class GRU(Layer):
         refuse_nothing("x_dot, h0_dot and params_dot", x_dot, h0_dot, params_dot)
         if h0 is None and h0_dot is not None:
             self.backend.check("x", x, self.dtype)
-            rows = () if x.ndim == 2 else (x.shape[0 if self.batch_first else 1],)
+            rows = (x.shape[0 if self.batch_first else 1],) if x.ndim == 3 else ()
             shape = (self.num_layers * len(self.suffixes), *rows, self.hidden_size)
             h0 = self.backend.zeros(shape, self.dtype)
         home = self.backend, self.dtype

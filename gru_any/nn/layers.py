@@ -35,8 +35,6 @@ class LayerPullback:
         ValueError
             There is no such axis.
         """
-        if axis not in range(dy.ndim - 1):
-            raise ValueError(f"dy is {tuple(dy.shape)}, and has no axis {axis!r} before its last")
         return self._back(dy, axis)
 
 
@@ -110,6 +108,7 @@ class Linear(Layer):
             refuse_stale(self.params, version)
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
+            _check_axis(dy, axis)
             run, d = runner(self.backend, dtype=self.dtype), self._rows(dy)
             if axis is not None:
                 grads = self._by_example(dy, x, axis)
@@ -209,6 +208,7 @@ class Embedding(Layer):
         def pullback(dy: Array, axis: int | None) -> tuple[Gradients, None]:
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
+            _check_axis(dy, axis)
             if axis is None:
                 return {"weight": self._to_storage(self._scattered(x, dy))}, None
             each = [(..., n, *[slice(None)] * (x.ndim - axis - 1)) for n in range(x.shape[axis])]
@@ -329,3 +329,8 @@ class Last(Layer):
 def _same_shape(name: str, array: Array, shape: Shape) -> None:
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} is {tuple(array.shape)}, expected {tuple(shape)}, the shape of y")
+
+
+def _check_axis(dy: Array, axis: int | None) -> None:
+    if axis is not None and axis not in range(dy.ndim - 1):
+        raise ValueError(f"dy is {tuple(dy.shape)}, and has no axis {axis!r} before its last")

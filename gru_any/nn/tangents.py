@@ -190,6 +190,9 @@ def hvp(
     >>> product["weight_hh_l0"].shape
     (12, 4)
     """
+    if not hasattr(model, "forward_over_reverse"):
+        kind = type(model).__name__
+        raise TypeError(f"the model is a {kind}, expected a GRU or a Chain: try Chain(model)")
     (y, _), (y_dot, _), pullback = model.forward_over_reverse(
         x, *args, params_dot=params_dot, **options
     )
