@@ -7,6 +7,7 @@ import pytest
 from conftest import HOST, PATHS, require, running
 from hypothesis import given
 from hypothesis import strategies as st
+from replaced import replaced
 from test_per_example import GIVEN, KINDS, case, close, numbers
 
 from gru_any import (
@@ -18,6 +19,7 @@ from gru_any import (
     Linear,
     asarray,
     deploy,
+    equations,
     hvp,
     sigmoid_cross_entropy,
     softmax_cross_entropy,
@@ -141,6 +143,30 @@ def test_all_ways_give_the_same(path, kind):
             outputs.append(flat([*found, *pullback(dy, dh, dy, dh)]))
     for found, expected in zip(*outputs, strict=True):
         close(found, expected)
+
+
+@pytest.mark.parametrize("path", ["plain", "traced"])
+@pytest.mark.parametrize("kind", ["plain", "after"])
+def test_other_equations_are_followed(path, kind, monkeypatch):
+    """With another step and its gradient in place of ours, all derivatives are theirs."""
+    gru, (x, h0, dy, dh), options = case(kind, "mask")
+    along, usual = directions(gru, x, h0), gru.jvp(x, h0, **directions(gru, x, h0))[1]
+    for name, function in replaced(gru.reset_after):
+        monkeypatch.setattr(equations, name, function)
+
+    def moved(step):
+        there = gru.to()
+        params, x1, h1 = stepped(gru, step, x, h0, along)
+        there.params.update(params)
+        outputs, pullback = there.vjp(x1, h1, **options)
+        return flat([outputs, pullback(dy, dh)])
+
+    with running(path):
+        _, dots, pullback = gru.forward_over_reverse(x, h0, **along, **options)
+        found, up, down = flat([dots, pullback(dy, dh)[1]]), moved(1e-6), moved(-1e-6)
+    assert np.abs(dots[0] - usual[0]).max() > 0.01
+    for ours, a, b in zip(found, up, down, strict=True):
+        close(ours, (a - b) / 2e-6, 1e-8)
 
 
 @pytest.mark.parametrize("way", ["eager", "graph", "persistent"] if THOROUGH else ["persistent"])
