@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, require, running
+from conftest import HOST, PATHS, Home, require, running
 from hypothesis import given
 from hypothesis import strategies as st
 from replaced import replaced
@@ -299,7 +299,10 @@ def test_products_with_the_hessian_of_a_model(kind, path):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid, tied"] if THOROUGH else ["sigmoid, tied"])
-def test_products_on_every_library(backend, kind):
+@pytest.mark.parametrize("name", ["array_api_strict", "torch", HOST])
+def test_products_on_other_libraries(name, kind, compiler):
+    require(name)
+    backend = Home(name)
     model, x = MODELS[kind][0](), np.random.default_rng(0).integers(0, 5, (7, 3))
     v = {k: numbers(*p.shape, seed=n) for n, (k, p) in enumerate(model.params.items())}
     there, put = model.to(backend.name, backend.device), backend.put
