@@ -1,6 +1,6 @@
 """What derivatives cost, as a ratio to a forward and backward pass, measured in turns.
 
-    python -m scripts.benchmarks.derivatives [T B I H]
+    python scripts/benchmarks/derivatives.py [T B I H]
 
 Prints medians of the ratios for both variants, of one layer in float32 on the fastest path.
 """
