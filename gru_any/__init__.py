@@ -13,6 +13,7 @@ from .nn.chain import Chain
 from .nn.gru import GRU
 from .nn.layers import Dropout, Embedding, Last, Linear
 from .nn.losses import sigmoid_cross_entropy, softmax_cross_entropy, squared_error
+from .nn.tangents import hvp
 from .train.optim import SGD, Adam, AdamW, RMSprop, clip_by_global_norm, clip_by_value
 from .version import __version__ as __version__
 
@@ -37,6 +38,7 @@ __all__ = [
     "clip_by_value",
     "explain",
     "gradcheck",
+    "hvp",
     "load",
     "save",
     "sigmoid_cross_entropy",

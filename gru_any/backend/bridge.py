@@ -18,8 +18,10 @@ from .modes import COMPLEX, serves
 from .transfer import FAILURES, neighbour
 
 # arguments that must be arrays of the model's library; in others, arrays of any library may come
-OURS = frozenset(("x", "x_t", "h0", "state", "dy", "dh_n", "dh", "dstate"))
-LISTS = frozenset(("state", "dstate"))  # of a Chain, which are lists of arrays
+OURS = frozenset(("x", "x_t", "h0", "state", "dy", "dh_n", "dh", "dstate", "params_dot"))
+OURS |= {f"{name}_dot" for name in ("x", "h0", "state", "dy", "dh_n", "dstate")}
+# of a Chain, which are lists of arrays, and of parameters, which are mappings
+LISTS = frozenset(("state", "dstate", "state_dot", "dstate_dot", "params_dot"))
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -143,6 +145,8 @@ class Bridge(NamedTuple):
             return None
         if name in LISTS and isinstance(v, (list, tuple)):
             return [self.enter(name, w, seen) for w in v]
+        if name in LISTS and isinstance(v, Mapping):
+            return {key: self.enter(name, w, seen) for key, w in v.items()}
         if not self._at_home(v):
             if name in OURS:
                 self.home.check(name, v, self.dtype)

@@ -59,6 +59,11 @@ class Backend:
     def __reduce__(self) -> tuple[Callable[..., "Backend"], tuple[str, Device]]:
         return select, (self.name, _portable(self.name, self.device))
 
+    @property
+    def constants(self) -> "Backend":
+        """The backend of arrays that may stand beside this one's: itself, but for dual numbers."""
+        return self
+
     @cached_property
     def host(self) -> bool:
         """Whether arrays can be looked at without waiting for a device."""
@@ -397,6 +402,8 @@ def of(*arrays: Array) -> Backend:
     traced = {home for home in homes if home.traced}
     if traced and len({home.name for home in homes}) == 1:
         return traced.pop()  # in which concrete arrays are constants
+    if len(homes) == 2 and len({home.constants for home in homes}) == 1:
+        return next(home for home in homes if home.constants != home)
     if len(homes) > 1:
         names = " and ".join(sorted(f"{home.name} on {home.device}" for home in homes))
         raise TypeError(f"arrays of {names} in one call: bring them to one with gru_any.asarray")
@@ -416,7 +423,11 @@ def _home(array: Array) -> Backend:
     if name not in _INSTALL:  # another library says itself which namespace is its own
         if not hasattr(array, "__array_namespace__"):
             raise TypeError(f"{name} is no array library with the Python Array API")
-        name = array.__array_namespace__().__name__
+        space = array.__array_namespace__()
+        own = getattr(space, "backend", None)
+        if isinstance(own, Backend):  # of dual numbers
+            return own
+        name = space.__name__
     return _backend(name, None if is_traced(array) else _device_of(array))
 
 

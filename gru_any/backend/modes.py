@@ -98,6 +98,10 @@ def runner(backend: Backend, precision: str = "full", dtype: str = "float32") ->
 def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
     if mode == Mode.PLAIN:
         return Plain(backend.xp, backend.device)
+    if backend.constants != backend:
+        from .dual_runner import DualRunner
+
+        return DualRunner(backend.xp, backend.device, _runner(backend.constants, mode, precision))
     if backend.cuda:
         return _on_cuda(backend, mode, precision)
     if mode == Mode.SCAN:

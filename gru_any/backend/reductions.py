@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from ..codegen.trace import Outer, Reductions, RowSum, Term, trace_reductions
-from ..typing import Array, DType, Shape, WeightGradients
+from ..typing import Array, DType, Namespace, Shape, WeightGradients
 
 
 class Multiplies(Protocol):
@@ -124,6 +124,43 @@ def reduced(
             if added:
                 out[rows] += into
         yield out
+
+
+def reduced_by_row(
+    xp: Namespace,
+    weights: WeightGradients,
+    h: Array,
+    saved: Sequence[Array],
+    parts: Sequence[Array],
+) -> list[Array]:
+    """Return the results of `weights` for each row of a batch alone, each (B, ...).
+
+    h, and each array saved and part: (K, B, .); the sums are over the K steps.
+    """
+    arrays, H = (h, *saved, *parts), h.shape[-1]
+
+    def rows(columns: Columns) -> Array:
+        v = arrays[columns.array]
+        return v if columns.part is None else v[:, :, columns.part]
+
+    def summed(of: Sum) -> Array:
+        found = outer(xp, rows(of.left), None if of.right is None else rows(of.right))
+        return found if of.scale == 1 else of.scale * found
+
+    results = []
+    for _, sums in plan(weights, len(saved), tuple([v.shape[-1] for v in parts]), H):
+        pieces: list[Array] = []
+        for of in sums:
+            pieces = [*pieces[:-1], pieces[-1] + summed(of)] if of.added else [*pieces, summed(of)]
+        results.append(xp.concat(pieces, axis=1) if len(pieces) > 1 else pieces[0])
+    return results
+
+
+def outer(xp: Namespace, left: Array, right: Array | None) -> Array:
+    """Return left^T right (B, N, M) of (K, B, N) and (K, B, M), or the sum of left (B, N)."""
+    if right is None:
+        return xp.sum(left, axis=0)
+    return xp.permute_dims(left, (1, 2, 0)) @ xp.permute_dims(right, (1, 0, 2))
 
 
 def shape_of(of: Outer | RowSum, H: int) -> Shape:

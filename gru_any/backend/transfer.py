@@ -151,7 +151,7 @@ def neighbour(backend: Backend, dtype: str) -> tuple[Neighbour | None, str]:
     neighbour : Neighbour or None
     why : str, why there is none
     """
-    if backend.host or backend.cuda:
+    if backend.host or backend.cuda or backend.constants != backend:
         return None, "it runs its own arrays"
     if backend.name == STRICT:
         return None, "it is there to try what every library can do, so nothing is done for it"

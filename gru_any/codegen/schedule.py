@@ -252,13 +252,14 @@ def _scheduled(
     target: Target,
 ) -> Schedule:
     """Schedule a program; letter: what the names of its extras begin with."""
-    results = {program.result: after}
+    results = {program.result: [*after]}
     extras = [ArrayRef(f"{letter}{n}", Kind.STEPS, len(v)) for n, v in enumerate(program.extras)]
     for array, columns in zip(extras, program.extras, strict=True):
         for i, column in enumerate(columns):
             results.setdefault(column, []).append(Place(array, i))
     stages, buffers = _Cut(program, inputs, results, target).done()
-    places = [*inputs.values(), *(place for of in results.values() for place in of)]
+    # the extras in their order, even where one of them holds the result
+    places = [*inputs.values(), *after, *map(Place, extras)]
     arrays = {place.array.name: place.array for place in places if place.array != STATE}
     return Schedule(forward, stages, list(arrays.values()), extras, buffers)
 

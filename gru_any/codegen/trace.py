@@ -315,6 +315,8 @@ class _Columns:
         return _Columns(self.tape, outputs)
 
     def _with(self, name: str, other: "_Columns | float", swapped: bool = False) -> "_Columns":
+        if not isinstance(other, (_Columns, int, float)):
+            return NotImplemented  # a dual number does it
         n = len(self.ids)
         theirs = other.ids if isinstance(other, _Columns) else (float(other),) * n
         pairs = (

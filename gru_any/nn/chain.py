@@ -1,21 +1,30 @@
 """Layers one after the other, with the states of the GRUs among them."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 
 from ..backend import Backend, by_place, of, plain_name, to_numpy
+from ..backend.dual_backend import dual
 from ..errors import ShapeError
 from ..typing import Array, Arrays, Device, Gradients, Lengths, Rng
 from .cell import GRUCell
 from .gru import GRU
 from .layers import Dropout, Embedding, Last, Linear
 from .params import BackendLike, Layer, check_mapping, load, refuse_names, refuse_shared
+from .tangents import (
+    DualChainPullback,
+    along,
+    check_params_dot,
+    lift,
+    lift_states,
+    parted,
+    refuse_nothing,
+)
 
 States: TypeAlias = Sequence[Array | None]  # h (L*D, B, H) of each GRU
-# dy, dstate -> grads, dx, dstate
-ChainPullback: TypeAlias = Callable[..., tuple[Gradients, Array, list[Array]]]
+Ready: TypeAlias = Callable[[Gradients], object]
 
 
 class Chain:
@@ -132,7 +141,7 @@ class Chain:
         mask: Array | None = None,
         resets: Array | None = None,
         skipped: str = "zero",
-    ) -> tuple[tuple[Array, list[Array]], ChainPullback]:
+    ) -> tuple[tuple[Array, list[Array]], "ChainPullback"]:
         """Run all layers; with `rng` dropout acts.
 
         Returns
@@ -142,12 +151,13 @@ class Chain:
             `grads, dx, dstate = pullback(dy, dstate=None, ready=None)`: grads named like `params`;
             dstate a list like state. It may be called again. `ready` is called with the gradients
             of each layer as soon as they are there, the last layer's first, unless some are tied.
+            `pullback.per_example(dy, dstate)` returns grads of each row of the batch, (B, ...).
         """
         self.params.refuse_untied()
         states, new = self._states(state), []
-        pullbacks: list[Callable[..., Any]] = []
+        pullbacks: list[Any] = []
         for layer in self.layers:
-            back: Callable[..., Any]
+            back: Any
             if isinstance(layer, GRU):
                 (x, h), back = layer.vjp(
                     x, next(states), lengths, rng, mask=mask, resets=resets, skipped=skipped
@@ -158,35 +168,100 @@ class Chain:
             else:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
+        return (x, new), ChainPullback(self, pullbacks, x)
 
-        def pullback(
-            dy: Array | None,
-            dstate: States | None = None,
-            ready: Callable[[Gradients], object] | None = None,
-        ) -> tuple[Gradients, Array, list[Array]]:
-            if dy is None and dstate is None:
-                raise ValueError("pullback got neither dy nor dstate; one of them must be given")
-            return self._back(
-                pullbacks, self.backend.xp.zeros_like(x) if dy is None else dy, dstate, ready
-            )
+    @by_place
+    def jvp(
+        self,
+        x: Array,
+        state: States | None = None,
+        lengths: Lengths | None = None,
+        *,
+        x_dot: Array | None = None,
+        state_dot: States | None = None,
+        params_dot: Arrays | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> tuple[tuple[Array, list[Array]], tuple[Array, list[Array]]]:
+        """Run all layers, and differentiate the outputs along a direction; see `GRU.jvp`.
 
-        return (x, new), pullback
+        state_dot: a list like state. Returns (y, state) and (y_dot, state_dot).
+        """
+        twin, x, state = self._along(x, state, x_dot, state_dot, params_dot)
+        found = twin(x, state, lengths, mask=mask, resets=resets, skipped=skipped)
+        values, dots = parted(twin.backend, found)
+        return values, dots
+
+    @by_place
+    def forward_over_reverse(
+        self,
+        x: Array,
+        state: States | None = None,
+        lengths: Lengths | None = None,
+        rng: Rng | None = None,
+        *,
+        x_dot: Array | None = None,
+        state_dot: States | None = None,
+        params_dot: Arrays | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> tuple[tuple[Array, list[Array]], tuple[Array, list[Array]], DualChainPullback]:
+        """Run all layers for a backward pass and its derivative; see `GRU.forward_over_reverse`.
+
+        Returns
+        -------
+        (y, state), (y_dot, state_dot) : as of `jvp`.
+        pullback : callable
+            `(grads, dx, dstate), (grads_dot, dx_dot, dstate_dot) = pullback(dy, dstate=None,
+            dy_dot=None, dstate_dot=None)`; dx_dot is None where dx is.
+        """
+        twin, x, state = self._along(x, state, x_dot, state_dot, params_dot)
+        found, back = twin.vjp(x, state, lengths, rng, mask=mask, resets=resets, skipped=skipped)
+        return *parted(twin.backend, found), DualChainPullback(twin.backend, self.dtype, back)
+
+    def _along(
+        self,
+        x: Array,
+        state: States | None,
+        x_dot: Array | None,
+        state_dot: States | None,
+        params_dot: Arrays | None,
+    ) -> tuple[Any, Array, States | None]:
+        """Return the chain, x and state over dual numbers."""
+        refuse_nothing("x_dot, state_dot and params_dot", x_dot, state_dot, params_dot)
+        self.params.refuse_untied()
+        dots = dict(check_params_dot(self, params_dot))
+        dots |= {alias: dots[name] for alias, name in self.tied.items() if name in dots}
+        twin: Any = self.twin(dual(self.backend), self.dtype)
+        own = [{k: dots.get(f"{i}.{k}") for k in v.params} for i, v in enumerate(self.layers)]
+        twin.layers = tuple(along(*pair) for pair in zip(self.layers, own, strict=True))
+        twin.params = self.params
+        made = partial(lift, self.backend, self.dtype)
+        state = lift_states(made, "state", state, state_dot)
+        return twin, made("x", x, x_dot), state
 
     def _back(
         self,
-        pullbacks: list[Callable[..., Any]],
+        pullbacks: list[Any],
         dy: Array | None,
         dstate: States | None,
-        ready: Callable[[Gradients], object] | None,
+        ready: Ready | None,
+        by_row: bool,
     ) -> tuple[Gradients, Array, list[Array]]:
         given, found, grads = list(self._states(dstate)), [], {}
+        axis = 0 if self.batch_first or self._last or not given else 1  # of the examples in dy
         for i in range(len(self.layers) - 1, -1, -1):
             if isinstance(self.layers[i], GRU):
-                of_layer, dy, dh0 = pullbacks[i](dy, given.pop())
+                back = pullbacks[i].per_example if by_row else pullbacks[i]
+                of_layer, dy, dh0 = back(dy, given.pop())
                 found.append(dh0)
             elif isinstance(self.layers[i], Last):
                 of_layer, given[-1] = pullbacks[i](dy, given[-1])
-                dy = None
+                dy, axis = None, 0 if self.batch_first else 1
+            elif by_row and self.layers[i].params:
+                of_layer, dy = pullbacks[i].per_example(dy, axis)
             else:
                 of_layer, dy = pullbacks[i](dy)
             grads[i] = of_layer
@@ -196,6 +271,11 @@ class Chain:
         for alias, name in self.tied.items():
             named[name] = named[name] + named.pop(alias)
         return named, dy, found[::-1]
+
+    @property
+    def _last(self) -> bool:
+        """Whether a Last has taken the axis of time away."""
+        return any(isinstance(layer, Last) for layer in self.layers)
 
     @property
     def _directions(self) -> int:
@@ -279,6 +359,36 @@ class Chain:
     def __reduce__(self) -> tuple[Callable[..., "Chain"], tuple[object, ...]]:
         refuse_shared(self.params)
         return _chain, (self.layers, dict(self.tied))
+
+
+class ChainPullback:
+    """From dL/dy and dL/dstate to dL/d of the parameters, x and state. See `Chain.vjp`."""
+
+    def __init__(self, chain: Chain, pullbacks: list[Any], y: Array) -> None:
+        self._chain, self._pullbacks, self._y = chain, pullbacks, y
+
+    def __call__(
+        self, dy: Array | None, dstate: States | None = None, ready: Ready | None = None
+    ) -> tuple[Gradients, Array, list[Array]]:
+        """Return grads (a dict named like the parameters), dx, dstate."""
+        return self._back(dy, dstate, ready, False)
+
+    def per_example(
+        self, dy: Array | None, dstate: States | None = None
+    ) -> tuple[Gradients, Array, list[Array]]:
+        """Return the same, but grads of each row of the batch, (B, ...).
+
+        The batch is the second axis of x, the first with `batch_first` or in a Chain without a GRU.
+        """
+        return self._back(dy, dstate, None, True)
+
+    def _back(
+        self, dy: Array | None, dstate: States | None, ready: Ready | None, by_row: bool
+    ) -> tuple[Gradients, Array, list[Array]]:
+        if dy is None and dstate is None:
+            raise ValueError("pullback got neither dy nor dstate; one of them must be given")
+        dy = self._chain.backend.xp.zeros_like(self._y) if dy is None else dy
+        return self._chain._back(self._pullbacks, dy, dstate, ready, by_row)
 
 
 def _chain(layers: Sequence[Layer], tied: dict[str, str]) -> Chain:

@@ -10,12 +10,13 @@ from ..backend import by_place, runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
-from ..typing import Array, Device, Lengths, Rng, Shape
+from ..typing import Array, Arrays, Device, Lengths, Rng, Shape
 from .init import uniform
 from .layout import Call, SequenceLayout
 from .params import BackendLike, Layer
 from .pullback import Pullback
 from .stack import ForwardInputs, Stack
+from .tangents import DualPullback, along, check_params_dot, lift, parted, refuse_nothing
 from .weights import parameter_shapes, variant_advice
 
 LayerStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> y_t, h
@@ -239,6 +240,94 @@ class GRU(Layer):
         (y, h_n), residuals = self._run(stack, call, keep=True, rng=rng)
         pullback = Pullback(self.params, self._layout, stack, call, residuals)
         return self._layout.outputs(call, y, h_n), pullback
+
+    @by_place
+    def jvp(
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+        *,
+        x_dot: Array | None = None,
+        h0_dot: Array | None = None,
+        params_dot: Arrays | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Run the sequences, and differentiate the outputs along a direction: forward mode.
+
+        Parameters are those of a plain call, and
+
+        x_dot, h0_dot : arrays of the shapes of x and h0, or None for 0
+        params_dot : mapping of names to arrays of the shapes of the parameters
+            Where a name is missing it is 0.
+
+        Returns
+        -------
+        (y, h_n) : as in a plain call.
+        (y_dot, h_n_dot) : their derivatives by s at 0 where x is x + s x_dot, and so on.
+
+        Raises
+        ------
+        ValueError, TypeError, KeyError
+            As in a plain call; or no direction is given, or it does not fit.
+        """
+        twin, x, h0 = self._along(x, h0, x_dot, h0_dot, params_dot)
+        found = twin(x, h0, lengths, mask=mask, resets=resets, skipped=skipped)
+        values, dots = parted(twin.backend, found)
+        return values, dots
+
+    @by_place
+    def forward_over_reverse(
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+        rng: Rng | None = None,
+        *,
+        x_dot: Array | None = None,
+        h0_dot: Array | None = None,
+        params_dot: Arrays | None = None,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array], DualPullback]:
+        """Run the sequences for a backward pass and its derivative along a direction.
+
+        Parameters are those of `vjp` and `jvp`.
+
+        Returns
+        -------
+        (y, h_n), (y_dot, h_n_dot) : as of `jvp`.
+        pullback : callable
+            `(grads, dx, dh0), (grads_dot, dx_dot, dh0_dot) = pullback(dy, dh_n=None, dy_dot=None,
+            dh_n_dot=None)`: the first three as of `vjp`, and their derivatives along the direction,
+            along which dy and dh_n change by dy_dot and dh_n_dot: with those of a loss, a product
+            of its Hessian with the direction. `gru_any.hvp` does all of it.
+        """
+        twin, x, h0 = self._along(x, h0, x_dot, h0_dot, params_dot)
+        found, back = twin.vjp(x, h0, lengths, rng, mask=mask, resets=resets, skipped=skipped)
+        return *parted(twin.backend, found), DualPullback(twin.backend, self.dtype, back)
+
+    def _along(
+        self,
+        x: Array,
+        h0: Array | None,
+        x_dot: Array | None,
+        h0_dot: Array | None,
+        params_dot: Arrays | None,
+    ) -> tuple[Any, Array, Array | None]:
+        """Return the GRU, x and h0 over dual numbers."""
+        refuse_nothing("x_dot, h0_dot and params_dot", x_dot, h0_dot, params_dot)
+        if h0 is None and h0_dot is not None:
+            self.backend.check("x", x, self.dtype)
+            rows = (x.shape[0 if self.batch_first else 1],) if x.ndim == 3 else ()
+            shape = (self.num_layers * len(self.suffixes), *rows, self.hidden_size)
+            h0 = self.backend.zeros(shape, self.dtype)
+        home = self.backend, self.dtype
+        x, h0 = lift(*home, "x", x, x_dot), lift(*home, "h0", h0, h0_dot)
+        return along(self, check_params_dot(self, params_dot)), x, h0
 
     @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:

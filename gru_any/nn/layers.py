@@ -6,12 +6,36 @@ from typing import TypeAlias
 
 from .. import arguments
 from ..backend import runner
+from ..backend.reductions import outer
 from ..errors import ShapeError, check_shape
 from ..typing import Array, Device, Gradients, HostArray, Rng, Shape
 from .init import uniform
 from .params import BackendLike, Layer, refuse_stale
 
-LayerPullback: TypeAlias = Callable[[Array], tuple[Gradients, Array]]  # dy -> grads, dx
+DropoutPullback: TypeAlias = Callable[[Array], tuple[Gradients, Array]]  # dy -> grads, dx
+
+
+class LayerPullback:
+    """dy -> grads, dx of a layer with parameters."""
+
+    def __init__(self, back: Callable[[Array, int | None], tuple[Gradients, Array]]) -> None:
+        self._back = back
+
+    def __call__(self, dy: Array) -> tuple[Gradients, Array]:
+        """Return grads (a dict named like the parameters), dx; dx is None for an Embedding."""
+        return self._back(dy, None)
+
+    def per_example(self, dy: Array, axis: int = 0) -> tuple[Gradients, Array]:
+        """Return the same, but grads of each example, (B, ...).
+
+        axis: of dy, along which the B examples lie: any but the last.
+
+        Raises
+        ------
+        ValueError
+            There is no such axis.
+        """
+        return self._back(dy, axis)
 
 
 class Linear(Layer):
@@ -80,19 +104,39 @@ class Linear(Layer):
         y, version = self(x), self.params.version
         shape = tuple(y.shape)
 
-        def pullback(dy: Array) -> tuple[Gradients, Array]:
+        def pullback(dy: Array, axis: int | None) -> tuple[Gradients, Array]:
             refuse_stale(self.params, version)
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
+            _check_axis(dy, axis)
             run, d = runner(self.backend, dtype=self.dtype), self._rows(dy)
-            grads = {"weight": run.product(d.T, self._rows(x))}
-            if self.bias:
-                grads["bias"] = run.row_sum(d)
+            if axis is not None:
+                grads = self._by_example(dy, x, axis)
+            else:
+                grads = {"weight": run.product(d.T, self._rows(x))}
+                if self.bias:
+                    grads["bias"] = run.row_sum(d)
             dx = run.product(d, self._to_arithmetic(self.params["weight"]))
             dx = self.backend.xp.reshape(dx, tuple(x.shape))
             return {name: self._to_storage(g) for name, g in grads.items()}, self._to_storage(dx)
 
-        return y, pullback
+        return y, LayerPullback(pullback)
+
+    def _by_example(self, dy: Array, x: Array, axis: int) -> Gradients:
+        """Return the gradients of each example; axis: along which they lie."""
+        xp, (d, x) = self.backend.xp, (self._columns(v, axis) for v in (dy, x))
+        grads = {"weight": outer(xp, d, x)}
+        if self.bias:
+            grads["bias"] = outer(xp, d, None)
+        return grads
+
+    def _columns(self, v: Array, axis: int) -> Array:
+        """Return v (..., N) as (., B, N), given the axis that becomes the second."""
+        xp, last = self.backend.xp, v.ndim - 1
+        others = [n for n in range(last) if n != axis]
+        v = xp.permute_dims(self._to_arithmetic(v), (*others, axis, last))
+        rows = math.prod(v.shape[:-2])  # -1 would be unknown where there are no examples
+        return xp.reshape(v, (rows, *v.shape[-2:]))
 
     def _rows(self, v: Array) -> Array:
         return runner(self.backend, dtype=self.dtype).as_matrix(self._to_arithmetic(v))
@@ -161,14 +205,24 @@ class Embedding(Layer):
         y = self(x)
         shape = tuple(y.shape)
 
-        def pullback(dy: Array) -> tuple[Gradients, None]:
+        def pullback(dy: Array, axis: int | None) -> tuple[Gradients, None]:
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
-            rows = self._to_arithmetic(self.backend.xp.reshape(dy, (-1, self.size)))
-            grad = self.backend.scatter_add(self._indices(x), rows, self.n)
-            return {"weight": self._to_storage(grad)}, None
+            _check_axis(dy, axis)
+            if axis is None:
+                return {"weight": self._to_storage(self._scattered(x, dy))}, None
+            each = [(..., n, *[slice(None)] * (x.ndim - axis - 1)) for n in range(x.shape[axis])]
+            grads = [self._scattered(x[at], dy[(*at, slice(None))]) for at in each]
+            if not grads:
+                return {"weight": self.backend.zeros((0, self.n, self.size), self.dtype)}, None
+            return {"weight": self._to_storage(self.backend.xp.stack(grads))}, None
 
-        return y, pullback
+        return y, LayerPullback(pullback)
+
+    def _scattered(self, x: Array, dy: Array) -> Array:
+        """Return the sum of the rows of dy (..., size) of each index in x (...)."""
+        rows = self._to_arithmetic(self.backend.xp.reshape(dy, (math.prod(x.shape), self.size)))
+        return self.backend.scatter_add(self._indices(x), rows, self.n)
 
     def check_range(self, x: HostArray) -> None:
         """Raise IndexError where a host array holds indices out of range."""
@@ -204,7 +258,7 @@ class Dropout(Layer):
         self.backend.check("x", x, self.dtype)
         return x
 
-    def vjp(self, x: Array, rng: Rng | None = None) -> tuple[Array, LayerPullback]:
+    def vjp(self, x: Array, rng: Rng | None = None) -> tuple[Array, DropoutPullback]:
         """Return y, and `pullback(dy) -> {}, dx`, which may be called again."""
         arguments.generator("rng", rng)
         x, shape = self(x), tuple(x.shape)
@@ -275,3 +329,8 @@ class Last(Layer):
 def _same_shape(name: str, array: Array, shape: Shape) -> None:
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} is {tuple(array.shape)}, expected {tuple(shape)}, the shape of y")
+
+
+def _check_axis(dy: Array, axis: int | None) -> None:
+    if axis is not None and axis not in range(dy.ndim - 1):
+        raise ValueError(f"dy is {tuple(dy.shape)}, and has no axis {axis!r} before its last")

@@ -36,15 +36,35 @@ class Pullback:
         self._back(dy, dh_n, taps)
         return stack.to_storage(stack.run.xp.stack([tap.array() for tap in taps]))
 
+    def per_example(
+        self, dy: Array | None, dh_n: Array | None = None
+    ) -> tuple[Gradients, Array, Array]:
+        """Return grads, dx and dh0 as a call does, but grads of each row of the batch, (B, ...).
+
+        Row b holds what b's own part of dy and dh_n gives; the sum over the rows is the gradient.
+
+        Raises
+        ------
+        ValueError
+            x was (T, I), without a batch.
+        """
+        if self._call.unbatched:
+            raise ValueError("x (T, I) has no batch: the pullback itself gives its one gradient")
+        return self._back(dy, dh_n, None, True)
+
     def _back(
-        self, dy: Array | None, dh_n: Array | None, taps: list[Output] | None
+        self,
+        dy: Array | None,
+        dh_n: Array | None,
+        taps: list[Output] | None,
+        by_row: bool = False,
     ) -> tuple[Gradients, Array, Array]:
         refuse_stale(self._params, self._version)
         stack, call, layout = self._stack, self._call, self._layout
         given = BackwardInputs(*layout.enter_cotangents(call, dy, dh_n))
-        steps = stack.steps(call.x) if taps is None else None
+        steps = None if by_row or taps is not None else stack.steps(call.x)
         found, _ = stack.run.run_graph(
-            Stack.backward, stack, (taps,), given, steps, self._residuals
+            Stack.backward, stack, (taps, by_row), given, steps, self._residuals
         )
         grads, dx, dh0 = found
         dx, dh0 = layout.leave(call, dx, layout.without_fresh(call, dh0))

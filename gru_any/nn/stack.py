@@ -99,11 +99,15 @@ class Stack(NamedTuple):
         return (y, self._stacked(states)), residuals
 
     def backward(
-        self, taps: list[Output] | None, given: BackwardInputs, residuals: list[LayerResiduals]
+        self,
+        taps: list[Output] | None,
+        by_row: bool,
+        given: BackwardInputs,
+        residuals: list[LayerResiduals],
     ) -> tuple[tuple[Gradients, Array, Array], None]:
         """Run the backward pass of all layers; return the gradients, dx and dh0, no residuals.
 
-        taps: None, or an output for each state, which `Sweep.backward` fills.
+        taps: None, or an output for each state, which `Sweep.backward` fills. by_row: as there.
         """
         D, (_, _, H) = len(self.suffixes), given.dh_n.shape
         grads: Gradients = {}
@@ -117,7 +121,7 @@ class Stack(NamedTuple):
                 part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
                 tap = None if taps is None else taps[layer * D + d]
                 dh = given.dh_n[layer * D + d, :, :]
-                return sweep.on(run).backward(x, segments, part, dh, tap)
+                return sweep.on(run).backward(x, segments, part, dh, tap, by_row)
 
             total, found = None, _concurrent(run_sweep, D, run)
             for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):

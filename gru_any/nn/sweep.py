@@ -15,8 +15,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..backend.contract import Output, Recurrent, Runner
+from ..backend.reductions import outer, reduced_by_row
 from ..equations import Variant
-from ..typing import Array, DType, Namespace
+from ..typing import Array, DType, Namespace, Shape
 
 STEPS = 64  # of a block, at least: the steps in memory at once, however large T is
 ROWS = 256  # of a block, over all steps, at least: enough for efficient products
@@ -138,10 +139,12 @@ class Sweep(NamedTuple):
         dy: Array | None,
         dh: Array,
         taps: Output | None = None,
+        by_row: bool = False,
     ) -> tuple[Array, Array, list[Array]]:
         """Return dx (T, B, I), dh0 (B, H) and [dW, dU, db, ...] of dy (T, B, H) and dh (B, H).
 
-        taps: an output to be filled with dL/dh' (T, B, H) of every step.
+        taps: an output to be filled with dL/dh' (T, B, H) of every step. by_row: [dW, ...] of each
+        row of the batch, (B, ...).
         """
         run, weights = self.run, self._packed(x)
         output = run.output(x.shape, x.dtype)
@@ -149,19 +152,24 @@ class Sweep(NamedTuple):
         for segment in reversed(segments):
             residuals = segment.residuals or self._recompute(weights, x, segment)
             for block, kept in zip(reversed(segment.blocks), reversed(residuals), strict=True):
-                found = self._block_back(weights, x, block, kept, dy, dh, taps is not None)
+                found = self._block_back(weights, x, block, kept, dy, dh, taps is not None, by_row)
                 dx, dh, g, grads = found
-                total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
+                if total and by_row:  # in place, where arrays can: they are large
+                    for n, d in enumerate(grads):
+                        total[n] += d
+                else:
+                    total = [s + d for s, d in zip(total, grads, strict=True)] if total else grads
                 output.put(block, dx if dx.dtype == x.dtype else run.xp.astype(dx, x.dtype))
                 if taps is not None:
                     taps.put(block, g)
-        return output.array(), dh, total or self._zeros()
+        return output.array(), dh, total or self._zeros((x.shape[1],) if by_row else ())
 
-    def _zeros(self) -> list[Array]:
-        """Return the gradients of a sequence without steps."""
-        W, _, (U, *c) = self.weights
+    def _zeros(self, rows: Shape) -> list[Array]:
+        """Return the gradients of a sequence without steps; rows: their leading axes."""
+        (W, _, (U, *c)), run = self.weights, self.run
         like = [W, U, W[:, 0], *(U[:, 0] for _ in c)]
-        return [self.run.xp.zeros_like(v) for v in like]
+        shapes = [(*rows, *v.shape) for v in like]
+        return [run.xp.zeros(shape, dtype=W.dtype, device=run.device) for shape in shapes]
 
     def gates(self, x: Array, segments: list[Segment]) -> list[Array]:
         """Return r, z, n and h', each (T, B, H), of a forward pass that kept all residuals."""
@@ -217,6 +225,7 @@ class Sweep(NamedTuple):
         dy: Array | None,
         dh: Array,
         taps: bool,
+        by_row: bool,
     ) -> tuple[Array, Array, Array | None, list[Array]]:
         """Run the backward pass of one block; return dx (K, B, I), dh, the taps, the gradients."""
         run, (W, _, (U, *_)), (states, saved, _) = self.run, weights, kept
@@ -228,6 +237,9 @@ class Sweep(NamedTuple):
         if mask is not None:
             parts = tuple(mask.zero_padding(run.xp, part) for part in parts)
             g = None if g is None else mask.zero_padding(run.xp, g)
+        if by_row:
+            dx = run.as_steps(run.product(run.as_matrix(parts[0]), W), previous.shape[0])
+            return dx, dh, g, self._by_row(self._read(x, block, mask), previous, saved, parts)
         rows, product = run.as_matrix, run.product
         matrices = [rows(part) for part in parts]
         da = matrices[0]
@@ -235,6 +247,18 @@ class Sweep(NamedTuple):
         dW, db = product(da.T, rows(self._read(x, block, mask))), run.row_sum(da)
         dU, *dc = run.weight_gradients(self.variant.weights, previous, saved, matrices)
         return run.as_steps(dx, previous.shape[0]), dh, g, [dW, dU, db, *dc]
+
+    def _by_row(
+        self, x: Array, h: Array, saved: Sequence[Array], parts: Sequence[Array]
+    ) -> list[Array]:
+        """Return the gradients of a block for each row of the batch, (B, ...)."""
+        xp = self.run.xp
+        x, h = (xp.astype(v, self.dtype, copy=False) for v in (x, h))
+        saved, parts = (
+            [xp.astype(v, self.dtype, copy=False) for v in several] for several in (saved, parts)
+        )
+        dU, *dc = reduced_by_row(xp, self.variant.weights, h, saved, parts)
+        return [outer(xp, parts[0], x), dU, outer(xp, parts[0], None), *dc]
 
     def _cut(self, block: slice) -> Array | None:
         return None if self.cut is None else self.cut[block, :, :]
