@@ -111,8 +111,8 @@ class Reductions(NamedTuple):
         return "\n".join([f"inputs {inputs}", *lines])
 
 
-FUNCTIONS = ["tanh"]  # of xp, of one array, element by element
-INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
+FUNCTIONS = ["tanh", "exp", "expm1", "log1p"]  # of xp, of one array, element by element
+INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "greater": ">", "less": "<"}
 
 
 def _listed(columns: tuple[int, ...]) -> str:
@@ -247,7 +247,7 @@ class _Tape:
     def __getattr__(self, name: str) -> Callable[["_Columns"], "_Columns"]:
         if name in FUNCTIONS:
             return partial(self.each, name)
-        known = " and ".join(["+ - * / @", *FUNCTIONS, "where"])
+        known = " and ".join(["+ - * / @ > <", *FUNCTIONS, "where"])
         raise AttributeError(f"xp.{name} cannot be traced: the steps are made of {known}")
 
 
@@ -345,3 +345,9 @@ class _Columns:
 
     def __rmul__(self, other: "_Columns | float") -> "_Columns":
         return self._with("multiply", other, True)
+
+    def __gt__(self, other: "_Columns | float") -> "_Columns":
+        return self._with("greater", other)
+
+    def __lt__(self, other: "_Columns | float") -> "_Columns":
+        return self._with("less", other)

@@ -8,6 +8,7 @@ from ..backend import select, to_numpy
 from ..errors import ShapeError
 from ..nn.cell import GRUCell
 from ..nn.gru import GRU
+from ..nn.options import DEFAULTS
 from ..nn.params import Layer, converted
 from ..nn.weights import parameter_shapes
 from ..typing import Array, Arrays, HostArray, Shape
@@ -110,9 +111,9 @@ def cells_of(table: Table, gru: GRU) -> list[dict[str, HostArray]]:
     return [write(table, cell, gru.reset_after) for cell in ours(gru)]
 
 
-def ours(gru: GRU) -> list[Cell]:
-    """Return our arrays of each layer and direction, forward before reverse."""
-    check_gru(gru)
+def ours(gru: GRU, *held: str) -> list[Cell]:
+    """Return our arrays of each layer and direction, forward before reverse; held: its options."""
+    check_gru(gru, *held)
     layers = [f"_l{i}{suffix}" for i in range(gru.num_layers) for suffix in gru.suffixes]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [
@@ -121,15 +122,29 @@ def ours(gru: GRU) -> list[Cell]:
     ]
 
 
-def check_gru(model: object) -> None:
-    """Raise where the model is no GRU that reads forward."""
+def check_gru(model: object, *held: str) -> None:
+    """Raise where the model is no GRU that reads forward, or has options that are not held."""
     if not isinstance(model, GRU):
         raise TypeError(f"the model is a {type(model).__name__}, expected a GRU")
+    refuse_options(model, *held)
     if model.suffixes == ["_reverse"]:
         raise ValueError(
             "a GRU with reverse=True alone has no home in the other library: load its weights, "
             "without _reverse in their names, into one that reads forward, and turn x and y round "
             "in time, each row within its length"
+        )
+
+
+def refuse_options(layer: GRU | GRUCell, *held: str) -> None:
+    """Raise where a layer computes with other functions than weights alone tell; held: which may.
+
+    A setting stands among the settings where it is not the usual one.
+    """
+    others = [f"{k}={v!r}" for k, v in layer.settings.items() if k in DEFAULTS and k not in held]
+    if others:
+        raise ValueError(
+            f"the model has {', '.join(others)}, which would be lost: the weights go to a GRU of "
+            "sigmoid and tanh. convert.onnx.save writes all of it"
         )
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple, TypeAlias
 
-from .. import equations
 from ..backend import bridged, path, recorded
 from ..errors import check_shape
 from ..nn.cell import GRUCell
@@ -157,7 +156,7 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
     """Describe gates, biases, layers and directions, how a call runs, and the functions called."""
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
     way, why = path(layer.backend, H, layer.dtype)
-    step = equations.variant(layer.reset_after).step
+    step = layer.variant.step
     notes = [
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
         _biases(layer.bias, layer.reset_after),
@@ -206,7 +205,7 @@ def _lines(layer: GRU | GRUCell) -> Formulas:
 
 
 def _equations(layer: GRU | GRUCell) -> Formulas:
-    step, backward, _ = equations.variant(layer.reset_after)
+    step, backward, _ = layer.variant
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
     product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
     return [

@@ -11,6 +11,7 @@ from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
 from ..typing import Array, Device, Lengths, Rng, Shape
+from . import options
 from .init import uniform
 from .layout import Call, SequenceLayout
 from .params import BackendLike, Layer
@@ -66,6 +67,14 @@ class GRU(Layer):
         None keeps about 5 elements a step and unit for the backward pass. "sqrt" keeps a state
         every sqrt(T) steps, an int one every so many (rounded up to whole blocks), and computes
         the rest again in the pullback, with the same gradients bit for bit.
+    activation, gate_activation : str or tuple
+        The functions that make the candidate n and the gates r and z: "tanh", "sigmoid", "relu",
+        "softsign", "softplus", or with their numbers ("leaky_relu", alpha), ("elu", alpha),
+        ("thresholded_relu", alpha), ("hard_sigmoid", alpha, beta), ("affine", alpha, beta) and
+        ("scaled_tanh", alpha, beta), as ONNX defines them; see `gru_any.activations`.
+    clip : float or None
+        What goes into these functions is bounded by -clip and clip; where that changes it, its
+        gradient is 0.
 
     Attributes
     ----------
@@ -111,6 +120,9 @@ class GRU(Layer):
         precision: str = "full",
         recompute: str | int | None = None,
         reverse: bool = False,
+        activation: options.Named = "tanh",
+        gate_activation: options.Named = "sigmoid",
+        clip: float | None = None,
     ) -> None:
         self.input_size = arguments.size("input_size", input_size)
         self.hidden_size = arguments.size("hidden_size", hidden_size)
@@ -123,6 +135,10 @@ class GRU(Layer):
         self.dropout = _dropout(dropout, self.num_layers)
         self.recompute = _recompute(recompute)
         self.precision = _precision(precision)
+        self.activation = options.activation("activation", activation)
+        self.gate_activation = options.activation("gate_activation", gate_activation)
+        self.clip = options.clip(clip)
+        self._f = options.activations(self.gate_activation, self.activation, self.clip)
         if self.reverse and self.bidirectional:
             raise ValueError("reverse and bidirectional are both True, expected one of them")
         self.suffixes = (
@@ -132,8 +148,7 @@ class GRU(Layer):
             GRU, backend, device, dtype, self._shapes(), seed,
             lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
         )  # fmt: skip
-        if not self.reverse:  # as in files that were written before there was this setting
-            del self.settings["reverse"]
+        self._leave_out(options.DEFAULTS | {"reverse": False})
 
     def _shapes(self) -> Iterator[tuple[str, Shape]]:
         """Name and shape of each parameter, in the order they are drawn."""
@@ -340,6 +355,11 @@ class GRU(Layer):
         )
 
     @property
+    def variant(self) -> Variant:
+        """The step of this GRU and its gradient, as functions of `gru_any.equations`."""
+        return equations.variant(self.reset_after, self._f)
+
+    @property
     def _runner(self) -> Runner:
         return runner(self.backend, self.precision, self.dtype)
 
@@ -349,7 +369,7 @@ class GRU(Layer):
 
     def _stack(self, run: Runner) -> Stack:
         """Return the layers on this runner."""
-        key = run, equations.variant(self.reset_after)
+        key = run, equations.variant(self.reset_after, self._f)
         if key not in self._stacks:
             self._stacks[key] = self._new_stack(*key)
         return self._stacks[key]

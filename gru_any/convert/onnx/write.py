@@ -13,6 +13,7 @@ from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Last, Linear
 from ...typing import Array, HostArray, Path
 from ...version import __version__
+from ..cells import refuse_options
 from .check import LARGEST, library
 from .gru import DIRECTIONS, swap_gates
 from .prove import prove
@@ -82,6 +83,8 @@ def _layers(model: GRU | Chain) -> list[Written]:
             f"cannot write {model.dtype}, only {', '.join(DTYPES)}: model.to(dtype=...)"
         )
     grus = [layer for layer in layers if isinstance(layer, GRU)]
+    for gru in grus:
+        refuse_options(gru)
     if not grus:
         raise ValueError("the model has no GRU; there is nothing to write")
     if len({g.batch_first for g in grus}) > 1:
