@@ -65,7 +65,7 @@ class GRUCell(Layer):
         self.activation = options.activation("activation", activation)
         self.gate_activation = options.activation("gate_activation", gate_activation)
         self.clip = options.clip(clip)
-        self._f = options.activations(self.gate_activation, self.activation, self.clip)
+        self.functions = options.activations(self.gate_activation, self.activation, self.clip)
         shapes = parameter_shapes(self.input_size, self.hidden_size, self.bias, self.reset_after)
         self._create(
             GRUCell, backend, device, dtype, shapes.items(), seed,
@@ -76,7 +76,7 @@ class GRUCell(Layer):
     @property
     def variant(self) -> Variant:
         """As of `GRU`."""
-        return equations.variant(self.reset_after, self._f)
+        return equations.variant(self.reset_after, self.functions)
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)

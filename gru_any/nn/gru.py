@@ -138,7 +138,7 @@ class GRU(Layer):
         self.activation = options.activation("activation", activation)
         self.gate_activation = options.activation("gate_activation", gate_activation)
         self.clip = options.clip(clip)
-        self._f = options.activations(self.gate_activation, self.activation, self.clip)
+        self.functions = options.activations(self.gate_activation, self.activation, self.clip)
         if self.reverse and self.bidirectional:
             raise ValueError("reverse and bidirectional are both True, expected one of them")
         self.suffixes = (
@@ -357,7 +357,7 @@ class GRU(Layer):
     @property
     def variant(self) -> Variant:
         """The step of this GRU and its gradient, as functions of `gru_any.equations`."""
-        return equations.variant(self.reset_after, self._f)
+        return equations.variant(self.reset_after, self.functions)
 
     @property
     def _runner(self) -> Runner:
@@ -369,7 +369,7 @@ class GRU(Layer):
 
     def _stack(self, run: Runner) -> Stack:
         """Return the layers on this runner."""
-        key = run, equations.variant(self.reset_after, self._f)
+        key = run, equations.variant(self.reset_after, self.functions)
         if key not in self._stacks:
             self._stacks[key] = self._new_stack(*key)
         return self._stacks[key]

@@ -15,6 +15,7 @@ from ...typing import Array, HostArray, Path
 from ...version import __version__
 from ..cells import refuse_options
 from .check import LARGEST, library
+from .functions import write_functions
 from .gru import DIRECTIONS, swap_gates
 from .prove import prove
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 OPSET, IR = 14, 7
 DTYPES = ("float16", "float32", "float64")
+WRITTEN = "activation", "gate_activation", "clip"
 
 
 Written: TypeAlias = GRU | Embedding | Linear | Last
@@ -84,7 +86,7 @@ def _layers(model: GRU | Chain) -> list[Written]:
         )
     grus = [layer for layer in layers if isinstance(layer, GRU)]
     for gru in grus:
-        refuse_options(gru)
+        refuse_options(gru, *WRITTEN)
     if not grus:
         raise ValueError("the model has no GRU; there is nothing to write")
     if len({g.batch_first for g in grus}) > 1:
@@ -214,6 +216,7 @@ class Graph:
             hidden_size=gru.hidden_size,
             direction=next(k for k, v in DIRECTIONS.items() if v == gru.suffixes),
             linear_before_reset=int(gru.reset_after),
+            **write_functions(gru),
         )
         if len(gru.suffixes) == 1:
             return self.node("Squeeze", [y, self.numbers(1)])
