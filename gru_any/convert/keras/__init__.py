@@ -93,8 +93,8 @@ def load(
         warning says what of them is left to you: an activation, or a mask.
     reset_after, go_backwards, activation, recurrent_activation : None, or as in Keras
         What the GRUs were made with. Needed where a file cannot tell: `reset_after` of weights
-        without bias. Whatever the file says otherwise is an error, and so is an activation other
-        than "tanh" and "sigmoid".
+        without bias. Whatever the file says otherwise is an error, and so is an activation that
+        has no counterpart.
 
     Raises
     ------

@@ -13,8 +13,10 @@ from ...typing import HostArray
 from ..cells import ours
 from .archive import Config, Part, places_of
 from .cells import layer_arrays, write_cell
+from .functions import write_functions
 from .hdf5 import write_hdf5
 
+WRITTEN = "activation", "gate_activation"  # of a GRU's options
 CELLS = {1: ("cell/vars",), 2: ("forward_layer/cell/vars", "backward_layer/cell/vars")}
 
 
@@ -84,11 +86,12 @@ def _parts_of(model: Layer | Chain) -> Iterator[tuple[Part, dict[str, HostArray]
 
 
 def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str, HostArray]]]:
-    cells = [write_cell(cell, gru.reset_after) for cell in ours(gru)]
+    cells = [write_cell(cell, gru.reset_after) for cell in ours(gru, *WRITTEN)]
     config = {
         "units": gru.hidden_size,
         "use_bias": gru.bias,
         "reset_after": gru.reset_after,
+        **write_functions(gru),
     }
     D = len(gru.suffixes)
     for i in range(gru.num_layers):
