@@ -86,6 +86,7 @@ LAYERS = [
     {"nn/layout", "nn/weights"},
     {"nn/params", "nn/steps", "nn/sweep"},
     {"nn/init", "nn/options", "nn/__init__"},
+    {"nn/merge"},
     {"equations", "inspect/formulas"},
     {"activations"},
     {"backend/__init__"},

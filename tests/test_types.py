@@ -51,7 +51,7 @@ MISTAKES = [
             "self._stack(self._runner", "self._stack(self.backend"),
     Mistake("a step function in place of a variant",
             "nn/gru.py", "GRU._stack",
-            "equations.variant(self.reset_after)", "equations.reset_after"),
+            "equations.variant(self.reset_after, self.functions)", "equations.reset_after"),
     Mistake("a function that a module does not have",
             "nn/cell.py", "GRUCell._sweep", "equations.variant(", "equations.variants("),
     Mistake("a step function in place of its schedule",

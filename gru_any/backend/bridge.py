@@ -19,7 +19,8 @@ from .transfer import FAILURES, neighbour
 
 # arguments that must be arrays of the model's library; in others, arrays of any library may come
 OURS = frozenset(("x", "x_t", "h0", "state", "dy", "dh_n", "dh", "dstate"))
-LISTS = frozenset(("state", "dstate"))  # of a Chain, which are lists of arrays
+# those that may be lists of arrays: of a Chain, and of two directions
+LISTS = frozenset(("state", "dstate", "dy"))
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

@@ -21,6 +21,7 @@ from ..typing import Shape
 from .formulas import called, formulas, latex
 
 Sizes: TypeAlias = tuple[int | str, ...]  # a shape; letters stand for sizes that are left open
+MERGED = {"mul": "product"}  # in words, where that is no word
 Formulas: TypeAlias = list[tuple[str, Sequence[ast.AST]]]  # headings, each with its lines
 
 
@@ -131,7 +132,10 @@ def _results(layer: Layer, shape: Sizes, batch_first: bool) -> tuple[Sizes, str]
     rows, new = shape[:-1], shape
     if isinstance(layer, GRU):
         H, D = layer.hidden_size, len(layer.suffixes)
-        y, batch = (*rows, D * H), rows[:0] if len(rows) == 1 else (rows[0 if batch_first else 1],)
+        y, batch = (
+            (*rows, layer.output_size),
+            rows[:0] if len(rows) == 1 else (rows[0 if batch_first else 1],),
+        )
         states = (layer.num_layers * D, *batch, H)
         return y, f"x {_shown(shape)} -> y {_shown(y)}, h_n {_shown(states)}"
     if isinstance(layer, Embedding):
@@ -169,9 +173,15 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
         notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
     suffixes = getattr(layer, "suffixes", [""])
     if "_reverse" in suffixes:
-        both = "; y holds both directions side by side" if len(suffixes) == 2 else ""
+        both = f"; y holds {_merged(layer)}" if len(suffixes) == 2 else ""
         notes.insert(2, f"_reverse reads from each sequence's end{both}.")
     return notes
+
+
+def _merged(layer: GRU | GRUCell) -> str:
+    mode = getattr(layer, "merge", "concat")
+    words = {"concat": "both directions side by side", None: "both directions as a pair of arrays"}
+    return words.get(mode) or f"the {MERGED.get(mode, mode)} of both directions"
 
 
 def _recorded(layer: GRU, shape: Sizes | None) -> list[str]:

@@ -75,6 +75,11 @@ class Chain:
         if not layers:
             raise ValueError("a Chain needs at least one layer")
         _check_last(layers)
+        if any(isinstance(layer, GRU) and layer.merge is None for layer in layers):
+            raise ValueError(
+                "a GRU with merge=None puts out a pair, which no layer of a Chain reads: use "
+                'another merge, such as "concat"'
+            )
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
@@ -114,7 +119,7 @@ class Chain:
                 x, h = layer(x, next(states), lengths, mask=mask, resets=resets, skipped=skipped)
                 new.append(h)
             elif isinstance(layer, Last):
-                x = layer(new[-1], self._directions)
+                x = layer(new[-1], *self._directions)
             else:
                 x = layer(x)
         return x, new
@@ -152,7 +157,7 @@ class Chain:
                 )
                 new.append(h)
             elif isinstance(layer, Last):
-                x, back = layer.vjp(new[-1], self._directions)
+                x, back = layer.vjp(new[-1], *self._directions)
             else:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
@@ -196,9 +201,10 @@ class Chain:
         return named, dy, found[::-1]
 
     @property
-    def _directions(self) -> int:
-        """Of the last GRU, whose states a Last takes."""
-        return [len(layer.suffixes) for layer in self.layers if isinstance(layer, GRU)][-1]
+    def _directions(self) -> tuple[int, str]:
+        """How many the last GRU has, whose states a Last takes, and how they are merged."""
+        last = [layer for layer in self.layers if isinstance(layer, GRU)][-1]
+        return len(last.suffixes), last.merge or "concat"
 
     def _states(self, state: States | None) -> Iterator[Array | None]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)

@@ -1,15 +1,17 @@
-"""What a GRU's arguments `activation`, `gate_activation` and `clip` mean."""
+"""What a GRU's arguments `activation`, `gate_activation`, `clip` and `merge` mean."""
 
 import math
 from typing import TypeAlias
 
 from .. import arguments
 from ..activations import DEFINITIONS, USUAL, Activation, Activations
+from .merge import MODES
 
 Named: TypeAlias = str | tuple[str | float, ...]  # "relu", ("leaky_relu", 0.1)
 # alpha of these is not negative: a function that falls and rises again hides its argument
 RISING = "leaky_relu", "thresholded_relu", "elu"
 DEFAULTS = {"activation": "tanh", "gate_activation": "sigmoid", "clip": None}
+MERGE = {"merge": "concat"}
 
 
 def activation(name: str, value: object) -> Named:
@@ -49,6 +51,20 @@ def _form(word: str) -> str:
 def clip(value: object) -> float | None:
     """Return the bound of what goes into the activations, above 0; None for none."""
     return None if value is None else arguments.number("clip", value, above=True)
+
+
+def merge(value: object, bidirectional: bool) -> str | None:
+    """Return how two directions become one; None: not at all.
+
+    Raises
+    ------
+    ValueError
+        It is another word, or there is one direction alone.
+    """
+    found = None if value is None else arguments.choice("merge", value, MODES)
+    if found != "concat" and not bidirectional:
+        raise ValueError(f"merge={value!r} joins two directions: set bidirectional=True")
+    return found
 
 
 def activations(gate: Named, candidate: Named, bound: float | None) -> Activations:

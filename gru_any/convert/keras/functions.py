@@ -1,4 +1,4 @@
-"""The activations of Keras' GRU: from their names to settings, and back."""
+"""The activations and merge modes of Keras: from their names to settings, and back."""
 
 from typing import Any, TypeAlias
 
@@ -7,7 +7,7 @@ from ...nn.options import DEFAULTS, Named
 from ..table import EQUATIONS
 from .archive import Config
 
-Functions: TypeAlias = tuple[tuple[str, Named], ...]  # settings that are not the usual ones
+Options: TypeAlias = tuple[tuple[str, Named | None], ...]  # settings that are not the usual ones
 NAMES: dict[str, Named] = {
     "tanh": "tanh",
     "sigmoid": "sigmoid",
@@ -21,10 +21,11 @@ NAMES: dict[str, Named] = {
 }
 HARD_SIGMOID: Named = ("hard_sigmoid", 0.2, 0.5)  # of Keras 1 and 2
 THEIRS = {"activation": ("tanh", "n"), "recurrent_activation": ("sigmoid", "z")}
+MERGE_MODES = {"concat": "concat", "sum": "sum", "ave": "mean", "mul": "mul", None: None}
 OURS = {"activation": "activation", "recurrent_activation": "gate_activation"}
 
 
-def read_functions(config: Config, version: int) -> Functions:
+def read_functions(config: Config, version: int) -> Options:
     """Return the settings that a cell's activations are; version: of Keras, 0 where unknown.
 
     Raises

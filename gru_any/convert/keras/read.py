@@ -25,7 +25,7 @@ from .archive import (
     parts_of,
 )
 from .cells import Model, read_cell
-from .functions import Functions, read_functions
+from .functions import MERGE_MODES, Options, read_functions
 
 RECURRENT = ("GRU", "Bidirectional", "RNN")
 ONE_BY_ONE = 'layer=["...", ...] takes layers by their names'
@@ -40,7 +40,7 @@ class Level(NamedTuple):
     cells: list[Cell]
     reset_after: bool
     direction: str  # "forward", "reverse" or "both"
-    functions: Functions = ()
+    options: Options = ()  # further settings of the GRU
 
 
 class Tensor(NamedTuple):
@@ -263,16 +263,16 @@ def _one_gru(levels: list[Level]) -> GRU:
     """A GRU of these layers."""
     if len({level[1:] for level in levels}) != 1:
         raise ValueError(
-            "these layers differ in reset_after, direction or activations: load them one by one"
+            "these layers differ in reset_after, direction, activations or merge_mode: load them "
+            "one by one"
         )
     cells = [cell for level in levels for cell in level.cells]
-    _, after, direction, functions = levels[0]
-    gru = assemble(cells, after, direction == "both", True, copy=False)
-    settings, named = gru.settings | dict(functions), dict(gru.params)
-    if direction == "reverse":
-        settings["reverse"] = True
-        named = {f"{name}_reverse": array for name, array in named.items()}
-    return layer_of(GRU, settings, named, gru.dtype, copy=False)
+    _, after, direction, options = levels[0]
+    gru = assemble(cells, after, direction == "both", True, copy=False, **dict(options))
+    if direction != "reverse":
+        return gru
+    named = {f"{name}_reverse": array for name, array in gru.params.items()}
+    return layer_of(GRU, gru.settings | {"reverse": True}, named, gru.dtype, copy=False)
 
 
 def _sequences(part: Part) -> bool:
@@ -300,8 +300,10 @@ def _levels(
         functions = [read_functions(cell, version) for cell in cells]
         pairs = zip(found, functions, strict=True)
         return [Level([cell], after, direction, of) for (cell, after), of in pairs]
-    if part.config.get("merge_mode", "concat") != "concat":
-        raise ValueError(f"merge_mode {part.config['merge_mode']!r} has no counterpart")
+    mode = part.config.get("merge_mode", "concat")
+    if mode not in MERGE_MODES:
+        raise ValueError(f"merge_mode {mode!r} has no counterpart")
+    merge = MERGE_MODES[mode]
     forward, backward = part.config["layer"], part.config.get("backward_layer")
     cells = _cells(forward["class_name"], forward["config"], settings, False)
     if backward:
@@ -321,7 +323,8 @@ def _levels(
     of_one, of_two = (read_functions(cell, version) for cell in cells)
     if of_one != of_two:
         raise ValueError("the two directions differ in their activations: no counterpart here")
-    return [Level([one[0], two[0]], one[1], "both", of_one)]
+    options = of_one if merge == "concat" else (*of_one, ("merge", merge))
+    return [Level([one[0], two[0]], one[1], "both", options)]
 
 
 def _places(config: Config, count: int) -> list[str]:

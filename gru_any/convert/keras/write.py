@@ -13,10 +13,10 @@ from ...typing import HostArray
 from ..cells import ours
 from .archive import Config, Part, places_of
 from .cells import layer_arrays, write_cell
-from .functions import write_functions
+from .functions import MERGE_MODES, write_functions
 from .hdf5 import write_hdf5
 
-WRITTEN = "activation", "gate_activation"  # of a GRU's options
+WRITTEN = "activation", "gate_activation", "merge"  # of a GRU's options
 CELLS = {1: ("cell/vars",), 2: ("forward_layer/cell/vars", "backward_layer/cell/vars")}
 
 
@@ -93,7 +93,9 @@ def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str
         "reset_after": gru.reset_after,
         **write_functions(gru),
     }
-    D = len(gru.suffixes)
+    D, mode = len(gru.suffixes), next(k for k, v in MERGE_MODES.items() if v == gru.merge)
+    if mode is None:
+        raise ValueError("merge=None makes two outputs, which a Sequential of Keras cannot have")
     for i in range(gru.num_layers):
         of_layer = cells[i * D : (i + 1) * D]
         if i and gru.dropout:
@@ -109,5 +111,5 @@ def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str
             yield Part("GRU", inner), found
         else:
             dtype = {**inner, "name": f"{name}_{i}_gru", "dtype": gru.dtype}
-            both = {"name": f"{name}_{i}", "merge_mode": "concat", "layer": _entry("GRU", dtype)}
+            both = {"name": f"{name}_{i}", "merge_mode": mode, "layer": _entry("GRU", dtype)}
             yield Part("Bidirectional", both), found
