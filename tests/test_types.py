@@ -53,7 +53,7 @@ MISTAKES = [
             "nn/gru.py", "GRU._stack",
             "equations.variant(self.reset_after, self.functions)", "equations.reset_after"),
     Mistake("a function that a module does not have",
-            "nn/cell.py", "GRUCell._sweep", "equations.variant(", "equations.variants("),
+            "nn/cell.py", "GRUCell.variant", "equations.variant(", "equations.variants("),
     Mistake("a step function in place of its schedule",
             "codegen/cuda_source.py", "forward_scan",
             "forward_schedule(step, vectors, keep, DEVICE, cut), number", "step, number"),

@@ -1,7 +1,8 @@
 """The functions that Numba's source calls, in float32 as arithmetic that vectorises.
 
 LLVM has no vectors of tanh, exp and log1p without a library of Intel's. These have neither branches
-nor tables, and NaN stays NaN. A power of two is met as the product of those in its exponent.
+nor tables, and NaN stays NaN. What an `if` chooses from is computed before it, so that it becomes a
+selection. A power of two is met as the product of those in its exponent.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from .rational import LIMIT, P, Q
 from .trace import Op
 
 HEAD = '@njit(nogil=True, error_model="numpy", fastmath={"contract"})'
+INLINED = HEAD.replace(")", ", forceinline=True)")  # which LLVM finds too long otherwise
 # exp(v) for |v| <= log(2) / 2, within 3e-9
 EXP = (
     0.9999999999595244, 1.0000000377447194, 0.5000000107798716, 0.16666415400552254,
@@ -20,7 +22,7 @@ ATANH = (
     1.000000003938874, 0.3333315796754134, 0.2001242686169173, 0.13980709418099285,
     0.14087328628023674,
 )  # fmt: skip
-POWERS = (128, 64, 32, 16, 8, 4, 2, 1)
+POWERS = (64, 64, 32, 16, 8, 4, 2, 1)  # twice 64: 2^-128 is denormal, which is slow
 
 
 def _polynomial(coefficients: Iterable[float], v: str) -> str:
@@ -57,7 +59,7 @@ def tanh(x):
 # exp(-|x|) = 2^k exp(v), k rounded by a sum that has no room for a fraction
 FUNCTIONS = {
     "exp": f"""
-{HEAD}
+{INLINED}
 def exp(x):
     v = f(-127.0) if abs(x) > f(127.0) else -abs(x)
     k = (v * f(1.4426950408889634) + f(12582912.0)) - f(12582912.0)
@@ -67,24 +69,27 @@ def exp(x):
     return f(1.0) / y if x > f(0.0) else y
 """,
     # 2 tanh / (1 - tanh), where nothing is lost
-    "expm1": """
-{HEAD}
+    "expm1": f"""
+{INLINED}
 def expm1(x):
     t = tanh(f(0.5) * (f(1.0) if x > f(1.0) else x))
-    return exp(x) - f(1.0) if x > f(1.0) else (t + t) / (f(1.0) - t)
-""".replace("{HEAD}", HEAD),
+    far, near = exp(x) - f(1.0), (t + t) / (f(1.0) - t)
+    return far if x > f(1.0) else near
+""",
     # log(w) = k log(2) + 2 atanh((m - 1) / (m + 1)), w = 2^k m; near 1 without the sum 1 + x
     "log1p": f"""
-{HEAD}
+{INLINED}
 def log1p(x):
     w = f(1.0) + x
-    m = f(1.0) / w if w < f(1.0) else w
+    turned = f(1.0) / w
+    m = turned if w < f(1.0) else w
     k = f(0.0)
 {_each_power("m >= f({q!r})", "m", "k", POWERS[1:])}\
-    s = (m - f(1.0)) / (m + f(1.0))
+    s, of_x = (m - f(1.0)) / (m + f(1.0)), x / (f(2.0) + x)
+    sign = f(-1.0) if w < f(1.0) else f(1.0)
     near = abs(x) <= f(0.5)
-    k = f(0.0) if near else (-k if w < f(1.0) else k)
-    s = x / (f(2.0) + x) if near else (-s if w < f(1.0) else s)
+    k = f(0.0) if near else sign * k
+    s = of_x if near else sign * s
     u = s * s
     y = k * f({0.6931471805599453}) + (s + s) * {_polynomial(ATANH, "u")}
     end = f(math.inf) if w > f(0.0) else (f(-math.inf) if w == f(0.0) else f(math.nan))
