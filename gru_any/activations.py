@@ -109,7 +109,7 @@ def scaled_tanh_gradient(xp: Namespace, dy: Array, y: Array, alpha: float, beta:
 def hard_sigmoid(xp: Namespace, v: Array, alpha: float, beta: float) -> Array:
     """alpha * v + beta, at least 0 and at most 1"""
     y = positive(xp, alpha * v + beta)
-    return xp.where(y > 1.0, xp.zeros_like(y) + 1.0, y)
+    return xp.where(y > 1.0, xp.full_like(y, 1.0), y)
 
 
 def hard_sigmoid_gradient(xp: Namespace, dy: Array, y: Array, alpha: float, beta: float) -> Array:
@@ -188,8 +188,8 @@ class Activation(NamedTuple):
         if self.clip is None:
             return y
         first, last = self.ends
-        y = xp.where(v > self.clip, xp.zeros_like(y) + last, y)
-        return xp.where(v < -self.clip, xp.zeros_like(y) + first, y)
+        y = xp.where(v > self.clip, xp.full_like(y, last), y)
+        return xp.where(v < -self.clip, xp.full_like(y, first), y)
 
     def backward(self, xp: Namespace, dy: Array, y: Array) -> Array:
         """Return dv."""
@@ -215,6 +215,7 @@ NUMBERS = SimpleNamespace(
     log1p=math.log1p,
     where=lambda condition, x, y: x if condition else y,
     zeros_like=lambda v: 0.0,
+    full_like=lambda v, number: number,
 )
 
 

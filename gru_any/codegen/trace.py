@@ -236,6 +236,9 @@ class _Tape:
     def zeros_like(self, v: "_Columns") -> float:
         return 0.0
 
+    def full_like(self, v: "_Columns", number: float) -> float:
+        return number
+
     def sum(self, v: "_Columns", axis: int) -> "_Sums":
         return _Sums(((Term(1.0, RowSum(v.ids)),),))
 

@@ -36,7 +36,7 @@ TESTS = [
     "(test_sequences and (by_hand or ragged_batch)) or "
     "(not test_sequences and (any_gru or torch or onnx))",
 ]
-OF_FUNCTIONS = ["tests/test_activations.py", "-k", "function or gradient"]
+OF_FUNCTIONS = ["tests/test_activations.py", "-k", "by_hand or by_complex_step or clipped"]
 EQUATIONS = {"gru_any/equations.py": TESTS, "gru_any/activations.py": OF_FUNCTIONS}
 # what is changed at random, and the tests that should notice
 LAWS = "tests/test_laws.py tests/test_sequences.py tests/test_last.py tests/test_gradients.py"
