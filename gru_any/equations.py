@@ -135,5 +135,4 @@ def variant(after: bool, f: Activations = USUAL) -> Variant:
 @lru_cache(maxsize=64)
 def with_activations(usual: Variant, f: Activations) -> Variant:
     """The same equations with other functions; what is equal gives the same steps."""
-    step, backward, weights = usual
-    return Variant(partial(step, f=f), partial(backward, f=f), weights)
+    return usual._replace(step=partial(usual.step, f=f), backward=partial(usual.backward, f=f))
