@@ -23,17 +23,15 @@ The gradient walks back through the same lines. dv stands for dL/dv, and g for d
 
 Shapes, for B rows and H units: h (B, H); a (B, 3H), the thirds r, z, n side by side; U (3H, H), the
 thirds r, z, n on top of each other; c (H,). Everything is arithmetic of the Python Array API, and
-`xp` is the namespace it runs in.
+`xp` is the namespace it runs in. f.gate is sigmoid and f.candidate tanh, or any other functions of
+`activations.py`, where y = f(xp, v) has the gradient dv = f.backward(xp, dy, y).
 """
 
+from functools import lru_cache, partial
 from typing import NamedTuple
 
+from .activations import USUAL, Activations
 from .typing import Array, Namespace, Saved, Step, WeightGradients
-
-
-def sigmoid(xp: Namespace, v: Array) -> Array:
-    """1 / (1 + exp(-v)), written so that nothing overflows."""
-    return 0.5 + 0.5 * xp.tanh(0.5 * v)
 
 
 def thirds(v: Array) -> tuple[Array, Array, Array]:
@@ -49,27 +47,27 @@ def halves(v: Array) -> tuple[Array, Array]:
 
 
 def reset_after(
-    xp: Namespace, a: Array, h: Array, U: Array, c: Array
+    xp: Namespace, a: Array, h: Array, U: Array, c: Array, f: Activations = USUAL
 ) -> tuple[Array, tuple[Array, ...]]:
     """One step: h' (B, H), and what its gradient needs."""
     a_r, a_z, a_n = thirds(a)
     q_r, q_z, q_n = thirds(h @ U.T)
-    r = sigmoid(xp, a_r + q_r)
-    z = sigmoid(xp, a_z + q_z)
+    r = f.gate(xp, a_r + q_r)
+    z = f.gate(xp, a_z + q_z)
     m = q_n + c
-    n = xp.tanh(a_n + r * m)
+    n = f.candidate(xp, a_n + r * m)
     return z * h + (1.0 - z) * n, (r, z, n, m)
 
 
 def reset_after_backward(
-    xp: Namespace, g: Array, h: Array, saved: Saved, U: Array
+    xp: Namespace, g: Array, h: Array, saved: Saved, U: Array, f: Activations = USUAL
 ) -> tuple[Array, tuple[Array, ...]]:
     """Its gradient: dh (B, H); da and dq, each (B, 3H), where q = h U^T."""
     r, z, n, m = saved
-    da_n = g * (1.0 - z) * (1.0 - n * n)
-    da_z = g * (h - n) * z * (1.0 - z)
+    da_n = f.candidate.backward(xp, g * (1.0 - z), n)
+    da_z = f.gate.backward(xp, g * (h - n), z)
     dm = da_n * r
-    da_r = da_n * m * r * (1.0 - r)
+    da_r = f.gate.backward(xp, da_n * m, r)
     da = xp.concat((da_r, da_z, da_n), axis=-1)
     dq = xp.concat((da_r, da_z, dm), axis=-1)
     return g * z + dq @ U, (da, dq)
@@ -82,28 +80,30 @@ def reset_after_weights(
     return dq.T @ h, xp.sum(dq, axis=0)
 
 
-def reset_before(xp: Namespace, a: Array, h: Array, U: Array) -> tuple[Array, tuple[Array, ...]]:
+def reset_before(
+    xp: Namespace, a: Array, h: Array, U: Array, f: Activations = USUAL
+) -> tuple[Array, tuple[Array, ...]]:
     """One step: h' (B, H), and what its gradient needs."""
     H = h.shape[-1]
     a_r, a_z, a_n = thirds(a)
     q_r, q_z = halves(h @ U[: 2 * H, :].T)
-    r = sigmoid(xp, a_r + q_r)
-    z = sigmoid(xp, a_z + q_z)
+    r = f.gate(xp, a_r + q_r)
+    z = f.gate(xp, a_z + q_z)
     s = r * h
-    n = xp.tanh(a_n + s @ U[2 * H :, :].T)
+    n = f.candidate(xp, a_n + s @ U[2 * H :, :].T)
     return z * h + (1.0 - z) * n, (r, z, n, s)
 
 
 def reset_before_backward(
-    xp: Namespace, g: Array, h: Array, saved: Saved, U: Array
+    xp: Namespace, g: Array, h: Array, saved: Saved, U: Array, f: Activations = USUAL
 ) -> tuple[Array, tuple[Array, ...]]:
     """Its gradient: dh (B, H); da (B, 3H)."""
     H = h.shape[-1]
     r, z, n, _ = saved
-    da_n = g * (1.0 - z) * (1.0 - n * n)
-    da_z = g * (h - n) * z * (1.0 - z)
+    da_n = f.candidate.backward(xp, g * (1.0 - z), n)
+    da_z = f.gate.backward(xp, g * (h - n), z)
     ds = da_n @ U[2 * H :, :]
-    da_r = ds * h * r * (1.0 - r)
+    da_r = f.gate.backward(xp, ds * h, r)
     da = xp.concat((da_r, da_z, da_n), axis=-1)
     return g * z + ds * r + da[..., : 2 * H] @ U[: 2 * H, :], (da,)
 
@@ -123,8 +123,16 @@ class Variant(NamedTuple):
     weights: WeightGradients  # the gradient to U and to the bias of h U^T
 
 
-def variant(after: bool) -> Variant:
+def variant(after: bool, f: Activations = USUAL) -> Variant:
     """The equations with the reset gate after (True) or before (False) the product."""
     if after:
-        return Variant(reset_after, reset_after_backward, reset_after_weights)
-    return Variant(reset_before, reset_before_backward, reset_before_weights)
+        found = Variant(reset_after, reset_after_backward, reset_after_weights)
+    else:
+        found = Variant(reset_before, reset_before_backward, reset_before_weights)
+    return found if f is USUAL else with_activations(found, f)
+
+
+@lru_cache(maxsize=64)
+def with_activations(usual: Variant, f: Activations) -> Variant:
+    """The same equations with other functions; what is equal gives the same steps."""
+    return usual._replace(step=partial(usual.step, f=f), backward=partial(usual.backward, f=f))

@@ -266,3 +266,15 @@ def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path):
         path.name, ours.name, others.name, another.name
     }  # fmt: skip
     assert load(path).params.keys() == GRU(2, 3).params.keys()
+
+
+def test_a_loaded_cell_computes_what_the_saved_one_did(tmp_path):
+    """Whatever the order in the file: with I = H the matrices could be taken for each other."""
+    cell = GRUCell(4, 4, reset_after=True, seed=0)
+    save(tmp_path / "cell", cell)
+    again, x = load(tmp_path / "cell"), np.ones((2, 4), "float32")
+    assert list(again.params) == list(cell.params)
+    (h, pullback), (h_again, pullback_again) = cell.vjp(x, x), again.vjp(x, x)
+    assert np.array_equal(h, h_again)
+    for name, grad in pullback(x)[0].items():
+        assert np.array_equal(grad, pullback_again(x)[0][name])

@@ -176,12 +176,56 @@ def test_a_backward_layer_of_its_own(keras, L, tmp_path, ending):
     same(convert.load(saved(model, tmp_path, ending)), model)
     for settings, message in (
         ({"reset_after": False}, "differ in reset_after"),
-        ({"activation": "relu"}, "in place of the tanh"),
+        ({"activation": "gelu"}, "in place of the tanh"),
+        ({"activation": "relu"}, "differ in their activations"),
     ):
         back = L.GRU(H, go_backwards=True, **settings)
         model = row(keras, L.Bidirectional(L.GRU(H), backward_layer=back))
         with pytest.raises(ValueError, match=message):
             convert.load(saved(model, tmp_path, ending))
+
+
+# activations -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["relu", "softsign", "softplus", "linear", "elu", "leaky_relu",
+                                  "hard_sigmoid"])  # fmt: skip
+@pytest.mark.parametrize("after", [False, True])
+def test_activations(keras, L, tmp_path, name, after):
+    """As the candidate's and as the gates'; read, and written again."""
+    model = keras.Sequential([
+        keras.Input((T, I)),
+        L.Bidirectional(L.GRU(H, activation=name, reset_after=after, return_sequences=True)),
+        L.GRU(H, recurrent_activation=name, activation=name, reset_after=after),
+        L.Dense(2),
+    ])  # fmt: skip
+    rng = np.random.default_rng(1)
+    model.set_weights([0.3 * rng.standard_normal(w.shape) for w in model.get_weights()])
+    for ending in ENDINGS:
+        ours = convert.load(saved(model, tmp_path, ending))
+        same(ours, model)
+    convert.save(tmp_path / "again.keras", ours)
+    same(ours, keras.saving.load_model(tmp_path / "again.keras"))
+
+
+def test_a_hard_sigmoid_of_keras_2(tmp_path):
+    """It is steeper there; the file says which version wrote it."""
+    layer = entry("GRU", return_sequences=True, recurrent_activation="hard_sigmoid")
+    for version, alpha in (("2.13.1", 0.2), ("3.0.0", 1 / 6)):
+        path = archive(tmp_path / "m.keras", [layer], CELL, version)
+        assert convert.load(path).gate_activation == ("hard_sigmoid", alpha, 0.5)
+
+
+def test_activations_that_keras_does_not_have(tmp_path):
+    for settings, message in (
+        ({"clip": 1.0}, "the model has clip=1.0, which would be lost"),
+        ({"activation": ("elu", 0.5)}, r"activation=\('elu', 0.5\) is no function that Keras has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.save(tmp_path / "m.keras", GRU(3, 4, **settings))
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="has activation='relu', which would be lost"):
+        convert.to_arrays(GRU(3, 4, activation="relu"))
 
 
 # dtypes ------------------------------------------------------------------------------------------
@@ -259,10 +303,11 @@ def test_a_bias_of_another_dtype_is_not_left_out(tmp_path, dtype):
         convert.load(tmp_path / "m.weights.h5")
 
 
-def archive(path, layers, arrays):
+def archive(path, layers, arrays, version="3.0.0"):
     description = {"class_name": "Sequential", "config": {"layers": layers}}
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("config.json", json.dumps(description))
+        file.writestr("metadata.json", json.dumps({"keras_version": version}))
         file.writestr("model.weights.h5", hdf5(arrays))
     return path
 
@@ -310,8 +355,9 @@ def test_what_old_files_leave_out(tmp_path):
     with pytest.raises(ValueError, match="say reset_after=True or"):
         convert.load(path)
     assert not convert.load(path, reset_after=False).reset_after
-    with pytest.raises(ValueError, match="'relu' in place of the tanh"):
-        convert.load(path, reset_after=False, activation="relu")
+    assert convert.load(path, reset_after=False, activation="relu").activation == "relu"
+    with pytest.raises(ValueError, match="'gelu' in place of the tanh"):
+        convert.load(path, reset_after=False, activation="gelu")
 
 
 # settings by hand --------------------------------------------------------------------------------
@@ -325,8 +371,9 @@ def test_settings_by_hand_are_checked(tmp_path):
     x = X.astype("float32")
     assert np.allclose(through(reverse, x[:, ::-1])[:, ::-1], through(plain, x), atol=1e-6)
     for settings, error, message in (
-        ({"activation": "relu"}, ValueError, "'relu' in place of the tanh in n ="),
-        ({"recurrent_activation": "hard_sigmoid"}, ValueError, "'hard_sigmoid' in place of"),
+        ({"activation": "gelu"}, ValueError, "'gelu' in place of the tanh in n ="),
+        ({"recurrent_activation": "silu"}, ValueError, "'silu' in place of the sigmoid in z ="),
+        ({"recurrent_activation": "hard_sigmoid"}, ValueError, "does not say which version wrote"),
         ({"reset_after": False}, ValueError, "is one with the reset gate after"),
         ({"reset_after": "False"}, TypeError, "reset_after is 'False', expected True or False"),
         ({"go_backwards": 1}, TypeError, "go_backwards is 1, expected True or False"),

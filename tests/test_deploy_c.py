@@ -377,8 +377,8 @@ def test_weights_that_are_no_numbers(tmp_path, weights, wrong):
 
 def test_a_setting_that_c_does_not_know(tmp_path):
     gru = GRU(3, 4)
-    gru.settings["activation"] = "relu"
-    with pytest.raises(ValueError, match="C does not follow activation='relu'"):
+    gru.settings["unheard_of"] = 1
+    with pytest.raises(ValueError, match="C does not follow unheard_of=1"):
         c.write(gru, tmp_path / "out")
 
 

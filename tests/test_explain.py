@@ -55,7 +55,7 @@ def test_another_equation_is_another_text(monkeypatch):
         return h + a[..., :3], (h, h, h, h)
 
     other = equations.Variant(step, equations.reset_before_backward, None)
-    monkeypatch.setattr(equations, "variant", lambda after: other)
+    monkeypatch.setattr(equations, "variant", lambda after, f: other)
     assert block(explain(GRU(2, 3)), "Each step") == ["h' = h + a[..., :3]"]
 
 

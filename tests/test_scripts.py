@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,6 +219,13 @@ def test_the_cost_of_the_import(monkeypatch, capsys):
     monkeypatch.setattr(import_time, "ROUNDS", 2)
     import_time.main()
     assert "gru_any adds" in capsys.readouterr().out
+
+
+def test_the_cost_of_options(monkeypatch):
+    """Every row of the table runs, on a small size and without compiling."""
+    monkeypatch.setenv("GRU_ANY_NO_NUMBA", "1")
+    text = run("benchmarks/options.py", "--cell", "3,2,4,5", "--rounds", "1")
+    assert len(re.findall(r"^\w[\w ]+ +[\d.]+ +[\d.]+   bar [\d.]+", text, re.M)) >= 13
 
 
 def test_mutation():

@@ -97,8 +97,8 @@ def test_an_input_times_one_is_a_result_of_its_own():
 
 
 def test_what_cannot_be_traced_is_said():
-    with pytest.raises(AttributeError, match=r"xp\.exp cannot be traced"):
-        trace(lambda xp, h: (xp.exp(h), ()), 1)
+    with pytest.raises(AttributeError, match=r"xp\.cos cannot be traced"):
+        trace(lambda xp, h: (xp.cos(h), ()), 1)
 
 
 def test_a_program_prints_as_it_is_read():

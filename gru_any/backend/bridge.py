@@ -20,8 +20,8 @@ from .transfer import FAILURES, neighbour
 # arguments that must be arrays of the model's library; in others, arrays of any library may come
 OURS = frozenset(("x", "x_t", "h0", "state", "dy", "dh_n", "dh", "dstate", "params_dot"))
 OURS |= {f"{name}_dot" for name in ("x", "h0", "state", "dy", "dh_n", "dstate")}
-# of a Chain, which are lists of arrays, and of parameters, which are mappings
-LISTS = frozenset(("state", "dstate", "state_dot", "dstate_dot", "params_dot"))
+# those that may be lists of arrays, of a Chain and of two directions, or mappings, of parameters
+LISTS = frozenset(("state", "dstate", "dy", "state_dot", "dstate_dot", "dy_dot", "params_dot"))
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

@@ -1,6 +1,7 @@
 """From a schedule to source for a scan of NumPy's products with compiled loops between them."""
 
-from .numba_source import HEAD, TANH, lines
+from .numba_functions import functions
+from .numba_source import HEAD, lines
 from .numpy_source import HostSource, column
 from .schedule import Group, Kind, Schedule
 
@@ -10,7 +11,8 @@ class BriefSource(HostSource):
 
     def __init__(self, schedule: Schedule, dtype: str) -> None:
         self.dtype = dtype
-        self.loops = HEAD.format(dtype=dtype) + TANH[dtype]
+        self.loops = HEAD.format(dtype=dtype)
+        self.loops += functions([op for group in schedule.groups for op in group.ops], dtype)
         super().__init__(schedule)
 
     def group(self, n: int, group: Group) -> None:

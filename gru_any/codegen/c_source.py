@@ -15,6 +15,11 @@ OPERATIONS = {
     "multiply": "{} * {}",
     "divide": "{} / {}",
     "tanh": "tanh_of({})",
+    "greater": "{} > {}",
+    "less": "{} < {}",
+    "exp": "expf({})",
+    "expm1": "expm1f({})",
+    "log1p": "log1pf({})",
     "where": "{} ? {} : {}",
 }
 IN_PLACE = Target(in_place=True, rounds=False, adds=False)

@@ -33,6 +33,11 @@ OPERATIONS = {
     "multiply": "{} * {}",
     "divide": "{} / {}",
     "tanh": "tanh{f}({})",
+    "greater": "{} > {}",
+    "less": "{} < {}",
+    "exp": "exp{f}({})",
+    "expm1": "expm1{f}({})",
+    "log1p": "log1p{f}({})",
     "where": "{} ? {} : {}",
 }
 TYPES = {"float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16"}

@@ -9,6 +9,11 @@ OPERATIONS = {
     "multiply": "{} * {}",
     "divide": "{} / {}",
     "tanh": "Math.tanh({})",
+    "greater": "{} > {}",
+    "less": "{} < {}",
+    "exp": "Math.exp({})",
+    "expm1": "Math.expm1({})",
+    "log1p": "Math.log1p({})",
     "where": "{} ? {} : {}",
 }
 # what `step` is called with

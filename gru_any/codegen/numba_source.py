@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .rational import LIMIT, P, Q
+from .numba_functions import functions
 from .schedule import CUT, ArrayRef, Gemm, Group, Kind, Place, Schedule
 from .trace import Op
 
@@ -17,7 +17,12 @@ OPERATIONS = {
     "subtract": "{} - {}",
     "multiply": "{} * {}",
     "divide": "{} / {}",
+    "greater": "{} > {}",
+    "less": "{} < {}",
     "tanh": "tanh({})",
+    "exp": "exp({})",
+    "expm1": "expm1({})",
+    "log1p": "log1p({})",
     "where": "{1} if {0} else {2}",
 }
 HEAD = '''\
@@ -90,24 +95,6 @@ def affine(x, W, b, a):
 
 
 '''
-# float32: the rational function; NaN stays NaN; it vectorises
-TANH = {
-    "float32": f"""
-@njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
-def tanh(x):
-    y = f(0.5) * x
-    u = y * y
-    v = u * u
-    p = f({P[4]}) * v + (f({P[3]}) * u + f({P[2]}))
-    p = (p * v + (f({P[1]}) * u + f({P[0]}))) * y
-    q = f({Q[3]}) * u + f({Q[2]})
-    q = q * v + (f({Q[1]}) * u + f({Q[0]}))
-    return math.copysign(f(1.0), x) if abs(x) >= f({LIMIT}) else (p + p) * q / (q * q + p * p)
-""",
-    "float64": """
-tanh = math.tanh
-""",
-}
 
 
 def lines(ops: list[Op]) -> list[str]:
@@ -287,7 +274,8 @@ class NumbaSource:
 
     def _head(self) -> list[str]:
         """The lines before a function: what it imports and calls."""
-        found = [HEAD.format(dtype=self.dtype) + TANH[self.dtype]]
+        ops = [op for group in self.schedule.groups for op in group.ops]
+        found = [HEAD.format(dtype=self.dtype) + functions(ops, self.dtype)]
         for n, stage in enumerate(self.schedule.stages):
             found += _fused(n, stage) if isinstance(stage, Group) else []
         return found

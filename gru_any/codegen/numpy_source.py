@@ -10,7 +10,8 @@ from .schedule import ArrayRef, Gemm, Group, Kind, Place, Schedule
 from .trace import Op, Product
 
 # the names of NumPy's functions
-FUNCTIONS = {name: name for name in ("add", "subtract", "multiply", "divide", "tanh", "exp")}
+NAMES = "add subtract multiply divide greater less tanh exp expm1 log1p"
+FUNCTIONS = {name: name for name in NAMES.split()}
 STATES = {Kind.BEFORE: "before", Kind.AFTER: "after"}
 
 

@@ -111,8 +111,8 @@ class Reductions(NamedTuple):
         return "\n".join([f"inputs {inputs}", *lines])
 
 
-FUNCTIONS = ["tanh"]  # of xp, of one array, element by element
-INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
+FUNCTIONS = ["tanh", "exp", "expm1", "log1p"]  # of xp, of one array, element by element
+INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "greater": ">", "less": "<"}
 
 
 def _listed(columns: tuple[int, ...]) -> str:
@@ -236,6 +236,9 @@ class _Tape:
     def zeros_like(self, v: "_Columns") -> float:
         return 0.0
 
+    def full_like(self, v: "_Columns", number: float) -> float:
+        return number
+
     def sum(self, v: "_Columns", axis: int) -> "_Sums":
         return _Sums(((Term(1.0, RowSum(v.ids)),),))
 
@@ -247,7 +250,7 @@ class _Tape:
     def __getattr__(self, name: str) -> Callable[["_Columns"], "_Columns"]:
         if name in FUNCTIONS:
             return partial(self.each, name)
-        known = " and ".join(["+ - * / @", *FUNCTIONS, "where"])
+        known = " and ".join(["+ - * / @ > <", *FUNCTIONS, "where"])
         raise AttributeError(f"xp.{name} cannot be traced: the steps are made of {known}")
 
 
@@ -347,3 +350,9 @@ class _Columns:
 
     def __rmul__(self, other: "_Columns | float") -> "_Columns":
         return self._with("multiply", other, True)
+
+    def __gt__(self, other: "_Columns | float") -> "_Columns":
+        return self._with("greater", other)
+
+    def __lt__(self, other: "_Columns | float") -> "_Columns":
+        return self._with("less", other)

@@ -8,11 +8,13 @@ from ..backend import select, to_numpy
 from ..errors import ShapeError
 from ..nn.cell import GRUCell
 from ..nn.gru import GRU
+from ..nn.options import DEFAULTS, MERGE
 from ..nn.params import Layer, converted
 from ..nn.weights import parameter_shapes
 from ..typing import Array, Arrays, HostArray, Shape
 from .table import Cell, Table, read, write
 
+OPTIONS = DEFAULTS | MERGE
 Kind = TypeVar("Kind", bound=Layer)
 Cells: TypeAlias = Arrays | Iterable[Arrays]  # of one layer, or of several
 
@@ -27,9 +29,16 @@ def gru_of(
 
 
 def assemble(
-    cells: list[Cell], reset_after: bool, bidirectional: bool, batch_first: bool, copy: bool = True
+    cells: list[Cell],
+    reset_after: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    copy: bool = True,
+    **options: Any,
 ) -> GRU:
     """Make a GRU from our arrays of each layer and direction, forward before reverse.
+
+    options: further settings of the GRU.
 
     copy: False where the arrays are nobody else's, as a table makes them.
     """
@@ -42,9 +51,10 @@ def assemble(
         raise ValueError(f"{len(cells)} cells, expected a forward and a reverse one for each layer")
     I, H = _sizes(cells[0])
     bias, named = "bias_ih" in cells[0], {}
+    side_by_side = options.get("merge", "concat") in ("concat", None)
     for i, cell in enumerate(cells):
         at = f"_l{i // len(suffixes)}{suffixes[i % len(suffixes)]}"
-        width = I if i < len(suffixes) else H * len(suffixes)
+        width = I if i < len(suffixes) else H * (len(suffixes) if side_by_side else 1)
         _check(at, cell, parameter_shapes(width, H, bias, reset_after))
         named.update({name + at: array for name, array in cell.items()})
     settings = {
@@ -55,6 +65,7 @@ def assemble(
         "batch_first": batch_first,
         "bidirectional": bidirectional,
         "reset_after": reset_after,
+        **options,
     }
     return layer_of(GRU, settings, named, dtype, copy)
 
@@ -112,9 +123,9 @@ def cells_of(table: Table, gru: GRU) -> list[dict[str, HostArray]]:
     return [write(table, cell, gru.reset_after) for cell in ours(gru)]
 
 
-def ours(gru: GRU) -> list[Cell]:
-    """Return our arrays of each layer and direction, forward before reverse."""
-    check_gru(gru)
+def ours(gru: GRU, *held: str) -> list[Cell]:
+    """Return our arrays of each layer and direction, forward before reverse; held: its options."""
+    check_gru(gru, *held)
     layers = [f"_l{i}{suffix}" for i in range(gru.num_layers) for suffix in gru.suffixes]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [
@@ -123,15 +134,29 @@ def ours(gru: GRU) -> list[Cell]:
     ]
 
 
-def check_gru(model: object) -> None:
-    """Raise where the model is no GRU that reads forward."""
+def check_gru(model: object, *held: str) -> None:
+    """Raise where the model is no GRU that reads forward, or has options that are not held."""
     if not isinstance(model, GRU):
         raise TypeError(f"the model is a {type(model).__name__}, expected a GRU")
+    refuse_options(model, *held)
     if model.suffixes == ["_reverse"]:
         raise ValueError(
             "a GRU with reverse=True alone has no home in the other library: load its weights, "
             "without _reverse in their names, into one that reads forward, and turn x and y round "
             "in time, each row within its length"
+        )
+
+
+def refuse_options(layer: GRU | GRUCell, *held: str) -> None:
+    """Raise where a layer computes with other functions than weights alone tell; held: which may.
+
+    A setting stands among the settings where it is not the usual one.
+    """
+    others = [f"{k}={v!r}" for k, v in layer.settings.items() if k in OPTIONS and k not in held]
+    if others:
+        raise ValueError(
+            f"the model has {', '.join(others)}, which would be lost: what is written is for a GRU "
+            "of sigmoid and tanh, with its directions side by side. gru_any.save writes all of it"
         )
 
 

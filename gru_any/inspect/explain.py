@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple, SupportsIndex, TypeAlias
 
-from .. import equations
 from ..backend import bridged, path, recorded
 from ..errors import check_shape
 from ..nn.cell import GRUCell
@@ -22,6 +21,7 @@ from ..typing import Shape
 from .formulas import called, formulas, latex
 
 Sizes: TypeAlias = tuple[int | str, ...]  # a shape; letters stand for sizes that are left open
+MERGED = {"mul": "product"}  # in words, where that is no word
 Formulas: TypeAlias = list[tuple[str, Sequence[ast.AST]]]  # headings, each with its lines
 
 
@@ -136,7 +136,10 @@ def _results(layer: Layer, shape: Sizes, batch_first: bool) -> tuple[Sizes, str]
     rows, new = shape[:-1], shape
     if isinstance(layer, GRU):
         H, D = layer.hidden_size, len(layer.suffixes)
-        y, batch = (*rows, D * H), rows[:0] if len(rows) == 1 else (rows[0 if batch_first else 1],)
+        y, batch = (
+            (*rows, layer.output_size),
+            rows[:0] if len(rows) == 1 else (rows[0 if batch_first else 1],),
+        )
         states = (layer.num_layers * D, *batch, H)
         return y, f"x {_shown(shape)} -> y {_shown(y)}, h_n {_shown(states)}"
     if isinstance(layer, Embedding):
@@ -161,7 +164,7 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
     """Describe gates, biases, layers and directions, how a call runs, and the functions called."""
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
     way, why = path(layer.backend, H, layer.dtype)
-    step = equations.variant(layer.reset_after).step
+    step = layer.variant.step
     notes = [
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
         _biases(layer.bias, layer.reset_after),
@@ -174,9 +177,15 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
         notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
     suffixes = getattr(layer, "suffixes", [""])
     if "_reverse" in suffixes:
-        both = "; y holds both directions side by side" if len(suffixes) == 2 else ""
+        both = f"; y holds {_merged(layer)}" if len(suffixes) == 2 else ""
         notes.insert(2, f"_reverse reads from each sequence's end{both}.")
     return notes
+
+
+def _merged(layer: GRU | GRUCell) -> str:
+    mode = getattr(layer, "merge", "concat")
+    words = {"concat": "both directions side by side", None: "both directions as a pair of arrays"}
+    return words.get(mode) or f"the {MERGED.get(mode, mode)} of both directions"
 
 
 def _recorded(layer: GRU, shape: Sizes | None) -> list[str]:
@@ -210,7 +219,7 @@ def _lines(layer: GRU | GRUCell) -> Formulas:
 
 
 def _equations(layer: GRU | GRUCell) -> Formulas:
-    step, backward, _ = equations.variant(layer.reset_after)
+    step, backward, _ = layer.variant
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
     product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
     return [

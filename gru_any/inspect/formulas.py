@@ -1,10 +1,17 @@
-"""The source of a step function as formulas: its lines without sizes and namespaces, or LaTeX."""
+"""The source of a step function as formulas: its lines without sizes and namespaces, or LaTeX.
+
+The activations f of a step are written by their names, and their gradients as their own formulas.
+"""
 
 import ast
 import inspect
 import math
 import textwrap
 from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..activations import DEFINITIONS, Activation, Activations
 
 LETTERS = {"sigmoid": r"\sigma", "tanh": r"\tanh"}
 SIGNS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: r" \odot ", ast.MatMult: r"\, "}
@@ -15,41 +22,68 @@ def formulas(function: Callable[..., object], result: str, **sizes: int) -> list
 
     The first value that it returns is called `result`; names in `sizes` are replaced by numbers.
     """
-    lines = []
+    lines, tidy = [], _Tidy(sizes, _activations(function))
     for node in _source(function).body:
         if isinstance(node, ast.Return):
             value = node.value.elts[0] if isinstance(node.value, ast.Tuple) else node.value
             node = ast.Assign([ast.Name(result)], value)  # type: ignore[arg-type]
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) not in sizes:
-            lines.append(ast.fix_missing_locations(_Tidy(sizes).visit(node)))
+            lines.append(ast.fix_missing_locations(tidy.visit(node)))
     return lines
 
 
 def called(function: Callable[..., object]) -> dict[str, str]:
-    """Return the docstrings of the functions that a function calls by name."""
+    """Return what the functions do that the formulas of a function call by name."""
     calls = [node for node in ast.walk(_source(function)) if isinstance(node, ast.Call)]
     names = dict.fromkeys(n.func.id for n in calls if isinstance(n.func, ast.Name))
-    return {name: inspect.getdoc(function.__globals__[name]) or "" for name in names}
+    found = {name: inspect.getdoc(_plain(function).__globals__[name]) or "" for name in names}
+    for f in _activations(function) or ():
+        found[f.name] = _described(f)
+        if f.clip is not None:
+            found["clip"] = f"v, at least {-f.clip:g} and at most {f.clip:g}"
+    return found
+
+
+def _described(f: Activation) -> str:
+    names, text = DEFINITIONS[f.name].numbers, inspect.getdoc(DEFINITIONS[f.name].function) or ""
+    numbers = [f"{name} = {value:g}" for name, value in zip(names, f.numbers, strict=True)]
+    return "; ".join([text, *([", ".join(numbers)] if numbers else [])])
+
+
+def _plain(function: Callable[..., object]) -> Any:
+    """Return the function of the equations, whatever its activations are."""
+    return function.func if isinstance(function, partial) else function
+
+
+def _activations(function: Callable[..., object]) -> Activations | None:
+    """Return the activations of a step; None where it takes none."""
+    f = inspect.signature(function).parameters.get("f")
+    return None if f is None else f.default
 
 
 def _source(function: Callable[..., object]) -> ast.FunctionDef:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(_plain(function)))).body[0]
     assert isinstance(tree, ast.FunctionDef)
     return tree
 
 
 class _Tidy(ast.NodeTransformer):
-    """Drops the namespace `xp`, and writes sizes as numbers."""
+    """Drops the namespace `xp`, writes sizes as numbers, and activations as what they are."""
 
-    def __init__(self, sizes: dict[str, int]) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: dict[str, int], f: Activations | None) -> None:
+        self.sizes, self.f = sizes, f
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Write `xp.f(v)` and `f(xp, v)` as `f(v)`."""
         self.generic_visit(node)
-        if isinstance(node.func, ast.Attribute):
-            node.func = ast.Name(node.func.attr)
         node.args = [a for a in node.args if not (isinstance(a, ast.Name) and a.id == "xp")]
+        match node.func:
+            case ast.Attribute(ast.Attribute(ast.Name("f"), name), "backward") if self.f:
+                return _gradient(getattr(self.f, name), *node.args)
+            case ast.Attribute(ast.Name("f"), name) if self.f:
+                return _function(getattr(self.f, name), *node.args)
+            case ast.Attribute(_, name):
+                node.func = ast.Name(name)
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
@@ -67,6 +101,31 @@ class _Tidy(ast.NodeTransformer):
         sides = [side.value for side in (node.left, node.right) if isinstance(side, ast.Constant)]
         whole = len(sides) == 2 and isinstance(node.op, ast.Mult)
         return ast.Constant(math.prod(sides)) if whole else node  # type: ignore[arg-type]
+
+
+def _function(f: Activation, v: ast.expr) -> ast.Call:
+    v = v if f.clip is None else ast.Call(ast.Name("clip"), [v], [])
+    return ast.Call(ast.Name(f.name), [v], [])
+
+
+def _gradient(f: Activation, dy: ast.expr, y: ast.expr) -> ast.AST:
+    """Return the formula of dv, for these dy and y."""
+    definition = DEFINITIONS[f.name]
+    (line,) = [node for node in _source(definition.gradient).body if isinstance(node, ast.Return)]
+    numbers = zip(definition.numbers, map(ast.Constant, f.numbers), strict=True)
+    dv = _Put({"dy": dy, "y": y, **dict(numbers)}).visit(_Tidy({}, None).visit(line)).value
+    return dv if f.clip is None else ast.Call(ast.Name("unclipped"), [dv, y], [])
+
+
+class _Put(ast.NodeTransformer):
+    """Puts expressions in the place of names."""
+
+    def __init__(self, values: dict[str, ast.expr]) -> None:
+        self.values = values
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Return the expression for a name."""
+        return self.values.get(node.id, node)
 
 
 def latex(node: ast.AST) -> str:

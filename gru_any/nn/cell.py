@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 from .. import arguments, equations
 from ..backend import by_place, runner
+from ..equations import Variant
 from ..errors import check_shape
 from ..typing import Array, Device, Gradients, Shape
+from . import options
 from .init import uniform
 from .params import BackendLike, Layer, refuse_stale
 from .sweep import Sweep
@@ -20,7 +22,7 @@ class GRUCell(Layer):
     ----------
     input_size, hidden_size : int
         I and H.
-    bias, reset_after, backend, device, dtype, seed
+    bias, reset_after, backend, device, dtype, seed, activation, gate_activation, clip
         As in `GRU`.
 
     Attributes
@@ -52,16 +54,29 @@ class GRUCell(Layer):
         device: Device = None,
         dtype: str = "float32",
         seed: int | None = None,
+        activation: options.Named = "tanh",
+        gate_activation: options.Named = "sigmoid",
+        clip: float | None = None,
     ) -> None:
         self.input_size = arguments.size("input_size", input_size)
         self.hidden_size = arguments.size("hidden_size", hidden_size)
         self.bias = arguments.flag("bias", bias)
         self.reset_after = arguments.flag("reset_after", reset_after)
+        self.activation = options.activation("activation", activation)
+        self.gate_activation = options.activation("gate_activation", gate_activation)
+        self.clip = options.clip(clip)
+        self.functions = options.activations(self.gate_activation, self.activation, self.clip)
         shapes = parameter_shapes(self.input_size, self.hidden_size, self.bias, self.reset_after)
         self._create(
             GRUCell, backend, device, dtype, shapes.items(), seed,
             lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
         )  # fmt: skip
+        self._leave_out(options.DEFAULTS)
+
+    @property
+    def variant(self) -> Variant:
+        """As of `GRU`."""
+        return equations.variant(self.reset_after, self.functions)
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:
         return variant_advice(missing, unused)
@@ -118,7 +133,7 @@ class GRUCell(Layer):
         own = [run.upcast(v, dtype) for v in self.params.values()]
         return Sweep(
             run,
-            equations.variant(self.reset_after),
+            self.variant,
             weights(self.backend.xp, self.reset_after, *own),
             None,
             False,

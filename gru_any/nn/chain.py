@@ -85,6 +85,11 @@ class Chain:
         if not layers:
             raise ValueError("a Chain needs at least one layer")
         _check_last(layers)
+        if any(isinstance(layer, GRU) and layer.merge is None for layer in layers):
+            raise ValueError(
+                "a GRU with merge=None puts out a pair, which no layer of a Chain reads: use "
+                'another merge, such as "concat"'
+            )
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
@@ -125,7 +130,7 @@ class Chain:
                 x, h = layer(x, next(states), lengths, mask=mask, resets=resets, skipped=skipped)
                 new.append(h)
             elif isinstance(layer, Last):
-                x = layer(new[-1], self._directions)
+                x = layer(new[-1], *self._directions)
             else:
                 x = layer(x)
         return x, new
@@ -164,7 +169,7 @@ class Chain:
                 )
                 new.append(h)
             elif isinstance(layer, Last):
-                x, back = layer.vjp(new[-1], self._directions)
+                x, back = layer.vjp(new[-1], *self._directions)
             else:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
@@ -278,9 +283,10 @@ class Chain:
         return any(isinstance(layer, Last) for layer in self.layers)
 
     @property
-    def _directions(self) -> int:
-        """Of the last GRU, whose states a Last takes."""
-        return [len(layer.suffixes) for layer in self.layers if isinstance(layer, GRU)][-1]
+    def _directions(self) -> tuple[int, str]:
+        """How many the last GRU has, whose states a Last takes, and how they are merged."""
+        last = [layer for layer in self.layers if isinstance(layer, GRU)][-1]
+        return len(last.suffixes), last.merge or "concat"
 
     def _states(self, state: States | None) -> Iterator[Array | None]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)
@@ -421,7 +427,7 @@ def _check_widths(layers: Sequence[Layer]) -> None:
                 f"layer {i - 1} returns"
             )
         if isinstance(layer, GRU):
-            width = len(layer.suffixes) * layer.hidden_size
+            width = layer.output_size
         elif isinstance(layer, Linear):
             width = layer.out_features
         elif isinstance(layer, Embedding):

@@ -11,6 +11,7 @@ from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
 from ..typing import Array, Arrays, Device, Lengths, Rng, Shape
+from . import options
 from .init import uniform
 from .layout import Call, SequenceLayout
 from .params import BackendLike, Layer
@@ -41,7 +42,7 @@ class GRU(Layer):
         Probability with which an element that passes from one layer to the next is set to 0; the
         others are divided by 1 - dropout. Acts only in `vjp` with `rng`; needs num_layers > 1.
     bidirectional : bool
-        A second GRU reads from each sequence's end; y holds both, side by side.
+        A second GRU reads from each sequence's end; y holds both, as `merge` says.
     reverse : bool
         A single direction, which reads from each sequence's end; the names of its parameters end in
         `_reverse`. y_t still belongs to x_t. Not together with bidirectional.
@@ -67,6 +68,18 @@ class GRU(Layer):
         What is stored for the backward pass. None: about 5 values per step and unit. "sqrt": one
         state every sqrt(T) steps; an int: one every that many steps (rounded up to whole blocks).
         The pullback computes the rest again, and the gradients are the same bit for bit.
+    activation, gate_activation : str or tuple
+        The functions that make the candidate n and the gates r and z: "tanh", "sigmoid", "relu",
+        "softsign", "softplus", or with their numbers ("leaky_relu", alpha), ("elu", alpha),
+        ("thresholded_relu", alpha), ("hard_sigmoid", alpha, beta), ("affine", alpha, beta) and
+        ("scaled_tanh", alpha, beta), as ONNX defines them; see `gru_any.activations`.
+    merge : "concat", "sum", "mean", "mul" or None
+        How the outputs of two directions become one, in every layer: side by side, or their sum,
+        mean or product. With None y is a pair (forward, reverse), and so is dy; a layer above reads
+        them side by side.
+    clip : float or None
+        What goes into these functions is bounded by -clip and clip; where that changes it, its
+        gradient is 0.
 
     Attributes
     ----------
@@ -112,6 +125,10 @@ class GRU(Layer):
         precision: str = "full",
         recompute: str | int | None = None,
         reverse: bool = False,
+        activation: options.Named = "tanh",
+        gate_activation: options.Named = "sigmoid",
+        clip: float | None = None,
+        merge: str | None = "concat",
     ) -> None:
         self.input_size = arguments.size("input_size", input_size)
         self.hidden_size = arguments.size("hidden_size", hidden_size)
@@ -124,6 +141,11 @@ class GRU(Layer):
         self.dropout = _dropout(dropout, self.num_layers)
         self.recompute = _recompute(recompute)
         self.precision = _precision(precision)
+        self.activation = options.activation("activation", activation)
+        self.gate_activation = options.activation("gate_activation", gate_activation)
+        self.clip = options.clip(clip)
+        self.merge = options.merge(merge, self.bidirectional)
+        self.functions = options.activations(self.gate_activation, self.activation, self.clip)
         if self.reverse and self.bidirectional:
             raise ValueError("reverse and bidirectional are both True, expected one of them")
         self.suffixes = (
@@ -133,14 +155,18 @@ class GRU(Layer):
             GRU, backend, device, dtype, self._shapes(), seed,
             lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
         )  # fmt: skip
-        if not self.reverse:  # as in files that were written before there was this setting
-            del self.settings["reverse"]
+        self._leave_out(options.DEFAULTS | options.MERGE | {"reverse": False})
+
+    @property
+    def output_size(self) -> int:
+        """The width of y: D*H, or H where the directions are merged into one."""
+        return self.hidden_size * (len(self.suffixes) if self.merge in ("concat", None) else 1)
 
     def _shapes(self) -> Iterator[tuple[str, Shape]]:
         """Name and shape of each parameter, in the order they are drawn."""
         H = self.hidden_size
         for layer in range(self.num_layers):
-            width = H * len(self.suffixes) if layer else self.input_size
+            width = self.output_size if layer else self.input_size
             for suffix in self.suffixes:
                 shapes = parameter_shapes(width, H, self.bias, self.reset_after)
                 for name, shape in shapes.items():
@@ -184,6 +210,7 @@ class GRU(Layer):
         Returns
         -------
         y : array (T, B, D*H), laid out like x: the states of the last layer, forward then reverse.
+            (T, B, H) where `merge` makes one of them, a pair of such arrays where it is None.
         h_n : array (L*D, B, H): each row's own last state, forward before reverse, layer by layer.
 
         Raises
@@ -426,7 +453,13 @@ class GRU(Layer):
             self.hidden_size,
             self.num_layers,
             tuple(suffix == "_reverse" for suffix in self.suffixes),
+            self.merge,
         )
+
+    @property
+    def variant(self) -> Variant:
+        """The step of this GRU and its gradient, as functions of `gru_any.equations`."""
+        return equations.variant(self.reset_after, self.functions)
 
     @property
     def _runner(self) -> Runner:
@@ -438,7 +471,7 @@ class GRU(Layer):
 
     def _stack(self, run: Runner) -> Stack:
         """Return the layers on this runner."""
-        key = run, equations.variant(self.reset_after)
+        key = run, equations.variant(self.reset_after, self.functions)
         if key not in self._stacks:
             self._stacks[key] = self._new_stack(*key)
         return self._stacks[key]
@@ -453,6 +486,7 @@ class GRU(Layer):
             tuple(self.suffixes),
             self.backend.dtype(self.arithmetic),
             self.backend.dtype(self.dtype),
+            self.merge or "concat",
         )
 
     def _stack_for(self, call: Call) -> Stack:
@@ -480,7 +514,7 @@ class GRU(Layer):
         x, h0, mask, restarts, *_ = call
         dropout = None
         if rng is not None and self.dropout:
-            shape = (*x.shape[:2], self.hidden_size * len(self.suffixes))
+            shape = (*x.shape[:2], self.output_size)
             drawn = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
             dropout = (None, *drawn)
         alive, unmasked = (None, 0) if mask is None else mask

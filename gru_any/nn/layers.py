@@ -10,6 +10,8 @@ from ..backend.reductions import outer
 from ..errors import ShapeError, check_shape
 from ..typing import Array, Device, Gradients, HostArray, Rng, Shape
 from .init import uniform
+from .merge import merge as merged
+from .merge import part
 from .params import BackendLike, Layer, refuse_stale
 
 DropoutPullback: TypeAlias = Callable[[Array], tuple[Gradients, Array]]  # dy -> grads, dx
@@ -293,27 +295,34 @@ class Last(Layer):
     ) -> None:
         self._create(Last, backend, device, dtype)
 
-    def __call__(self, h_n: Array, directions: int = 1) -> Array:
-        """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side."""
+    def __call__(self, h_n: Array, directions: int = 1, merge: str = "concat") -> Array:
+        """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side.
+
+        merge: as of the GRU; its outputs are merged in the same way.
+        """
+        top = self._top(h_n, directions)
+        return top[0] if directions == 1 else merged(self.backend.xp, merge, top)
+
+    def _top(self, h_n: Array, directions: int) -> list[Array]:
+        """Return the last states of the top layer, of each direction."""
         self.backend.check("h_n", h_n, self.dtype)
         rows = h_n.shape[0]
         if h_n.ndim not in (2, 3) or not rows or rows % directions:
             raise ShapeError(f"h_n is {tuple(h_n.shape)}, expected (L*D, B, H), D = {directions}")
-        top = [h_n[i, ...] for i in range(rows - directions, rows)]
-        return self.backend.xp.concat(top, axis=-1)
+        return [h_n[i, ...] for i in range(rows - directions, rows)]
 
     def vjp(
-        self, h_n: Array, directions: int = 1, rng: Rng | None = None
+        self, h_n: Array, directions: int = 1, merge: str = "concat", rng: Rng | None = None
     ) -> tuple[Array, Callable[..., tuple[Gradients, Array]]]:
         """Return y, and `pullback(dy, dh_n=None) -> {}, dh_n` with what comes through y added."""
-        y, states = self(h_n, directions), tuple(h_n.shape)
-        shape, H = tuple(y.shape), states[-1]
+        y, states = self(h_n, directions, merge), tuple(h_n.shape)
+        shape, parts = tuple(y.shape), self._top(h_n, directions)
 
         def pullback(dy: Array, dh_n: Array | None = None) -> tuple[Gradients, Array]:
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
             xp = self.backend.xp
-            top = xp.stack([dy[..., d * H : (d + 1) * H] for d in range(directions)])
+            top = xp.stack([dy] if directions == 1 else part(merge, dy, parts))
             below = self.backend.zeros((states[0] - directions, *states[1:]), self.dtype)
             through = xp.concat([below, top])
             if dh_n is None:

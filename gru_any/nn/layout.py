@@ -1,12 +1,13 @@
 """From the user's arrays to time-major ones, and back."""
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from .. import arguments
 from ..backend import Backend, is_traced
 from ..errors import ShapeError, check_shape
 from ..typing import Array, HostArray, Lengths
+from .merge import part
 from .steps import Restarts, flags, gathered, repeated, restarts, running
 from .sweep import SequenceMask
 
@@ -37,6 +38,7 @@ class SequenceLayout(NamedTuple):
     hidden_size: int
     layers: int
     reverses: tuple[bool, ...]  # of each direction, whether it reads from the end
+    merge: str | None = "concat"  # how y has the directions; None: as a pair
 
     @property
     def directions(self) -> int:
@@ -75,6 +77,11 @@ class SequenceLayout(NamedTuple):
         if lengths is not None and unbatched:
             raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
         repeat = skipped != "zero" and arguments.choice("skipped", skipped, SKIPPED) == "repeat"
+        if repeat and self.merge not in ("concat", None):
+            raise ValueError(
+                f'skipped="repeat" repeats each direction, and merge={self.merge!r} leaves one '
+                "output of both: use merge=None, and merge the two yourself"
+            )
         if lengths is None and mask is None and resets is None:
             return Call(x, h0, None, NO_RESTARTS, repeat, unbatched)
         if any(map(is_traced, (lengths, mask, resets))):
@@ -118,9 +125,11 @@ class SequenceLayout(NamedTuple):
         T, B, _ = call.x.shape
         if dy is None and dh_n is None:
             raise ValueError("pullback got neither dy nor dh_n; one of them must be given")
+        if dy is not None and self.merge is None:
+            dy = self._of_pair(dy)
         if dy is not None:
             backend.check("dy", dy, self.dtype)
-            width = self.directions * H
+            width = self.directions * H if self.merge in ("concat", None) else H
             shape = (
                 (T, width)
                 if call.unbatched
@@ -139,11 +148,27 @@ class SequenceLayout(NamedTuple):
         dh_n = backend.xp.reshape(dh_n, (states, B, H)) if call.unbatched else dh_n
         return dy, backend.xp.astype(dh_n, backend.dtype(self.arithmetic), copy=False)
 
-    def outputs(self, call: Call, y: Array | None, h_n: Array) -> tuple[Array | None, Array]:
+    def outputs(self, call: Call, y: Array | None, h_n: Array) -> tuple[Any, Array]:
         """Return y (T, B, D*H) and h_n (L*D, B, H) as the user has x and h0."""
         if call.repeat and y is not None:
             y = self._repeat(repeated, call, y)
-        return self.leave(call, y, h_n)
+        y, h_n = self.leave(call, y, h_n)
+        if self.merge is None and y is not None:
+            own = self.backend.xp.astype  # a copy: neither is to keep the other in memory
+            return tuple(own(v, v.dtype, copy=True) for v in part("concat", y)), h_n
+        return y, h_n
+
+    def _of_pair(self, dy: Sequence[Array]) -> Array:
+        """Return the gradients of both outputs side by side."""
+        if not isinstance(dy, (tuple, list)) or len(dy) != 2:
+            raise TypeError(
+                f"dy is a {type(dy).__name__}, expected a pair, as y is one with merge=None"
+            )
+        for v in dy:
+            self.backend.check("dy", v, self.dtype)
+            if v.shape != dy[0].shape:
+                raise ShapeError(f"dy holds {tuple(dy[0].shape)} and {tuple(v.shape)}")
+        return self.backend.xp.concat(list(dy), axis=-1)
 
     def leave(self, call: Call, y: Array | None, states: Array) -> tuple[Array | None, Array]:
         """Return v (T, B, .) and the states (L*D, B, H) as the user has x and h0."""

@@ -123,11 +123,17 @@ class Layer:
         self.backend.dtype(dtype)
         arrays = vars(self).pop("_given", None)
         if arrays is not None:
-            self._compare(arrays, shapes)
+            arrays = self._compared(arrays, shapes)
         elif draw is not None:
             rng = arguments.seed(seed)
             arrays = {n: self.backend.put(draw(rng, n, shape), dtype) for n, shape in shapes}
         self.params = Params(self.backend, dtype, arrays or {})
+
+    def _leave_out(self, usual: Mapping[str, object]) -> None:
+        """Leave these settings out where they have these values, as files did before they were."""
+        for name, value in usual.items():
+            if self.settings[name] == value:
+                del self.settings[name]
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], params: Arrays, backend: Backend, dtype: str) -> Self:
@@ -148,25 +154,29 @@ class Layer:
         begin(layer, **settings, backend=backend, dtype=dtype)
         return layer
 
-    def _compare(self, arrays: Arrays, shapes: Iterable[tuple[str, Shape]]) -> None:
-        """Raise where the arrays are not those of these shapes, which may be without end."""
-        known, missing = set(), set()
+    def _compared(self, arrays: Arrays, shapes: Iterable[tuple[str, Shape]]) -> Arrays:
+        """Return the arrays in the order of these shapes, which may be without end.
+
+        Raise where they are others.
+        """
+        known, missing = dict[str, Array](), set[str]()
         for name, shape in shapes:
             if name in arrays:
                 self.backend.check(name, arrays[name], self.dtype)
                 _same_shape(name, arrays[name], shape)
-                known.add(name)
+                known[name] = arrays[name]
             else:
                 missing.add(name)
             if len(missing) > MOST_NAMED:
                 break
-        unused = set(arrays) - known
+        unused = set(arrays) - set(known)
         if missing or unused:
             raise KeyError(
                 f"parameters do not fit {type(self).__name__}({self.settings}): missing "
                 f"{sorted(missing)}, unused {sorted(unused)[:MOST_NAMED]}"
                 + self._advice(missing, unused)
             )
+        return known
 
     def load_params(self, mapping: Arrays) -> None:
         """Replace all parameters by copies of the arrays of `mapping`, by the names of `params`.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..backend.contract import Output, Result, Runner
 from ..equations import Variant
 from ..typing import Array, DType, Gradients
+from .merge import merge, part
 from .sweep import Segment, SequenceMask, Sweep, Weights
 from .weights import parameter_names, weights
 
@@ -40,6 +41,7 @@ class LayerResiduals(NamedTuple):
     x: Array  # (T, B, .), its input after dropout
     dropout: Array | None  # the mask that its input was multiplied by
     sweeps: list[tuple[Sweep, list[Segment]]]  # of each direction
+    outputs: Sequence[Array] | None = None  # of each direction, where their gradients need them
 
 
 class Stack(NamedTuple):
@@ -53,6 +55,7 @@ class Stack(NamedTuple):
     suffixes: tuple[str, ...]  # the ends of the parameters' names, one for each direction
     dtype: DType  # of the arithmetic
     storage: DType  # of inputs, outputs and gradients
+    merge: str = "concat"  # how the outputs of two directions become one; see merge.py
 
     def on(self, run: Runner) -> Stack:
         """Return the layers on another runner."""
@@ -92,8 +95,9 @@ class Stack(NamedTuple):
             states.extend(hs)
             if keep:
                 kept = list(zip(sweeps, segments, strict=True))
-                residuals.append(LayerResiduals(x, dropped, kept))
-            return run.xp.concat(ys, axis=-1) if D == 2 and wanted else ys[0]
+                parts = ys if self.merge == "mul" and wanted else None
+                residuals.append(LayerResiduals(x, dropped, kept, parts))
+            return merge(run.xp, self.merge, ys) if D == 2 and wanted else ys[0]
 
         y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
         return (y, self._stacked(states)), residuals
@@ -109,19 +113,19 @@ class Stack(NamedTuple):
 
         taps: None, or an output for each state, which `Sweep.backward` fills. by_row: as there.
         """
-        D, (_, _, H) = len(self.suffixes), given.dh_n.shape
+        D = len(self.suffixes)
         grads: Gradients = {}
         states: list[Array] = []
 
         def run_layer(layer: int, run: Runner, dy: Array | None) -> Array:
-            x, dropped, sweeps = residuals[layer]
+            x, dropped, sweeps, outputs = residuals[layer]
+            dys = [dy] * D if D == 1 or dy is None else part(self.merge, dy, outputs)
 
             def run_sweep(d: int, run: Runner) -> tuple[Array, Array, list[Array]]:
                 sweep, segments = sweeps[d]
-                part = dy if D == 1 or dy is None else dy[..., d * H : (d + 1) * H]
                 tap = None if taps is None else taps[layer * D + d]
                 dh = given.dh_n[layer * D + d, :, :]
-                return sweep.on(run).backward(x, segments, part, dh, tap, by_row)
+                return sweep.on(run).backward(x, segments, dys[d], dh, tap, by_row)
 
             total, found = None, _concurrent(run_sweep, D, run)
             for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):

@@ -27,7 +27,6 @@ from typing import TypeAlias
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-EQUATIONS = "gru_any/equations.py"
 PYTEST = ["-qx", "-n0", "-p", "no:cacheprovider", "--hypothesis-profile=noticed"]
 TESTS = [
     "tests/test_sequences.py",
@@ -37,6 +36,8 @@ TESTS = [
     "(test_sequences and (by_hand or ragged_batch)) or "
     "(not test_sequences and (any_gru or torch or onnx))",
 ]
+OF_FUNCTIONS = ["tests/test_activations.py", "-k", "by_hand or by_complex_step or clipped"]
+EQUATIONS = {"gru_any/equations.py": TESTS, "gru_any/activations.py": OF_FUNCTIONS}
 # what is changed at random, and the tests that should notice
 LAWS = "tests/test_laws.py tests/test_sequences.py tests/test_last.py tests/test_gradients.py"
 TRAIN = "tests/test_layouts.py tests/test_train_input.py tests/test_train.py"
@@ -56,7 +57,7 @@ PATHS = {"plain": {"GRU_ANY_PLAIN": "1"}, "traced": {"GRU_ANY_NO_NUMBA": "1"}, "
 BY_HAND = [
     ("gru_any/nn/weights.py", "b[: 2 * H] + c[: 2 * H]", "b[: 2 * H]"),
     ("gru_any/nn/weights.py", "return Weights(W, b, (U,))", "return Weights(W, None, (U,))"),
-    ("gru_any/equations.py", "(1.0 - n * n)", "((1.0 - n) * (1.0 - n))"),
+    ("gru_any/activations.py", "(1.0 - y * y)", "((1.0 - y) * (1.0 - y))"),
 ]
 
 
@@ -79,12 +80,12 @@ def mutants() -> Iterator[Mutant]:
         text = (ROOT / file).read_text("utf-8")
         assert old in text, f"{file} no longer holds {old}"
         yield f"{file}: {old} -> {new}", file, text.replace(old, new), TESTS
-    text = (ROOT / EQUATIONS).read_text("utf-8")
-    tree = ast.parse(text)
-    for i, node in enumerate(ast.walk(tree)):
-        if isinstance(node, ast.expr):
-            for wrong in replacements(node):
-                yield changed(EQUATIONS, tree, i, wrong, TESTS)
+    for file, tests in EQUATIONS.items():
+        tree = ast.parse((ROOT / file).read_text("utf-8"))
+        for i, node in enumerate(ast.walk(tree)):
+            if isinstance(node, ast.expr):
+                for wrong in replacements(node):
+                    yield changed(file, tree, i, wrong, tests)
 
 
 def changed(file: str, tree: ast.Module, i: int, wrong: ast.AST, tests: list[str]) -> Mutant:

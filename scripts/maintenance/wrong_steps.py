@@ -41,14 +41,14 @@ def mistakes(reset_after: bool, tanh: Any, reset: Any, state: Any, both: str) ->
 
 
 TANH = (
-    "da_n = g * (1.0 - z) * (1.0 - n * n)",
+    "da_n = f.candidate.backward(xp, g * (1.0 - z), n)",
     "da_n = g * (1.0 - z) * (1.0 - n) * (1.0 - n)",
 )
 BEFORE = mistakes(
     False,
     TANH,
     (
-        "da_r = ds * h * r * (1.0 - r)",
+        "da_r = f.gate.backward(xp, ds * h, r)",
         "da_r = da_n * (h @ U_n.T + b_n) * r * (1.0 - r)",
     ),
     (
@@ -62,7 +62,7 @@ AFTER = mistakes(
     True,
     TANH,
     (
-        "da_r = da_n * m * r * (1.0 - r)",
+        "da_r = f.gate.backward(xp, da_n * m, r)",
         "da_r = (da_n @ U_n) * h * r * (1.0 - r)",
     ),
     (

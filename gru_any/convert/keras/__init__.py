@@ -93,8 +93,8 @@ def load(
         what you must do yourself, such as apply an activation or a mask.
     reset_after, go_backwards, activation, recurrent_activation : None, or as in Keras
         What the GRUs were made with. Needed where a file cannot tell: `reset_after` of weights
-        without bias. A value that contradicts the file is an error, and so is an activation other
-        than "tanh" and "sigmoid".
+        without bias. A value that contradicts the file is an error, and so is an activation that
+        has no counterpart.
 
     Raises
     ------

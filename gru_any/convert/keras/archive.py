@@ -49,6 +49,7 @@ class Source(NamedTuple):
     groups: dict[str, Places] | None  # of each layer, in the format of Keras 2
     idle: list[str]  # layers without arrays, Dropout and inputs apart
     places: dict[str, Places]  # of each layer, in the format of Keras 3
+    version: int = 0  # of Keras, where the file says it: 3 of 3.1.0
 
 
 def open_file(path: Path) -> Source:
@@ -61,9 +62,9 @@ def open_file(path: Path) -> Source:
     """
     content = read_whole(path)
     if pathlib.Path(path).suffix == ".keras" and not content.startswith(b"\x89HDF"):
-        description, content = _open_archive(path, content)
+        description, metadata, content = _open_archive(path, content)
         arrays = _weights(read_hdf5(content, path))
-        return Source(description, arrays, None, [], _by_place(arrays))
+        return Source(description, arrays, None, [], _by_place(arrays), _version(metadata))
     contents = read_hdf5(content, path)
     base = "model_weights" if "model_weights" in contents.attributes else ""
     if names := _listed(contents.attributes[base], "layer_names"):
@@ -80,11 +81,20 @@ def _working(layers: Iterable[str]) -> list[str]:
     return [name for name in layers if not re.match(r"(.*/)?(dropout|input)", name)]
 
 
-def _open_archive(path: Path, content: bytes) -> tuple[Config, bytes]:
-    """Return the description and the HDF5 file."""
+def _version(attributes: Config) -> int:
+    """Return the first number of Keras' version; 0 where it is not told."""
+    given = attributes.get("keras_version", "")
+    text = given.decode("utf-8", "replace") if isinstance(given, bytes) else str(given)
+    number = text.partition(".")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def _open_archive(path: Path, content: bytes) -> tuple[Config, Config, bytes]:
+    """Return the description, what the file says of itself, and the HDF5 file."""
     members = read_zip(path, content, ".keras file")
     try:
-        return _json(members["config.json"]), members["model.weights.h5"]
+        metadata = _json(members.get("metadata.json", b"{}"))
+        return _json(members["config.json"]), metadata, members["model.weights.h5"]
     except KeyError as e:
         raise ValueError(f"{path} is damaged or no .keras file: it lacks {e}") from e
     except UnicodeDecodeError:  # for which there are words elsewhere
@@ -127,7 +137,8 @@ def _older(path: Path, contents: Contents, base: str, names: list[str]) -> Sourc
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its model_config is damaged: {e}") from e
     arrays = {k: a for k, a in contents.arrays.items() if not k.startswith(TRAINING)}
-    return Source(description, arrays, groups, _working(g for g, w in groups.items() if not w), {})
+    idle = _working(g for g, w in groups.items() if not w)
+    return Source(description, arrays, groups, idle, {}, _version(contents.attributes[""]))
 
 
 def _listed(attributes: dict[str, Any], name: str) -> list[str]:

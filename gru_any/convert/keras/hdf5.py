@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from h5py import AttributeManager, Dataset, Group
 
 # how the names of the attributes begin that are read; no other is touched
-KNOWN = ("layer_names", "weight_names", "model_config")
+KNOWN = ("layer_names", "weight_names", "model_config", "keras_version")
 MOST_ITEMS = 50_000  # each takes kilobytes
 HEAP = b"GCOL\x01\x00\x00\x00"
 

@@ -12,7 +12,7 @@ from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Last, Linear
 from ...typing import HostArray, Path
 from ..cells import assemble, layer_of
-from ..table import EQUATIONS, Cell, check_names, floating
+from ..table import Cell, check_names, floating
 from .archive import (
     MODELS,
     Config,
@@ -25,6 +25,7 @@ from .archive import (
     parts_of,
 )
 from .cells import Model, read_cell
+from .functions import MERGE_MODES, Options, read_functions
 
 RECURRENT = ("GRU", "Bidirectional", "RNN")
 ONE_BY_ONE = 'layer=["...", ...] takes layers by their names'
@@ -39,6 +40,7 @@ class Level(NamedTuple):
     cells: list[Cell]
     reset_after: bool
     direction: str  # "forward", "reverse" or "both"
+    options: Options = ()  # further settings of the GRU
 
 
 class Tensor(NamedTuple):
@@ -95,7 +97,11 @@ def _named(source: Source, parts: list[Part], settings: Config) -> Model:
     if not all(part.kind in RECURRENT for part in parts):
         return _row(source, parts, settings, whole=False)
     return _one_gru(
-        [level for part in parts for level in _levels(part, _arrays(source, part), settings)]
+        [
+            v
+            for part in parts
+            for v in _levels(part, _arrays(source, part), settings, source.version)
+        ]
     )
 
 
@@ -171,7 +177,7 @@ def _row(source: Source, parts: list[Part], settings: Config, whole: bool) -> Mo
             layers += [*_grus(row), _layer(part, found, dtype, whole)]
             row = []
             continue
-        row += _levels(part, found, settings)
+        row += _levels(part, found, settings, source.version)
         if not _sequences(part):
             layers += [*_grus(row), Last(dtype=dtype, backend="numpy")]
             row = []
@@ -256,10 +262,13 @@ def _fits(below: Level, above: Level) -> bool:
 def _one_gru(levels: list[Level]) -> GRU:
     """A GRU of these layers."""
     if len({level[1:] for level in levels}) != 1:
-        raise ValueError("these layers differ in reset_after or direction: load them one by one")
+        raise ValueError(
+            "these layers differ in reset_after, direction, activations or merge_mode: load them "
+            "one by one"
+        )
     cells = [cell for level in levels for cell in level.cells]
-    _, after, direction = levels[0]
-    gru = assemble(cells, after, direction == "both", True, copy=False)
+    _, after, direction, options = levels[0]
+    gru = assemble(cells, after, direction == "both", True, copy=False, **dict(options))
     if direction != "reverse":
         return gru
     named = {f"{name}_reverse": array for name, array in gru.params.items()}
@@ -279,16 +288,22 @@ def _sequences(part: Part) -> bool:
     return sequences
 
 
-def _levels(part: Part, arrays: dict[str, HostArray], settings: Config) -> list[Level]:
+def _levels(
+    part: Part, arrays: dict[str, HostArray], settings: Config, version: int
+) -> list[Level]:
     """The layers of a GRU, an RNN of GRUCells, or a Bidirectional of one of them."""
     if part.kind != "Bidirectional":
         backwards = _flag(part.config, "go_backwards", False)
         cells = _cells(part.kind, part.config, settings, backwards)
         direction = "reverse" if backwards else "forward"
         found = _read(part, arrays, cells, _places(part.config, len(cells)))
-        return [Level([cell], after, direction) for cell, after in found]
-    if part.config.get("merge_mode", "concat") != "concat":
-        raise ValueError(f"merge_mode {part.config['merge_mode']!r} has no counterpart")
+        functions = [read_functions(cell, version) for cell in cells]
+        pairs = zip(found, functions, strict=True)
+        return [Level([cell], after, direction, of) for (cell, after), of in pairs]
+    mode = part.config.get("merge_mode", "concat")
+    if mode not in MERGE_MODES:
+        raise ValueError(f"merge_mode {mode!r} has no counterpart")
+    merge = MERGE_MODES[mode]
     forward, backward = part.config["layer"], part.config.get("backward_layer")
     cells = _cells(forward["class_name"], forward["config"], settings, False)
     if backward:
@@ -305,7 +320,11 @@ def _levels(part: Part, arrays: dict[str, HostArray], settings: Config) -> list[
     one, two = _read(part, arrays, cells, places)
     if one[1] != two[1]:
         raise ValueError("the two directions differ in reset_after, which has no counterpart")
-    return [Level([one[0], two[0]], one[1], "both")]
+    of_one, of_two = (read_functions(cell, version) for cell in cells)
+    if of_one != of_two:
+        raise ValueError("the two directions differ in their activations: no counterpart here")
+    options = of_one if merge == "concat" else (*of_one, ("merge", merge))
+    return [Level([one[0], two[0]], one[1], "both", options)]
 
 
 def _places(config: Config, count: int) -> list[str]:
@@ -335,7 +354,6 @@ def _cells(kind: str, config: Config, settings: Config, backwards: bool) -> list
         raise ValueError(f"a Bidirectional {kind} has no counterpart, only a GRU")
     for cell in cells:
         _agree(cell, settings)
-        _check_gates(settings | cell)
     return [settings | cell for cell in cells]
 
 
@@ -344,19 +362,6 @@ def _agree(config: Config, settings: Config) -> None:
     for name, value in settings.items():
         if config.get(name, value) != value:
             raise ValueError(f"{name} is {value!r}, but {config[name]!r} in the file")
-
-
-def _check_gates(config: Config) -> None:
-    """Raise where a cell computes something else than ours."""
-    after = config.get("reset_after") is not False
-    for name, usual, equation in (
-        ("activation", "tanh", EQUATIONS[after]),
-        ("recurrent_activation", "sigmoid", EQUATIONS["z"]),
-    ):
-        if config.get(name, usual) != usual:
-            raise ValueError(
-                f"{name} {config[name]!r} in place of the {usual} in {equation} has no home here"
-            )
 
 
 def _read(

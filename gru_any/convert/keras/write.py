@@ -13,8 +13,10 @@ from ...typing import HostArray
 from ..cells import ours
 from .archive import Config, Part, places_of
 from .cells import layer_arrays, write_cell
+from .functions import MERGE_MODES, write_functions
 from .hdf5 import write_hdf5
 
+WRITTEN = "activation", "gate_activation", "merge"  # of a GRU's options
 CELLS = {1: ("cell/vars",), 2: ("forward_layer/cell/vars", "backward_layer/cell/vars")}
 
 
@@ -84,13 +86,16 @@ def _parts_of(model: Layer | Chain) -> Iterator[tuple[Part, dict[str, HostArray]
 
 
 def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str, HostArray]]]:
-    cells = [write_cell(cell, gru.reset_after) for cell in ours(gru)]
+    cells = [write_cell(cell, gru.reset_after) for cell in ours(gru, *WRITTEN)]
     config = {
         "units": gru.hidden_size,
         "use_bias": gru.bias,
         "reset_after": gru.reset_after,
+        **write_functions(gru),
     }
-    D = len(gru.suffixes)
+    D, mode = len(gru.suffixes), next(k for k, v in MERGE_MODES.items() if v == gru.merge)
+    if mode is None:
+        raise ValueError("merge=None makes two outputs, which a Sequential of Keras cannot have")
     for i in range(gru.num_layers):
         of_layer = cells[i * D : (i + 1) * D]
         if i and gru.dropout:
@@ -106,5 +111,5 @@ def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str
             yield Part("GRU", inner), found
         else:
             dtype = {**inner, "name": f"{name}_{i}_gru", "dtype": gru.dtype}
-            both = {"name": f"{name}_{i}", "merge_mode": "concat", "layer": _entry("GRU", dtype)}
+            both = {"name": f"{name}_{i}", "merge_mode": mode, "layer": _entry("GRU", dtype)}
             yield Part("Bidirectional", both), found

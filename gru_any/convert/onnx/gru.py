@@ -21,6 +21,7 @@ from .axes import (
     symbolic,
 )
 from .check import Node
+from .functions import read_functions
 from .walk import Walk
 
 DIRECTIONS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}
@@ -69,7 +70,7 @@ def gru(
     for d, suffix in enumerate(suffixes):
         arrays = {"weight_ih": W[d], "weight_hh": R[d], **_biases(walk, biases[d], after)}
         params |= {f"{name}_l0{suffix}": swap_gates(v) for name, v in arrays.items()}
-    layer = FoundLayer("GRU", {"reset_after": after}, params)
+    layer = FoundLayer("GRU", {"reset_after": after, **read_functions(node, D)}, params)
     layer.first = walk.first_state(first_state(walk, node, h0, D, H, layout))
     walk.lengths.add(name)
     _check_order(node, x, lengths, h0, layout)
@@ -126,11 +127,6 @@ def _options(node: Node) -> dict[str, Any]:
     given = node.attributes
     if set(given) - DEFINED:
         node.refuse(f"has the attributes {sorted(set(given) - DEFINED)}, not known here")
-    if "clip" in given:
-        node.refuse(f"clips what goes into its gates at {given['clip']}; a GRU here clips nothing")
-    kinds = [name.lower() for name in given.get("activations", [])]
-    if kinds != ["sigmoid", "tanh"] * (len(kinds) // 2):
-        node.refuse(f"has the activations {given['activations']}, expected Sigmoid and Tanh")
     options = {"direction": "forward", "layout": 0, "linear_before_reset": 0} | given
     if options["direction"] not in DIRECTIONS:
         node.refuse(f"has the direction {options['direction']!r}, expected {', '.join(DIRECTIONS)}")

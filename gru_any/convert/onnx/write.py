@@ -13,7 +13,9 @@ from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Last, Linear
 from ...typing import Array, HostArray, Path
 from ...version import __version__
+from ..cells import refuse_options
 from .check import LARGEST, library
+from .functions import write_functions
 from .gru import DIRECTIONS, swap_gates
 from .prove import prove
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 OPSET, IR = 14, 7
 DTYPES = ("float16", "float32", "float64")
+WRITTEN = "activation", "gate_activation", "clip"
 
 
 Written: TypeAlias = GRU | Embedding | Linear | Last
@@ -82,6 +85,8 @@ def _layers(model: GRU | Chain) -> list[Written]:
             f"cannot write {model.dtype}, only {', '.join(DTYPES)}: model.to(dtype=...)"
         )
     grus = [layer for layer in layers if isinstance(layer, GRU)]
+    for gru in grus:
+        refuse_options(gru, *WRITTEN)
     if not grus:
         raise ValueError("the model has no GRU; there is nothing to write")
     if len({g.batch_first for g in grus}) > 1:
@@ -211,6 +216,7 @@ class Graph:
             hidden_size=gru.hidden_size,
             direction=next(k for k, v in DIRECTIONS.items() if v == gru.suffixes),
             linear_before_reset=int(gru.reset_after),
+            **write_functions(gru),
         )
         if len(gru.suffixes) == 1:
             return self.node("Squeeze", [y, self.numbers(1)])

@@ -10,6 +10,7 @@ from ...nn.chain import Chain
 from ...nn.layers import Dropout, Embedding, Linear
 from ...nn.params import Layer
 from ...typing import Array, Lengths
+from ..cells import refuse_options
 from .call import to_tensor
 from .module import GRU, GRUCell
 
@@ -30,6 +31,8 @@ def _recurrent(layer: gru.GRU | cell.GRUCell) -> GRU | GRUCell:
         raise TypeError("the model has dtype complex128, expected a real floating dtype")
     layer.over(layer.backend, layer.dtype, ())  # refused by a frozen model
     kind = GRU if isinstance(layer, gru.GRU) else GRUCell
+    if kind is GRUCell:
+        refuse_options(layer)
     module: GRU | GRUCell = kind(**layer.settings, device="meta")
     for name, array in layer.params.items():
         setattr(module, name, _parameter(array, layer.backend))

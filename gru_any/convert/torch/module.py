@@ -84,6 +84,8 @@ class GRU(torch.nn.RNNBase):
         self.reset_after = reset_after
         self._others = repr({"reset_after": reset_after, **options}).strip("{}")
         made = template(self._settings())
+        if made.merge != "concat":
+            raise ValueError(f"merge={made.merge!r} is none of a module: merge its y yourself")
         self._of_torch = is_of_torch(made)
         if list(made.params) != self._flat_weights_names:
             self._rename(made.params, next(self.parameters()))
@@ -192,7 +194,7 @@ class GRU(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""
-        return super().extra_repr() + ("" if self.reset_after else f", {self._others}")
+        return super().extra_repr() + ("" if self._others == GRU._others else f", {self._others}")
 
     def _get_name(self) -> str:
         return f"gru_any.{type(self).__name__}"

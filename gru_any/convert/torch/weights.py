@@ -17,7 +17,7 @@ from ...nn.gru import GRU
 from ...nn.layers import Embedding, Linear
 from ...nn.params import Layer
 from ...typing import Array, Arrays, HostArray, Path
-from ..cells import assemble, assemble_cell, check_gru, layer_of, one_dtype, shown
+from ..cells import assemble, assemble_cell, check_gru, layer_of, one_dtype, refuse_options, shown
 from ..files import naming, read_safetensors, write_safetensors
 from ..table import Cell, check_variant, floating
 from .pickled import read_pt
@@ -171,6 +171,7 @@ def _state_dict(layer: object) -> dict[str, HostArray]:
     if isinstance(layer, GRU):
         check_gru(layer)
     if isinstance(layer, GRU | GRUCell):
+        refuse_options(layer)
         check_variant("PyTorch", True, layer.reset_after)
     return {name: floating(name, a) for name, a in layer.params.items()}
 
