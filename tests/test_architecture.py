@@ -85,7 +85,7 @@ LAYERS = [
     {"nn/stack"},
     {"nn/layout", "nn/weights"},
     {"nn/params", "nn/steps", "nn/sweep"},
-    {"nn/init", "nn/__init__"},
+    {"nn/init", "nn/masks", "nn/__init__"},
     {"equations"},
     {"backend/__init__"},
     {"backend/bridge"},

@@ -1,7 +1,7 @@
 """The GRU over whole sequences: layers, directions, lengths, dropout between layers."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
@@ -13,12 +13,14 @@ from ..errors import check_shape
 from ..typing import Array, Device, Lengths, Rng, Shape
 from .init import uniform
 from .layout import Call, SequenceLayout
+from .masks import NO_MASKS, Masks, draw
 from .params import BackendLike, Layer
 from .pullback import Pullback
 from .stack import ForwardInputs, Stack
 from .weights import parameter_shapes, variant_advice
 
 LayerStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> y_t, h
+LATER = ("reverse", "weight_dropout")  # settings that files have only where they are set
 
 
 class GRU(Layer):
@@ -44,6 +46,9 @@ class GRU(Layer):
     reverse : bool
         The one that reads from the end alone; its parameters end in `_reverse`. y_t still belongs
         to x_t. Not together with bidirectional.
+    weight_dropout : float
+        Probability with which an entry of weight_hh becomes 0 for a whole call of `vjp` with `rng`;
+        what is left is divided by 1 - weight_dropout (DropConnect, as AWD-LSTM uses it).
     reset_after : bool
         Reset gate after the matrix product (PyTorch, cuDNN, Keras' default) or before it
         (Cho et al. 2014, ONNX's default; the default here).
@@ -111,6 +116,7 @@ class GRU(Layer):
         precision: str = "full",
         recompute: str | int | None = None,
         reverse: bool = False,
+        weight_dropout: float = 0.0,
     ) -> None:
         self.input_size = arguments.size("input_size", input_size)
         self.hidden_size = arguments.size("hidden_size", hidden_size)
@@ -121,6 +127,7 @@ class GRU(Layer):
         self.reset_after = arguments.flag("reset_after", reset_after)
         self.reverse = arguments.flag("reverse", reverse)
         self.dropout = _dropout(dropout, self.num_layers)
+        self.weight_dropout = arguments.number("weight_dropout", weight_dropout, below=1)
         self.recompute = _recompute(recompute)
         self.precision = _precision(precision)
         if self.reverse and self.bidirectional:
@@ -132,8 +139,9 @@ class GRU(Layer):
             GRU, backend, device, dtype, self._shapes(), seed,
             lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
         )  # fmt: skip
-        if not self.reverse:  # as in files that were written before there was this setting
-            del self.settings["reverse"]
+        for name in LATER:  # as in files that were written before there was this setting
+            if not self.settings[name]:
+                del self.settings[name]
 
     def _shapes(self) -> Iterator[tuple[str, Shape]]:
         """Name and shape of each parameter, in the order they are drawn."""
@@ -222,7 +230,7 @@ class GRU(Layer):
         Parameters are those of a plain call, and
 
         rng : numpy.random.Generator or None
-            Given, dropout acts between the layers. Its numbers are drawn on the host.
+            Given, the model's dropouts act. Their masks are drawn on the host.
 
         Returns
         -------
@@ -236,8 +244,9 @@ class GRU(Layer):
         self._refuse_complex()
         call = self._layout.enter(x, h0, lengths, mask, resets, skipped)
         stack = self._stack_for(call)
-        (y, h_n), residuals = self._run(stack, call, keep=True, rng=rng)
-        pullback = Pullback(self.params, self._layout, stack, call, residuals)
+        masks = NO_MASKS if rng is None else draw(self, rng, *call.x.shape[:2])
+        (y, h_n), residuals = self._run(stack, call, keep=True, masks=masks)
+        pullback = Pullback(self.params, self._layout, stack, call, residuals, masks)
         return self._layout.outputs(call, y, h_n), pullback
 
     @by_place
@@ -314,7 +323,7 @@ class GRU(Layer):
         """
         call = self._layout.enter(x, h0, lengths, mask, resets)
         stack = self._stack_for(call)
-        unmasked, given = self._inputs(stack, call, None)
+        unmasked, given = self._inputs(stack, call, NO_MASKS)
         _, residuals = stack.forward(unmasked, True, None, True, given)
         rows = [
             sweep.gates(layer.x, segments)
@@ -376,30 +385,33 @@ class GRU(Layer):
         return self._layout.outputs(call, y, h_n)
 
     def _run(
-        self, stack: Stack, call: Call, keep: bool, rng: Rng | None = None, outputs: bool = True
+        self,
+        stack: Stack,
+        call: Call,
+        keep: bool,
+        masks: Masks = NO_MASKS,
+        outputs: bool = True,
     ) -> Any:
         """Return (y, h_n), and the residuals as the runner keeps them."""
-        unmasked, given = self._inputs(stack, call, rng)
+        unmasked, given = self._inputs(stack, call, masks)
         segment = self.recompute
         if segment == "sqrt":
             segment = max(1, math.isqrt(call.x.shape[0]))
         static = unmasked, keep, segment, outputs
         return stack.run.run_graph(Stack.forward, stack, static, given, stack.steps(call.x))
 
-    def _inputs(self, stack: Stack, call: Call, rng: Rng | None) -> tuple[int, ForwardInputs]:
+    def _inputs(self, stack: Stack, call: Call, masks: Masks) -> tuple[int, ForwardInputs]:
         """Return the first step at which a mask is needed, and the arrays of a forward pass."""
         x, h0, mask, restarts, *_ = call
-        dropout = None
-        if rng is not None and self.dropout:
-            shape = (*x.shape[:2], self.hidden_size * len(self.suffixes))
-            drawn = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
-            dropout = (None, *drawn)
         alive, unmasked = (None, 0) if mask is None else mask
         unmasked = unmasked and stack.run.unmasked_prefix(unmasked)
-        return unmasked, ForwardInputs(x, h0, self._arrays(), alive, restarts.cuts, dropout)
+        arrays = self._arrays()
+        if masks.weights:
+            arrays |= {name: arrays[name] * kept for name, kept in masks.weights.items()}
+        return unmasked, ForwardInputs(x, h0, arrays, alive, restarts.cuts, masks.between)
 
-    def _arrays(self) -> Mapping[Any, Any]:
-        """Return the parameters as the stack reads them."""
+    def _arrays(self) -> Any:
+        """Return the parameters as the stack reads them, a mapping."""
         return dict(self.params)
 
 
