@@ -121,10 +121,11 @@ class Variant(NamedTuple):
     step: Step
     backward: Step  # the gradient of a step
     weights: WeightGradients  # the gradient to U and to the bias of h U^T
+    reads: tuple[int, ...] = ()  # which of what a step saves its products with U read, beside h
 
 
 def variant(after: bool) -> Variant:
     """The equations with the reset gate after (True) or before (False) the product."""
     if after:
         return Variant(reset_after, reset_after_backward, reset_after_weights)
-    return Variant(reset_before, reset_before_backward, reset_before_weights)
+    return Variant(reset_before, reset_before_backward, reset_before_weights, (3,))

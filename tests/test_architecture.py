@@ -86,6 +86,7 @@ LAYERS = [
     {"nn/layout", "nn/weights"},
     {"nn/params", "nn/steps", "nn/sweep"},
     {"nn/init", "nn/masks", "nn/__init__"},
+    {"regularisation"},
     {"equations"},
     {"backend/__init__"},
     {"backend/bridge"},

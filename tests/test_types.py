@@ -56,7 +56,7 @@ MISTAKES = [
             "nn/cell.py", "GRUCell._sweep", "equations.variant(", "equations.variants("),
     Mistake("a step function in place of its schedule",
             "codegen/cuda_source.py", "forward_scan",
-            "forward_schedule(step, vectors, keep, DEVICE, cut), number", "step, number"),
+            "forward_schedule(step, vectors, keep, DEVICE, extra), number", "step, number"),
     Mistake("a string in place of a path",
             "train/run.py", "Run.open", 'Log(self.folder / "log.jsonl"', 'Log("log.jsonl"'),
     Mistake("a misspelt keyword",

@@ -107,12 +107,12 @@ def _check(at: str, cell: Cell, shapes: dict[str, Shape]) -> None:
 
 def cells_of(table: Table, gru: GRU) -> list[dict[str, HostArray]]:
     """Return a library's arrays of each layer and direction, forward before reverse."""
-    return [write(table, cell, gru.reset_after) for cell in ours(gru)]
+    return [write(table, cell, gru.reset_after) for cell in ours(gru, table.library)]
 
 
-def ours(gru: GRU) -> list[Cell]:
+def ours(gru: GRU, library: str = "") -> list[Cell]:
     """Return our arrays of each layer and direction, forward before reverse."""
-    check_gru(gru)
+    check_gru(gru, library)
     layers = [f"_l{i}{suffix}" for i in range(gru.num_layers) for suffix in gru.suffixes]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [
@@ -121,8 +121,8 @@ def ours(gru: GRU) -> list[Cell]:
     ]
 
 
-def check_gru(model: object) -> None:
-    """Raise where the model is no GRU that reads forward."""
+def check_gru(model: object, library: str = "") -> None:
+    """Raise where the model is no GRU that reads forward, or the library has no such inference."""
     if not isinstance(model, GRU):
         raise TypeError(f"the model is a {type(model).__name__}, expected a GRU")
     if model.suffixes == ["_reverse"]:
@@ -130,6 +130,18 @@ def check_gru(model: object) -> None:
             "a GRU with reverse=True alone has no home in the other library: load its weights, "
             "without _reverse in their names, into one that reads forward, and turn x and y round "
             "in time, each row within its length"
+        )
+    if library != "haste":  # whose layer takes zoneout beside the weights
+        refuse_zoneout(model)
+
+
+def refuse_zoneout(gru: GRU) -> None:
+    """Raise where each unit keeps a share of its state in inference, which only haste has."""
+    if gru.zoneout:
+        raise ValueError(
+            f"zoneout={gru.zoneout:g} has no home in the other library: in inference each unit "
+            "keeps this share of its old state, so the results would differ. Weights alone go "
+            "through a GRU without it: other.load_params(gru.params)"
         )
 
 

@@ -166,12 +166,33 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
         *(_recorded(layer, shape) if isinstance(layer, GRU) else []),
         *_called(step),
     ]
+    if isinstance(layer, GRU):
+        notes[2:2] = _regularisation(layer)
     if L > 1:
         notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
     suffixes = getattr(layer, "suffixes", [""])
     if "_reverse" in suffixes:
         both = "; y holds both directions side by side" if len(suffixes) == 2 else ""
         notes.insert(2, f"_reverse reads from each sequence's end{both}.")
+    return notes
+
+
+def _regularisation(layer: GRU) -> list[str]:
+    """Describe what acts in training, and what zoneout does to inference."""
+    q, k, w = layer.recurrent_dropout, layer.zoneout, layer.weight_dropout
+    notes = []
+    if w:
+        notes.append(f"Weight dropout: in vjp with rng, a share {w:g} of U is 0 in each call.")
+    if q:
+        notes.append(
+            f"Recurrent dropout: in vjp with rng, U stands for U diag(d), where d is 0 with "
+            f"probability {q:g}, else 1 / (1 - {q:g}); one d a row and call."
+        )
+    if k:
+        notes.append(
+            f"Zoneout: the new state is {k:g} * h + (1 - {k:g}) * h', h' as below; in vjp with rng "
+            f"each unit keeps h with probability {k:g}."
+        )
     return notes
 
 
@@ -206,7 +227,7 @@ def _lines(layer: GRU | GRUCell) -> Formulas:
 
 
 def _equations(layer: GRU | GRUCell) -> Formulas:
-    step, backward, _ = equations.variant(layer.reset_after)
+    step, backward, *_ = equations.variant(layer.reset_after)
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
     product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
     return [

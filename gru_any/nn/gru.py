@@ -10,6 +10,7 @@ from ..backend import by_place, runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
+from ..regularisation import expected_zoneout, recurrent_dropout, zoneout
 from ..typing import Array, Device, Lengths, Rng, Shape
 from .init import uniform
 from .layout import Call, SequenceLayout
@@ -20,7 +21,8 @@ from .stack import ForwardInputs, Stack
 from .weights import parameter_shapes, variant_advice
 
 LayerStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> y_t, h
-LATER = ("reverse", "weight_dropout")  # settings that files have only where they are set
+# settings that files have only where they are set
+LATER = "reverse", "weight_dropout", "recurrent_dropout", "zoneout"
 
 
 class GRU(Layer):
@@ -49,6 +51,13 @@ class GRU(Layer):
     weight_dropout : float
         Probability with which an entry of weight_hh becomes 0 for a whole call of `vjp` with `rng`;
         what is left is divided by 1 - weight_dropout (DropConnect, as AWD-LSTM uses it).
+    recurrent_dropout : float
+        Probability with which a unit of the state is 0, through a whole call of `vjp` with `rng`,
+        in what the products with weight_hh read; what is left is divided by 1 - recurrent_dropout
+        (Gal and Ghahramani 2016; `gru_any.regularisation` has the formulas).
+    zoneout : float
+        Probability with which a unit keeps its state in a step of `vjp` with `rng`; in all other
+        calls each unit keeps this share of its old state (Krueger et al. 2016).
     reset_after : bool
         Reset gate after the matrix product (PyTorch, cuDNN, Keras' default) or before it
         (Cho et al. 2014, ONNX's default; the default here).
@@ -117,6 +126,8 @@ class GRU(Layer):
         recompute: str | int | None = None,
         reverse: bool = False,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
     ) -> None:
         self.input_size = arguments.size("input_size", input_size)
         self.hidden_size = arguments.size("hidden_size", hidden_size)
@@ -128,6 +139,8 @@ class GRU(Layer):
         self.reverse = arguments.flag("reverse", reverse)
         self.dropout = _dropout(dropout, self.num_layers)
         self.weight_dropout = arguments.number("weight_dropout", weight_dropout, below=1)
+        self.recurrent_dropout = arguments.number("recurrent_dropout", recurrent_dropout, below=1)
+        self.zoneout = arguments.number("zoneout", zoneout, below=1)
         self.recompute = _recompute(recompute)
         self.precision = _precision(precision)
         if self.reverse and self.bidirectional:
@@ -245,6 +258,7 @@ class GRU(Layer):
         call = self._layout.enter(x, h0, lengths, mask, resets, skipped)
         stack = self._stack_for(call)
         masks = NO_MASKS if rng is None else draw(self, rng, *call.x.shape[:2])
+        stack = stack if masks.steps is None else self._stack(stack.run, self._regularised())
         (y, h_n), residuals = self._run(stack, call, keep=True, masks=masks)
         pullback = Pullback(self.params, self._layout, stack, call, residuals, masks)
         return self._layout.outputs(call, y, h_n), pullback
@@ -356,9 +370,22 @@ class GRU(Layer):
     def _stacks(self) -> dict[tuple[Runner, Variant], Stack]:
         return {}
 
-    def _stack(self, run: Runner) -> Stack:
-        """Return the layers on this runner."""
-        key = run, equations.variant(self.reset_after)
+    def _variant(self) -> Variant:
+        """Return the equations of inference."""
+        variant = equations.variant(self.reset_after)
+        return expected_zoneout(variant, self.zoneout) if self.zoneout else variant
+
+    def _regularised(self) -> Variant:
+        """Return those of training, whose steps take the masks that there are."""
+        variant = equations.variant(self.reset_after)
+        variant = recurrent_dropout(variant) if self.recurrent_dropout else variant
+        return zoneout(variant) if self.zoneout else variant
+
+    def _stack(self, run: Runner, variant: Variant | None = None) -> Stack:
+        """Return the layers on this runner; variant: other equations than those of inference."""
+        if variant is None:
+            variant = self._variant() if self.zoneout else equations.variant(self.reset_after)
+        key = run, variant
         if key not in self._stacks:
             self._stacks[key] = self._new_stack(*key)
         return self._stacks[key]
@@ -408,7 +435,8 @@ class GRU(Layer):
         arrays = self._arrays()
         if masks.weights:
             arrays |= {name: arrays[name] * kept for name, kept in masks.weights.items()}
-        return unmasked, ForwardInputs(x, h0, arrays, alive, restarts.cuts, masks.between)
+        cuts, (_, steps, between) = restarts.cuts, masks
+        return unmasked, ForwardInputs(x, h0, arrays, alive, cuts, between, steps)
 
     def _arrays(self) -> Any:
         """Return the parameters as the stack reads them, a mapping."""

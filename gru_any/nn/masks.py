@@ -17,41 +17,64 @@ class Regularised(Protocol):
     num_layers: int
     suffixes: list[str]
     weight_dropout: float
+    recurrent_dropout: float
+    zoneout: float
     dropout: float
 
-    def _mask(self, rng: Rng | None, shape: Shape, p: float) -> Array | None: ...
+    @property
+    def arithmetic(self) -> str:
+        """The dtype of the arithmetic."""
+
+    def _mask(
+        self, rng: Rng | None, shape: Shape, p: float, dtype: str | None = None
+    ) -> Array | None: ...
+
+    def _kept(self, rng: Rng, shape: Shape, p: float, dtype: str) -> Array: ...
 
 
 class Masks(NamedTuple):
     """The masks of one call. An element is 0 where something is dropped, else 1 / (1 - p)."""
 
     weights: dict[str, Array]  # of each weight_hh (3H, H), by its name
+    # of each layer and direction, of the state that products read (B, H), and where zoneout keeps a
+    # unit's state, 1 in place of 0, (T, B, H)
+    steps: tuple[tuple[Array | None, Array | None], ...] | None
     between: tuple[Array | None, ...] | None  # of the input of each layer, (T, B, D*H)
 
 
-NO_MASKS = Masks({}, None)
+NO_MASKS = Masks({}, None, None)
 
 
 def draw(gru: Regularised, rng: Rng, T: int, B: int) -> Masks:
     """Draw the masks of a call over T steps of B rows."""
     H, D = gru.hidden_size, len(gru.suffixes)
+    ends = [f"{n}{suffix}" for n in range(gru.num_layers) for suffix in gru.suffixes]
     weights: dict[str, Array] = {}
     if gru.weight_dropout:
-        # a model that was loaded may have its parameters in another order
-        ends = [f"{n}{suffix}" for n in range(gru.num_layers) for suffix in gru.suffixes]
         p, shape = gru.weight_dropout, (3 * H, H)
         weights = {f"weight_hh_l{end}": gru._mask(rng, shape, p) for end in ends}
-    between = None
+    steps, between = None, None
+    if gru.recurrent_dropout or gru.zoneout:
+        q, dtype = gru.recurrent_dropout, gru.arithmetic
+        dropped = [gru._mask(rng, (B, H), q, dtype) for _ in ends]
+        zoned = [_zoneout(gru, rng, (T, B, H)) for _ in ends]
+        steps = tuple(zip(dropped, zoned, strict=True))
     if gru.dropout:
         whole = T, B, D * H
         drawn = [gru._mask(rng, whole, gru.dropout) for _ in range(gru.num_layers - 1)]
         between = (None, *drawn)
-    return Masks(weights, between)
+    return Masks(weights, steps, between)
+
+
+def _zoneout(gru: Regularised, rng: Rng, shape: Shape) -> Array | None:
+    return 1.0 - gru._kept(rng, shape, gru.zoneout, gru.arithmetic) if gru.zoneout else None
 
 
 def axes_of_rows(gru: Regularised) -> Iterator[int | None]:
     """Yield the axis of the batch in each array that `draw` draws, in order; None: it has none."""
-    if gru.weight_dropout:
-        yield from [None] * (gru.num_layers * len(gru.suffixes))
+    ways = gru.num_layers * len(gru.suffixes)
+    yield from [None] * (ways if gru.weight_dropout else 0)
+    yield from [0] * (ways if gru.recurrent_dropout else 0)
+    yield from [1] * (ways if gru.zoneout else 0)  # time-major, whatever the layout
     if gru.dropout:
-        yield from [1] * (gru.num_layers - 1)  # time-major, whatever the layout
+        yield from [1] * (gru.num_layers - 1)

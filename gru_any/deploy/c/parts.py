@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import equations
 from ...backend import to_numpy
 from ...backend.rounding import restore, round_weights
 from ...codegen.c_source import IN_PLACE, CSource
@@ -23,7 +22,7 @@ LIMIT = 2**31 - 1  # bytes: no object of a 32-bit machine is larger
 # settings of a GRU that C follows, or that change nothing in a step
 FOLLOWED = {
     "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "reset_after",
-    "precision", "recompute",
+    "precision", "recompute", "weight_dropout", "recurrent_dropout", "zoneout",
 }  # fmt: skip
 
 
@@ -184,16 +183,16 @@ def _of_layer(layer: Layer, number: int, int8: bool) -> Iterator[Part]:
     if isinstance(layer, GRU):
         for n in range(layer.num_layers):
             names = parameter_names(layer.bias, layer.reset_after, n, "")
-            yield _cell(layer.reset_after, [params[k] for k in names], f"gru{number + n}", int8)
+            yield _cell(layer, [params[k] for k in names], f"gru{number + n}", int8)
     elif isinstance(layer, Linear):
         yield _linear(params["weight"], params.get("bias"), f"linear{number}", int8)
     elif isinstance(layer, Embedding):
         yield _embedding(params["weight"], f"embedding{number}", int8)
 
 
-def _cell(after: bool, params: list[HostArray], name: str, int8: bool) -> Part:
-    step = equations.variant(after).step
-    W, b, (U, *vectors) = weights(np, after, *params)
+def _cell(layer: GRU, params: list[HostArray], name: str, int8: bool) -> Part:
+    step = layer._variant().step
+    W, b, (U, *vectors) = weights(np, layer.reset_after, *params)
     source = CSource(forward_schedule(step, len(vectors), False, IN_PLACE), name, int8)
     W, fields = _matrix(f"{name}_W", W, int8)
     fields += [] if b is None else [Field(f"{name}_b", b)]
