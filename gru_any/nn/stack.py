@@ -83,7 +83,10 @@ class Stack(NamedTuple):
             wanted = outputs or layer + 1 < self.layers
             dropped = None if dropout is None else dropout[layer]
             x = x if dropped is None else x * dropped
-            pairs = zip(self.suffixes, _step_masks(cuts, of_steps, layer, D), strict=True)
+            masks: Sequence[StepMasks | None] = (None,) * D
+            if cuts or of_steps:
+                masks = _step_masks(cuts, of_steps, layer, D)
+            pairs = zip(self.suffixes, masks, strict=True)
             sweeps = [self.sweep(params, layer, suffix, mask, own) for suffix, own in pairs]
 
             def run_sweep(d: int, run: Runner) -> tuple[Array | None, Array, list[Segment]]:
@@ -202,10 +205,8 @@ def _step_masks(
     steps: tuple[tuple[Array | None, Array | None], ...] | None,
     layer: int,
     D: int,
-) -> Sequence[StepMasks | None]:
+) -> list[StepMasks]:
     """Return the masks of a layer's steps, of each direction."""
-    if cuts is None and steps is None:
-        return (None,) * D
     of_layer = ((None, None),) * D if steps is None else steps[layer * D : (layer + 1) * D]
     pairs = zip(of_layer, cuts or (None,) * D, strict=True)
     return [StepMasks(*own, cut) for own, cut in pairs]

@@ -246,7 +246,8 @@ class Sweep(NamedTuple):
         if mask is not None:
             parts = tuple(mask.zero_padding(run.xp, part) for part in parts)
             g = None if g is None else mask.zero_padding(run.xp, g)
-        previous, saved = self._operands(previous, saved)
+        if self.masks is not None and self.masks.dropout is not None:
+            previous, saved = self._operands(self.masks.dropout, previous, saved)
         rows, product = run.as_matrix, run.product
         matrices = [rows(part) for part in parts]
         da = matrices[0]
@@ -263,11 +264,10 @@ class Sweep(NamedTuple):
     def _extra(self, block: slice) -> Extra | None:
         return None if self.masks is None else self.masks.steps(block)
 
-    def _operands(self, h: Array, saved: Sequence[Array]) -> tuple[Array, Sequence[Array]]:
-        """Return h and what the steps saved, as the products with U read them."""
-        d = None if self.masks is None else self.masks.dropout
-        if d is None:
-            return h, saved
+    def _operands(
+        self, d: Array, h: Array, saved: Sequence[Array]
+    ) -> tuple[Array, Sequence[Array]]:
+        """Return h and what the steps saved, as the products with U diag(d) read them."""
         reads = self.variant.reads
         return h * d, [v * d if n in reads else v for n, v in enumerate(saved)]
 

@@ -39,6 +39,7 @@ class Level(NamedTuple):
     cells: list[Cell]
     reset_after: bool
     direction: str  # "forward", "reverse" or "both"
+    recurrent_dropout: float
 
 
 class Tensor(NamedTuple):
@@ -256,14 +257,18 @@ def _fits(below: Level, above: Level) -> bool:
 def _one_gru(levels: list[Level]) -> GRU:
     """A GRU of these layers."""
     if len({level[1:] for level in levels}) != 1:
-        raise ValueError("these layers differ in reset_after or direction: load them one by one")
+        raise ValueError(
+            "these layers differ in reset_after, direction or recurrent_dropout: load them one by "
+            "one"
+        )
     cells = [cell for level in levels for cell in level.cells]
-    _, after, direction = levels[0]
+    _, after, direction, p = levels[0]
     gru = assemble(cells, after, direction == "both", True, copy=False)
-    if direction != "reverse":
-        return gru
-    named = {f"{name}_reverse": array for name, array in gru.params.items()}
-    return layer_of(GRU, gru.settings | {"reverse": True}, named, gru.dtype, copy=False)
+    settings, named = gru.settings | {"recurrent_dropout": p}, dict(gru.params)
+    if direction == "reverse":
+        settings["reverse"] = True
+        named = {f"{name}_reverse": array for name, array in named.items()}
+    return layer_of(GRU, settings, named, gru.dtype, copy=False)
 
 
 def _sequences(part: Part) -> bool:
@@ -286,7 +291,8 @@ def _levels(part: Part, arrays: dict[str, HostArray], settings: Config) -> list[
         cells = _cells(part.kind, part.config, settings, backwards)
         direction = "reverse" if backwards else "forward"
         found = _read(part, arrays, cells, _places(part.config, len(cells)))
-        return [Level([cell], after, direction) for cell, after in found]
+        rates = map(_recurrent_dropout, cells)
+        return [Level([v], after, direction, p) for (v, after), p in zip(found, rates, strict=True)]
     if part.config.get("merge_mode", "concat") != "concat":
         raise ValueError(f"merge_mode {part.config['merge_mode']!r} has no counterpart")
     forward, backward = part.config["layer"], part.config.get("backward_layer")
@@ -305,7 +311,16 @@ def _levels(part: Part, arrays: dict[str, HostArray], settings: Config) -> list[
     one, two = _read(part, arrays, cells, places)
     if one[1] != two[1]:
         raise ValueError("the two directions differ in reset_after, which has no counterpart")
-    return [Level([one[0], two[0]], one[1], "both")]
+    p, q = map(_recurrent_dropout, cells)
+    if p != q:
+        raise ValueError(f"the two directions have recurrent_dropout {p} and {q}: make them equal")
+    return [Level([one[0], two[0]], one[1], "both", p)]
+
+
+def _recurrent_dropout(config: Config) -> float:
+    """The rate of a cell; Keras drops nothing where it is 1."""
+    p = config.get("recurrent_dropout") or 0.0
+    return p if p < 1 else 0.0
 
 
 def _places(config: Config, count: int) -> list[str]:

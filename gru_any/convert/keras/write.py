@@ -89,6 +89,7 @@ def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str
         "units": gru.hidden_size,
         "use_bias": gru.bias,
         "reset_after": gru.reset_after,
+        **({"recurrent_dropout": gru.recurrent_dropout} if gru.recurrent_dropout else {}),
     }
     D = len(gru.suffixes)
     for i in range(gru.num_layers):
