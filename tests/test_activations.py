@@ -315,6 +315,29 @@ def test_a_step_a_cell_a_stream_and_a_frozen_model(after):
 
 
 @VARIANTS
+def test_a_module_of_torch(after):
+    """It computes with them, and says so; PyTorch's own GRU cannot take its place."""
+    torch = require("torch")
+    from gru_any.convert import torch as convert
+
+    gru = GRU(I, H, reset_after=after, seed=0, **HARD)
+    module, x = convert.as_module(gru), torch.tensor(given(1, "float32")[0], requires_grad=True)
+    with running("traced"):
+        y, _ = module(x)
+        y.sum().backward()
+        (expected, _), pullback = gru.vjp(x.detach().numpy())
+        grads, dx, _ = pullback(np.ones_like(expected))
+    assert np.array_equal(y.detach().numpy(), expected)
+    assert np.array_equal(x.grad.numpy(), dx)
+    assert np.array_equal(module.weight_hh_l0.grad.numpy(), grads["weight_hh_l0"])
+    assert "'activation': ('elu', 0.7)" in repr(module)
+    with pytest.raises(TypeError, match=r"'elu', 0\.7.*, which PyTorch does not have"):
+        convert.restore(module)
+    with pytest.raises(ValueError, match="which would be lost"):
+        convert.as_module(GRUCell(I, H, reset_after=True, activation="relu"))
+
+
+@VARIANTS
 def test_it_becomes_c(after, tmp_path, monkeypatch):
     from gru_any.deploy import c
 

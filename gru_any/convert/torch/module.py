@@ -194,7 +194,7 @@ class GRU(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""
-        return super().extra_repr() + ("" if self.reset_after else f", {self._others}")
+        return super().extra_repr() + ("" if self._others == GRU._others else f", {self._others}")
 
     def _get_name(self) -> str:
         return f"gru_any.{type(self).__name__}"
