@@ -121,6 +121,7 @@ class Variant(NamedTuple):
     step: Step
     backward: Step  # the gradient of a step
     weights: WeightGradients  # the gradient to U and to the bias of h U^T
+    reads: tuple[int, ...] = ()  # which of what a step saves its products with U read, beside h
 
 
 def variant(after: bool, f: Activations = USUAL) -> Variant:
@@ -128,7 +129,7 @@ def variant(after: bool, f: Activations = USUAL) -> Variant:
     if after:
         found = Variant(reset_after, reset_after_backward, reset_after_weights)
     else:
-        found = Variant(reset_before, reset_before_backward, reset_before_weights)
+        found = Variant(reset_before, reset_before_backward, reset_before_weights, (3,))
     return found if f is USUAL else with_activations(found, f)
 
 

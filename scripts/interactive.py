@@ -77,6 +77,8 @@ def parts(model: Chain) -> tuple[Embedding, GRU, Linear]:
     found: list[Any] = [layer for layer in model.layers if isinstance(layer, kinds)]
     if tuple(map(type, found)) != kinds or "_reverse" in found[1].suffixes:
         sys.exit("the page takes an Embedding, a GRU that reads forward alone and a Linear layer")
+    if found[1].zoneout:
+        sys.exit("the page shows the equations as they are, without zoneout")
     return found[0], found[1], found[2]
 
 

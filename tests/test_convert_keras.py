@@ -159,6 +159,23 @@ def test_compiled_models(keras, L, tmp_path, ending, trained, optimiser):
         same(convert.load(saved(model, tmp_path, ending)), model)
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_recurrent_dropout(keras, L, tmp_path, ending):
+    """It is read and written; layers that differ in it are GRUs of their own."""
+
+    def gru(p):
+        return L.Bidirectional(L.GRU(H, return_sequences=True, recurrent_dropout=p))
+
+    model = row(keras, gru(0.1), gru(0.1), gru(0.3), gru(1.0))
+    ours = convert.load(saved(model, tmp_path, ending))
+    assert [layer.num_layers for layer in ours.layers] == [2, 1, 1]
+    assert [layer.recurrent_dropout for layer in ours.layers] == [0.1, 0.3, 0.0]
+    same(ours, model)
+    convert.save(tmp_path / "again.keras", ours)
+    again = convert.load(tmp_path / "again.keras")
+    assert [layer.settings for layer in again.layers] == [layer.settings for layer in ours.layers]
+
+
 def test_layers_that_are_frozen_read_alike(keras, L, tmp_path):
     both = L.Bidirectional(L.GRU(H))
     model = row(keras, both, L.Dense(2))

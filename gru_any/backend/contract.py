@@ -6,8 +6,9 @@ one is tested against it.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from ..codegen.schedule import Kind, Kinds
 from ..typing import Array, Device, DType, Namespace, Pytree, Shape, Step, WeightGradients
 
 Result = TypeVar("Result")
@@ -81,6 +82,32 @@ class StepMask(Protocol):
 Alive: TypeAlias = StepMask | None  # None: all sequences are alive at all steps
 
 
+class Extra(NamedTuple):
+    """Further arguments of the steps of a block.
+
+    kinds: BATCH of an array (B, H), STEPS of (K, B, H); ROWS, the last, of the cut (K, B, 1) of
+    bool, the steps after which a row's state starts anew from 0; none of a finished sequence.
+    """
+
+    kinds: Kinds
+    arrays: tuple[Array, ...]
+
+    @property
+    def cut(self) -> bool:
+        """Whether there is a cut."""
+        return self.kinds[-1] is Kind.ROWS
+
+    def at(self, t: int) -> tuple[Array, ...]:
+        """Return those of a step."""
+        pairs = zip(self.kinds, self.arrays, strict=True)
+        return tuple([v if kind is Kind.BATCH else v[t, :, :] for kind, v in pairs])
+
+
+def kinds_of(extra: Extra | None) -> Kinds:
+    """Return the kinds of the further arguments, if any."""
+    return () if extra is None else extra.kinds
+
+
 class Output(Protocol):
     """An array (T, ...) that is filled block by block."""
 
@@ -103,18 +130,17 @@ class Scans(Protocol):
         alive: Alive,
         reverse: bool,
         keep: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         """Run the steps of a block.
 
         a: what `affine` returned, (K, B, 3H). h: (B, H), the state before the first step run.
         alive: a sequence that has finished keeps its state. reverse: from the last step to the
-        first. cut: (K, B, 1) of bool, the steps after which a row's state starts anew from 0; none
-        of a sequence that has finished.
+        first. extra: what the step takes beside.
 
         Returns the states, path (K + 1, B, H), in which step t leads from path[t] to path[t + 1]
         (in reverse from path[t + 1] to path[t]); and the residuals that `step` saved, each
-        (K, B, H), or None without `keep`. With `cut`, the last of them, which is there without
+        (K, B, H), or None without `keep`. With a cut, the last of them, which is there without
         `keep` too, is the state that each step arrived at, where the path has the one that goes on.
         """
 
@@ -129,13 +155,13 @@ class Scans(Protocol):
         alive: Alive,
         reverse: bool,
         taps: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         """Run the backward pass of a block.
 
         step: the gradient of a step. dy: (K, B, H). dh: (B, H), the gradient to the state after
-        the block. previous: (K, B, H), the state before each step. reverse, cut: as in the forward
-        pass.
+        the block. previous: (K, B, H), the state before each step. reverse, extra: as in the
+        forward pass.
 
         Returns the gradients to the pre-activations, each (K, B, .); dh before the block; and with
         `taps` dL/dh' of every step (K, B, H), else None.

@@ -12,7 +12,7 @@ from ..codegen.restart import restarted
 from ..codegen.schedule import backward_program, forward_program
 from ..codegen.trace import Product, Program
 from ..typing import Array, Device, Namespace, Step
-from .contract import Alive, InputProducts, Matrix, Recurrent
+from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, kinds_of
 from .reference import Plain
 
 UNROLL = 1  # steps in one turn of the compiled loop
@@ -88,26 +88,27 @@ class Scan(Plain):
         alive: Alive,
         reverse: bool,
         keep: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         xp, H, (U, *vectors) = self.xp, h.shape[-1], recurrent
-        M = Operand(U, forward_program(step, len(vectors), keep))
-        run = step if cut is None else restarted(step)
+        M = Operand(U, forward_program(step, len(vectors), keep, kinds_of(extra)))
+        cut = extra is not None and extra.cut
+        run = restarted(step) if cut else step
 
         def one(
             h: Array, at: tuple[tuple[Array, ...], Any, tuple[Array, ...]]
         ) -> tuple[Array, Any]:
-            parts, mask, cuts = at
-            new, saved = run(xp, xp.concat(parts, axis=-1), h, M, *vectors, *cuts)
+            parts, mask, further = at
+            new, saved = run(xp, xp.concat(parts, axis=-1), h, M, *vectors, *further)
             h = new if mask is None else xp.where(mask, new, h)
-            return h, (h, saved if keep else saved[len(saved) - len(cuts) :])
+            return h, (h, saved if keep else saved[len(saved) - cut :])
 
         with self._precision(self._products):
             if a.shape[0] == 1:
-                return super().forward(step, a, h, recurrent, alive, reverse, keep, cut)
+                return super().forward(step, a, h, recurrent, alive, reverse, keep, extra)
             # apart, since XLA cuts them up more slowly inside of the scan
             parts = tuple(a[..., n : n + H] for n in range(0, a.shape[-1], H))
-            steps = parts, None if alive is None else alive.block, () if cut is None else (cut,)
+            steps = parts, None if alive is None else alive.block, _further(extra)
             _, (states, saved) = self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
         return xp.concat(ends), saved or None
@@ -123,21 +124,28 @@ class Scan(Plain):
         alive: Alive,
         reverse: bool,
         taps: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         xp = self.xp
-        M = Operand(U, backward_program(step, len(saved), dy is not None, taps))
+        kinds = len(saved), dy is not None, taps, kinds_of(extra)
+        M = Operand(U, backward_program(step, *kinds))
 
         def one(dh: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
-            dy, h, saved, mask, cuts = at
-            for ended in cuts:  # the next step did not begin from this one
+            dy, h, saved, mask, further = at
+            if extra is not None and extra.cut:  # the next step did not begin from this one
+                *further, ended = further
                 dh = xp.where(ended, xp.zeros_like(dh), dh)
             g = dh if dy is None else dh + dy
-            new, parts = step(xp, g, h, saved, M)
+            new, parts = step(xp, g, h, saved, M, *further)
             return new if mask is None else xp.where(mask, new, dh), (parts, g if taps else None)
 
         mask = None if alive is None else alive.block
-        steps = dy, previous, tuple(saved), mask, () if cut is None else (cut,)
+        steps = dy, previous, tuple(saved), mask, _further(extra)
         with self._precision(self._products):
             dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=UNROLL)
         return parts, dh, gs
+
+
+def _further(extra: Extra | None) -> tuple[Array, ...]:
+    """Return the cut, if any; the masks of training, which are random, are refused before."""
+    return () if extra is None else extra.arrays

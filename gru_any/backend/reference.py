@@ -12,6 +12,7 @@ from ..codegen.restart import restarted
 from ..typing import Array, Device, DType, Namespace, Pytree, Shape, Step, WeightGradients
 from .contract import (
     Alive,
+    Extra,
     InputProducts,
     Matrix,
     Movable,
@@ -53,21 +54,22 @@ class Plain:
         alive: Alive,
         reverse: bool,
         keep: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         xp, states, saved = self.xp, [h], []
-        step = step if cut is None else restarted(step)
+        cut = extra is not None and extra.cut
+        step = restarted(step) if cut else step
         for t in _order(a.shape[0], reverse):
-            cuts = () if cut is None else (cut[t, :, :],)
-            new, extra = step(xp, a[t, :, :], h, *recurrent, *cuts)
+            further = () if extra is None else extra.at(t)
+            new, kept = step(xp, a[t, :, :], h, *recurrent, *further)
             mask = None if alive is None else alive[t]
             h = new if mask is None else xp.where(mask, new, h)
             states.append(h)
-            saved.append(extra if keep else extra[len(extra) - len(cuts) :])
+            saved.append(kept if keep else kept[len(kept) - cut :])
         if reverse:
             states.reverse()
             saved.reverse()
-        return xp.stack(states), self._stack(saved) if keep or cut is not None else None
+        return xp.stack(states), self._stack(saved) if keep or cut else None
 
     def single_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
         U, *vectors = recurrent
@@ -107,14 +109,16 @@ class Plain:
         alive: Alive,
         reverse: bool,
         taps: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         xp, parts, gs = self.xp, [], []
         for t in _order(previous.shape[0], not reverse):
-            if cut is not None:  # the next step did not begin from this one
-                dh = xp.where(cut[t, :, :], xp.zeros_like(dh), dh)
+            further = [] if extra is None else [*extra.at(t)]
+            if extra is not None and extra.cut:  # the next step did not begin from this one
+                *further, ended = further
+                dh = xp.where(ended, xp.zeros_like(dh), dh)
             g = dh if dy is None else dh + dy[t, :, :]
-            new, part = step(xp, g, previous[t, :, :], [s[t, :, :] for s in saved], U)
+            new, part = step(xp, g, previous[t, :, :], [s[t, :, :] for s in saved], U, *further)
             mask = None if alive is None else alive[t]
             dh = new if mask is None else xp.where(mask, new, dh)
             parts.append(part)

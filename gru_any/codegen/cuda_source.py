@@ -17,6 +17,7 @@ from .schedule import (
     Finished,
     Group,
     Kind,
+    Kinds,
     Place,
     Schedule,
     Store,
@@ -259,10 +260,10 @@ def forward_scan(
     number: str,
     types: tuple[tuple[str, str], ...] = (),
     name: str = "forward",
-    cut: bool = False,
+    extra: Kinds = (),
 ) -> Scan:
     """A forward scan; see `forward_schedule`."""
-    return Scan(forward_schedule(step, vectors, keep, DEVICE, cut), number, name, types)
+    return Scan(forward_schedule(step, vectors, keep, DEVICE, extra), number, name, types)
 
 
 @lru_cache(maxsize=64)
@@ -274,10 +275,10 @@ def backward_scan(
     number: str,
     types: tuple[tuple[str, str], ...] = (),
     name: str = "backward",
-    cut: bool = False,
+    extra: Kinds = (),
 ) -> Scan:
     """A backward scan; see `backward_schedule`."""
-    return Scan(backward_schedule(step, saved, given, taps, DEVICE, cut), number, name, types)
+    return Scan(backward_schedule(step, saved, given, taps, DEVICE, extra), number, name, types)
 
 
 class AllSteps:

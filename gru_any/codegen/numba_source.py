@@ -135,9 +135,11 @@ class Scope(NamedTuple):
         )
 
 
+AXES = {Kind.VECTOR: "::1", Kind.BATCH: ":, ::1"}  # of arrays without an entry for each step
 STEP = dict.fromkeys((Kind.PROJECTION, Kind.STEPS, Kind.ROWS), "t")
 STEP |= {Kind.BEFORE: "i", Kind.AFTER: "o"}
 SCAN = Scope(("first", "last"), ("left", "right"), STEP | {Kind.PROJECTION: "s"}, Matrices.PACKED)
+BARRIER = "times = barrier_wait(sync, me, count, times)"
 FEW = Scope(("0", "B"), ("0", "H"), STEP, Matrices.STORED)
 ONCE = Scope(
     ("0", "B"), ("0", "H"), dict.fromkeys(STEP, "0") | {Kind.AFTER: "1"}, Matrices.CONTIGUOUS
@@ -157,14 +159,20 @@ class NumbaSource:
         self.results = [self.state, *schedule.extras]
         self.matrices = [f"M{n}" for n in range(len(schedule.gemms))]
 
+    @property
+    def _reads_one_buffer(self) -> bool:
+        """Whether a step has a single product, of a buffer."""
+        gemms = self.schedule.gemms
+        return len(gemms) == 1 and gemms[0].operand.array in self.schedule.buffers
+
     def scan(self) -> str:
         """A module with `shared`, by which threads share `scan`; see `handoff.share`.
 
         `scan` takes the rows first to last through all steps.
 
         A sequence that has finished keeps its state. The members of `sync` share the units, and
-        wait for each other before each product, which needs what all have made. (A step with a
-        single product, of a buffer, would need another barrier after it; none of ours is so.)
+        wait for each other before each product, which needs what all have made; and after it where
+        it is a step's only one and reads a buffer, which the next step writes.
 
         A forward scan fills `a` with x W^T + bias: if it has room for one step, before each; else
         for all steps at once; not at all where x has no columns.
@@ -220,7 +228,7 @@ class NumbaSource:
         In one thread; it returns the results. h: the state before the first step.
         """
         given = [array for array in self.arrays if array not in self.results]
-        axes = {array.name: "::1" if array.kind is Kind.VECTOR else ":, :, ::1" for array in given}
+        axes = {array.name: AXES.get(array.kind, ":, :, ::1") for array in given}
         if self.schedule.forward:
             axes |= {"x": ":, :, ::1", "W": ":, ::1", "bias": "::1"}
         kinds = ["int64[::1]"] * 3 + ["boolean[:, ::1]"]
@@ -338,6 +346,8 @@ class NumbaSource:
         for n, stage in enumerate(self.schedule.stages):
             if isinstance(stage, Gemm):
                 found += _product(stage, next(matrices), scope)
+                if scope.matrices is Matrices.PACKED and self._reads_one_buffer:
+                    found.append(BARRIER)
             else:
                 arrays = map(scope.entry, _arrays(stage))
                 found.append(f"fused{n}({', '.join([*scope.rows, *scope.units, 'H', *arrays])})")
@@ -350,7 +360,7 @@ def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
     x, (b, end), units = scope.entry(array), scope.rows, ", ".join(scope.units)
     if scope.matrices is Matrices.PACKED:
         return [
-            "times = barrier_wait(sync, me, count, times)",
+            BARRIER,
             f"gemm(functions[{gates - 1}], np.intp({gates}), {x}, {first} * H, {matrix}, "
             f"zeros, {out}, {b}, {end}, {units})",
         ]

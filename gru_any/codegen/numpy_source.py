@@ -89,7 +89,7 @@ class HostSource:
                 names += [*_columns(array), pair(array, 0)]
             elif array.kind in STATES and forward:
                 names += STATES.values()
-            elif array.kind in (Kind.STEPS, Kind.ROWS) and array not in extras:
+            elif array.kind in (Kind.STEPS, Kind.ROWS, Kind.BATCH) and array not in extras:
                 names.append(array.name)
         parts = [name for array in extras for name in _columns(array)]
         return [*names, *([] if forward else parts), *(array.name for array in extras), "ended"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from enum import Enum
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ..typing import Array, Namespace, Step
 from .restart import restarted
@@ -23,6 +23,7 @@ class Kind(Enum):
     PROJECTION = "projection"  # (K, B, 3H), a = x W^T + b, which may be computed step by step
     STEPS = "steps"  # (K, B, columns H), an entry for each step
     ROWS = "rows"  # (K, B, 1) of bool, an entry for each step and row
+    BATCH = "batch"  # (B, H), the same for all steps
     BEFORE = "before"  # (., B, H), the state before the step
     AFTER = "after"  # (., B, H), the state after it
     STATE = "state"  # (B, H), the state, updated in place
@@ -46,6 +47,7 @@ class ArrayRef(NamedTuple):
 
 STATE = ArrayRef("state", Kind.STATE)  # h in a forward scan, dL/dh in a backward scan
 CUT = ArrayRef("cut", Kind.ROWS)  # after which steps a row's state starts anew
+EXTRA = "e"  # what the names of other further arguments of a step begin with
 NARROW = ArrayRef("narrow", Kind.OPERAND)  # the state as products in half precision read it
 
 
@@ -175,62 +177,75 @@ DEVICE = Target(in_place=True, rounds=True, adds=True)
 # the scans ---------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def forward_program(step: Step, vectors: int, keep: bool, cut: bool = False) -> Program:
-    """Trace a step on a, h, U and so many vectors; keep: with its residuals.
+Kinds: TypeAlias = tuple[Kind, ...]  # further arguments of a step; ROWS is the cut, and the last
 
-    cut: with a last argument, after which the state may start anew; h' is then the last extra.
+
+def extra_arrays(extra: Kinds) -> list[ArrayRef]:
+    """Return the further arguments of a step."""
+    return [CUT if k is Kind.ROWS else ArrayRef(f"{EXTRA}{n}", k) for n, k in enumerate(extra)]
+
+
+@lru_cache(maxsize=64)
+def forward_program(step: Step, vectors: int, keep: bool, extra: Kinds = ()) -> Program:
+    """Trace a step on a, h, U, so many vectors and the further ones; keep: with its residuals.
+
+    With a cut, after which the state may start anew, h' is the last extra result.
     """
-    program = trace(restarted(step) if cut else step, 3, 1, MATRIX, *[1] * (vectors + cut))
+    cut = Kind.ROWS in extra
+    further = [1] * (vectors + len(extra))
+    program = trace(restarted(step) if cut else step, 3, 1, MATRIX, *further)
     extras = program.extras if keep else program.extras[len(program.extras) - cut :]
     return program if keep else program._replace(extras=extras).needed()
 
 
 @lru_cache(maxsize=64)
-def backward_program(step: Step, saved: int, given: bool, taps: bool, cut: bool = False) -> Program:
-    """Trace the gradient of a step on dy (if given), dh, h, the residuals, U and the cut (if any).
+def backward_program(step: Step, saved: int, given: bool, taps: bool, extra: Kinds = ()) -> Program:
+    """Trace the gradient of a step on dy (if given), dh, h, the residuals, U and the further ones.
 
     With taps, g = dL/dh' is returned as the last extra.
     """
 
     def summed(xp: Namespace, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
         dy, dh, h, *rest = arguments if given else (None, *arguments)
-        *kept, U, ended = rest if cut else (*rest, None)
-        dh = xp.where(ended, xp.zeros_like(dh), dh) if cut else dh
+        kept, U, further = rest[:saved], rest[saved], rest[saved + 1 :]
+        if Kind.ROWS in extra:
+            *further, ended = further
+            dh = xp.where(ended, xp.zeros_like(dh), dh)
         g = dh + dy if given else dh
-        new, parts = step(xp, g, h, kept, U)
+        new, parts = step(xp, g, h, kept, U, *further)
         return new, (*parts, g) if taps else parts
 
-    return trace(summed, *[1] * (given + 2 + saved), MATRIX, *[1] * cut)
+    return trace(summed, *[1] * (given + 2 + saved), MATRIX, *[1] * len(extra))
 
 
 def forward_schedule(
-    step: Step, vectors: int, keep: bool, target: Target, cut: bool = False
+    step: Step, vectors: int, keep: bool, target: Target, extra: Kinds = ()
 ) -> Schedule:
-    """Schedule a forward scan: a, the states `path`, vectors c0..., cut -> path, residuals s0..."""
-    program = forward_program(step, vectors, keep, cut)
+    """Schedule a forward scan: a, states `path`, vectors c0..., e0... -> path, residuals s0..."""
+    program = forward_program(step, vectors, keep, extra)
     (a, (h,), _, *c) = program.inputs
     before, after = _state("path", target)
     inputs = {v: Place(ArrayRef("a", Kind.PROJECTION, len(a)), n) for n, v in enumerate(a)}
     inputs |= {h: Place(before)}
     inputs |= {v: Place(ArrayRef(f"c{n}", Kind.VECTOR)) for n, (v,) in enumerate(c[:vectors])}
-    inputs |= {v: Place(CUT) for (v,) in c[vectors:]}
+    further = zip(c[vectors:], extra_arrays(extra), strict=True)
+    inputs |= {v: Place(array) for (v,), array in further}
     after += [Place(ArrayRef("path", Kind.AFTER))] if target.in_place else []
     return _scheduled(True, program, inputs, after, "s", target)
 
 
 def backward_schedule(
-    step: Step, saved: int, given: bool, taps: bool, target: Target, cut: bool = False
+    step: Step, saved: int, given: bool, taps: bool, target: Target, extra: Kinds = ()
 ) -> Schedule:
-    """Schedule a backward scan: dy if given, dh, previous, s0..., cut -> dh and p0... of each step.
+    """Schedule a backward scan: dy if given, dh, previous, s0..., e0... -> dh, p0... of each step.
 
     pair: dh before and after a step; previous: the states from which the forward steps started.
     """
-    program = backward_program(step, saved, given, taps, cut)
+    program = backward_program(step, saved, given, taps, extra)
     before, after = _state("pair", target)
     names = [*(["dy"] if given else []), "", "previous", *(f"s{n}" for n in range(saved))]
     arrays = [ArrayRef(name, Kind.STEPS) if name else before for name in names]
-    arrays += [CUT] * cut
+    arrays += extra_arrays(extra)
     columns = [column for ids in program.inputs for column in ids]
     inputs = {v: Place(array) for v, array in zip(columns, arrays, strict=True)}
     return _scheduled(False, program, inputs, after, "p", target)

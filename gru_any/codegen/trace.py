@@ -312,6 +312,8 @@ class _Columns:
         return _Columns(self.tape, self.ids[key[-1]])
 
     def __matmul__(self, matrix: _Matrix) -> "_Columns":
+        if not isinstance(matrix, _Matrix):
+            return NotImplemented
         height = matrix.rows.stop - matrix.rows.start
         outputs = self.tape.new(height if matrix.transposed else 1)
         self.tape.ops.append(Product(self.ids, matrix.rows, matrix.transposed, outputs))

@@ -120,7 +120,8 @@ def _check(at: str, cell: Cell, shapes: dict[str, Shape]) -> None:
 
 def cells_of(table: Table, gru: GRU) -> list[dict[str, HostArray]]:
     """Return a library's arrays of each layer and direction, forward before reverse."""
-    return [write(table, cell, gru.reset_after) for cell in ours(gru)]
+    held = ("zoneout",) if table.library == "haste" else ()  # whose layer takes it beside them
+    return [write(table, cell, gru.reset_after) for cell in ours(gru, *held)]
 
 
 def ours(gru: GRU, *held: str) -> list[Cell]:
@@ -144,6 +145,18 @@ def check_gru(model: object, *held: str) -> None:
             "a GRU with reverse=True alone has no home in the other library: load its weights, "
             "without _reverse in their names, into one that reads forward, and turn x and y round "
             "in time, each row within its length"
+        )
+    if "zoneout" not in held:
+        refuse_zoneout(model)
+
+
+def refuse_zoneout(gru: GRU) -> None:
+    """Raise where each unit keeps a share of its state in inference, which only haste has."""
+    if gru.zoneout:
+        raise ValueError(
+            f"zoneout={gru.zoneout:g} has no home in the other library: in inference each unit "
+            "keeps this share of its old state, so the results would differ. Weights alone go "
+            "through a GRU without it: other.load_params(gru.params)"
         )
 
 

@@ -1,7 +1,7 @@
 """haste: `haste_pytorch.GRU` and `haste_tf.GRU`. Reset after, gates in order z, r, n.
 
 The names are those of a layer's parameters (https://github.com/lmnt-com/haste). Zoneout and
-dropout are settings of training there, and are not weights.
+dropout are settings of a layer, and are not weights: give both layers the same.
 """
 
 from ..nn.gru import GRU

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple, SupportsIndex, TypeAlias
 
+from .. import equations
 from ..backend import bridged, path, recorded
 from ..errors import check_shape
 from ..nn.cell import GRUCell
@@ -164,7 +165,7 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
     """Describe gates, biases, layers and directions, how a call runs, and the functions called."""
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
     way, why = path(layer.backend, H, layer.dtype)
-    step = layer.variant.step
+    step = equations.variant(layer.reset_after, layer.functions).step
     notes = [
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
         _biases(layer.bias, layer.reset_after),
@@ -173,6 +174,8 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
         *(_recorded(layer, shape) if isinstance(layer, GRU) else []),
         *_called(step),
     ]
+    if isinstance(layer, GRU):
+        notes[2:2] = _regularisation(layer)
     if L > 1:
         notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
     suffixes = getattr(layer, "suffixes", [""])
@@ -186,6 +189,25 @@ def _merged(layer: GRU | GRUCell) -> str:
     mode = getattr(layer, "merge", "concat")
     words = {"concat": "both directions side by side", None: "both directions as a pair of arrays"}
     return words.get(mode) or f"the {MERGED.get(mode, mode)} of both directions"
+
+
+def _regularisation(layer: GRU) -> list[str]:
+    """Describe what acts in training, and what zoneout does to inference."""
+    q, k, w = layer.recurrent_dropout, layer.zoneout, layer.weight_dropout
+    notes = []
+    if w:
+        notes.append(f"Weight dropout: in vjp with rng, a share {w:g} of U is 0 in each call.")
+    if q:
+        notes.append(
+            f"Recurrent dropout: in vjp with rng, U stands for U diag(d), where d is 0 with "
+            f"probability {q:g}, else 1 / (1 - {q:g}); one d a row and call."
+        )
+    if k:
+        notes.append(
+            f"Zoneout: the new state is {k:g} * h + (1 - {k:g}) * h', h' as below; in vjp with rng "
+            f"each unit keeps h with probability {k:g}."
+        )
+    return notes
 
 
 def _recorded(layer: GRU, shape: Sizes | None) -> list[str]:
@@ -219,7 +241,7 @@ def _lines(layer: GRU | GRUCell) -> Formulas:
 
 
 def _equations(layer: GRU | GRUCell) -> Formulas:
-    step, backward, _ = layer.variant
+    step, backward, *_ = equations.variant(layer.reset_after, layer.functions)
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
     product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
     return [

@@ -1,7 +1,7 @@
 """The GRU over whole sequences: layers, directions, lengths, dropout between layers."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
@@ -10,10 +10,12 @@ from ..backend import by_place, runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
+from ..regularisation import expected_zoneout, recurrent_dropout, zoneout
 from ..typing import Array, Arrays, Device, Lengths, Rng, Shape
 from . import options
 from .init import uniform
 from .layout import Call, SequenceLayout
+from .masks import NO_MASKS, Masks, draw
 from .params import BackendLike, Layer
 from .pullback import Pullback
 from .stack import ForwardInputs, Stack
@@ -21,6 +23,8 @@ from .tangents import DualPullback, along, check_params_dot, lift, parted, refus
 from .weights import parameter_shapes, variant_advice
 
 LayerStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> y_t, h
+# settings that files have only where they are others
+LATER = {"reverse": False, "weight_dropout": 0.0, "recurrent_dropout": 0.0, "zoneout": 0.0}
 
 
 class GRU(Layer):
@@ -46,6 +50,16 @@ class GRU(Layer):
     reverse : bool
         A single direction, which reads from each sequence's end; the names of its parameters end in
         `_reverse`. y_t still belongs to x_t. Not together with bidirectional.
+    weight_dropout : float
+        Probability with which an entry of weight_hh becomes 0 for a whole call of `vjp` with `rng`;
+        what is left is divided by 1 - weight_dropout (DropConnect, as AWD-LSTM uses it).
+    recurrent_dropout : float
+        Probability with which a unit of the state is 0, through a whole call of `vjp` with `rng`,
+        in what the products with weight_hh read; what is left is divided by 1 - recurrent_dropout
+        (Gal and Ghahramani 2016; `gru_any.regularisation` has the formulas).
+    zoneout : float
+        Probability with which a unit keeps its state in a step of `vjp` with `rng`; in all other
+        calls each unit keeps this share of its old state (Krueger et al. 2016).
     reset_after : bool
         Reset gate after the matrix product (PyTorch, cuDNN, Keras' default) or before it
         (Cho et al. 2014, ONNX's default; the default here).
@@ -129,6 +143,9 @@ class GRU(Layer):
         gate_activation: options.Named = "sigmoid",
         clip: float | None = None,
         merge: str | None = "concat",
+        weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
     ) -> None:
         self.input_size = arguments.size("input_size", input_size)
         self.hidden_size = arguments.size("hidden_size", hidden_size)
@@ -139,6 +156,9 @@ class GRU(Layer):
         self.reset_after = arguments.flag("reset_after", reset_after)
         self.reverse = arguments.flag("reverse", reverse)
         self.dropout = _dropout(dropout, self.num_layers)
+        self.weight_dropout = arguments.number("weight_dropout", weight_dropout, below=1)
+        self.recurrent_dropout = arguments.number("recurrent_dropout", recurrent_dropout, below=1)
+        self.zoneout = arguments.number("zoneout", zoneout, below=1)
         self.recompute = _recompute(recompute)
         self.precision = _precision(precision)
         self.activation = options.activation("activation", activation)
@@ -155,7 +175,7 @@ class GRU(Layer):
             GRU, backend, device, dtype, self._shapes(), seed,
             lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
         )  # fmt: skip
-        self._leave_out(options.DEFAULTS | options.MERGE | {"reverse": False})
+        self._leave_out({**options.DEFAULTS, **options.MERGE, **LATER})
 
     @property
     def output_size(self) -> int:
@@ -250,7 +270,7 @@ class GRU(Layer):
         Parameters are those of a plain call, and
 
         rng : numpy.random.Generator or None
-            If given, dropout acts between the layers. Its random numbers are drawn on the host.
+            If given, the model's dropouts act. Their masks are drawn on the host.
 
         Returns
         -------
@@ -264,8 +284,10 @@ class GRU(Layer):
         self._refuse_complex()
         call = self._layout.enter(x, h0, lengths, mask, resets, skipped)
         stack = self._stack_for(call)
-        (y, h_n), residuals = self._run(stack, call, keep=True, rng=rng)
-        pullback = Pullback(self.params, self._layout, stack, call, residuals)
+        masks = NO_MASKS if rng is None else draw(self, rng, *call.x.shape[:2])
+        stack = stack if masks.steps is None else self._stack(stack.run, self._regularised())
+        (y, h_n), residuals = self._run(stack, call, keep=True, masks=masks)
+        pullback = Pullback(self.params, self._layout, stack, call, residuals, masks)
         return self._layout.outputs(call, y, h_n), pullback
 
     @by_place
@@ -430,7 +452,7 @@ class GRU(Layer):
         """
         call = self._layout.enter(x, h0, lengths, mask, resets)
         stack = self._stack_for(call)
-        unmasked, given = self._inputs(stack, call, None)
+        unmasked, given = self._inputs(stack, call, NO_MASKS)
         _, residuals = stack.forward(unmasked, True, None, True, given)
         rows = [
             sweep.gates(layer.x, segments)
@@ -457,11 +479,6 @@ class GRU(Layer):
         )
 
     @property
-    def variant(self) -> Variant:
-        """The step of this GRU and its gradient, as functions of `gru_any.equations`."""
-        return equations.variant(self.reset_after, self.functions)
-
-    @property
     def _runner(self) -> Runner:
         return runner(self.backend, self.precision, self.dtype)
 
@@ -469,9 +486,21 @@ class GRU(Layer):
     def _stacks(self) -> dict[tuple[Runner, Variant], Stack]:
         return {}
 
-    def _stack(self, run: Runner) -> Stack:
-        """Return the layers on this runner."""
-        key = run, equations.variant(self.reset_after, self.functions)
+    @property
+    def variant(self) -> Variant:
+        """The equations of inference: a step of this GRU and its gradient, as functions."""
+        variant = equations.variant(self.reset_after, self.functions)
+        return expected_zoneout(variant, self.zoneout) if self.zoneout else variant
+
+    def _regularised(self) -> Variant:
+        """Return those of training, whose steps take the masks that there are."""
+        variant = equations.variant(self.reset_after, self.functions)
+        variant = recurrent_dropout(variant) if self.recurrent_dropout else variant
+        return zoneout(variant) if self.zoneout else variant
+
+    def _stack(self, run: Runner, variant: Variant | None = None) -> Stack:
+        """Return the layers on this runner; variant: other equations than those of inference."""
+        key = run, self.variant if variant is None else variant
         if key not in self._stacks:
             self._stacks[key] = self._new_stack(*key)
         return self._stacks[key]
@@ -499,30 +528,34 @@ class GRU(Layer):
         return self._layout.outputs(call, y, h_n)
 
     def _run(
-        self, stack: Stack, call: Call, keep: bool, rng: Rng | None = None, outputs: bool = True
+        self,
+        stack: Stack,
+        call: Call,
+        keep: bool,
+        masks: Masks = NO_MASKS,
+        outputs: bool = True,
     ) -> Any:
         """Return (y, h_n), and the residuals as the runner keeps them."""
-        unmasked, given = self._inputs(stack, call, rng)
+        unmasked, given = self._inputs(stack, call, masks)
         segment = self.recompute
         if segment == "sqrt":
             segment = max(1, math.isqrt(call.x.shape[0]))
         static = unmasked, keep, segment, outputs
         return stack.run.run_graph(Stack.forward, stack, static, given, stack.steps(call.x))
 
-    def _inputs(self, stack: Stack, call: Call, rng: Rng | None) -> tuple[int, ForwardInputs]:
+    def _inputs(self, stack: Stack, call: Call, masks: Masks) -> tuple[int, ForwardInputs]:
         """Return the first step at which a mask is needed, and the arrays of a forward pass."""
         x, h0, mask, restarts, *_ = call
-        dropout = None
-        if rng is not None and self.dropout:
-            shape = (*x.shape[:2], self.output_size)
-            drawn = [self._mask(rng, shape, self.dropout) for _ in range(self.num_layers - 1)]
-            dropout = (None, *drawn)
         alive, unmasked = (None, 0) if mask is None else mask
         unmasked = unmasked and stack.run.unmasked_prefix(unmasked)
-        return unmasked, ForwardInputs(x, h0, self._arrays(), alive, restarts.cuts, dropout)
+        arrays = self._arrays()
+        if masks.weights:
+            arrays |= {name: arrays[name] * kept for name, kept in masks.weights.items()}
+        cuts, (_, steps, between) = restarts.cuts, masks
+        return unmasked, ForwardInputs(x, h0, arrays, alive, cuts, between, steps)
 
-    def _arrays(self) -> Mapping[Any, Any]:
-        """Return the parameters as the stack reads them."""
+    def _arrays(self) -> Any:
+        """Return the parameters as the stack reads them, a mapping."""
         return dict(self.params)
 
 

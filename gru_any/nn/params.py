@@ -308,20 +308,26 @@ class Layer:
             return v
         return self.backend.xp.astype(v, self.backend.dtype(self.dtype), copy=False)
 
-    def _mask(self, rng: Rng | None, shape: Shape, p: float) -> Array | None:
-        """Return a mask of dropout: 0 with probability p, else 1 / (1 - p); None for none.
+    def _mask(
+        self, rng: Rng | None, shape: Shape, p: float, dtype: str | None = None
+    ) -> Array | None:
+        """Return a mask of dropout: 0 with probability p, else 1 / (1 - p); None for none."""
+        if rng is None or not p:
+            return None
+        return self._kept(rng, shape, p, dtype or self.dtype) * (1 / (1 - p))
+
+    def _kept(self, rng: Rng, shape: Shape, p: float, dtype: str) -> Array:
+        """Return 0 with probability p, else 1.
 
         It is drawn on the host. A byte an element goes to the device, which does not wait for it.
         """
-        if rng is None or not p:
-            return None
         if self.backend.traced:
             raise TypeError(
                 "rng would draw the mask once, while JAX traces the function, and every later call "
                 "would drop the same: call vjp outside of jax.jit, or mask x by jax.random"
             )
         kept = self.backend.put((rng.random(shape) >= p).view(np.uint8))
-        return self.backend.xp.astype(kept, self.backend.dtype(self.dtype)) * (1 / (1 - p))
+        return self.backend.xp.astype(kept, self.backend.dtype(dtype))
 
     def _refuse_complex(self) -> None:
         if self.dtype == "complex128":

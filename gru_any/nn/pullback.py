@@ -3,6 +3,7 @@
 from ..backend.contract import Output
 from ..typing import Array, Gradients
 from .layout import Call, SequenceLayout
+from .masks import Masks
 from .params import Params, refuse_stale
 from .stack import BackwardInputs, LayerResiduals, Stack
 
@@ -17,10 +18,12 @@ class Pullback:
         stack: Stack,
         call: Call,
         residuals: list[LayerResiduals],
+        masks: Masks,
     ) -> None:
         self._params, self._version = params, params.version
         self._layout, self._stack, self._call = layout, stack, call
         self._residuals = residuals  # or what the runner returned in their place
+        self._masks = masks
 
     def __call__(
         self, dy: Array | None, dh_n: Array | None = None
@@ -67,5 +70,7 @@ class Pullback:
             Stack.backward, stack, (taps, by_row), given, steps, self._residuals
         )
         grads, dx, dh0 = found
+        if dropped := self._masks.weights:
+            grads = {**grads, **{name: grads[name] * kept for name, kept in dropped.items()}}
         dx, dh0 = layout.leave(call, dx, layout.without_fresh(call, dh0))
         return {name: grads[name] for name in self._params}, dx, dh0

@@ -13,7 +13,7 @@ from ..backend.contract import Output, Result, Runner
 from ..equations import Variant
 from ..typing import Array, DType, Gradients
 from .merge import merge, part
-from .sweep import Segment, SequenceMask, Sweep, Weights
+from .sweep import Segment, SequenceMask, StepMasks, Sweep, Weights
 from .weights import parameter_names, weights
 
 
@@ -26,6 +26,8 @@ class ForwardInputs(NamedTuple):
     alive: Array | None  # as of `SequenceMask`; None: no step is skipped
     cuts: tuple[Array, ...] | None  # of each direction, as of `Sweep`; None: no state is cut
     dropout: tuple[Array | None, ...] | None  # of the input of each layer; None: there is none
+    # of each layer and direction, the first two of `StepMasks`; None: there are none
+    steps: tuple[tuple[Array | None, Array | None], ...] | None = None
 
 
 class BackwardInputs(NamedTuple):
@@ -74,7 +76,7 @@ class Stack(NamedTuple):
         unmasked: as of `SequenceMask`; the rest is that of `Sweep.forward`. There are no residuals
         without `keep`: they would hold the outputs of all layers at once.
         """
-        x, h0, params, alive, cuts, dropout = given
+        x, h0, params, alive, cuts, dropout, of_steps = given
         mask = None if alive is None else SequenceMask(alive, unmasked)
         D = len(self.suffixes)
         states: list[Array] = []
@@ -84,8 +86,11 @@ class Stack(NamedTuple):
             wanted = outputs or layer + 1 < self.layers
             dropped = None if dropout is None else dropout[layer]
             x = x if dropped is None else x * dropped
-            pairs = zip(self.suffixes, cuts or [None] * D, strict=True)
-            sweeps = [self.sweep(params, layer, suffix, mask, cut) for suffix, cut in pairs]
+            masks: Sequence[StepMasks | None] = (None,) * D
+            if cuts or of_steps:
+                masks = _step_masks(cuts, of_steps, layer, D)
+            pairs = zip(self.suffixes, masks, strict=True)
+            sweeps = [self.sweep(params, layer, suffix, mask, own) for suffix, own in pairs]
 
             def run_sweep(d: int, run: Runner) -> tuple[Array | None, Array, list[Segment]]:
                 h = h0[layer * D + d, :, :]
@@ -160,11 +165,11 @@ class Stack(NamedTuple):
         layer: int,
         suffix: str,
         mask: SequenceMask | None,
-        cut: Array | None,
+        masks: StepMasks | None,
     ) -> Sweep:
         """Return one layer in one direction."""
         own, reverse = self.weights(params, layer, suffix), suffix == "_reverse"
-        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, cut)
+        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, masks)
 
     def _pipeline(
         self,
@@ -201,3 +206,15 @@ def _concurrent(
     if directions == 1:
         return (run_sweep(0, run),)
     return run.concurrent([partial(run_sweep, d) for d in range(directions)])
+
+
+def _step_masks(
+    cuts: tuple[Array, ...] | None,
+    steps: tuple[tuple[Array | None, Array | None], ...] | None,
+    layer: int,
+    D: int,
+) -> list[StepMasks]:
+    """Return the masks of a layer's steps, of each direction."""
+    of_layer = ((None, None),) * D if steps is None else steps[layer * D : (layer + 1) * D]
+    pairs = zip(of_layer, cuts or (None,) * D, strict=True)
+    return [StepMasks(*own, cut) for own, cut in pairs]

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..backend.contract import Output, Recurrent, Runner
+from ..backend.contract import Extra, Output, Recurrent, Runner
 from ..backend.reductions import outer, reduced_by_row
+from ..codegen.schedule import Kind
 from ..equations import Variant
 from ..typing import Array, DType, Namespace, Shape
 
@@ -65,6 +66,23 @@ class SequenceMask(NamedTuple):
         return StepMask(self.alive[block, :, :], self.unmasked - block.start)
 
 
+class StepMasks(NamedTuple):
+    """What the steps of a sweep take beside their usual arguments, in this order; or None."""
+
+    dropout: Array | None  # (B, H), by which what the products with U read is multiplied
+    zoneout: Array | None  # (T, B, H), 1 where a unit keeps its state, else 0
+    cut: Array | None  # (T, B, 1) of bool: the steps after which a state starts anew
+
+    def steps(self, block: slice) -> Extra:
+        """Return those of a block."""
+        d, k, cut = self
+        given = [(Kind.BATCH, d)] if d is not None else []
+        given += [(Kind.STEPS, k[block, :, :])] if k is not None else []
+        given += [(Kind.ROWS, cut[block, :, :])] if cut is not None else []
+        kinds, arrays = zip(*given, strict=True)
+        return Extra(kinds, arrays)
+
+
 class Residuals(NamedTuple):
     """What the backward pass needs of a block."""
 
@@ -90,7 +108,7 @@ class Sweep(NamedTuple):
     mask: SequenceMask | None  # None: no step is skipped
     reverse: bool  # from the last step to the first
     dtype: DType  # of the arithmetic
-    cut: Array | None = None  # (T, B, 1) of bool: the steps after which a state starts anew
+    masks: StepMasks | None = None
 
     def on(self, run: Runner) -> "Sweep":
         """Return the sweep on another runner."""
@@ -208,11 +226,11 @@ class Sweep(NamedTuple):
     ) -> tuple[Residuals, Array]:
         """Run one block forward; return what it leaves, and the state after it."""
         run, (W, b, recurrent) = self.run, weights
-        a, cut = run.affine(self._read(x, block, mask), W, b), self._cut(block)
+        a, extra = run.affine(self._read(x, block, mask), W, b), self._extra(block)
         step, reverse = self.variant.step, self.reverse
-        states, found = run.forward(step, a, h, recurrent, mask, reverse, keep, cut)
+        states, found = run.forward(step, a, h, recurrent, mask, reverse, keep, extra)
         saved = list(found or ())
-        outputs = self._after(states) if cut is None else saved.pop()
+        outputs = saved.pop() if extra is not None and extra.cut else self._after(states)
         h = run.as_contiguous(states[0 if self.reverse else -1, :, :])
         return Residuals(states, saved, outputs), h
 
@@ -232,11 +250,13 @@ class Sweep(NamedTuple):
         mask = None if self.mask is None else self.mask.steps(block)
         dy = None if dy is None else self._read(dy, block, mask)
         previous = self._before(states)
-        back = dy, dh, previous, saved, U, mask, self.reverse, taps, self._cut(block)
+        back = dy, dh, previous, saved, U, mask, self.reverse, taps, self._extra(block)
         parts, dh, g = run.backward(self.variant.backward, *back)
         if mask is not None:
             parts = tuple(mask.zero_padding(run.xp, part) for part in parts)
             g = None if g is None else mask.zero_padding(run.xp, g)
+        if self.masks is not None and self.masks.dropout is not None:
+            previous, saved = self._operands(self.masks.dropout, previous, saved)
         if by_row:
             dx = run.as_steps(run.product(run.as_matrix(parts[0]), W), previous.shape[0])
             return dx, dh, g, self._by_row(self._read(x, block, mask), previous, saved, parts)
@@ -260,8 +280,15 @@ class Sweep(NamedTuple):
         dU, *dc = reduced_by_row(xp, self.variant.weights, h, saved, parts)
         return [outer(xp, parts[0], x), dU, outer(xp, parts[0], None), *dc]
 
-    def _cut(self, block: slice) -> Array | None:
-        return None if self.cut is None else self.cut[block, :, :]
+    def _extra(self, block: slice) -> Extra | None:
+        return None if self.masks is None else self.masks.steps(block)
+
+    def _operands(
+        self, d: Array, h: Array, saved: Sequence[Array]
+    ) -> tuple[Array, Sequence[Array]]:
+        """Return h and what the steps saved, as the products with U diag(d) read them."""
+        reads = self.variant.reads
+        return h * d, [v * d if n in reads else v for n, v in enumerate(saved)]
 
     def _before(self, states: Array) -> Array:
         """The state before each step of a block."""

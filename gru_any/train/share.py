@@ -15,6 +15,7 @@ from ..backend import to_numpy
 from ..nn.chain import Chain
 from ..nn.gru import GRU
 from ..nn.layers import Dropout, Last
+from ..nn.masks import axes_of_rows
 from ..typing import Array, HostArray, Loss, Rng
 from .data import Batch, Piece, counted
 
@@ -75,6 +76,9 @@ def _along(rows: slice, axis: int) -> tuple[slice, ...]:
     return (slice(None),) * axis + (rows,)
 
 
+UNKNOWN = -1  # axis
+
+
 class SharedGenerator(np.random.Generator):
     """Draws random numbers for all rows of a piece, and returns those of a share.
 
@@ -89,8 +93,10 @@ class SharedGenerator(np.random.Generator):
     def random(self, size: Any = None, *rest: Any, **named: Any) -> Any:
         """Return uniform numbers of this shape, in which the rows are those of the share."""
         rows, of = self._share.rows, self._share.of
-        axis = next(self._axes, None)
-        if axis is None or size[axis] != rows.stop - rows.start:
+        axis = next(self._axes, UNKNOWN)
+        if axis is None:
+            return super().random(size, *rest, **named)
+        if axis == UNKNOWN or size[axis] != rows.stop - rows.start:
             raise RuntimeError(
                 f"a layer draws random numbers of shape {size}, and how the ranks share them is "
                 "not known: train this model without comm"
@@ -99,16 +105,16 @@ class SharedGenerator(np.random.Generator):
         return super().random(whole, *rest, **named)[_along(rows, axis)]
 
 
-def _drawn_axes(model: Chain) -> Iterator[int]:
-    """Yield, for each mask that the layers draw, which axis of it holds the rows."""
+def _drawn_axes(model: Chain) -> Iterator[int | None]:
+    """Yield, for each mask that the layers draw, which axis of it holds the rows; None: no axis."""
     rows_first = model.batch_first
     for layer in model.layers:
         if isinstance(layer, Last):
             rows_first = True
         elif isinstance(layer, Dropout) and layer.p:
             yield 0 if rows_first else 1
-        elif isinstance(layer, GRU) and layer.dropout:
-            yield from [1] * (layer.num_layers - 1)  # time-major inside, whatever the layout
+        elif isinstance(layer, GRU):
+            yield from axes_of_rows(layer)
 
 
 def weighted(loss: Loss, share: Share, xp: Any) -> Loss:

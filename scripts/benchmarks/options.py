@@ -46,6 +46,9 @@ ROWS = {
     "clip": Row({"clip": 3.0}, 1.2),
     "merge sum": Row({**BOTH, "merge": "sum"}, 1.2, plain=BOTH),
     "merge mul": Row({**BOTH, "merge": "mul"}, 1.2, plain=BOTH),
+    "weight_dropout": Row({"weight_dropout": 0.3}, 1.15),
+    "recurrent_dropout": Row({"recurrent_dropout": 0.3}, 1.15),
+    "zoneout": Row({"zoneout": 0.1}, 1.15),
     "resets": Row({}, 1.05, lambda rng, T, B: {"resets": rng.random((T, B)) < 0.02}),
     "mask": Row({}, 1.05, lambda rng, T, B: {"mask": rng.random((T, B)) < 0.9}),
 }

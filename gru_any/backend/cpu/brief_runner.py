@@ -13,6 +13,7 @@ import numpy as np
 from ...codegen.brief_source import BriefSource
 from ...codegen.schedule import (
     HOST,
+    Kinds,
     Schedule,
     backward_program,
     backward_schedule,
@@ -20,8 +21,9 @@ from ...codegen.schedule import (
     forward_schedule,
 )
 from ...typing import Step
+from ..contract import Extra, kinds_of
 from .jit_cache import compiled, rescued
-from .numpy_runner import NumPy, Scan, columns_of, executed, steps_over, turned
+from .numpy_runner import NumPy, Scan, columns_of, executed, further, steps_over, turned
 from .packed import PackedMatrix
 
 
@@ -60,16 +62,16 @@ class Brief(NumPy):
         alive: Any,
         reverse: bool,
         keep: bool,
-        cut: Any = None,
+        extra: Extra | None = None,
     ) -> tuple[Any, Any]:
         (K, B, _), H, (U, *vectors) = a.shape, h.shape[-1], recurrent
-        program = forward_program(step, len(vectors), keep, cut is not None)
-        scan = forward_scan(step, len(vectors), keep, a.dtype.name, cut is not None)
+        program = forward_program(step, len(vectors), keep, kinds_of(extra))
+        scan = forward_scan(step, len(vectors), keep, a.dtype.name, kinds_of(extra))
         path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
-        wide = map(turned, (*ends, *(() if cut is None else (cut,)), *saved))
+        wide = [*map(turned, ends), *further(extra, K), *map(turned, saved)]
         over = steps_over([*columns_of(a, 3), turned(a)[:, : 2 * H], *wide], alive, reverse)
         scan(over, U, [c[:, None].repeat(B, axis=1) for c in vectors], (H, B), a.dtype)
         return path, saved or None
@@ -97,16 +99,16 @@ class Brief(NumPy):
         alive: Any,
         reverse: bool,
         taps: bool,
-        cut: Any = None,
+        extra: Extra | None = None,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
         kinds = step, len(saved), dy is not None, taps
-        scan = backward_scan(*kinds, dh.dtype.name, cut is not None)
-        widths = [len(extra) for extra in backward_program(*kinds, cut is not None).extras]
+        scan = backward_scan(*kinds, dh.dtype.name, kinds_of(extra))
+        widths = [len(extra) for extra in backward_program(*kinds, kinds_of(extra)).extras]
         parts = [self._empty((K, B, n * H), dh.dtype) for n in widths]
         given = [] if dy is None else [np.ascontiguousarray(turned(dy))]
         given += [np.ascontiguousarray(turned(v)) for v in (previous, *saved)]
-        given += [] if cut is None else [turned(cut)]
+        given += further(extra, K)
         columns = [c for part, n in zip(parts, widths, strict=True) for c in columns_of(part, n)]
         over = steps_over([*given, *columns, *map(turned, parts)], alive, not reverse)
         dh = scan(over, U, dh.T, (H, B), dh.dtype)
@@ -119,15 +121,17 @@ def _matrix(M: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def forward_scan(step: Step, vectors: int, keep: bool, dtype: str, cut: bool) -> Scan:
+def forward_scan(step: Step, vectors: int, keep: bool, dtype: str, extra: Kinds) -> Scan:
     """Return a function that runs a forward scan."""
-    return _built(forward_schedule(step, vectors, keep, HOST, cut), dtype)
+    return _built(forward_schedule(step, vectors, keep, HOST, extra), dtype)
 
 
 @lru_cache(maxsize=64)
-def backward_scan(step: Step, saved: int, given: bool, taps: bool, dtype: str, cut: bool) -> Scan:
+def backward_scan(
+    step: Step, saved: int, given: bool, taps: bool, dtype: str, extra: Kinds
+) -> Scan:
     """Return a function that runs a backward scan."""
-    return _built(backward_schedule(step, saved, given, taps, HOST, cut), dtype)
+    return _built(backward_schedule(step, saved, given, taps, HOST, extra), dtype)
 
 
 def _built(schedule: Schedule, dtype: str) -> Scan:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...codegen.numba_source import NumbaSource
-from ...codegen.schedule import HOST, Schedule, backward_schedule, forward_schedule
+from ...codegen.schedule import HOST, Kinds, Schedule, backward_schedule, forward_schedule
 from ...codegen.trace import Product
 from ...typing import DType, HostArray, Step
-from ..contract import OneStep
+from ..contract import Extra, OneStep, kinds_of
 from . import tuning
 from .buffers import empty
 from .gemv import gemv, ger
@@ -106,11 +106,11 @@ class Numba(NumPy):
         alive: Any,
         reverse: bool,
         keep: bool,
-        cut: Any = None,
+        extra: Extra | None = None,
     ) -> tuple[Any, Any]:
         U, *vectors = recurrent
-        scan, H = forward_scan(step, len(vectors), keep, h.dtype, cut is not None), len(U) // 3
-        rows = [] if cut is None else [cut]
+        scan, H = forward_scan(step, len(vectors), keep, h.dtype, kinds_of(extra)), len(U) // 3
+        further = () if extra is None else extra.arrays
         stored = not isinstance(U, PackedMatrix)
         if isinstance(a, Input):
             (x, W, b), (K, B, _) = a, a.x.shape
@@ -120,14 +120,14 @@ class Numba(NumPy):
         b = np.zeros(3 * H, h.dtype) if b is None else b
         steps, ended = _forwards(K, reverse), _ended(alive, B)
         if stored:
-            given = h, U, a, *vectors, *rows, x, W, b
+            given = h, U, a, *vectors, *further, x, W, b
             path, *saved = scan.few(*steps, ended, *map(ascarray, given))
             return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
         saved = [empty((K, B, H), h.dtype) for _ in scan.widths]
         W = W if isinstance(W, PackedMatrix) else PackedMatrix(W)
-        arrays = [path, a, *vectors, *rows, *saved, x, b]
+        arrays = [path, a, *vectors, *further, *saved, x, b]
         scan(steps, ended, list(map(ascarray, arrays)), U, W)
         return path, saved
 
@@ -142,12 +142,12 @@ class Numba(NumPy):
         alive: Any,
         reverse: bool,
         taps: bool,
-        cut: Any = None,
+        extra: Extra | None = None,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
-        scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype, cut is not None)
+        scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype, kinds_of(extra))
         steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
-        given += [] if cut is None else [ascarray(cut)]
+        given += [] if extra is None else map(ascarray, extra.arrays)
         if dy is not None:
             given.insert(0, ascarray(dy))  # the others are ours
         if isinstance(U, PackedMatrix):
@@ -197,17 +197,17 @@ def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def forward_scan(step: Step, vectors: int, keep: bool, dtype: DType, cut: bool = False) -> "Scan":
+def forward_scan(step: Step, vectors: int, keep: bool, dtype: DType, extra: Kinds = ()) -> "Scan":
     """Return what runs a forward scan of a block."""
-    return Scan(forward_schedule(step, vectors, keep, HOST, cut), dtype.name)
+    return Scan(forward_schedule(step, vectors, keep, HOST, extra), dtype.name)
 
 
 @lru_cache(maxsize=64)
 def backward_scan(
-    step: Step, saved: int, given: bool, taps: bool, dtype: DType, cut: bool = False
+    step: Step, saved: int, given: bool, taps: bool, dtype: DType, extra: Kinds = ()
 ) -> "Scan":
     """Return what runs a backward scan of a block."""
-    return Scan(backward_schedule(step, saved, given, taps, HOST, cut), dtype.name)
+    return Scan(backward_schedule(step, saved, given, taps, HOST, extra), dtype.name)
 
 
 class Scan:

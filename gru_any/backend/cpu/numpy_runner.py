@@ -14,12 +14,14 @@ from ...codegen.exponential import by_exp
 from ...codegen.numpy_source import HostSource, NumPySource
 from ...codegen.schedule import (
     HOST,
+    Kinds,
     backward_program,
     backward_schedule,
     forward_program,
     forward_schedule,
 )
 from ...typing import Array, DType, Shape, Step
+from ..contract import Extra, kinds_of
 from ..reductions import reduced
 from ..reference import Plain
 from . import tuning
@@ -92,19 +94,18 @@ class NumPy(Plain):
         alive: Any,
         reverse: bool,
         keep: bool,
-        cut: Any = None,
+        extra: Extra | None = None,
     ) -> tuple[Any, Any]:
         (K, B, _), H = a.shape, h.shape[-1]
         step = by_exp(step) if tuning.current.exp_elements <= B * H else step
-        kinds = step, len(recurrent) - 1, keep, cut is not None
+        kinds = step, len(recurrent) - 1, keep, kinds_of(extra)
         program, scan = forward_program(*kinds), forward_scan(*kinds)
         path = self._empty((K + 1, B, H), a.dtype)
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
         pair = turned(a)[:, : 2 * H]
-        rows = () if cut is None else (cut,)
-        wide = map(turned, (*ends, *rows, *saved))
+        wide = [*map(turned, ends), *further(extra, K), *map(turned, saved)]
         over = steps_over([*columns_of(a, 3), pair, *wide], alive, reverse)
         vectors = [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in recurrent[1:]]
         scan(over, recurrent[0], vectors, (H, B), a.dtype)
@@ -121,15 +122,15 @@ class NumPy(Plain):
         alive: Any,
         reverse: bool,
         taps: bool,
-        cut: Any = None,
+        extra: Extra | None = None,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
-        kinds = step, len(saved), dy is not None, taps, cut is not None
+        kinds = step, len(saved), dy is not None, taps, kinds_of(extra)
         program, scan = backward_program(*kinds), backward_scan(*kinds)
         parts = [self._empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in columns_of(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
-        wide = map(turned, (*given, previous, *saved, *(() if cut is None else (cut,))))
+        wide = [*map(turned, (*given, previous, *saved)), *further(extra, K)]
         over = steps_over([*wide, *columns, *map(turned, parts)], alive, not reverse)
         dh = scan(over, U, dh.T, (H, B), dh.dtype)
         g = parts.pop() if taps else None
@@ -139,6 +140,15 @@ class NumPy(Plain):
 def turned(v: Any) -> Any:
     """(K, B, N) -> (K, N, B) or back, over the same memory."""
     return v.swapaxes(1, 2)
+
+
+def further(extra: Extra | None, K: int) -> list[Any]:
+    """Return the further arguments of K steps, each (N, B) for each step."""
+    if extra is None:
+        return []
+    # transposed in memory, as the loops of a step want it
+    wide = [np.ascontiguousarray(v.swapaxes(-1, -2)) for v in extra.arrays]
+    return [[v] * K if v.ndim == 2 else v for v in wide]
 
 
 class Filled:
@@ -189,15 +199,15 @@ class Scan(Protocol):
 
 
 @lru_cache(maxsize=64)
-def forward_scan(step: Step, vectors: int, keep: bool, cut: bool = False) -> Scan:
+def forward_scan(step: Step, vectors: int, keep: bool, extra: Kinds = ()) -> Scan:
     """Return a function that runs a forward scan."""
-    return executed(NumPySource(forward_schedule(step, vectors, keep, HOST, cut)))
+    return executed(NumPySource(forward_schedule(step, vectors, keep, HOST, extra)))
 
 
 @lru_cache(maxsize=64)
-def backward_scan(step: Step, saved: int, given: bool, taps: bool, cut: bool = False) -> Scan:
+def backward_scan(step: Step, saved: int, given: bool, taps: bool, extra: Kinds = ()) -> Scan:
     """Return a function that runs a backward scan."""
-    return executed(NumPySource(backward_schedule(step, saved, given, taps, HOST, cut)))
+    return executed(NumPySource(backward_schedule(step, saved, given, taps, HOST, extra)))
 
 
 def executed(printer: HostSource, loops: Mapping[str, object] | None = None) -> Scan:

@@ -103,7 +103,7 @@ class Plan:
 
 
 def place(ops: Operations, array: Array | None) -> tuple[int, int, int]:
-    """Address of an array (K, B, N) or (H,), and how far apart its steps and rows are.
+    """Address of an array (K, B, N), (B, N) or (H,), and how far apart its steps and rows are.
 
     Zeros for None.
     """
@@ -111,8 +111,8 @@ def place(ops: Operations, array: Array | None) -> tuple[int, int, int]:
         return 0, 0, 0
     if array.ndim == 1:
         return ops.pointer(array), 0, 0
-    steps, rows, _ = (stride // array.itemsize for stride in array.strides)
-    return ops.pointer(array), steps, rows
+    *steps, rows, _ = (stride // array.itemsize for stride in array.strides)
+    return ops.pointer(array), steps[0] if steps else 0, rows
 
 
 def _recorded(ops: Operations, steps: Callable[[], None]) -> Any:

@@ -13,8 +13,9 @@ from ...codegen.cuda_cooperative import cooperative_kernel, exchanged, holds, th
 from ...codegen.cuda_cooperative import shared_numbers as shared_by_all
 from ...codegen.cuda_persistent import LARGEST, ROWS, fits, persistent_kernel, shared_numbers
 from ...codegen.cuda_source import Scan, backward_scan, forward_scan, typed
+from ...codegen.schedule import extra_arrays
 from ...typing import Array, DType, Namespace, Shape, Step, WeightGradients
-from ..contract import Alive, Recurrent
+from ..contract import Alive, Extra, Recurrent, kinds_of
 from ..libraries import Backend
 from ..reductions import reduced
 from .calls import Calls
@@ -103,17 +104,18 @@ class CUDA(Calls):
         alive: Alive,
         reverse: bool,
         keep: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         (K, B, _), H = a.shape, h.shape[-1]
         if not B or str(h.dtype) not in ("float32", "float64"):
-            return super().forward(step, a, h, recurrent, alive, reverse, keep, cut)
+            return super().forward(step, a, h, recurrent, alive, reverse, keep, extra)
         U, *vectors = recurrent
-        walk = forward_scan(step, len(vectors), keep, str(h.dtype), cut=cut is not None)
+        walk = forward_scan(step, len(vectors), keep, str(h.dtype), extra=kinds_of(extra))
         path = self._empty((K + 1, B, H), h)
         path[K if reverse else 0, :, :] = h
         saved = tuple(self._empty((K, B, n * H), h) for n in walk.widths)  # 1 - z of a half is 0
-        arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved), "cut": cut}
+        arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved)}
+        arrays |= _further(extra)
         order = range(K - 1, -1, -1) if reverse else range(K)
         self._run(walk, arrays, alive, h, U, order, 0 if reverse else 1)
         return path, saved or None
@@ -129,15 +131,15 @@ class CUDA(Calls):
         alive: Alive,
         reverse: bool,
         taps: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         K, B, H = previous.shape
         if not B or str(dh.dtype) not in ("float32", "float64"):
-            return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, cut)
+            return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, extra)
         kinds = dy is not None, taps, str(dh.dtype)
-        walk = backward_scan(step, len(saved), *kinds, cut=cut is not None)
+        walk = backward_scan(step, len(saved), *kinds, extra=kinds_of(extra))
         parts = [self._empty((K, B, n * H), U) for n in walk.widths]
-        arrays = {"dy": dy, "previous": previous, "cut": cut}
+        arrays = {"dy": dy, "previous": previous, **_further(extra)}
         arrays |= {**_named("s", saved), **_named("p", parts)}
         order = range(K) if reverse else range(K - 1, -1, -1)
         dh = self._run(walk, arrays, alive, dh, U, order, 0)
@@ -233,6 +235,14 @@ def runner_on(backend: Backend, way: str, precision: str) -> CUDA:
 
 def _named(letter: str, arrays: Iterable[Array]) -> dict[str, Array]:
     return {f"{letter}{n}": v for n, v in enumerate(arrays)}
+
+
+def _further(extra: Extra | None) -> dict[str, Array]:
+    """Return the further arguments of a step by their names."""
+    if extra is None:
+        return {}
+    names = [array.name for array in extra_arrays(extra.kinds)]
+    return dict(zip(names, extra.arrays, strict=True))
 
 
 def _tight(xp: Namespace, v: Array) -> Array:

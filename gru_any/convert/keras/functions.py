@@ -7,7 +7,9 @@ from ...nn.options import DEFAULTS, Named
 from ..table import EQUATIONS
 from .archive import Config
 
-Options: TypeAlias = tuple[tuple[str, Named | None], ...]  # settings that are not the usual ones
+Options: TypeAlias = tuple[
+    tuple[str, Named | float | None], ...
+]  # settings that are not the usual ones
 NAMES: dict[str, Named] = {
     "tanh": "tanh",
     "sigmoid": "sigmoid",

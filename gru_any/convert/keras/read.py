@@ -263,8 +263,8 @@ def _one_gru(levels: list[Level]) -> GRU:
     """A GRU of these layers."""
     if len({level[1:] for level in levels}) != 1:
         raise ValueError(
-            "these layers differ in reset_after, direction, activations or merge_mode: load them "
-            "one by one"
+            "these layers differ in reset_after, direction, activations, merge_mode or "
+            "recurrent_dropout: load them one by one"
         )
     cells = [cell for level in levels for cell in level.cells]
     _, after, direction, options = levels[0]
@@ -297,8 +297,8 @@ def _levels(
         cells = _cells(part.kind, part.config, settings, backwards)
         direction = "reverse" if backwards else "forward"
         found = _read(part, arrays, cells, _places(part.config, len(cells)))
-        functions = [read_functions(cell, version) for cell in cells]
-        pairs = zip(found, functions, strict=True)
+        options = [(*read_functions(v, version), *_recurrent_dropout(v)) for v in cells]
+        pairs = zip(found, options, strict=True)
         return [Level([cell], after, direction, of) for (cell, after), of in pairs]
     mode = part.config.get("merge_mode", "concat")
     if mode not in MERGE_MODES:
@@ -323,8 +323,21 @@ def _levels(
     of_one, of_two = (read_functions(cell, version) for cell in cells)
     if of_one != of_two:
         raise ValueError("the two directions differ in their activations: no counterpart here")
-    options = of_one if merge == "concat" else (*of_one, ("merge", merge))
-    return [Level([one[0], two[0]], one[1], "both", options)]
+    p, q = map(_recurrent_dropout, cells)
+    if p != q:
+        rates = (cell.get("recurrent_dropout", 0.0) for cell in cells)
+        raise ValueError(
+            f"the two directions have recurrent_dropout {' and '.join(map(str, rates))}: make them "
+            "equal"
+        )
+    of_merge: Options = () if merge == "concat" else (("merge", merge),)
+    return [Level([one[0], two[0]], one[1], "both", (*of_one, *p, *of_merge))]
+
+
+def _recurrent_dropout(config: Config) -> Options:
+    """The rate of a cell, as a setting; Keras drops nothing where it is 1."""
+    p = config.get("recurrent_dropout") or 0.0
+    return (("recurrent_dropout", p),) if 0 < p < 1 else ()
 
 
 def _places(config: Config, count: int) -> list[str]:

@@ -92,6 +92,7 @@ def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str
         "use_bias": gru.bias,
         "reset_after": gru.reset_after,
         **write_functions(gru),
+        **({"recurrent_dropout": gru.recurrent_dropout} if gru.recurrent_dropout else {}),
     }
     D, mode = len(gru.suffixes), next(k for k, v in MERGE_MODES.items() if v == gru.merge)
     if mode is None:

@@ -13,7 +13,7 @@ from ...nn.gru import GRU
 from ...nn.layers import Dropout, Embedding, Last, Linear
 from ...typing import Array, HostArray, Path
 from ...version import __version__
-from ..cells import refuse_options
+from ..cells import refuse_options, refuse_zoneout
 from .check import LARGEST, library
 from .functions import write_functions
 from .gru import DIRECTIONS, swap_gates
@@ -85,10 +85,11 @@ def _layers(model: GRU | Chain) -> list[Written]:
             f"cannot write {model.dtype}, only {', '.join(DTYPES)}: model.to(dtype=...)"
         )
     grus = [layer for layer in layers if isinstance(layer, GRU)]
-    for gru in grus:
-        refuse_options(gru, *WRITTEN)
     if not grus:
         raise ValueError("the model has no GRU; there is nothing to write")
+    for gru in grus:
+        refuse_options(gru, *WRITTEN)
+        refuse_zoneout(gru)
     if len({g.batch_first for g in grus}) > 1:
         raise ValueError("some GRUs are batch_first and some are not, expected the same for all")
     if sum(to_numpy(p).nbytes for p in model.params.values()) > LARGEST - 2**20:

@@ -22,7 +22,8 @@ LIMIT = 2**31 - 1  # bytes: no object of a 32-bit machine is larger
 # settings of a GRU that C follows, or that change nothing in a step
 FOLLOWED = {
     "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "reset_after",
-    "precision", "recompute", "activation", "gate_activation", "clip",
+    "precision", "recompute", "activation", "gate_activation", "clip", "weight_dropout",
+    "recurrent_dropout", "zoneout",
 }  # fmt: skip
 
 
