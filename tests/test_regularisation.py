@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gru_any import (
     GRU,
+    Adam,
     Chain,
     Linear,
     asarray,
@@ -19,6 +20,7 @@ from gru_any import (
     gradcheck,
     load,
     save,
+    squared_error,
     to_numpy,
 )
 from gru_any.backend import modes
@@ -26,6 +28,8 @@ from gru_any.deploy import c
 from gru_any.nn import sweep
 from gru_any.nn.masks import draw
 from gru_any.stream import Stream
+from gru_any.train.data import Batch
+from gru_any.train.loop import fit
 from gru_any.train.share import Share, SharedGenerator
 
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -227,6 +231,29 @@ def test_ranks_draw_the_masks_of_one_process():
             assert np.array_equal(own.weights[name], mask)
         for mine, mask in zip(own.between[1:], whole.between[1:], strict=True):
             assert np.array_equal(mine, mask[:, rows])
+
+
+def test_a_run_goes_on_with_its_masks(tmp_path):
+    def train(folder, fails=None):
+        model = Chain(make(layers=1, dtype="float32", **ALL), Linear(2 * H, 2, seed=0))
+
+        def batches(epoch):
+            if epoch == fails:
+                raise RuntimeError("someone pulls the plug")
+            return [Batch(x, target)]
+
+        fit(model, squared_error, batches, Adam(model.params), steps=4, out=tmp_path / folder,
+            save_every=1, bar=False)  # fmt: skip
+        return model.params
+
+    rng = np.random.default_rng(0)
+    x, target = (rng.standard_normal((T, B, n)).astype("float32") for n in (I, 2))
+    with running("traced"):
+        whole = train("whole")
+        with pytest.raises(RuntimeError, match="plug"):
+            train("cut", fails=2)
+        again = train("cut")
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
 
 
 # each kind ---------------------------------------------------------------------------------------
