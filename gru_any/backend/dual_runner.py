@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
+from ..codegen.schedule import Kind
 from ..typing import Array, Device, Namespace, Step
-from .contract import Alive, InputProducts, Matrix, Recurrent, Runner
+from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, Runner
 from .dual import Dual, DualNamespace, value_of
 from .reference import Plain
 
@@ -144,6 +145,15 @@ def _begins(xp: Namespace, cut: Array, alive: Alive, reverse: bool) -> tuple[Arr
     return xp.stack(found[::-1] if reverse else found), waiting
 
 
+def _cut(begins: Array | None) -> Extra | None:
+    return None if begins is None else Extra((Kind.ROWS,), (begins,))
+
+
+def _masked(extra: Extra | None) -> bool:
+    """Whether steps take masks of regularisation, which no recurrence of derivatives has."""
+    return extra is not None and extra.kinds != (Kind.ROWS,)
+
+
 class DualRunner(Plain):
     """Runs blocks of steps on dual numbers by the runner of their values."""
 
@@ -173,14 +183,15 @@ class DualRunner(Plain):
         alive: Alive,
         reverse: bool,
         keep: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
         U, *vectors = recurrent
         (K, B, _), run, xp = a.shape, self.inner, self.xp.plain
-        if not K * B:
-            return super().forward(step, a, h, recurrent, alive, reverse, keep, cut)
+        if not K * B or _masked(extra):
+            return super().forward(step, a, h, recurrent, alive, reverse, keep, extra)
+        cut = None if extra is None else extra.arrays[-1]
         packed = self._packed(U, K * B)
-        values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep, cut
+        values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep, extra
         states, saved = run.forward(step, value_of(a), *values)
         if not any(isinstance(v, Dual) for v in (a, h, *recurrent)):
             return states, saved
@@ -192,7 +203,7 @@ class DualRunner(Plain):
         dh = h.dot if isinstance(h, Dual) else xp.zeros_like(h)
         begins, ended = (None, None) if cut is None else _begins(xp, cut, alive, reverse)
         dots, last, before = run.backward(
-            made, None, dh, before, columns, packed, alive, not reverse, True, begins
+            made, None, dh, before, columns, packed, alive, not reverse, True, _cut(begins)
         )
         last = last if ended is None else xp.where(ended, xp.zeros_like(last), last)
         ends = (last[None, :, :], before) if reverse else (before, last[None, :, :])
@@ -210,20 +221,20 @@ class DualRunner(Plain):
         alive: Alive,
         reverse: bool,
         taps: bool,
-        cut: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         (K, B, _), run, given = previous.shape, self.inner, (dy, dh, previous, *saved, U)
-        if not K * B:
-            return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, cut)
+        if not K * B or _masked(extra):
+            return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, extra)
         packed, kept = self._packed(U, K * B), [value_of(v) for v in saved]
         values = value_of(dy), value_of(dh), value_of(previous), kept, packed, alive, reverse
-        parts, last, g = run.backward(step, *values, True, cut)
+        parts, last, g = run.backward(step, *values, True, extra)
         if not any(isinstance(v, Dual) for v in given):
             return parts, last, g if taps else None
         made, columns = self._tangent(_backward(step), g, [previous, *saved], U)
         dots = [v.dot if isinstance(v, Dual) else None for v in (dy, dh)]
         dh_dot = self.xp.plain.zeros_like(last) if dots[1] is None else dots[1]
-        scan = made, dots[0], dh_dot, g, columns, packed, alive, reverse, taps, cut
+        scan = made, dots[0], dh_dot, g, columns, packed, alive, reverse, taps, extra
         parts_dot, last_dot, g_dot = run.backward(*scan)
         pairs = self._pairs(parts, parts_dot), Dual(last, last_dot, self.xp)
         return *pairs, Dual(g, g_dot, self.xp) if taps else None
