@@ -248,6 +248,45 @@ def test_small_dtypes(name, dtype, monkeypatch, compiler):
         close(to_numpy(ours).astype(float), theirs, 3e-6 if dtype == "float32" else 3e-2)
 
 
+REGULARISED = {"zoneout": 0.3, "recurrent_dropout": 0.2, "weight_dropout": 0.3, "dropout": 0.2}
+
+
+@pytest.mark.parametrize("path", ["plain", "traced"])
+@pytest.mark.parametrize(
+    "names", [["zoneout"], ["recurrent_dropout", "weight_dropout"], REGULARISED]
+)
+@pytest.mark.parametrize("reset_after", [False, True])
+def test_regularised(path, names, reset_after):
+    """The derivative of a pullback whose masks a generator draws, and gradients of each row."""
+    settings = {name: REGULARISED[name] for name in names} | {"reset_after": reset_after}
+    rng = np.random.default_rng(0)
+    options = {"lengths": [7, 0, 4], "resets": rng.random((7, 3)) < 0.3}
+    x, h0, dy, dh = numbers(7, 3, 2), numbers(2, 3, 4), numbers(7, 3, 4), numbers(2, 3, 4, seed=1)
+    gru = GRU(2, 4, 2, dtype="float64", seed=0, **settings)
+    along = directions(gru, x, h0)
+
+    def moved(step):
+        there = GRU(2, 4, 2, dtype="float64", seed=0, **settings)
+        params, x1, h1 = stepped(gru, step, x, h0, along)
+        there.params.update(params)
+        outputs, pullback = there.vjp(x1, h1, rng=np.random.default_rng(5), **options)
+        return flat([outputs, pullback(dy, dh)]), flat(there(x1, h1, **options)), pullback
+
+    with running(path):
+        _, dots, pullback = gru.forward_over_reverse(
+            x, h0, rng=np.random.default_rng(5), **along, **options
+        )
+        found, plain = flat([dots, pullback(dy, dh)[1]]), gru.jvp(x, h0, **along, **options)[1]
+        up, down, here = moved(1e-6), moved(-1e-6), moved(0)
+    for ours, a, b in zip(found, up[0], down[0], strict=True):
+        close(ours, (a - b) / 2e-6, 1e-8)
+    for ours, a, b in zip(plain, up[1], down[1], strict=True):
+        close(ours, (a - b) / 2e-6, 1e-8)
+    total, each = here[2](dy, dh)[0], here[2].per_example(dy, dh)[0]
+    for name in total:
+        close(each[name].sum(axis=0), total[name])
+
+
 # whole models, with a loss -----------------------------------------------------------------------
 
 O = {"dtype": "float64"}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
-from ..codegen.schedule import Kind
 from ..typing import Array, Device, Namespace, Step
 from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, Runner
 from .dual import Dual, DualNamespace, value_of
@@ -91,14 +90,14 @@ def _forward(step: Step, keep: bool, cut: bool) -> Call:
 
 
 @lru_cache(maxsize=64)
-def _backward(step: Step) -> Call:
-    """Return the gradient of a step likewise; its state is g."""
+def _backward(step: Step, saved: int) -> Call:
+    """Return the gradient of a step likewise; its state is g. saved: how many it keeps."""
 
     def call(
         xp: Namespace, g: Array, others: Sequence[Array], U: Matrix
     ) -> tuple[Array, tuple[Array, ...]]:
-        h, *saved = others
-        return step(xp, g, h, saved, U)
+        h, kept, further = others[0], others[1 : saved + 1], others[saved + 1 :]
+        return step(xp, g, h, kept, U, *further)
 
     return call
 
@@ -131,6 +130,13 @@ def tangent(call: Call, others: tuple[Entry, ...], products: tuple[Entry, ...]) 
     return step
 
 
+def _parted(extra: Extra | None) -> tuple[tuple[Array, ...], Extra | None]:
+    """Return the further arguments of a step, and apart from them the cut, if any."""
+    if extra is None or not extra.cut:
+        return () if extra is None else extra.arrays, None
+    return extra.arrays[:-1], Extra(extra.kinds[-1:], extra.arrays[-1:])
+
+
 def _begins(xp: Namespace, cut: Array, alive: Alive, reverse: bool) -> tuple[Array, Array]:
     """Return which steps start anew, as their rows were cut after the step before, (K, B, 1).
 
@@ -143,15 +149,6 @@ def _begins(xp: Namespace, cut: Array, alive: Alive, reverse: bool) -> tuple[Arr
         found.append(waiting if mask is None else waiting & mask)
         waiting = cut[t, :, :] if mask is None else xp.where(mask, cut[t, :, :], waiting)
     return xp.stack(found[::-1] if reverse else found), waiting
-
-
-def _cut(begins: Array | None) -> Extra | None:
-    return None if begins is None else Extra((Kind.ROWS,), (begins,))
-
-
-def _masked(extra: Extra | None) -> bool:
-    """Whether steps take masks of regularisation, which no recurrence of derivatives has."""
-    return extra is not None and extra.kinds != (Kind.ROWS,)
 
 
 class DualRunner(Plain):
@@ -187,23 +184,26 @@ class DualRunner(Plain):
     ) -> tuple[Array, Sequence[Array] | None]:
         U, *vectors = recurrent
         (K, B, _), run, xp = a.shape, self.inner, self.xp.plain
-        if not K * B or _masked(extra):
+        if not K * B:
             return super().forward(step, a, h, recurrent, alive, reverse, keep, extra)
-        cut = None if extra is None else extra.arrays[-1]
         packed = self._packed(U, K * B)
         values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep, extra
         states, saved = run.forward(step, value_of(a), *values)
         if not any(isinstance(v, Dual) for v in (a, h, *recurrent)):
             return states, saved
         before = states[1:, :, :] if reverse else states[:-1, :, :]
-        spread = [self._spread(c, before.shape) for c in vectors]
+        further, cut = _parted(extra)
+        spread = [self._spread(v, before.shape) for v in (*vectors, *further)]
         made, columns = self._tangent(
             _forward(step, keep, cut is not None), before, [a, *spread], U
         )
         dh = h.dot if isinstance(h, Dual) else xp.zeros_like(h)
-        begins, ended = (None, None) if cut is None else _begins(xp, cut, alive, reverse)
+        begins, ended = None, None
+        if cut is not None:
+            starts, ended = _begins(xp, cut.arrays[0], alive, reverse)
+            begins = cut._replace(arrays=(starts,))
         dots, last, before = run.backward(
-            made, None, dh, before, columns, packed, alive, not reverse, True, _cut(begins)
+            made, None, dh, before, columns, packed, alive, not reverse, True, begins
         )
         last = last if ended is None else xp.where(ended, xp.zeros_like(last), last)
         ends = (last[None, :, :], before) if reverse else (before, last[None, :, :])
@@ -224,17 +224,20 @@ class DualRunner(Plain):
         extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         (K, B, _), run, given = previous.shape, self.inner, (dy, dh, previous, *saved, U)
-        if not K * B or _masked(extra):
+        if not K * B:
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, extra)
         packed, kept = self._packed(U, K * B), [value_of(v) for v in saved]
         values = value_of(dy), value_of(dh), value_of(previous), kept, packed, alive, reverse
         parts, last, g = run.backward(step, *values, True, extra)
         if not any(isinstance(v, Dual) for v in given):
             return parts, last, g if taps else None
-        made, columns = self._tangent(_backward(step), g, [previous, *saved], U)
+        further, cut = _parted(extra)
+        spread = [self._spread(v, previous.shape) for v in further]
+        call = _backward(step, len(saved))
+        made, columns = self._tangent(call, g, [previous, *saved, *spread], U)
         dots = [v.dot if isinstance(v, Dual) else None for v in (dy, dh)]
         dh_dot = self.xp.plain.zeros_like(last) if dots[1] is None else dots[1]
-        scan = made, dots[0], dh_dot, g, columns, packed, alive, reverse, taps, extra
+        scan = made, dots[0], dh_dot, g, columns, packed, alive, reverse, taps, cut
         parts_dot, last_dot, g_dot = run.backward(*scan)
         pairs = self._pairs(parts, parts_dot), Dual(last, last_dot, self.xp)
         return *pairs, Dual(g, g_dot, self.xp) if taps else None
