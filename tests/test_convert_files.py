@@ -558,7 +558,7 @@ def entry(kind, **config):
         ([entry("Dense", activation="relu")], "'activation': 'relu'"),
         ([entry("Embedding", mask_zero=True)], "'mask_zero': True"),
         ([entry("GRU")], "expected cell/vars/0, 1 and 2"),
-        ([entry("Bidirectional", merge_mode="sum")], "merge_mode 'sum'"),
+        ([entry("Bidirectional", merge_mode="max")], "merge_mode 'max'"),
         ([entry("Bidirectional", layer=entry("LSTM"))], "a Bidirectional LSTM"),
         ([{"class_name": "GRU"}], "'config'"),
         ([entry("Dropout", rate="much")], "counterpart"),
