@@ -456,8 +456,8 @@ def test_keras_one_gru_out_of_a_model(keras, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation": "relu"}, r"tanh in n = tanh\(W_n x \+ b_n \+ r \* \(U_n h \+ c_n\)\)"),
-        ({"recurrent_activation": "hard_sigmoid"}, "sigmoid in z = sigmoid"),
+        ({"activation": "gelu"}, r"tanh in n = tanh\(W_n x \+ b_n \+ r \* \(U_n h \+ c_n\)\)"),
+        ({"recurrent_activation": "softmax"}, "sigmoid in z = sigmoid"),
         ({"go_backwards": True, "return_sequences": True}, "the last step first"),
     ],
 )
