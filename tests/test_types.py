@@ -58,7 +58,7 @@ MISTAKES = [
             "codegen/cuda_source.py", "forward_scan",
             "forward_schedule(step, vectors, keep, DEVICE, extra), number", "step, number"),
     Mistake("a string in place of a path",
-            "train/run.py", "Run.open", 'Log(self.folder / "log.jsonl"', 'Log("log.jsonl"'),
+            "train/run.py", "Run._restore", 'Log(self.folder / "log.jsonl"', 'Log("log.jsonl"'),
     Mistake("a misspelt keyword",
             "train/optim.py", "clip_by_value", "above=True", "over=True"),
     Mistake("a missing return",
