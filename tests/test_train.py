@@ -654,15 +654,23 @@ save(sys.argv[1] + "/model.safetensors", model)
 """
 
 
+def written(path):
+    """When a file was written; 0 where there is none, as for a moment while it is replaced."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def run_killed(folder, steps, kills, rng):
     """Kill the run so many times at random moments, and then let it end."""
     command = [sys.executable, "-c", KILLED, str(folder), str(steps)]
     newest = folder / "checkpoint.safetensors"
     environment = {**os.environ, "GRU_ANY_NO_NUMBA": "1"}  # it starts sooner
     for _ in range(kills):
-        began = newest.stat().st_mtime_ns if newest.exists() else 0
+        began = written(newest)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-        while not newest.exists() or newest.stat().st_mtime_ns == began:
+        while written(newest) in (0, began):
             assert process.poll() is None
             time.sleep(0.001)
         time.sleep(rng.random() * 0.05)
