@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import require
+from conftest import require, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear
 from gru_any.convert import onnx as convert
@@ -230,6 +230,11 @@ def turned(model, feed, H):
 
 def test_a_hundred_random_models(tmp_path):
     """Each equals onnxruntime, and what is written of it again does so too."""
+    with running("traced"):  # to compile each pair of functions takes seconds
+        random_models(tmp_path)
+
+
+def random_models(tmp_path):
     seen, others = set(), {"clip": 0, "activations": 0}
     for seed in range(100):
         draw = drawn(seed)
