@@ -63,6 +63,20 @@ def fetch_add(typing: object, array: types.Array, i: types.Type, value: types.Ty
 
 
 @intrinsic
+def compare_and_swap(
+    typing: object, array: types.Array, i: types.Type, old: types.Type, new: types.Type
+) -> Lowering:
+    """Set array[i] = new if it is old; tell whether it was."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        place = _pointer(context, builder, array, args)
+        found = builder.cmpxchg(place, args[2], args[3], "acq_rel", "acquire")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(array, i, old, new), generate
+
+
+@intrinsic
 def yield_processor(typing: object) -> Lowering:
     """Let other threads run on this processor."""
 

@@ -19,47 +19,35 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import numpy as np
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import njit, types
 from numba.core import cgutils as untyped_cgutils
 
 from ...typing import HostArray
-from .barrier import LINE, count_members, load_acquire, store_release, yield_processor
+from .barrier import (
+    LINE,
+    Lowering,
+    compare_and_swap,
+    count_members,
+    intrinsic,
+    load_acquire,
+    store_release,
+    wait_for,
+    yield_processor,
+)
 
 cgutils: Any = untyped_cgutils
 numba_types: Any = types  # without annotations
-Lowering: TypeAlias = tuple[Any, Callable[..., Any]]  # Numba's signature and what emits code
 Type: TypeAlias = types.Type  # of a value in compiled code
-intp: Any = np.intp
 TICKET, ENTRY, BLOCK, FIRST, LAST, ME = range(6)
 CLAIMED, DONE, LOST = range(LINE, LINE + 3)
 AWAKE = 2 * LINE
 WORDS = 3 * LINE  # of a box
 LOOKS = 16  # into the box between two yields
-SPINS = 50_000  # some 50 us: a giver yields only then, since a neighbour may keep the processor
 WALL, OWN = 1, 3  # clocks as Linux numbers them: of the system, of the calling thread
 USUAL = 200_000  # nanoseconds of a job that the system itself may take
 INDEX, INDEX32 = ir.IntType(64), ir.IntType(32)
-
-
-def intrinsic(function: Callable[..., Lowering | None]) -> Callable[..., Any]:
-    """Return what compiled code calls, without the first argument of the function given."""
-    found: Callable[..., Any] = extending.intrinsic(function)
-    return found
-
-
-@intrinsic
-def compare_and_swap(typing: object, box: types.Array, i: Type, old: Type, new: Type) -> Lowering:
-    """Set box[i] = new if it is old; tell whether it was."""
-
-    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
-        data = context.make_array(box)(context, builder, args[0]).data
-        place = builder.gep(data, [args[1]])
-        found = builder.cmpxchg(place, args[2], args[3], "acq_rel", "acquire")
-        return builder.extract_value(found, 1)
-
-    return types.boolean(box, i, old, new), generate
+ENTRY_TYPE = ir.FunctionType(ir.VoidType(), [INDEX] * 4)
 
 
 def entry_of(function: Any) -> Callable[..., Any]:
@@ -79,8 +67,7 @@ def entry_of(function: Any) -> Callable[..., Any]:
             context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]
         ) -> ir.Value:
             block = cgutils.alloca_once_value(builder, args[0])
-            kind = ir.FunctionType(ir.VoidType(), [INDEX] * 4)
-            entry = ir.Function(builder.module, kind, builder.module.get_unique_name("entry"))
+            entry = ir.Function(builder.module, ENTRY_TYPE, builder.module.get_unique_name("entry"))
             entry.linkage = "internal"
             inside = ir.IRBuilder(entry.append_basic_block())
             values = inside.load(inside.inttoptr(entry.args[0], block.type))
@@ -101,8 +88,7 @@ def enter(typing: object, entry: Type, block: Type, first: Type, last: Type, me:
     """Make the call whose addresses `entry_of` gave."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
-        kind = ir.FunctionType(ir.VoidType(), [INDEX] * 4)
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        builder.call(builder.inttoptr(args[0], ENTRY_TYPE.as_pointer()), args[1:])
         return context.get_dummy_value()
 
     return types.void(entry, block, first, last, me), generate
@@ -210,10 +196,6 @@ def share(
             if not team:
                 enter(entry, block, edges[i + 1], edges[i + 2], i + 1)
             continue
-        spins = 0
-        while load_acquire(box, DONE) != ticket:
-            spins += 1
-            if spins > SPINS:
-                yield_processor()
+        wait_for(box, DONE, ticket)
         most = max(most, box[LOST])
     return most, processor()
