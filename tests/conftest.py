@@ -6,11 +6,13 @@ GRU_ANY_REQUIRE=torch,cupy,... turns the skip of a test that needs one of them i
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
-from threading import Barrier
+from threading import Barrier, Timer
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,48 @@ def at_once(work: Callable[[int], Any], count: int) -> None:
 
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(wait_and_work, range(count)))
+
+
+@contextmanager
+def started(
+    command: Sequence[Any], *, timeout: float = 120, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a command; it is killed, with all that it started, at the end or after `timeout` s."""
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    options = {"text": True, "start_new_session": True, **options}
+    with subprocess.Popen([*map(str, command)], **options) as process:
+        limit = Timer(timeout, kill)  # whatever the test waits for: a line, an end, a file
+        limit.start()
+        try:
+            yield process
+        finally:
+            limit.cancel()
+            kill()
+
+
+def finished(
+    command: Sequence[Any],
+    *,
+    input: str | None = None,  # as subprocess calls it
+    timeout: float = 120,
+    code: int | None = None,
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, within so many seconds; return what it printed.
+
+    code: the exit status that it must have; None: any.
+    """
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    if input is not None:
+        pipes["stdin"] = subprocess.PIPE
+    with started(command, timeout=2 * timeout, **{**pipes, **options}) as process:
+        out, err = process.communicate(input, timeout)
+    assert code in (None, process.returncode), f"exit status {process.returncode}\n{out}{err}"
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)

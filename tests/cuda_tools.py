@@ -2,11 +2,10 @@
 
 import ctypes
 import re
-import subprocess
 from functools import cache
 
 import numpy as np
-from conftest import require
+from conftest import finished, require
 
 from gru_any.testing.fake_cuda import shim
 
@@ -100,7 +99,7 @@ def run_program(folder, source, launches, sanitizer):
     file.write_bytes(np.int64(len(arrays)).tobytes() + data + np.array(words, np.int64).tobytes())
     flags = f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-O0"  # -O0 compiles faster
     command = [str(shim.program(source, *flags)), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = finished(command)
     assert done.returncode == 0, done.stderr[-3000:]
     content, at = file.read_bytes(), 8
     for _, v in arrays.values():

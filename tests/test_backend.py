@@ -4,7 +4,6 @@ import copy
 import importlib
 import os
 import pickle
-import subprocess
 import sys
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
@@ -12,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import conftest
 import numpy as np
 import pytest
-from conftest import require
+from conftest import finished, require
 
 from gru_any import GRU, asarray, to_numpy
 from gru_any.backend import NUMPY, Backend, BackendError, of, select
@@ -162,7 +161,7 @@ def test_jax_without_x64_says_so():
         "else: raise SystemExit('not refused')\n"
     )
     environment = {**os.environ, "JAX_ENABLE_X64": "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    finished([sys.executable, "-c", code], code=0, env=environment)
 
 
 # CuPy, as it fails where something is missing -----------------------------------------------------
@@ -334,12 +333,11 @@ def test_another_current_device_is_refused(cupy):
 def test_the_report(monkeypatch):
     environment = {k: v for k, v in os.environ.items() if k != "GRU_ANY_BACKEND"}
     command = [sys.executable, "-m", "gru_any"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = finished(command, code=0, env=environment)
     assert f"numpy {metadata.version('numpy')}" in done.stdout
     assert "auto: " in done.stdout
     assert "because " in done.stdout
     assert "backend=None: numpy on cpu" in done.stdout
     environment["GRU_ANY_BACKEND"] = "no_such_library"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    done = finished(command, code=1, env=environment)
     assert "cannot be imported" in done.stdout

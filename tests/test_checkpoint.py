@@ -3,11 +3,11 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import finished
 from safetensors.numpy import load_file, save_file
 
 from gru_any import (
@@ -253,7 +253,7 @@ save(sys.argv[1], GRU(2, 3, seed=0))
 def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path):
     path = tmp_path / "model.safetensors"
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+        finished([sys.executable, "-c", KILLED, path])
     (left,) = tmp_path.iterdir()  # the second has cleared that of the first
     assert left.name.endswith(".part")
     ours = tmp_path / f".model.safetensors.{platform.node()}.{os.getppid()}.part"

@@ -1,11 +1,11 @@
 """Tables of weights: there and back bit for bit, and nothing without a home passes in silence."""
 
 import logging
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import finished
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -308,8 +308,7 @@ for call, *arguments in ((save, folder / "x.pt", gru), (module, gru)):
 def test_no_framework_is_needed(tmp_path):
     pytest.importorskip("h5py")
     command = [sys.executable, "-c", ALL, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finished(command, code=0)
 
 
 def test_h5py_is_asked_for_by_its_extra(tmp_path, monkeypatch):

@@ -357,6 +357,7 @@ KERAS = 1e-6  # keras.ops.matmul on PyTorch rounds to float32, whatever the dtyp
 @pytest.fixture
 def keras():
     keras = require("keras")
+    keras.utils.set_random_seed(0)
     before = keras.config.floatx()
     keras.config.set_floatx("float64")
     yield keras

@@ -4,12 +4,11 @@ import ctypes
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refuse, running
+from conftest import finished, refuse, running
 from replaced import replaced
 from test_schedule import EVERY_STEP, H, problem
 
@@ -54,8 +53,7 @@ def mixed(after=False):
 
 def make(folder, *arguments):
     command = ["make", "-s", "CFLAGS=-O1 -Werror -ffp-contract=fast", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = finished(command, code=0, cwd=folder)
     assert not done.stderr
     return done.stdout
 
@@ -107,13 +105,13 @@ def test_the_self_test_notices_other_weights(tmp_path):
         c.write(model, tmp_path / name, constants=False)
     make(tmp_path / "one", "gru_selftest")
     shutil.copy(tmp_path / "two/gru_weights.bin", tmp_path / "one")
-    done = subprocess.run(["./gru_selftest"], cwd=tmp_path / "one", capture_output=True, text=True)
+    done = finished(["./gru_selftest"], cwd=tmp_path / "one")
     assert (done.returncode, "another model's" in done.stdout) == (1, True)
     c.write(chain(), tmp_path / "one")
     source = tmp_path / "one/gru.c"
     source.write_text(source.read_text().replace("0.5f", "0.501f"))
     make(tmp_path / "one", "gru_selftest")
-    done = subprocess.run(["./gru_selftest"], cwd=tmp_path / "one", capture_output=True, text=True)
+    done = finished(["./gru_selftest"], cwd=tmp_path / "one")
     assert done.returncode == 1
     assert "largest difference" in done.stdout
 
@@ -136,10 +134,10 @@ def test_on_a_microcontroller(tmp_path, weights):
     sources = [str(v) for v in (tmp_path / "out").glob("*.c")] + [str(tmp_path / "startup.c")]
     link = ["--specs=rdimon.specs", "-Wl,--section-start=.vectors=0", "-lm", "-o", "m4.elf"]
     command = ["arm-none-eabi-gcc", "-O2", *CORTEX_M4.split(), *sources, *link]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    finished(command, code=0, cwd=tmp_path)
     command = ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-monitor", "none"]
     command += ["-serial", "none", "-semihosting", "-kernel", "m4.elf"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = finished(command, cwd=tmp_path)
     assert (done.returncode, "largest difference" in done.stdout + done.stderr) == (0, True)
 
 
@@ -148,12 +146,12 @@ def test_two_models_in_one_program_that_allocates_nothing(tmp_path):
         c.write(model, tmp_path / name, name=name)
         make(tmp_path / name, f"{name}.o")
         command = ["nm", "-u", f"{name}.o"]
-        done = subprocess.run(command, cwd=tmp_path / name, capture_output=True, text=True)
+        done = finished(command, cwd=tmp_path / name)
         assert set(done.stdout.split()) - {"U"} <= LIBC
     main = '#include "ear/ear.h"\n#include "mouth/mouth.h"\nint main(void) { return 0; }\n'
     (tmp_path / "main.c").write_text(main)
     files = ["main.c", *(f"{n}/{n}{end}.c" for n in ("ear", "mouth") for end in ("", "_weights"))]
-    subprocess.run(["cc", *STRICT, *files, "-lm", "-o", "main"], cwd=tmp_path, check=True)
+    finished(["cc", *STRICT, *files, "-lm", "-o", "main"], code=0, cwd=tmp_path)
 
 
 def test_the_program_of_the_documentation(tmp_path):
@@ -163,8 +161,8 @@ def test_the_program_of_the_documentation(tmp_path):
     (tmp_path / "main.c").write_text(page.split("```c\n")[1].split("```")[0])
     sources = ["main.c", "typist/gru.c", "typist/gru_weights.c"]
     command = ["cc", *STRICT, "-Itypist", *sources, "-lm", "-o", "main"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    subprocess.run(["./main"], cwd=tmp_path, check=True)
+    finished(command, code=0, cwd=tmp_path)
+    finished(["./main"], code=0, cwd=tmp_path)
 
 
 @EVERY_STEP
@@ -191,7 +189,7 @@ def test_every_step_becomes_c(step, tmp_path):
     (tmp_path / "it.c").write_text(source)
     flags = [flag for flag in STRICT if flag != "-Werror"]
     command = ["cc", *flags, "-O1", "-shared", "-fPIC", "it.c", "-o", "it.so"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    finished(command, code=0, cwd=tmp_path)
     arrays = [np.concatenate([v.ravel() for v in given.values()]), a, h, np.zeros(20 * H)]
     arrays = [v.astype("float32") for v in arrays]
     ctypes.CDLL(str(tmp_path / "it.so")).go(*(ctypes.c_void_p(v.ctypes.data) for v in arrays))
@@ -461,7 +459,7 @@ def test_libraries_that_are_something_else(tmp_path, gru_library, monkeypatch):
         c.load(tmp_path / "text.so")
     (tmp_path / "other.c").write_text("int other;")
     command = ["cc", "-shared", "-fPIC", "other.c", "-o", "other.so"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    finished(command, code=0, cwd=tmp_path)
     with pytest.raises(ValueError, match=r"none that gru_any\.deploy\.c built"):
         c.load(tmp_path / "other.so")
     for other in (GRU(3, 5, reset_after=True, seed=1), GRU(3, 5, seed=0)):

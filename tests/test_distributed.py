@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import on_ranks
 import pytest
-from conftest import refuse, require
+from conftest import finished, refuse, require, started
 
 from gru_any import Chain, Linear, softmax_cross_entropy
 from gru_any.train import compress, distributed, fit, sentinel
@@ -35,11 +35,10 @@ def start(size, *command, **environment):
     if launcher is None:
         refuse("mpi4py", "there is no mpiexec: pip install mpich")
     usual = {"PYTHONPATH": str(HERE.parent), "GRU_ANY_NO_NUMBA": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [launcher, "-n", str(size), sys.executable, *map(str, command)],
+    return started(
+        [launcher, "-n", size, sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env={**os.environ, **usual, **environment},
     )
 
@@ -256,10 +255,9 @@ def test_the_checkpoint_before_is_named_while_the_newest_is_replaced(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0gru_any.{os.getpid()}")
         listener.listen(1)
-        with subprocess.Popen(
-            [sys.executable, sentinel.__file__, *map(str, [listener.fileno(), 1, os.getpid()]),
-             *map(str, paths)],
-            pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True,
+        with started(
+            [sys.executable, sentinel.__file__, listener.fileno(), 1, os.getpid(), *paths],
+            pass_fds=[listener.fileno()], stderr=subprocess.PIPE,
         ) as process, socket.socket(socket.AF_UNIX) as rank:  # fmt: skip
             rank.connect(listener.getsockname())
             rank.sendall(b"rank 7\n")
@@ -302,10 +300,8 @@ def test_ranks_share_the_prompts(tmp_path):
     small = ["--hidden", 8, "--embedding", 4, "--backend", "numpy", "--chunk", 16, "--steps", 3]
     alone = [SCRIPTS / "train_text.py", "--data", tmp_path / "data.txt", *small, "--out", tmp_path]
     rest = ["--prompts", tmp_path / "prompts.txt", "--sample", 12]
-    done = subprocess.run(
-        [sys.executable, *map(str, [*alone, *rest])], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "GRU_ANY_NO_NUMBA": "1"},
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "GRU_ANY_NO_NUMBA": "1"}
+    done = finished([sys.executable, *alone, *rest], env=environment)
     texts = done.stdout.splitlines()[-5:]
     assert [text[:-12] for text in texts] == prompts
     load = [SCRIPTS / "train_text.py", "--load", tmp_path, "--backend", "numpy", "--distributed"]
@@ -324,13 +320,8 @@ def test_copies_of_one_run_are_refused(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "1")
     assert distributed.launched() == 1
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "train_long.py"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-    )
-    assert done.returncode == 1
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = finished([sys.executable, SCRIPTS / "train_long.py"], code=1, env=environment)
     assert "2 processes were started: give --distributed to share one run" in done.stderr
 
 

@@ -3,14 +3,13 @@
 import compileall
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, running
+from conftest import PATHS, finished, running
 
 import gru_any
 from gru_any import GRU, Chain, Linear
@@ -60,10 +59,7 @@ def python(code, first=None, **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(first or ""), str(ROOT.parent)]))
     folder = Path(first).parent if first else None
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert not done.returncode, done.stderr
-    return done
+    return finished([sys.executable, "-c", code], code=0, env=environment, cwd=folder)
 
 
 def numbers(done):

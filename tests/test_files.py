@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import finished, started
 from safetensors.numpy import load_file, save_file
 
 from gru_any import GRU, Chain, Embedding, GRUCell, Last, Linear, load, save
@@ -244,12 +244,9 @@ def test_a_save_that_is_killed_at_any_moment(tmp_path):
     models = [GRU(64, 64, seed=seed) for seed in range(2)]
     found = []
     for _ in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-c", SAVING, path], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(rng.uniform(0.01, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        with started([sys.executable, "-c", SAVING, path], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.01, 0.1))
         weight = load(path).params["weight_hh_l0"]
         found.append([np.array_equal(weight, m.params["weight_hh_l0"]) for m in models].index(True))
         assert len(list(tmp_path.iterdir())) <= 2  # with what the last one left
@@ -336,9 +333,7 @@ except OSError as e:
 
 
 def test_the_system_stops_a_write(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL, tmp_path / "m"], capture_output=True, text=True, check=True
-    )
+    done = finished([sys.executable, "-c", SMALL, tmp_path / "m"], code=0)
     assert "m was not written (File too large)" in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -377,7 +372,7 @@ def test_a_disk_that_is_really_full_and_then_read_only(tmp_path):
     mount = f'mount -t tmpfs -o size=200k tmpfs {tmp_path} || exit 77; exec "$@"'
     command = ["unshare", "-rm", "sh", "-c", mount, "-", sys.executable, "-c", FULL, tmp_path]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = finished(command)
     except FileNotFoundError:
         pytest.skip("there is no unshare")
     if done.returncode in (1, 77) and "Traceback" not in done.stderr:
@@ -468,9 +463,7 @@ for load in (refuses, runs, starts, writes, fills, fails):
 def test_the_fuzzer_notices_harm():
     """Code that is run, files that are written, memory, and errors that are no words of ours."""
     folder = Path(__file__).parent.parent / "scripts/maintenance"
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED, folder], capture_output=True, text=True, check=True
-    )
+    done = finished([sys.executable, "-c", WATCHED, folder], code=0)
     assert done.stdout.split("\n") == [
         "refuses passes", "runs AssertionError", "starts AssertionError", "writes AssertionError",
         "fills MemoryError", "fails AttributeError", "",

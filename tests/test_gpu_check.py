@@ -1,19 +1,17 @@
 """scripts/gpu_check.py without a device, so that it works where there is one."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import require
+from conftest import finished, require
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 def check(*arguments):
-    return subprocess.run([sys.executable, str(SCRIPTS / "gpu_check.py"), *map(str, arguments)],
-                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    return finished([sys.executable, SCRIPTS / "gpu_check.py", *arguments], timeout=200)
 
 
 def test_a_dry_run(tmp_path):

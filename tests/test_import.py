@@ -1,11 +1,11 @@
 """What `import gru_any` gives, and what it asks for."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import finished
 
 import gru_any
 
@@ -29,8 +29,7 @@ BLOCKED = ["array_api_compat", "safetensors", "numba", "cupy", "torch", "jax", "
 def run(code):
     """Run it in a new process, which must end well."""
     environment = os.environ | {"GRU_ANY_NO_NUMBA": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    finished([sys.executable, "-c", code], code=0, env=environment)
 
 
 def test_the_public_list_is_what_there_is():

@@ -4,12 +4,11 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refuse, running
+from conftest import finished, refuse, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, Linear
 from gru_any.codegen.schedule import HOST, forward_schedule
@@ -67,9 +66,7 @@ def read_with_node(source):
     if not shutil.which("node"):
         refuse("node", "not found")
     command = ["node", "-"]
-    done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(finished(command, input=source, code=0).stdout)
 
 
 def read_with_browser(page, tmp_path):
@@ -81,9 +78,7 @@ def read_with_browser(page, tmp_path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
     command = [path, *flags, "--dump-dom", (tmp_path / "page.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return finished(command, code=0, encoding="utf-8").stdout
 
 
 def test_node_computes_what_the_library_does(interactive, model):

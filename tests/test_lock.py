@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import started
 
 from gru_any import GRU, Adam, Chain, squared_error
 from gru_any.train import fit
@@ -22,10 +23,7 @@ with alone_in(Path(sys.argv[1])):
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_folder(tmp_path):
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with started([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == "held\n"
         with (
             pytest.raises(
@@ -35,13 +33,9 @@ def test_a_second_run_is_refused_and_told_who_holds_the_folder(tmp_path):
         ):
             pass
         other.kill()  # it cannot release anything
-        other.wait()
+        other.wait(60)
         with alone_in(tmp_path):
             pass
-    finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
 
 
 def test_it_is_released_at_the_end_and_after_an_error(tmp_path):

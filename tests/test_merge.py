@@ -106,6 +106,7 @@ def test_keras(tmp_path, mode, sequences):
     """Two layers, the last with one result a sequence or all; read, and written again."""
     require("h5py")
     keras = require("keras")
+    keras.utils.set_random_seed(0)
     both = [keras.layers.Bidirectional(keras.layers.GRU(H, return_sequences=way), merge_mode=mode)
             for way in (True, sequences)]  # fmt: skip
     model = keras.Sequential([keras.Input((T, I)), *both, keras.layers.Dense(2)])
@@ -125,6 +126,7 @@ def test_keras(tmp_path, mode, sequences):
 def test_keras_apart(tmp_path):
     require("h5py")
     keras = require("keras")
+    keras.utils.set_random_seed(0)
     both = keras.layers.Bidirectional(
         keras.layers.GRU(H, return_sequences=True), merge_mode=None, name="both"
     )

@@ -2,14 +2,13 @@
 
 import math
 import os
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, at_once, running, tuned
+from conftest import PATHS, at_once, finished, running, tuned
 from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
@@ -22,6 +21,7 @@ from gru_any.codegen.numpy_source import NumPySource
 from gru_any.codegen.schedule import HOST, forward_schedule
 from gru_any.stream import Stream
 
+THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # all that takes long to compile, too
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 WAYS = [*PATHS[1:], *(["packed"] if "compiled" in PATHS else [])]
 FAST = pytest.mark.parametrize("path", WAYS)
@@ -135,9 +135,11 @@ def test_extreme_values(path, reset_after, B, dtype):
     assert np.abs(states).max() <= 1 + 3e-7
 
 
-@EVERY
-@ROWS
-@pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("path", "reset_after", "B"),
+    [(path, after, B) for path in PATHS for after in (False, True) for B in (1, 5, 100)
+     if path != "compiled" or (B == 100) == after or THOROUGH],  # which takes long
+)  # fmt: skip
 def test_replace_an_equation_and_every_path_follows(path, reset_after, B, monkeypatch):
     """The equations are written once: whatever stands there is what runs, forward and back."""
     rng = np.random.default_rng(0)
@@ -290,8 +292,11 @@ def needs_its_products_again(xp, a, h, U):
     return u * v + r * z * n * equations.thirds(a)[0], (u, v)
 
 
-@FAST
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("path", "keep"),
+    [(path, keep) for path in WAYS for keep in (False, True)
+     if path == "traced" or keep == (path == "packed") or THOROUGH],
+)  # fmt: skip
 def test_what_is_needed_again_is_not_written_over(path, keep):
     _, a, h, (U,), _, _ = block(False, 3, "float64")
     found = []
@@ -374,7 +379,7 @@ def test_products_own_the_memory_they_use():
         "assert (y == 512).all()\n"
     )
     at_once = {"MALLOC_MMAP_THRESHOLD_": "4096", "OMP_NUM_THREADS": "1"}  # of glibc
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **at_once})
+    finished([sys.executable, "-c", code], code=0, env={**os.environ, **at_once})
 
 
 LAYOUTS = {
@@ -489,7 +494,7 @@ def test_after_a_fork(path):
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
     with running(path):
-        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=os.environ)
+        finished([sys.executable, "-W", "ignore", "-c", code], code=0)
 
 
 RUN = (
@@ -500,8 +505,7 @@ RUN = (
 
 def result(T=50, **environment):
     environment = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", RUN, str(T)], env=environment,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = finished([sys.executable, "-c", RUN, T], code=0, env=environment)
     return float(done.stdout), done.stderr
 
 
@@ -543,8 +547,7 @@ def test_the_path_in_words(monkeypatch):
 
 def words(code, **variables):
     """What a new process with these variables prints."""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                           env=os.environ | variables, check=True)  # fmt: skip
+    found = finished([sys.executable, "-c", code], code=0, env=os.environ | variables)
     return found.stdout.strip()
 
 

@@ -12,20 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import require, running
+from conftest import finished, require, running, started
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = ["--steps", "30", "--hidden", "16", "--batch", "8", "--chunk", "16", "--backend", "numpy"]
 
 
 def run(script, *arguments, ok=True):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
+    done = finished([sys.executable, SCRIPTS / script, *arguments], env=environment)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -71,17 +66,16 @@ def test_ctrl_c_keeps_the_weights(tmp_path):
     command = [sys.executable, str(SCRIPTS / "train_text.py"), *SMALL, "--steps", "1000000"]
     command += ["--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out")]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it would be ignored
-    process = subprocess.Popen(
+    with started(
         [*command, "--prompt", "to", "--sample", "10"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONUNBUFFERED": "1"},
-    )
-    assert "characters" in process.stdout.readline()
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    ) as process:
+        assert "characters" in process.stdout.readline()
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "the weights so far are kept" in err
     assert "test: " in out
@@ -200,8 +194,7 @@ def test_without_the_text_of_cpython(tmp_path):
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(SCRIPTS)!r}]\n"
         "import train_text; train_text.main([])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
+    done = finished([sys.executable, "-c", code], code=1)
     assert "--data FILE" in done.stderr
 
 

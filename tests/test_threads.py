@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from conftest import PATHS, running, tuned
+from conftest import PATHS, running, started, tuned
 
 from gru_any import GRU
 from gru_any.backend.cpu import cores, threads, tuning
@@ -315,9 +316,10 @@ def test_time_lost_to_others_is_seen(mark):
         work *= 2
     workers, hired = threads._Workers(1), np.array([0])
     workers.release(workers.hire(1))
-    neighbour = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    try:
+    command = [sys.executable, "-c", code]
+    with started(command, stdout=subprocess.PIPE) as neighbour, ExitStack() as end:
         neighbour.stdout.readline()
+        end.callback(os.sched_setaffinity, 0, home)
         os.sched_setaffinity(0, {min(home)})
         found, passed = lost()
         assert 0.25 * passed < found < passed
@@ -330,10 +332,6 @@ def test_time_lost_to_others_is_seen(mark):
             if box[handoff.DONE] == box[handoff.TICKET]:
                 break
         assert found > 0
-    finally:
-        os.sched_setaffinity(0, home)
-        neighbour.kill()
-        neighbour.communicate()
 
 
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import require
+from conftest import finished, require, started
 
 from gru_any import (
     GRU,
@@ -669,14 +669,13 @@ def run_killed(folder, steps, kills, rng):
     environment = {**os.environ, "GRU_ANY_NO_NUMBA": "1"}  # it starts sooner
     for _ in range(kills):
         began = written(newest)
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-        while written(newest) in (0, began):
-            assert process.poll() is None
-            time.sleep(0.001)
-        time.sleep(rng.random() * 0.05)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL  # it had not ended before
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
+        with started(command, stderr=subprocess.DEVNULL, env=environment) as process:
+            while written(newest) in (0, began):
+                assert process.poll() is None
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.05)
+        assert process.returncode == -signal.SIGKILL  # it had not ended before
+    finished(command, code=0, env=environment)
 
 
 def test_killed_at_random_moments(tmp_path):

@@ -6,14 +6,14 @@ import platform
 import random
 import re
 import signal
-import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import require
+from conftest import finished, require, started
 
 from gru_any import GRU, SGD, Chain, Embedding, Linear, save, softmax_cross_entropy
 from gru_any.train import resume
@@ -249,8 +249,7 @@ def test_no_room_on_the_disk(tmp_path, room, message):
         train(steps=12, out=kept, save_every=2, log_every=1, loss=pulled(5))
     before = (kept / resume.NAMES[0]).read_bytes()
     command = [sys.executable, "-c", FULL, str(kept), str(room)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=__file__.rpartition("/")[0])
-    assert done.returncode == 1
+    done = finished(command, code=1, cwd=Path(__file__).parent)
     assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
     assert (kept / resume.NAMES[0]).read_bytes() == before
     assert not list(kept.glob(".*"))
@@ -272,8 +271,8 @@ def pulled(step):
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
+    with started([sys.executable, "-c", ""]) as killed:
+        pass
     left = tmp_path / f".checkpoint.new.safetensors.{platform.node()}.{killed.pid}.part"
     left.write_bytes(b"half")
     train(out=tmp_path)

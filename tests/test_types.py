@@ -3,12 +3,11 @@
 import ast
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import require
+from conftest import finished, require
 
 import gru_any
 
@@ -105,7 +104,7 @@ def test_mypy_notices_mistakes(tmp_path):
         plant(copy, mistake)
     command = [sys.executable, "-m", "mypy", "gru_any", "--cache-dir", str(tmp_path / "cache")]
     command += ["--config-file", str(ROOT / "pyproject.toml"), "--no-error-summary"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = finished(command, cwd=tmp_path)
     errors = re.findall(r"^gru_any/(.+?):(\d+): error: .*$", done.stdout, re.M)
     assert errors, done.stdout + done.stderr
     where = {}
