@@ -113,6 +113,16 @@ def finished(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def is_rounding(found: np.ndarray, reference: np.ndarray, exact: np.ndarray) -> bool:
+    """Whether `found` is about as near to the exact values as a reference of its dtype is.
+
+    Whose sums are added in another order, as on another processor, may be several times as far off.
+    """
+    unit = np.finfo(found.dtype).eps * np.abs(exact).max(initial=0)
+    off, usual = (np.abs(v - exact).max(initial=0) for v in (found, reference))
+    return bool(found.dtype == reference.dtype and off <= 8 * max(usual, unit))
+
+
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 # for who asks whether a test fails, but not for the simplest example
 settings.register_profile(

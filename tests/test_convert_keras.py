@@ -60,11 +60,13 @@ def through(ours, x=X, **settings):
     return y[0] if isinstance(y, tuple) else y
 
 
-def same(ours, model, x=X, tolerance=EXACT, **settings):
-    expected = computed(model, x)
-    found = through(ours, x, **settings)
+def close(found, expected, tolerance=EXACT):
     assert found.shape == expected.shape
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def same(ours, model, x=X, tolerance=EXACT, **settings):
+    close(through(ours, x, **settings), computed(model, x), tolerance)
 
 
 def saved(model, path, ending="keras"):
@@ -114,11 +116,11 @@ def test_return_sequences_false_with_lengths_and_gradients(keras, L, tmp_path):
     y = model.layers[1](layer(x, mask=mask))
     y.sum().backward()
     (found, _), pullback = ours.vjp(X, lengths=lengths)
-    assert np.abs(found - y.detach().numpy()).max() < EXACT
+    close(found, y.detach().numpy())
     grads, dx, _ = pullback(np.ones_like(found))
-    assert np.abs(dx - x.grad.numpy()).max() < EXACT
+    close(dx, x.grad.numpy())
     kernel = model.layers[1].kernel.value.grad.numpy()
-    assert np.abs(grads["2.weight"].T - kernel).max() < EXACT
+    close(grads["2.weight"].T, kernel)
     gradcheck(ours, X, method="complex", lengths=lengths)
 
 
@@ -133,7 +135,7 @@ def test_go_backwards(keras, L, tmp_path, ending):
     with pytest.raises(ValueError, match=r"the last step first.*GRU\(reverse=True\)"):
         convert.load(path)
     one = convert.load(path, "back")
-    assert np.abs(through(one)[:, ::-1] - computed(steps)).max() < EXACT
+    close(through(one)[:, ::-1], computed(steps))
     with pytest.raises(ValueError, match="go_backwards is False, but True in the file"):
         convert.load(path, "back", go_backwards=False)
     steps.save_weights(tmp_path / "m.weights.h5")
@@ -418,7 +420,7 @@ def test_what_may_stand_between_two_grus_of_weights_alone(keras, L, tmp_path):
         convert.load(tmp_path / "m.weights.h5")
     one, two = (convert.load(tmp_path / "m.weights.h5", name) for name in ("gru", "gru_1"))
     h = np.repeat(one.last(X)[0][:, None], T, axis=1)
-    assert np.abs(two(h)[0] - computed(model)).max() < EXACT
+    close(two(h)[0], computed(model))
     older(tmp_path / "m.h5", {"gru": cell_names("gru/", CELL.values())})
     with require("h5py").File(tmp_path / "m.h5", "a") as file:
         file["gru/stray:0"] = ONE
@@ -560,7 +562,7 @@ def test_models_that_branch_by_name(keras, L, tmp_path, ending):
     assert [type(layer) for layer in branch.layers] == [GRU, Last, Linear]
     expected = computed(model)
     last = convert.load(path, "top")(grus(X)[0])[0][:, -1]
-    assert np.abs(np.concatenate([last, through(branch)], axis=1) - expected).max() < EXACT
+    close(np.concatenate([last, through(branch)], axis=1), expected)
 
 
 def test_layers_that_are_shared_or_called_twice(keras, L, tmp_path):
@@ -604,7 +606,7 @@ def test_masks_by_lengths(keras, L, tmp_path, ending):
         assert all(w.filename == __file__ for w in warned)
         scores = np.exp(through(ours, words, lengths=lengths))
         expected = computed(model, words)
-        assert np.abs(scores / scores.sum(1, keepdims=True) - expected).max() < EXACT
+        close(scores / scores.sum(1, keepdims=True), expected)
 
 
 def test_masking(keras, L, tmp_path):
@@ -614,7 +616,7 @@ def test_masking(keras, L, tmp_path):
         convert.load(path)
     padded = np.where(np.arange(T)[:, None] < 4, X, 0.0)
     h_n = convert.load(path, "gru").last(padded, lengths=[4] * B)
-    assert np.abs(h_n[0] - computed(model, padded)).max() < EXACT
+    close(h_n[0], computed(model, padded))
 
 
 # the older format --------------------------------------------------------------------------------

@@ -323,11 +323,12 @@ def test_many_steps_take_no_memory(gru_library):
     resource = pytest.importorskip("resource")
     stream, x = c.load(gru_library[0]), np.ones(3, "float32")
     count = 1_000_000 if os.environ.get("GRU_ANY_THOROUGH") else 50_000
-    for i in range(count):
-        stream.step(x)
-        if i == count // 10:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= before + 256  # KB
+    peaks = []  # what something else in this process needs, it needs once
+    for _ in range(4):
+        for _ in range(count // 4):
+            stream.step(x)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert min(np.diff(peaks)) <= 256  # KB
 
 
 def test_rows_of_zeros_and_frozen_models(tmp_path):

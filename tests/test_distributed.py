@@ -196,7 +196,7 @@ def test_what_all_ranks_refuse(two, name, message):
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
     began = time.monotonic()
     text = run(3, HERE / "on_ranks.py", "stopped", tmp_path, code=1, GRU_ANY_RANK_TIMEOUT="1")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60  # and not the usual 300
     told = [line for line in text.splitlines() if "did not answer for 1 s" in line]
     assert len(told) == 1
     assert told[0].startswith("gru_any: rank 1 (process ")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, at_once, finished, running, tuned
+from conftest import PATHS, at_once, finished, is_rounding, running, tuned
 from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
@@ -404,15 +404,19 @@ def test_the_layout_of_what_comes_in_changes_nothing(path, B, layout):
     gru, rng = GRU(5, 6, reset_after=True, seed=0), np.random.default_rng(0)
     shapes = [(4, B, 5), (1, B, 6), (4, B, 6), (1, B, 6)]
     given = [LAYOUTS[layout](rng.standard_normal(shape).astype("float32")) for shape in shapes]
-    found = []
+
+    def everything(gru, x, h0, dy, dh_n):
+        (y, h_n), pullback = gru.vjp(x, h0)
+        grads, dx, dh0 = pullback(dy, dh_n)
+        return [y, h_n, dx, dh0, *grads.values(), gru(x, h0)[0], Stream(gru).step(x[0])]
+
     with running(path):
-        for x, h0, dy, dh_n in (given, [np.array(v, order="C") for v in given]):
-            (y, h_n), pullback = gru.vjp(x, h0)
-            grads, dx, dh0 = pullback(dy, dh_n)
-            streamed = Stream(gru).step(x[0])
-            found.append([y, h_n, dx, dh0, *grads.values(), gru(x, h0)[0], streamed])
-    for a, b in zip(*found, strict=True):
-        assert np.allclose(a, b, rtol=0, atol=2e-7 * max(1, np.abs(b).max()))
+        found = everything(gru, *given)
+        usual = everything(gru, *(np.array(v, order="C") for v in given))
+    with running("plain"):
+        exact = everything(gru.to(dtype="float64"), *(v.astype("float64") for v in given))
+    assert len(found) == len(usual) == len(exact)
+    assert all(map(is_rounding, found, usual, exact))
 
 
 @EVERY

@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +103,8 @@ def test_mypy_notices_mistakes(tmp_path):
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for mistake in MISTAKES:
         plant(copy, mistake)
+    with suppress(FileNotFoundError):  # what is known of the libraries, from an earlier run
+        shutil.copytree(ROOT / ".mypy_cache", tmp_path / "cache")
     command = [sys.executable, "-m", "mypy", "gru_any", "--cache-dir", str(tmp_path / "cache")]
     command += ["--config-file", str(ROOT / "pyproject.toml"), "--no-error-summary"]
     done = finished(command, cwd=tmp_path)
