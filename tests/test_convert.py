@@ -1,4 +1,4 @@
-"""Tables of weights: there and back bit for bit, and nothing without a home passes in silence."""
+"""Tables of weights: there and back bit for bit, and what cannot be converted is refused."""
 
 import logging
 import sys
@@ -182,21 +182,21 @@ def test_where_each_number_goes_reset_before():
 
 @pytest.mark.parametrize("library", [torch, equinox, flax, mlx, haste])
 def test_reset_before_has_no_home(library):
-    term = r"U_n \(r \* h\) of n = tanh\(W_n x \+ b_n \+ U_n \(r \* h\)\) has no home in"
+    term = r"U_n \(r \* h\) of n = tanh\(W_n x \+ b_n \+ U_n \(r \* h\)\) has no counterpart in"
     with pytest.raises(ValueError, match=term):
         library.to_arrays(GRU(I, H))
 
 
 def test_reset_after_has_no_home_in_haiku():
     term = r"r \* \(U_n h \+ c_n\) of n = tanh\(W_n x \+ b_n \+ r \* \(U_n h \+ c_n\)\)"
-    with pytest.raises(ValueError, match=term + " has no home in Haiku"):
+    with pytest.raises(ValueError, match=term + " has no counterpart in Haiku"):
         haiku.to_arrays(GRU(I, H, reset_after=True))
 
 
-def test_a_bias_without_a_home_is_refused_unless_it_is_zero():
+def test_a_bias_without_a_counterpart_is_refused_unless_it_is_zero():
     gru = random_gru(0, True)
-    term = r"c_n of n = tanh\(W_n x \+ b_n \+ r \* \(U_n h \+ c_n\)\) is not 0 and has no home"
-    with pytest.raises(ValueError, match=term + " in Flax nnx"):
+    term = r"c_n of n = tanh\(W_n x \+ b_n \+ r \* \(U_n h \+ c_n\)\) is not 0 and has no"
+    with pytest.raises(ValueError, match=term + " counterpart in Flax nnx"):
         flax.to_arrays(gru, "nnx")
     gru.params["bias_hh_l0"][2 * H :] = 0
     again = flax.from_arrays(flax.to_arrays(gru, "nnx"))
@@ -258,7 +258,7 @@ def test_what_is_no_gru_is_refused():
 
 @pytest.mark.parametrize("library", [torch, keras, equinox, flax, mlx, chainer, haste])
 def test_the_reverse_direction_alone_has_no_home(library):
-    with pytest.raises(ValueError, match="reverse=True alone has no home"):
+    with pytest.raises(ValueError, match="reverse=True alone has no counterpart"):
         library.to_arrays(GRU(I, H, reset_after=True, reverse=True))
 
 

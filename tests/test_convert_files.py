@@ -588,7 +588,7 @@ def test_an_archive_without_its_parts(tmp_path):
 def test_a_failed_save_keeps_the_old_file(tmp_path):
     shutil.copy(DATA / "torch.safetensors", tmp_path / "m.safetensors")
     before = (tmp_path / "m.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="has no home in PyTorch"):
+    with pytest.raises(ValueError, match="has no counterpart in PyTorch"):
         torch.save(tmp_path / "m.safetensors", GRU(3, 4))
     assert (tmp_path / "m.safetensors").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

@@ -356,7 +356,7 @@ ONE = np.ones((4, 2), "float32")
         ([entry("GRU", use_bias=False)], {}, r"unused \['cell/vars/2'\]"),
         ([entry("GRU", reset_after=False)], {}, "is one with the reset gate after"),
         ([entry("GRU", return_sequences="False")], {}, "return_sequences is 'False', expected"),
-        ([entry("GRU", time_major=True)], {}, "time_major has no home"),
+        ([entry("GRU", time_major=True)], {}, "time_major has no counterpart"),
         ([entry("CuDNNGRU")], {}, "a CuDNNGRU with"),
         ([entry("RNN", cell=entry("LSTMCell"))], {}, "an RNN of .'LSTMCell'. has no counterpart"),
     ],
@@ -735,5 +735,5 @@ def test_files_of_keras_2_that_lie(tmp_path):
 
 def test_a_chain_is_written_with_its_last(tmp_path):
     chain = Chain(GRU(I, H, reverse=True, reset_after=True), Last())
-    with pytest.raises(ValueError, match="reverse=True alone has no home"):
+    with pytest.raises(ValueError, match="reverse=True alone has no counterpart"):
         convert.save(tmp_path / "m.keras", chain)

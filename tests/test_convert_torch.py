@@ -80,7 +80,7 @@ def test_what_is_no_cell(change, error, message):
 
 
 def test_what_has_no_home():
-    with pytest.raises(ValueError, match=r"U_n \(r \* h\) .* has no home in PyTorch"):
+    with pytest.raises(ValueError, match=r"U_n \(r \* h\) .* has no counterpart in PyTorch"):
         to_arrays(GRUCell(I, H))
     with pytest.raises(ValueError, match="a GRUCell has no axis of time"):
         from_arrays(theirs(torch.nn.GRUCell).state_dict(), batch_first=True)

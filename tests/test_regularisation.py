@@ -475,7 +475,7 @@ def test_zoneout_is_refused(library, tmp_path):
         "flax": lambda: convert.flax.to_arrays(gru),
         "torch": lambda: convert.torch.to_arrays(gru),
     }[library]
-    with pytest.raises(ValueError, match=r"zoneout=0.4 has no home"):
+    with pytest.raises(ValueError, match=r"zoneout=0.4 has no counterpart"):
         write()
 
 
@@ -484,7 +484,7 @@ def test_modules_of_torch_refuse_what_they_cannot_train(kind):
     require("torch")
     gru = make(True, **{kind: 0.25})
     for model in (gru, Chain(gru, Linear(2 * H, 2, dtype="float64"))):
-        with pytest.raises(ValueError, match=f"{kind}=0.25 of the model has no home"):
+        with pytest.raises(ValueError, match=f"{kind}=0.25 of the model has no counterpart"):
             convert.torch.as_module(model)
 
 

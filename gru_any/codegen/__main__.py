@@ -18,7 +18,8 @@ PAGE = """\
 `python -m gru_any.codegen` prints this page from the code, and a test holds it to that. It follows
 one step, the GRU with the reset gate before the product, from
 [`gru_any/equations.py`](../gru_any/equations.py) to NumPy, Numba, CUDA, C and
-JavaScript. The gradient goes the same way, except in the last two.
+JavaScript. The backward step takes the same way, except to C and JavaScript, where models only
+infer.
 
 ## The equation
 
@@ -27,17 +28,20 @@ JavaScript. The gradient goes the same way, except in the last two.
 ## The program
 
 `gru_any/codegen/trace.py` calls the function once with stand-ins for its arrays and notes each
-operation. A column `v` is H wide; `v0, v1, v2` are the thirds of `a`, `v3` is `h`. `U[0:2]` counts
-rows of U in units of H. The residuals are left out here, as in a call without a gradient.
+operation. Each `v` is a column: an array (B, H). `v0, v1, v2` are the thirds of `a`, and `v3` is
+`h`. `U[0:2]` counts rows of U in units of H, so it stands for the first 2H rows. The residuals are
+left out here, as in a call without a gradient.
 
 {program}
 
 ## The schedule
 
 `gru_any/codegen/schedule.py` cuts the program at its products. Between two products is a group,
-which loads columns, computes and stores. All decisions are made here: which buffers there are (`q`
-for the output of a product, `x` for its operand, `t` for a column that a later group needs), and
-where each column is stored. On the host, the states of all steps are in `path`:
+which loads columns, computes and stores. All decisions are made here: which buffers there are, and
+where each column is stored. A buffer `q` holds the output of a product, `x` the operand of one, and
+`t` a column that a later group needs. `a(3)` means that `a` is three columns wide, and `a.0` is the
+first of them. On the host, `path` holds the states of all steps: `path[before]` is the state
+before the step, `path[after]` the one after it.
 
 {host}
 

@@ -84,8 +84,8 @@ def layer_of(
     kind: type[Kind], settings: dict[str, Any], arrays: Arrays, dtype: str, copy: bool = True
 ) -> Kind:
     """Make a layer on the host of its settings and its parameters, or copies of them."""
-    home = select("numpy")
-    return kind.of(settings, converted(arrays, home, dtype) if copy else arrays, home, dtype)
+    backend = select("numpy")
+    return kind.of(settings, converted(arrays, backend, dtype) if copy else arrays, backend, dtype)
 
 
 def one_dtype(cells: list[Cell]) -> str:
@@ -142,9 +142,9 @@ def check_gru(model: object, *held: str) -> None:
     refuse_options(model, *held)
     if model.suffixes == ["_reverse"]:
         raise ValueError(
-            "a GRU with reverse=True alone has no home in the other library: load its weights, "
-            "without _reverse in their names, into one that reads forward, and turn x and y round "
-            "in time, each row within its length"
+            "a GRU with reverse=True alone has no counterpart in the other library: load its "
+            "weights, without _reverse in their names, into one that reads forward, and turn x and "
+            "y round in time, each row within its length"
         )
     if "zoneout" not in held:
         refuse_zoneout(model)
@@ -154,9 +154,9 @@ def refuse_zoneout(gru: GRU) -> None:
     """Raise where each unit keeps a share of its state in inference, which only haste has."""
     if gru.zoneout:
         raise ValueError(
-            f"zoneout={gru.zoneout:g} has no home in the other library: in inference each unit "
-            "keeps this share of its old state, so the results would differ. Weights alone go "
-            "through a GRU without it: other.load_params(gru.params)"
+            f"zoneout={gru.zoneout:g} has no counterpart in the other library: in inference each "
+            "unit keeps this share of its old state, so the results would differ. To convert the "
+            "weights alone, load them into a GRU without it: other.load_params(gru.params)"
         )
 
 

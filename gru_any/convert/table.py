@@ -78,7 +78,7 @@ def _stack(blocks: dict[str, HostArray], letter: str) -> HostArray:
 
 
 def write(table: Table, ours: Cell, reset_after: bool) -> dict[str, HostArray]:
-    """Convert our arrays to another library's; ValueError names a term that has no home there."""
+    """Convert our arrays to another library's; ValueError names a term that would be lost."""
     check_variant(table.library, table.reset_after, reset_after)
     H = ours["weight_hh"].shape[1]
     none = np.zeros(3 * H, ours["weight_hh"].dtype)
@@ -86,7 +86,7 @@ def write(table: Table, ours: Cell, reset_after: bool) -> dict[str, HostArray]:
     for letter, name in NAMES.items():
         thirds = np.split(ours.get(name, none), 3)
         blocks.update({f"{letter}_{gate}": v for gate, v in zip("rzn", thirds, strict=True)})
-    _refuse_homeless(table, blocks)
+    _refuse_unmatched(table, blocks)
     rows = _rows(table, bias="bias_ih" in ours)
     return {name: _join(table, row.split(), blocks) for name, row in rows.items()}
 
@@ -96,7 +96,7 @@ def check_variant(library: str, theirs: bool, ours: bool) -> None:
     if ours != theirs:
         term = "r * (U_n h + c_n)" if ours else "U_n (r * h)"
         raise ValueError(
-            f"{term} of {EQUATIONS[ours]} has no home in {library}, whose reset gate acts "
+            f"{term} of {EQUATIONS[ours]} has no counterpart in {library}, whose reset gate acts "
             f"{'after' if theirs else 'before'} the product with U_n"
         )
 
@@ -161,12 +161,14 @@ def _check_shapes(rows: dict[str, str], blocks: dict[str, HostArray]) -> None:
             )
 
 
-def _refuse_homeless(table: Table, blocks: dict[str, HostArray]) -> None:
-    homes = _terms(" ".join(table.rows.values()))
+def _refuse_unmatched(table: Table, blocks: dict[str, HostArray]) -> None:
+    matched = _terms(" ".join(table.rows.values()))
     for term, block in blocks.items():
-        if term not in homes and block.any():
+        if term not in matched and block.any():
             equation = EQUATIONS[table.reset_after if term[2] == "n" else term[2]]
-            raise ValueError(f"{term} of {equation} is not 0 and has no home in {table.library}")
+            raise ValueError(
+                f"{term} of {equation} is not 0 and has no counterpart in {table.library}"
+            )
 
 
 def _add(table: Table, b: HostArray, c: HostArray) -> HostArray:

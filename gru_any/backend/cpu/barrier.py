@@ -23,8 +23,11 @@ SPINS = 50_000  # some 50 us; to yield gives a busy neighbour milliseconds
 YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
 
-def intrinsic(function: Callable[..., Lowering]) -> Callable[..., Any]:
-    """Return what compiled code calls, without the first argument of the function given."""
+def intrinsic(function: Callable[..., Lowering | None]) -> Callable[..., Any]:
+    """Return what compiled code calls, without the first argument of the function given.
+
+    That returns None where it does not take arguments of these types.
+    """
     found: Callable[..., Any] = extending.intrinsic(function)
     return found
 

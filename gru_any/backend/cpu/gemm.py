@@ -33,13 +33,13 @@ from typing import Any, NamedTuple, TypeAlias
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import njit, types
 from numba.core import cgutils as untyped_cgutils
 
 from ...typing import HostArray
+from .barrier import Lowering, intrinsic
 
 cgutils: Any = untyped_cgutils
-Lowering: TypeAlias = tuple[Any, Callable[..., ir.Value]]  # Numba's signature and what emits code
 Function: TypeAlias = Callable[..., Any]  # compiled
 Type: TypeAlias = types.Type  # of a value in compiled code
 intp: Any = np.intp  # no literal: each would be a type of its own in compiled code
@@ -184,12 +184,6 @@ class Emitter:
 
 
 # the product -------------------------------------------------------------------------------------
-
-
-def intrinsic(function: Callable[..., Lowering | None]) -> Function:
-    """Return what compiled code calls, without the first argument of the function given."""
-    found: Function = extending.intrinsic(function)
-    return found
 
 
 def micro_kernel(rows: int, panels: int, gates: int, stored: str) -> Function:

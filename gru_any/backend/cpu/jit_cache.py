@@ -161,7 +161,7 @@ def _key(source: str) -> str:
 
 
 def imports_of(source: str) -> list[str]:
-    """Return the modules of this folder that a source imports; these import no other of it."""
+    """Return the modules of this folder that a source imports; it names all that these import."""
     found = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.module == __package__:

@@ -42,8 +42,8 @@ def read_functions(config: Config, version: int) -> Options:
         if not isinstance(given, str) or given not in NAMES:
             equation = EQUATIONS[config.get("reset_after") is not False if letter == "n" else "z"]
             raise ValueError(
-                f"{name} {given!r} in place of the {usual} in {equation} has no home here, only "
-                f"{', '.join(NAMES)}"
+                f"{name} {given!r} in place of the {usual} in {equation} has no counterpart here, "
+                f"only {', '.join(NAMES)}"
             )
         if given == "hard_sigmoid" and not version:
             raise ValueError(

@@ -350,7 +350,7 @@ def _places(config: Config, count: int) -> list[str]:
 def _cells(kind: str, config: Config, settings: Config, backwards: bool) -> list[Config]:
     """The settings of the cells of a GRU or RNN, checked against those given by hand."""
     if _flag(config, "time_major", False):
-        raise ValueError("time_major has no home here: x is (B, T, I), save the model without it")
+        raise ValueError("time_major has no counterpart: x is (B, T, I), save the model without it")
     _agree({"go_backwards": _flag(config, "go_backwards", backwards)}, settings)
     if _flag(config, "go_backwards", backwards) != backwards:
         raise ValueError("a Bidirectional reads forward first, and one direction backwards")

@@ -31,8 +31,8 @@ def assemble(walk: Walk, outputs: list[str], backend: object, device: Device) ->
         raise ValueError(f"the GRUs take lengths from {names}, expected the same input for all")
     _check_first_states(walk, grus)
     _check_all_used(walk, grus)
-    home = {"backend": select(backend, device), "dtype": walk.dtype}
-    layers = [_make(group, home) for group in _groups(walk.layers)]
+    place = {"backend": select(backend, device), "dtype": walk.dtype}
+    layers = [_make(group, place) for group in _groups(walk.layers)]
     if walk.summed:
         logging.getLogger("gru_any.convert").info(
             "the two biases of ONNX' GRU were added to the one of reset_after=False, and rounded"
@@ -115,7 +115,7 @@ def _marks(layer: FoundLayer) -> object:
     return layer.kind, settings, layer.first and layer.first.name, layer.last
 
 
-def _make(group: list[FoundLayer], home: dict[str, Any]) -> Layer:
+def _make(group: list[FoundLayer], place: dict[str, Any]) -> Layer:
     """Make one layer of ours from one node, or one GRU from several."""
     kinds: dict[str, type[Any]] = {
         "GRU": GRU,
@@ -131,5 +131,5 @@ def _make(group: list[FoundLayer], home: dict[str, Any]) -> Layer:
             for i, layer in enumerate(group)
             for name, v in layer.params.items()
         }
-    layer: Layer = kinds[group[0].kind].of(settings, converted(params, **home), **home)
+    layer: Layer = kinds[group[0].kind].of(settings, converted(params, **place), **place)
     return layer

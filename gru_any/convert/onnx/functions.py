@@ -20,7 +20,7 @@ LISTS = {"alpha": "activation_alpha", "beta": "activation_beta"}
 
 
 def read_functions(node: Node, directions: int) -> dict[str, Any]:
-    """Return the settings of a GRU node that are not the usual ones; refuse what has no home."""
+    """Return the settings of a GRU node that are not the usual ones; refuse unknown functions."""
     given = node.attributes
     names = given.get("activations", [])
     if names and len(names) != 2 * directions:
