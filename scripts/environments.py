@@ -16,12 +16,15 @@ TASKS = [f"{task}{how}" for task in ("RepeatPrevious", "RepeatFirst")
 class Environments:
     """N copies of a task; an episode that ends is followed by the next one.
 
-    An episode is decided by the seed, the copy, its number and the actions. So these are all that a
-    checkpoint holds, and `restore` plays the present episodes again.
+    An episode is decided by the seed, the number of its copy, its own number and the actions. So
+    these are all that a checkpoint holds, and `restore` plays the present episodes again.
+
+    numbers: of the copies, of which others may be in other processes.
     """
 
-    def __init__(self, task: str, count: int, seed: int) -> None:
-        self.copies = [getattr(popgym.envs, task)() for _ in range(count)]
+    def __init__(self, task: str, numbers: range, seed: int) -> None:
+        self.numbers, count = numbers, len(numbers)
+        self.copies = [getattr(popgym.envs, task)() for _ in numbers]
         self.size = int(self.copies[0].observation_space.n)  # I
         self.choices = int(self.copies[0].action_space.n)  # A
         self.seed = seed
@@ -34,7 +37,8 @@ class Environments:
             self._begin(i)
 
     def _begin(self, i: int) -> None:
-        seed = np.random.SeedSequence([self.seed, i, int(self.episodes[i])]).generate_state(1)[0]
+        which = [self.seed, self.numbers[i], int(self.episodes[i])]
+        seed = np.random.SeedSequence(which).generate_state(1)[0]
         self.observed[i], _ = self.copies[i].reset(seed=int(seed))
         self.actions[i], self.sums[i] = [], 0.0
 
@@ -74,3 +78,16 @@ class Environments:
             for action in row:
                 if action >= 0:
                     self._step(i, action)
+
+
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return what all copies together have `saved`."""
+    longest = max(part["actions"].shape[1] for part in parts)
+    actions = [
+        np.pad(rows, ((0, 0), (0, longest - rows.shape[1])), constant_values=-1)
+        for rows in (part["actions"] for part in parts)
+    ]
+    return {
+        "episodes": np.concatenate([part["episodes"] for part in parts]),
+        "actions": np.concatenate(actions),
+    }

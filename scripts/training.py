@@ -28,14 +28,14 @@ except ImportError as e:
 
 
 def parser(
-    description: str, *, out: str, contents: str, seed: str, ranks: bool = True
+    description: str, *, out: str, contents: str, seed: str, shard: bool = True
 ) -> argparse.ArgumentParser:
     """Return a parser with the arguments that all training scripts have.
 
     description : the docstring of the script, of which the first paragraph is shown
     out, contents : the default of --out, and what the folder holds at the end
     seed : what --seed decides
-    ranks : whether the script can share its batches among ranks
+    shard : whether ranks can keep parts of the optimiser's state
     """
     made = argparse.ArgumentParser(
         description=description.split("\n\n")[0],
@@ -48,11 +48,10 @@ def parser(
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help=seed)
     add("--quiet", action="store_true", help="no progress bar")
-    if not ranks:
-        return made
     add("--distributed", action="store_true", help="share each batch among the ranks of mpiexec")
     add("--compress", choices=compress.DTYPES, help="what ranks send gradients as, else float32")
-    add("--shard", action="store_true", help="each rank keeps a part of the optimiser's state")
+    if shard:
+        add("--shard", action="store_true", help="each rank keeps a part of the optimiser's state")
     return made
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import require, running
+from test_distributed import run
 
-from gru_any import to_numpy
+from gru_any import load, to_numpy
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 QUICK = ["--backend", "numpy", "--quiet", "--log-every", "2", "--envs", "4", "--parts", "2"]
@@ -51,12 +52,12 @@ def test_gradient_of_the_loss(weights):
     import ppo
 
     y, part = some()
-    value, dy = ppo.ppo_loss(y, part, *weights)
+    value, dy = ppo.ppo_loss(y, part, *weights, part.actions.size)
     numeric = np.empty_like(y)
     for at in np.ndindex(*y.shape):
         e = np.zeros_like(y)
         e[at] = 1e-6
-        up, down = (ppo.ppo_loss(v, part, *weights)[0] for v in (y + e, y - e))
+        up, down = (ppo.ppo_loss(v, part, *weights, part.actions.size)[0] for v in (y + e, y - e))
         numeric[at] = (up - down) / 2e-6
     assert np.abs(dy - numeric).max() < 1e-9
     assert np.isfinite(value)
@@ -73,9 +74,9 @@ def test_the_terms_of_the_loss_by_hand():
     logp, zero = np.log([[0.25, 1.0]]), np.zeros((1, 2))
     part = ppo.Rollout(zero, zero, zero, np.zeros((1, 2), int), logp, *np.ones((2, 1, 2)))
     policy = -(1.2 + 0.5) / 2  # of the first the clipped ratio counts, of the second the ratio
-    assert ppo.ppo_loss(y, part, 0.2, 0.0, 0.0)[0] == pytest.approx(policy)
-    assert ppo.ppo_loss(y, part, 0.2, 1.0, 0.0)[0] == pytest.approx(policy + (4 / 2 + 0) / 2)
-    assert ppo.ppo_loss(y, part, 0.2, 0.0, 1.0)[0] == pytest.approx(policy - np.log(2))
+    assert ppo.ppo_loss(y, part, 0.2, 0.0, 0.0, 2)[0] == pytest.approx(policy)
+    assert ppo.ppo_loss(y, part, 0.2, 1.0, 0.0, 2)[0] == pytest.approx(policy + (4 / 2 + 0) / 2)
+    assert ppo.ppo_loss(y, part, 0.2, 0.0, 1.0, 2)[0] == pytest.approx(policy - np.log(2))
 
 
 @pytest.mark.parametrize("cell", [False, True], ids=["GRU", "GRUCell"])
@@ -101,7 +102,7 @@ def test_pytorch_computes_the_same(cell):
     with running("traced"):
         (y, _), pullback = model.vjp(part.x, [part.h0], resets=part.resets)
         weights = compare_policy.EPS, compare_policy.A, compare_policy.B
-        value, dy = ppo.ppo_loss(y, part, *weights)
+        value, dy = ppo.ppo_loss(y, part, *weights, part.actions.size)
         grads, _, _ = pullback(dy)
         assert value == pytest.approx(theirs.item(), rel=1e-12)
         for name, weight in zip(model.params, layers.parameters(), strict=True):
@@ -109,7 +110,7 @@ def test_pytorch_computes_the_same(cell):
         optimiser = Adam(model.params, lr=compare_policy.RATE)
         call = compare_policy.torch_update(layers, part)
         for _ in range(3):
-            ppo.update(model, optimiser, part, *weights, compare_policy.CLIP)
+            ppo.update(model, optimiser, part, *weights, compare_policy.CLIP, part.actions.size)
             call()
     for ours, weight in zip(model.params.values(), layers.parameters(), strict=True):
         assert np.allclose(to_numpy(ours), weight.detach().numpy(), rtol=0, atol=1e-7)
@@ -161,10 +162,12 @@ def test_a_rollout_is_what_the_policy_did(policy):
 
     from gru_any import Adam
     from gru_any.stream import Stream
+    from gru_any.train.distributed import Alone
 
     args = policy.parse([*QUICK, "--length", "70", "--hidden", "6"])
     model = policy.build(args)
-    run = policy.Run(Stream(model), Adam(model.params), policy.Environments(args.task, 4, 0))
+    envs = policy.Environments(args.task, range(4), 0)
+    run = policy.Run(Stream(model), Adam(model.params), envs, Alone(), lambda: "")
     run.stream.state = [np.zeros((1, 4, 6), "float32")]
     first, second = (policy.collect(run, np.random.default_rng(n), args) for n in range(2))
     assert first.resets[0].all()
@@ -174,3 +177,25 @@ def test_a_rollout_is_what_the_policy_did(policy):
     assert np.allclose(logp, second.logp, rtol=0, atol=1e-5)
     assert np.allclose(second.returns - second.advantages, y[..., -1], rtol=0, atol=1e-5)
     assert np.allclose(state[0], run.stream.state[0], rtol=0, atol=1e-5)
+
+
+def test_ranks_share_the_environments(policy, tmp_path):
+    """Some without a row in some parts; and two ranks go on where three have stopped."""
+    command = ["--envs", "5", "--parts", "3", "--length", "20", "--hidden", "6"]
+    script = [SCRIPTS / "train_policy.py", *QUICK, *command, "--distributed"]
+    policy.main([*QUICK, *command, "--steps", "600", "--out", str(tmp_path / "alone")])
+    run(3, *script, "--steps", 400, "--out", tmp_path / "ranks")
+    text = run(2, *script, "--steps", 600, "--out", tmp_path / "ranks")
+    assert "goes on after rollout 4" in text
+    ours, theirs = (load(tmp_path / name / "model.safetensors") for name in ("alone", "ranks"))
+    for name, array in theirs.params.items():
+        assert np.abs(array - ours.params[name]).max() < 1e-5, name
+    kept, found = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text("utf-8").split("\n")
+         if line] for name in ("alone", "ranks")
+    )  # fmt: skip
+    assert [r["step"] for r in found] == [r["step"] for r in kept] == [200, 400, 600]
+    assert [r.get("return") for r in found] == [r.get("return") for r in kept]
+    assert "--envs 2 cannot be shared among 3 ranks" in run(
+        3, SCRIPTS / "train_policy.py", "--distributed", "--envs", 2, "--out", tmp_path, code=1
+    )

@@ -354,3 +354,18 @@ def test_a_stream_in_chunks(after):
 def test_refusals(options, told):
     with pytest.raises((TypeError, ValueError), match=told):
         make()(np.zeros((5, 2, 3)), **options)
+
+
+@EVERY
+@pytest.mark.parametrize(("T", "B"), [(0, 2), (3, 0), (0, 0)])
+def test_without_a_step_or_a_row(path, T, B):
+    gru = make(layers=1)
+    x, h0, dy, dh = batch(gru, T, B, 0)
+    every = np.ones((T, B), bool)
+    with running(path):
+        for options in ({"resets": every}, {"mask": every}, {"mask": ~every, "resets": every}):
+            found = run(gru, x, h0, dy, dh, **options)
+            assert found["y"].shape == dy.shape
+            assert np.array_equal(found["h_n"], h0)
+            assert np.array_equal(found["dh0"], dh)
+            assert not any(v.any() for name, v in found.items() if name in gru.params)

@@ -3,7 +3,9 @@
 import copy
 import gc
 import io
+import os
 import pickle
+import socket
 import subprocess
 import sys
 import warnings
@@ -473,21 +475,21 @@ def test_anomaly_mode_hooks_and_checkpoints():
 
 
 PARALLEL = """
-import sys, torch
+import os, sys, torch
 from torch import distributed
 from gru_any import convert
 
-def gradients(rank, file):
-    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = torch.nn.parallel.DistributedDataParallel(convert.torch.GRU(2, 3))
-    x = torch.randn(4, 6, 2)
-    model(x[:, rank::2])[0].square().mean().backward()
-    distributed.destroy_process_group()
-    return model.module, x
-
-if __name__ == "__main__":
-    gradients(1, sys.argv[1])
+rank, meeting, result = int(sys.argv[1]), *sys.argv[2:]
+distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(convert.torch.GRU(2, 3))
+x = torch.randn(4, 6, 2)
+model(x[:, rank::2])[0].square().mean().backward()
+grads = [p.grad for p in model.module.parameters()]
+if rank == 0:
+    torch.save([model.module.state_dict(), x, grads], result)
+distributed.barrier()
+os._exit(0)  # gloo's threads may wait for the interpreter while it waits for them
 """
 
 
@@ -495,16 +497,25 @@ if __name__ == "__main__":
 def test_distributed_data_parallel(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
-    script, meeting = tmp_path / "parallel.py", tmp_path / "meeting"
-    script.write_text(PARALLEL)
-    other = subprocess.Popen([sys.executable, script, meeting], stderr=subprocess.PIPE, text=True)
-    names = {"__name__": "here"}
-    exec(PARALLEL, names)
-    ours, x = names["gradients"](0, meeting)
-    assert other.wait(100) == 0, other.stderr.read()
-    other.stderr.close()
+    paths = [str(tmp_path / name) for name in ("meeting", "result")]
+    local = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": local[0]}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", PARALLEL, str(rank), *paths],
+                         env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=100)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    state, x, grads = torch.load(paths[1])
     theirs = NN.GRU(2, 3)
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(state)
     theirs(x)[0].square().mean().backward()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+    for grad, q in zip(grads, theirs.parameters(), strict=True):
+        assert torch.allclose(grad, q.grad, atol=1e-6)

@@ -75,7 +75,7 @@ def restarts(
     fresh = np.zeros((layers, len(directions), run.shape[1], 1), bool)
     for d, reverse in enumerate(directions):
         fresh[:, d, rows[starts & first], 0] = not reverse
-    fresh = fresh.reshape(-1, run.shape[1], 1)
+    fresh = fresh.reshape(layers * len(directions), run.shape[1], 1)
     return Restarts(
         tuple(backend.put(v, "bool") for v in found) if inner.any() else None,
         backend.put(fresh, "bool") if fresh.any() else None,

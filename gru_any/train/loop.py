@@ -188,7 +188,7 @@ def _train(
     bar: bool | Shown,
 ) -> None:
     """Run piece after piece, until the run has a reason to end."""
-    with _interrupts() as run.interrupted, _progress(bar, run) as show, run.quiet():
+    with interrupts() as run.interrupted, _progress(bar, run) as show, run.quiet():
         for epoch, number, piece, share in _pieces(run, batches):
             if epoch > run.epoch:
                 run.epoch, run.piece = epoch, 0
@@ -452,7 +452,7 @@ def _put(model: Chain, piece: Piece) -> Piece:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], str]]:
+def interrupts() -> Iterator[Callable[[], str]]:
     """Give a function that returns "interrupted" after Ctrl-C, which ends no step half done."""
     pressed: list[int] = []
     if threading.current_thread() is not threading.main_thread():

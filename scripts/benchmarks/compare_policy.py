@@ -128,7 +128,7 @@ def work(library: str, args: argparse.Namespace) -> None:
         optimiser = Adam(model.params, lr=RATE)
 
         def call() -> float:
-            return update(model, optimiser, part, EPS, A, B, CLIP)
+            return update(model, optimiser, part, EPS, A, B, CLIP, part.actions.size)
 
     print(ANSWER + json.dumps(threads_of("torch" if library == "torch" else "numba")), flush=True)
     for line in sys.stdin:
