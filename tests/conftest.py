@@ -73,7 +73,7 @@ def at_once(work: Callable[[int], Any], count: int) -> None:
 
 @contextmanager
 def started(
-    command: Sequence[Any], *, timeout: float = 120, **options: Any
+    command: Sequence[Any], *, timeout: float = 240, **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
     """Start a command; it is killed, with all that it started, at the end or after `timeout` s."""
 
@@ -96,7 +96,7 @@ def finished(
     command: Sequence[Any],
     *,
     input: str | None = None,  # as subprocess calls it
-    timeout: float = 120,
+    timeout: float = 240,  # long enough to compile on a busy machine
     code: int | None = None,
     **options: Any,
 ) -> subprocess.CompletedProcess[str]:
@@ -107,7 +107,7 @@ def finished(
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     if input is not None:
         pipes["stdin"] = subprocess.PIPE
-    with started(command, timeout=2 * timeout, **{**pipes, **options}) as process:
+    with started(command, timeout=timeout + 60, **{**pipes, **options}) as process:
         out, err = process.communicate(input, timeout)
     assert code in (None, process.returncode), f"exit status {process.returncode}\n{out}{err}"
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
