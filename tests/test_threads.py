@@ -160,6 +160,21 @@ def test_many_callers_share_the_workers(mark, monkeypatch):
     assert wrong == []
 
 
+def test_no_thread_compiles(mark, monkeypatch):
+    """A process may fork at any time after the workers are there."""
+    compiled = []
+
+    def note(source, original=threads.compiled):
+        compiled.append(threading.current_thread())
+        return original(source)
+
+    monkeypatch.setattr(threads, "compiled", note)
+    workers = threads._Workers(2)
+    assert len(workers.hire(2)) == 2
+    time.sleep(0.05)
+    assert compiled == [threading.main_thread()]
+
+
 @LINUX
 def test_workers_keep_off_the_processor_of_the_caller(mark):
     workers, allowed = threads._Workers(1), os.sched_getaffinity(0)

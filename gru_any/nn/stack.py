@@ -89,6 +89,14 @@ class Stack(NamedTuple):
             masks: Sequence[StepMasks | None] = (None,) * D
             if cuts or of_steps:
                 masks = _step_masks(cuts, of_steps, layer, D)
+            if D == 1:  # in short, since small calls are many
+                sweep = self.sweep(params, layer, self.suffixes[0], mask, masks[0])
+                h = h0[layer, :, :]
+                y, h, blocks = sweep.on(run).forward(x, h, keep, segment, wanted)
+                states.append(h)
+                if keep:
+                    residuals.append(LayerResiduals(x, dropped, [(sweep, blocks)]))
+                return y
             pairs = zip(self.suffixes, masks, strict=True)
             sweeps = [self.sweep(params, layer, suffix, mask, own) for suffix, own in pairs]
 
@@ -96,13 +104,14 @@ class Stack(NamedTuple):
                 h = h0[layer * D + d, :, :]
                 return sweeps[d].on(run).forward(x, h, keep, segment, wanted)
 
-            ys, hs, segments = zip(*_concurrent(run_sweep, D, run), strict=True)
+            found = run.concurrent([partial(run_sweep, d) for d in range(D)])
+            ys, hs, segments = zip(*found, strict=True)
             states.extend(hs)
             if keep:
                 kept = list(zip(sweeps, segments, strict=True))
                 parts = ys if self.merge == "mul" and wanted else None
                 residuals.append(LayerResiduals(x, dropped, kept, parts))
-            return merge(run.xp, self.merge, ys) if D == 2 and wanted else ys[0]
+            return merge(run.xp, self.merge, ys) if wanted else None
 
         y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
         return (y, self._stacked(states)), residuals

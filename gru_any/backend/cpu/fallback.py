@@ -65,19 +65,20 @@ class Numba(numba.Numba):
             )
 
     def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
-        def on_numpy() -> tuple[Any, Any]:
-            affine = NumPy.affine(self, a.x, _matrix(a.W), a.b) if isinstance(a, numba.Input) else a
-            plain = (_matrix(recurrent[0]), *recurrent[1:])
-            return NumPy.forward(self, step, affine, h, plain, *others)
-
         given = step, a, h, recurrent, *others
         try:
             return super().forward(*given)
         except Exception as e:
             found: tuple[Any, Any] = rescued(
-                e, lambda: super(Numba, self).forward(*given), on_numpy
+                e,
+                lambda: super(Numba, self).forward(*given),
+                lambda: self._on_numpy(*given),
             )
             return found
+
+    def _on_numpy(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
+        a = NumPy.affine(self, a.x, _matrix(a.W), a.b) if isinstance(a, numba.Input) else a
+        return NumPy.forward(self, step, a, h, (_matrix(recurrent[0]), *recurrent[1:]), *others)
 
     def backward(
         self, step: Any, dy: Any, dh: Any, previous: Any, saved: Any, U: Any, *others: Any

@@ -20,12 +20,12 @@ from ...codegen.schedule import (
     forward_program,
     forward_schedule,
 )
-from ...typing import Array, DType, Shape, Step
+from ...typing import Array, DType, HostArray, Shape, Step
 from ..contract import Extra, kinds_of
 from ..reductions import reduced
 from ..reference import Plain
 from . import tuning
-from .buffers import empty, result
+from .buffers import LARGE, empty, result
 
 
 class NumPy(Plain):
@@ -58,8 +58,9 @@ class NumPy(Plain):
         if not v.flags.c_contiguous:
             v, given = empty(v.shape, v.dtype), v
             v[...] = given
-        *rows, N = v.shape
-        return v if len(rows) == 1 else v.reshape(math.prod(rows), N)  # faster than np.reshape
+        if v.ndim == 2:
+            return v
+        return v.reshape(math.prod(v.shape[:-1]), v.shape[-1])  # faster than np.reshape
 
     def as_steps(self, v: Any, steps: int) -> Any:
         return v.reshape(steps, len(v) // steps, v.shape[1])
@@ -83,7 +84,7 @@ class NumPy(Plain):
         return reduced(self, weights, h, saved, parts, result)
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return Filled(result(shape, dtype))
+        return Copied(shape, dtype)
 
     def forward(
         self,
@@ -163,6 +164,27 @@ class Filled:
 
     def array(self) -> Any:
         """The array."""
+        return self._array
+
+
+class Copied:
+    """The same for a user, made of a small array at once if that is all of it, which costs less."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._array: HostArray | None = None
+
+    def put(self, block: slice, piece: Any) -> None:
+        """Write the piece where it belongs, as the array's dtype."""
+        if self._array is None and piece.shape == self._shape and piece.nbytes < LARGE:
+            self._array = np.array(piece, self._dtype, order="C")
+        else:
+            self.array()[block] = piece
+
+    def array(self) -> Any:
+        """The array."""
+        if self._array is None:
+            self._array = result(self._shape, self._dtype)
         return self._array
 
 

@@ -66,6 +66,8 @@ class _Workers:
     def __init__(self, most: int) -> None:
         from .handoff import AWAKE, WORDS
 
+        # here, since a fork in the middle of it would leave the child a lock that nobody opens
+        self._serve = compiled(SOURCE).serve
         self.boxes, self._awake = _aligned((most, WORDS)), AWAKE
         self._free = deque(range(most))
         self._wake = [threading.Lock() for _ in range(most)]
@@ -117,10 +119,9 @@ class _Workers:
         return True
 
     def _work(self, worker: int) -> None:
-        box, serve = self.boxes[worker], compiled(SOURCE).serve
         while True:
             self._wake[worker].acquire()
-            serve(box, tuning.current.idle_yields)
+            self._serve(self.boxes[worker], tuning.current.idle_yields)
 
 
 def _aligned(shape: tuple[int, int]) -> HostArray:
