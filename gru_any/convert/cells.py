@@ -125,7 +125,10 @@ def cells_of(table: Table, gru: GRU) -> list[dict[str, HostArray]]:
 
 
 def ours(gru: GRU, *held: str) -> list[Cell]:
-    """Return our arrays of each layer and direction, forward before reverse; held: its options."""
+    """Return our arrays of each layer and direction, forward before reverse.
+
+    held: options of the model that the other library stores beside the weights.
+    """
     check_gru(gru, *held)
     layers = [f"_l{i}{suffix}" for i in range(gru.num_layers) for suffix in gru.suffixes]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -136,7 +139,7 @@ def ours(gru: GRU, *held: str) -> list[Cell]:
 
 
 def check_gru(model: object, *held: str) -> None:
-    """Raise where the model is no GRU that reads forward, or has options that are not held."""
+    """Raise where the model is no GRU that reads forward, or has options that are not `held`."""
     if not isinstance(model, GRU):
         raise TypeError(f"the model is a {type(model).__name__}, expected a GRU")
     refuse_options(model, *held)
@@ -161,9 +164,10 @@ def refuse_zoneout(gru: GRU) -> None:
 
 
 def refuse_options(layer: GRU | GRUCell, *held: str) -> None:
-    """Raise where a layer computes with other functions than weights alone tell; held: which may.
+    """Raise where a layer has options that would be lost with its weights alone.
 
-    A setting stands among the settings where it is not the usual one.
+    held: options that would not, as the other library stores them too. `settings` lists an option
+    only where it differs from the default.
     """
     others = [f"{k}={v!r}" for k, v in layer.settings.items() if k in OPTIONS and k not in held]
     if others:
