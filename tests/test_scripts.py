@@ -73,7 +73,10 @@ def test_ctrl_c_keeps_the_weights(tmp_path):
         env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONUNBUFFERED": "1"},
     ) as process:
         assert "characters" in process.stdout.readline()
-        time.sleep(2)
+        log = tmp_path / "out" / "log.jsonl"
+        while not (log.exists() and log.stat().st_size):  # until it has made some steps
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
