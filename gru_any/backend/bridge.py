@@ -12,6 +12,7 @@ from types import CodeType
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ..typing import Array, Arrays, Pytree
+from .cpu.openmp import lent
 from .cuda import device as cuda
 from .libraries import Backend, is_traced, of, of_traced
 from .modes import COMPLEX, serves
@@ -136,7 +137,7 @@ class Bridge(NamedTuple):
         entered.extend(args[len(names) :])
         if options:
             options = {name: self.enter(name, v, seen) for name, v in options.items()}
-        with cuda.current(self.inner):
+        with lent if self.inner.host else cuda.current(self.inner):
             return self.leave(function(*entered, **options), seen)
 
     def enter(self, name: str, v: Any, seen: dict[int, Array]) -> Any:
