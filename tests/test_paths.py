@@ -240,7 +240,7 @@ def test_a_few_rows(path, reset_after, dtype, rows):
 @FAST
 @pytest.mark.parametrize("rows", [(1, 1), (4, 20)])
 def test_large_arrays_that_are_read_only(path, rows):
-    """Weights of half a megabyte that must not be written: the same bits as of weights that may be."""
+    """Weights that must not be written give the same bits as those that may be."""
     I, H = 70, 190
     gru, rng = GRU(I, H, seed=0), np.random.default_rng(0)
     x, dy = (rng.standard_normal((*rows, n)).astype("float32") for n in (I, H))
