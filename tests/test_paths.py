@@ -239,6 +239,27 @@ def test_a_few_rows(path, reset_after, dtype, rows):
         assert not np.shares_memory(a, c)
 
 
+@FAST
+@pytest.mark.parametrize("rows", [(1, 1), (4, 20)])
+def test_large_arrays_that_are_read_only(path, rows):
+    """Weights that must not be written give the same bits as those that may be."""
+    I, H = 70, 190
+    gru, rng = GRU(I, H, seed=0), np.random.default_rng(0)
+    x, dy = (rng.standard_normal((*rows, n)).astype("float32") for n in (I, H))
+    found = []
+    with running(path):
+        for writeable in (True, False):
+            for v in (x, dy, *gru.params.values()):
+                v.flags.writeable = writeable
+            (y, h_n), pullback = gru.vjp(x)
+            grads, dx, dh0 = pullback(dy)
+            found.append([y, h_n, dx, dh0, *grads.values()])
+    for a, b in zip(*found, strict=True):
+        assert np.array_equal(a, b)
+        assert b.flags.writeable
+        assert not any(np.shares_memory(b, v) for v in (x, dy, *gru.params.values()))
+
+
 @pytest.mark.parametrize("reset_after", [False, True])
 def test_gates_side_by_side_are_one_call(reset_after):
     """Two calls of tanh, since r and z stand side by side."""

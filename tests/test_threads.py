@@ -10,10 +10,10 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from conftest import PATHS, running, started, tuned
+from conftest import PATHS, require, running, started, tuned
 
 from gru_any import GRU
-from gru_any.backend.cpu import cores, threads, tuning
+from gru_any.backend.cpu import cores, openmp, threads, tuning
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 EVERY = pytest.mark.parametrize("path", PATHS)
@@ -129,6 +129,73 @@ def test_each_row_is_done_once_whoever_comes(mark):
         helped += sum(box[handoff.DONE] == box[tickets] for box in workers.boxes[called])
     workers.release(called)
     assert helped or len(os.sched_getaffinity(0)) == 1
+
+
+@pytest.fixture
+def three_of_openmp():
+    """PyTorch's OpenMP, with three threads."""
+    torch = require("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    if openmp._openmp() is None:
+        pytest.skip("no OpenMP with GNU's interface in this process")
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_of_openmp_do_each_row_once(mark, three_of_openmp, monkeypatch):
+    """As many as there are parts, more, and fewer."""
+    assert openmp.region(1) is None, "outside of `lent`"
+    with openmp.lent:
+        regions = [openmp.region(2), openmp.region(1), openmp.Region(openmp._openmp().region, 5)]
+        assert openmp.region(3) is None
+        monkeypatch.setattr(openmp.Lent, "forked", True)
+        with openmp.lent:
+            assert openmp.region(1) is None, "a forked child has no threads of OpenMP"
+    for region in regions:
+        helped = 0
+        for n in range(200):
+            hired = region.hire(len(region.boxes))
+            edges = np.linspace(0, 24, len(hired) + 2).astype(np.int64)
+            marks = np.zeros((24, 2), np.int64)
+            hands = region.boxes, np.array(hired, np.int64), edges, threads.NO_TEAM, 0
+            mark(*hands, marks, 100 * (n % 40))
+            assert (marks[:, 0] == 1).all()
+            helped += (marks[:, 1] > 0).any()
+        assert helped
+
+
+@pytest.mark.parametrize("B", [2, 24])
+def test_threads_of_openmp_compute_the_same_bits(B, three_of_openmp, monkeypatch):
+    """As a team (2 rows) and with rows of their own (24)."""
+    pytest.importorskip("numba", reason="numba: not installed")
+    import gru_any.backend.cpu.numba_runner as runner_of_numba
+
+    gru, rng = GRU(7, 192, seed=0), np.random.default_rng(0)
+    x, dy = (rng.standard_normal((20, B, n)).astype("float32") for n in (7, 192))
+    made = []
+
+    def everything():
+        (y, h), pullback = gru.vjp(x)
+        grads, dx, dh0 = pullback(dy)
+        return [y, h, dx, dh0, *grads.values()]
+
+    def region(wanted, original=openmp.region):
+        made.append(original(wanted))
+        return made[-1]
+
+    with running("packed"):
+        monkeypatch.setattr(runner_of_numba, "count", lambda: 1)
+        expected = everything()
+        for module in (runner_of_numba, threads):
+            monkeypatch.setattr(module, "count", lambda: 3)
+        monkeypatch.setattr(threads.crowd, "present", lambda: False)
+        monkeypatch.setattr(openmp, "region", region)
+        with tuned(thread_work=1, wake_polls=10**6), openmp.lent:
+            found = everything()
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert made
+    assert None not in made
 
 
 def test_workers_are_hired_by_one_at_a_time(mark):

@@ -18,6 +18,8 @@ import gru_any
 from gru_any import convert
 
 torch = require("torch")
+from gru_any.convert.torch import module as ours  # noqa: E402
+
 NN, FUNC, RNN = torch.nn, torch.func, torch.nn.utils.rnn
 T, B, I, H = 5, 3, 2, 4
 KINDS = [
@@ -26,6 +28,32 @@ KINDS = [
     {"bias": False, "bidirectional": True},
 ]
 EACH = pytest.mark.parametrize("kind", KINDS, ids=["plain", "deep", "unbiased"])
+
+
+@pytest.fixture(autouse=True)
+def few_steps_too(monkeypatch):
+    """Nothing is left to PyTorch's own operator."""
+    monkeypatch.setattr(ours, "FEW", 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_steps_are_left_to_pytorch(packed, monkeypatch):
+    """Up to seven, with the same bits in training or not."""
+    monkeypatch.undo()
+    left, module = [], convert.torch.GRU(I, H, batch_first=True)
+
+    def forward(self, input, hx=None, original=ours._forward_of_torch):
+        left.append(len(input.batch_sizes) if packed else input.shape[1])
+        return original(self, input, hx)
+
+    monkeypatch.setattr(ours, "_forward_of_torch", forward)
+    for steps in (1, 7, 8):
+        x = torch.randn(2, steps, I)
+        x = RNN.pack_padded_sequence(x, [steps] * 2, True) if packed else x
+        y = module(x)[1]
+        with torch.no_grad():
+            assert torch.equal(module(x)[1], y)
+    assert left == [1, 1, 7, 7]
 
 
 def pair(dtype=torch.float64, **kind):

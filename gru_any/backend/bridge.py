@@ -12,6 +12,7 @@ from types import CodeType
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ..typing import Array, Arrays, Pytree
+from .cpu.openmp import lent
 from .cuda import device as cuda
 from .libraries import Backend, is_traced, of, of_traced
 from .modes import COMPLEX, serves
@@ -55,7 +56,7 @@ def by_place(method: Method) -> Method:
         backend = model.backend
         if backend.host or backend.traced:
             return method(model, *args, **options)
-        if any(map(is_traced, leaves((args, options)))):
+        if backend.traceable and any(map(is_traced, leaves((args, options)))):
             return method(_traced(model), *args, **options)
         bridge = _bridge(backend, model.dtype)
         if bridge is None or not serves(bridge.inner):
@@ -100,6 +101,7 @@ class Bridge(NamedTuple):
     read: Callable[[Array], Array]  # an array of the user's -> the same memory for the call
     adopt: Callable[[Array], Array]  # and back
     kind: type  # of the user's arrays
+    inner_kind: type  # of those of the call
 
     def twin(self, model: Model) -> Any:
         """Return the model over the inner backend; it follows the parameters and settings."""
@@ -111,7 +113,8 @@ class Bridge(NamedTuple):
 
     def views(self, model: Model) -> "Views":
         """Return the parameters as the inner backend reads them."""
-        return Views(model, {name: self.export(v) for name, v in model.params.items()})
+        export = self.export
+        return Views(model, {name: export(v) for name, v in model.params.items()})
 
     def run(
         self,
@@ -136,17 +139,18 @@ class Bridge(NamedTuple):
         entered.extend(args[len(names) :])
         if options:
             options = {name: self.enter(name, v, seen) for name, v in options.items()}
-        with cuda.current(self.inner):
+        with lent if self.inner.host else cuda.current(self.inner):
             return self.leave(function(*entered, **options), seen)
 
     def enter(self, name: str, v: Any, seen: dict[int, Array]) -> Any:
         """Return an argument over the inner backend. seen: by their ids, whose arrays these are."""
         if v is None:
             return None
-        if name in LISTS and isinstance(v, (list, tuple)):
-            return [self.enter(name, w, seen) for w in v]
-        if name in LISTS and isinstance(v, Mapping):
-            return {key: self.enter(name, w, seen) for key, w in v.items()}
+        if name in LISTS:
+            if isinstance(v, (list, tuple)):
+                return [self.enter(name, w, seen) for w in v]
+            if isinstance(v, Mapping):
+                return {key: self.enter(name, w, seen) for key, w in v.items()}
         if not self._at_home(v):
             if name in OURS:
                 self.home.check(name, v, self.dtype)
@@ -183,14 +187,15 @@ class Bridge(NamedTuple):
 
     def leave(self, v: Pytree, seen: Mapping[int, Array]) -> Any:
         """Return results as the user has arrays; a function becomes one of the user's arrays."""
-        if v is None:
-            return None
-        if isinstance(v, (tuple, list)):
-            return type(v)([self.leave(w, seen) for w in v])
-        if isinstance(v, dict):
-            return {name: self.leave(w, seen) for name, w in v.items()}
-        if callable(v):
-            return Outside(self, v)
+        if type(v) is not self.inner_kind:
+            if v is None:
+                return None
+            if isinstance(v, (tuple, list)):
+                return type(v)([self.leave(w, seen) for w in v])
+            if isinstance(v, dict):
+                return {name: self.leave(w, seen) for name, w in v.items()}
+            if callable(v):
+                return Outside(self, v)
         if id(v) in seen:  # an argument, returned as it is
             return seen[id(v)]
         array = self.adopt(v)
@@ -247,7 +252,9 @@ def _bridge(home: Backend, dtype: str) -> Bridge | None:
     found, _ = neighbour(home, dtype)
     if found is None or dtype == COMPLEX:
         return None
-    return Bridge(home, dtype, found.backend, found.dtype, found.read, home.adopt, found.kind)
+    inner, read = found.backend, found.read
+    kinds = found.kind, type(inner.zeros((1,), found.dtype))
+    return Bridge(home, dtype, inner, found.dtype, read, home.adopt, *kinds)
 
 
 @lru_cache

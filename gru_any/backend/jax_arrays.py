@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from ..typing import Array, Device, HostArray, Shape
+from ..typing import Array, Device, DType, HostArray, Shape
 
 SMALL = 1 << 17  # bytes that are copied rather than taken in place
 OFTEN = 32  # results of a shape before a function is compiled for it
@@ -27,16 +27,17 @@ class Adopter:
         self.same = jax.jit(
             lambda v: v, in_shardings=there, out_shardings=there, donate_argnums=0
         )  # a donated copy is the result, and not copied once more
-        self.seen: Counter[tuple[Shape, str]] = Counter()
+        self.seen: Counter[tuple[Shape, DType]] = Counter()
 
     def __call__(self, v: HostArray) -> Array:
         """Return v as an array of JAX, in place where it is large and its address suits JAX."""
-        if v.nbytes <= SMALL and self._often(v):
-            return self.same(v)
+        if v.nbytes <= SMALL:
+            key = v.shape, v.dtype
+            if self.seen[key] > OFTEN or self._often(key):
+                return self.same(v)
         return self.from_dlpack(np.ascontiguousarray(v), device=self.device)
 
-    def _often(self, v: HostArray) -> bool:
-        key = v.shape, v.dtype.char
+    def _often(self, key: tuple[Shape, DType]) -> bool:
         self.seen[key] += 1
         if len(self.seen) > SHAPES:
             self.seen.clear()

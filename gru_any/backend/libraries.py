@@ -75,9 +75,14 @@ class Backend:
         return self.name in cuda.OPERATIONS
 
     @cached_property
+    def traceable(self) -> bool:
+        """Whether other objects may stand for arrays, inside of a function that JAX transforms."""
+        return self.name == "jax.numpy"
+
+    @cached_property
     def traced(self) -> bool:
         """Whether arrays stand for others, inside of a function that JAX transforms."""
-        return self.name == "jax.numpy" and self.device is None
+        return self.traceable and self.device is None
 
     @cached_property
     def _dtypes(self) -> dict[str, DType]:

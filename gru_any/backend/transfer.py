@@ -181,7 +181,8 @@ def _reader(other: Backend, probe: Array) -> Callable[[Array], Array]:
     """Return the cheapest function that makes an array of `other` over the same memory."""
     by_dlpack: Callable[[Array], Array] = other.xp.from_dlpack
     if other.host:
-        seen = np.asarray(probe)
-        if np.shares_memory(seen, by_dlpack(probe)):  # most libraries; it takes half the time
-            return np.asarray
+        there, method = by_dlpack(probe), getattr(type(probe), "numpy", None)
+        for quicker in (method, np.asarray):  # PyTorch's own; of most libraries, in half the time
+            if quicker and np.shares_memory(quicker(probe), there):
+                return quicker
     return by_dlpack

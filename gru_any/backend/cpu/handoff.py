@@ -7,6 +7,8 @@ So nothing waits for a worker that is late, asleep, or kept off its processor.
 A box is a row of int64, in lines of the cache of their own for those who write:
 
     TICKET   number of the latest job; what belongs to it stands behind it (`ENTRY` ... `ME`)
+    REGION   0, or the address of OpenMP's function that starts a parallel region: no thread looks
+             into the box before that
     CLAIMED  number of the latest job that was begun, by the worker or by its giver
     DONE     number of the latest job that the worker has ended; `LOST`: see `lost`
     AWAKE    1 while the worker looks into the box
@@ -19,6 +21,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils as untyped_cgutils
@@ -29,6 +32,7 @@ from .barrier import (
     Lowering,
     compare_and_swap,
     count_members,
+    fetch_add,
     intrinsic,
     load_acquire,
     store_release,
@@ -39,7 +43,7 @@ from .barrier import (
 cgutils: Any = untyped_cgutils
 numba_types: Any = types  # without annotations
 Type: TypeAlias = types.Type  # of a value in compiled code
-TICKET, ENTRY, BLOCK, FIRST, LAST, ME = range(6)
+TICKET, ENTRY, BLOCK, FIRST, LAST, ME, REGION = range(7)
 CLAIMED, DONE, LOST = range(LINE, LINE + 3)
 AWAKE = 2 * LINE
 WORDS = 3 * LINE  # of a box
@@ -48,17 +52,21 @@ WALL, OWN = 1, 3  # clocks as Linux numbers them: of the system, of the calling 
 USUAL = 200_000  # nanoseconds of a job that the system itself may take
 INDEX, INDEX32 = ir.IntType(64), ir.IntType(32)
 ENTRY_TYPE = ir.FunctionType(ir.VoidType(), [INDEX] * 4)
+# what a region calls, with its argument, in how many threads (0: the usual number), and flags
+MEMBER_TYPE = ir.FunctionType(ir.VoidType(), [INDEX])
+REGION_TYPE = ir.FunctionType(ir.VoidType(), [INDEX, INDEX, INDEX32, INDEX32])
 
 
-def entry_of(function: Any) -> Callable[..., Any]:
+def entry_of(function: Any, kind: ir.FunctionType = ENTRY_TYPE) -> Callable[..., Any]:
     """Return an intrinsic: the addresses of code that calls a function, and of its arguments.
 
     It takes the tuple of the arguments. These are there until its caller returns.
     """
+    numbers = len(kind.args) - 1  # before the arguments
 
     @intrinsic
     def entry_and_block(typing: object, arguments: Any) -> Lowering:
-        of = types.void(*(types.intp,) * 3, *arguments.types)
+        of = types.void(*(types.intp,) * numbers, *arguments.types)
         pair = numba_types.UniTuple(types.intp, 2)
         function.compile(of.args)
         compiled = function.get_compile_result(of)
@@ -67,7 +75,7 @@ def entry_of(function: Any) -> Callable[..., Any]:
             context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]
         ) -> ir.Value:
             block = cgutils.alloca_once_value(builder, args[0])
-            entry = ir.Function(builder.module, ENTRY_TYPE, builder.module.get_unique_name("entry"))
+            entry = ir.Function(builder.module, kind, builder.module.get_unique_name("entry"))
             entry.linkage = "internal"
             inside = ir.IRBuilder(entry.append_basic_block())
             values = inside.load(inside.inttoptr(entry.args[0], block.type))
@@ -92,6 +100,18 @@ def enter(typing: object, entry: Type, block: Type, first: Type, last: Type, me:
         return context.get_dummy_value()
 
     return types.void(entry, block, first, last, me), generate
+
+
+@intrinsic
+def start_region(typing: object, region: Type, entry: Type, block: Type) -> Lowering:
+    """Have the threads of a parallel region of OpenMP make the call, the caller among them."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
+        function = builder.inttoptr(args[0], REGION_TYPE.as_pointer())
+        builder.call(function, [*args[1:], INDEX32(0), INDEX32(0)])
+        return context.get_dummy_value()
+
+    return types.void(region, entry, block), generate
 
 
 @intrinsic
@@ -138,24 +158,85 @@ def lost(wall: int, own: int) -> int:
 
 
 @njit(nogil=True)
+def work(box: HostArray) -> bool:
+    """Do what was put into a box, if nobody has begun it; return whether there was something."""
+    ticket = load_acquire(box, TICKET)
+    if load_acquire(box, CLAIMED) == ticket or not compare_and_swap(
+        box, CLAIMED, ticket - 1, ticket
+    ):
+        return False
+    wall, own = clock(WALL), clock(OWN)
+    enter(box[ENTRY], box[BLOCK], box[FIRST], box[LAST], box[ME])
+    box[LOST] = lost(wall, own)
+    store_release(box, DONE, ticket)
+    return True
+
+
+@njit(nogil=True)
 def serve(box: HostArray, yields: int) -> None:
     """Do what is put into a box, until nothing has come for so many yields of the processor."""
     store_release(box, AWAKE, 1)
     idle = 0
     while idle < yields * LOOKS:
-        ticket = load_acquire(box, TICKET)
-        if load_acquire(box, CLAIMED) != ticket and compare_and_swap(
-            box, CLAIMED, ticket - 1, ticket
-        ):
-            idle, wall, own = 0, clock(WALL), clock(OWN)
-            enter(box[ENTRY], box[BLOCK], box[FIRST], box[LAST], box[ME])
-            box[LOST] = lost(wall, own)
-            store_release(box, DONE, ticket)
+        if work(box):
+            idle = 0
         else:
             idle += 1
             if idle % LOOKS == 0:
                 yield_processor()
     store_release(box, AWAKE, 0)
+
+
+@njit(nogil=True)
+def lead(
+    boxes: HostArray,
+    hired: HostArray,
+    edges: HostArray,
+    sync: HostArray,
+    polls: int,
+    entry: int,
+    block: int,
+) -> int:
+    """Do the caller's part of a call, then what nobody has begun; return what `share` does."""
+    team, wall, own = len(sync) > 0, clock(WALL), clock(OWN)
+    if team:
+        store_release(sync, 0, count_members(sync, len(hired) + 1, polls))
+    enter(entry, block, edges[0], edges[1], 0)
+    if team:
+        store_release(sync, 0, -1)
+    most = lost(wall, own)
+    for i in range(len(hired)):
+        box = boxes[hired[i]]
+        ticket = box[TICKET]
+        if compare_and_swap(box, CLAIMED, ticket - 1, ticket):
+            if not team:
+                enter(entry, block, edges[i + 1], edges[i + 2], i + 1)
+            continue
+        wait_for(box, DONE, ticket)
+        most = max(most, box[LOST])
+    return most
+
+
+@njit(nogil=True)
+def member(
+    boxes: HostArray,
+    hired: HostArray,
+    edges: HostArray,
+    sync: HostArray,
+    polls: int,
+    entry: int,
+    block: int,
+    found: HostArray,
+) -> None:
+    """Do the part of a thread of a region: the first to come leads. found: (come, lost)."""
+    me = fetch_add(found, 0, 1)
+    if me == 0:
+        found[1] = lead(boxes, hired, edges, sync, polls, entry, block)
+    elif me <= len(hired):
+        work(boxes[hired[me - 1]])
+
+
+member_entry = entry_of(member, MEMBER_TYPE)
 
 
 @njit(nogil=True)
@@ -177,25 +258,15 @@ def share(
 
     Returns the most nanoseconds that a thread lost to others, and the processor of the caller.
     """
-    team, wall, own = len(sync) > 0, clock(WALL), clock(OWN)
+    team = len(sync) > 0
     for i in range(len(hired)):
         box = boxes[hired[i]]
         box[ENTRY], box[BLOCK], box[ME] = entry, block, i + 1
         box[FIRST], box[LAST] = edges[0 if team else i + 1], edges[1 if team else i + 2]
         store_release(box, TICKET, box[TICKET] + 1)
-    if team:
-        store_release(sync, 0, count_members(sync, len(hired) + 1, polls))
-    enter(entry, block, edges[0], edges[1], 0)
-    if team:
-        store_release(sync, 0, -1)
-    most = lost(wall, own)
-    for i in range(len(hired)):
-        box = boxes[hired[i]]
-        ticket = box[TICKET]
-        if compare_and_swap(box, CLAIMED, ticket - 1, ticket):
-            if not team:
-                enter(entry, block, edges[i + 1], edges[i + 2], i + 1)
-            continue
-        wait_for(box, DONE, ticket)
-        most = max(most, box[LOST])
-    return most, processor()
+    if len(hired) == 0 or boxes[hired[0], REGION] == 0:
+        return lead(boxes, hired, edges, sync, polls, entry, block), processor()
+    found = np.zeros(2, np.int64)
+    given = member_entry((boxes, hired, edges, sync, polls, entry, block, found))
+    start_region(boxes[hired[0], REGION], *given)
+    return found[1], -1

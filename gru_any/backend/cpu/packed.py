@@ -76,6 +76,9 @@ def kernel_addresses(stored: DType) -> HostArray:
     return np.array([code.product1.address, code.product2.address, code.product3.address])
 
 
+COPIED = 1 << 16  # bytes of a read-only array, up to which a copy is quicker than an alias
+
+
 class PackedMatrix:
     """A matrix of weights, and the packed copies of its parts, each made when first needed.
 
@@ -150,7 +153,22 @@ def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> No
 def ascarray(v: HostArray) -> HostArray:
     """Return an array in the layout that compiled code takes, a copy where v has another.
 
-    That is contiguous, aligned and not read-only. To let Numba find out takes 0.2 ms.
+    That is contiguous, aligned and not read-only. To let Numba find out takes 0.2 ms. What is
+    read-only, as JAX's arrays are, is copied where it is small; compiled code writes into nothing
+    that it is given.
     """
     v = v if type(v) is np.ndarray else v.view(np.ndarray)
-    return v if v.flags.carray else v.copy("C")
+    flags = v.flags
+    if flags.carray:
+        return v
+    if v.nbytes > COPIED and flags.c_contiguous and flags.aligned:
+        return np.asarray(_Alias(v))
+    return v.copy("C")
+
+
+class _Alias:
+    """The memory of a read-only array, as one that NumPy takes for writable."""
+
+    def __init__(self, v: HostArray) -> None:
+        self.owner, interface = v, v.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}

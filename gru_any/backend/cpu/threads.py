@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from ...typing import HostArray
-from . import cores, tuning
+from . import cores, openmp, tuning
 from .jit_cache import compiled
 
 SOURCE = """\
@@ -157,7 +157,7 @@ def parallel_for(call: Call, rows: int, work: int) -> None:
     if pieces < 2 or crowd.present():
         call(alone(rows))
         return
-    workers = _workers()
+    workers = openmp.region(pieces - 1) or _workers()
     hired = workers.hire(pieces - 1)
     pieces = 1 + len(hired)
     # whole groups of rows, as the products take them
@@ -177,14 +177,18 @@ def run_team(call: Call, rows: int, most: int) -> None:
         return
     from .barrier import LINE
 
-    workers = _workers()
+    workers = openmp.region(most - 1) or _workers()
     hired = workers.hire(most - 1)
     sync = np.zeros(LINE * (len(hired) + 2), np.int64) if hired else NO_TEAM
     _shared(call, workers, hired, [0, rows], sync)
 
 
 def _shared(
-    call: Call, workers: _Workers, hired: list[int], edges: list[int], sync: HostArray
+    call: Call,
+    workers: _Workers | openmp.Region,
+    hired: list[int],
+    edges: list[int],
+    sync: HostArray,
 ) -> None:
     """Make a call with those who are hired, and take note of what threads lost to others."""
     numbers = np.array(hired, np.int64), np.array(edges), sync, tuning.current.wake_polls

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...backend import NUMPY, Backend, select
+from ...backend.cpu.openmp import lent
 from ...nn.cell import GRUCell
 from ...nn.gru import GRU
 from ...typing import Array
@@ -102,7 +103,7 @@ class Call:
             x, packed = _padded(x, self.batch_sizes, gru.batch_first)
             self.lengths = packed.numpy()
         arguments = self._array(x), self._array(h0), self.lengths
-        with no_autocast(x.device.type):
+        with lent, no_autocast(x.device.type):
             if keep or self.seed is not None:
                 rng = None if self.seed is None else np.random.default_rng(int(self.seed.item()))
                 (y, h_n), self.pullback = gru.vjp(*arguments, rng)
@@ -114,7 +115,7 @@ class Call:
         """Return dL/d of x, of h0 where one was given, and of the weights."""
         if dy is not None and self.batch_sizes is not None:
             dy, _ = _padded(dy, self.batch_sizes, self.gru.batch_first)
-        with no_autocast((dy if dh_n is None else dh_n).device.type):  # type: ignore[union-attr]
+        with lent, no_autocast((dy if dh_n is None else dh_n).device.type):  # type: ignore[union-attr]
             grads, dx, dh0 = self.pullback(self._array(dy), self._array(dh_n))
         states = [dh0] if self.given else []
         return [

@@ -15,7 +15,7 @@ from .call import is_of_torch, over, template
 from .check import check, check_tensor
 from .evaluate import evaluate
 
-FEW = 4  # below so many steps PyTorch's own operator is as fast
+FEW = 8  # below so many steps PyTorch's own operator is as fast, for large batches in training too
 _forward_of_torch: Callable[..., Any] = torch.nn.GRU.forward
 _transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -25,7 +25,7 @@ class GRU(torch.nn.RNNBase):
     """A GRU that is made, called, saved, loaded and moved like `torch.nn.GRU`.
 
     It has the same parameters, drawn from the same random numbers, under the same names. On the
-    CPU it computes with this library, forward and backward; on other devices, and for up to three
+    CPU it computes with this library, forward and backward; on other devices, and for up to seven
     steps, with PyTorch's own operator. Its base is `torch.nn.RNNBase`: it is no instance of
     `torch.nn.GRU`, at which `torch.compile` would break the graph.
 
@@ -132,8 +132,8 @@ class GRU(torch.nn.RNNBase):
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
-        T = input.shape[1 if self.batch_first and batched else 0]
-        if lengths is None and self._is_for_torch(input, T):
+        first = self.batch_first and batched
+        if lengths is None and self._is_for_torch(input, input.shape[first]):
             return _forward_of_torch(self, input, hx)  # type: ignore[no-any-return]
         if hx is not None and hx.dim() != input.dim():
             shapes = "(L*D, B, H) of input (T, B, I)" if batched else "(L*D, H) of input (T, I)"
@@ -152,14 +152,14 @@ class GRU(torch.nn.RNNBase):
         if lengths is not None:
             raise ValueError("lengths were given beside a PackedSequence, which has its own")
         data, batch_sizes, sort, unsort = input
-        if self._is_for_torch(data):
+        if self._is_for_torch(data, len(batch_sizes)):
             return _forward_of_torch(self, input, hx)  # type: ignore[no-any-return]
         if hx is not None:
             hx = self.permute_hidden(hx, sort)
         y, h_n = self._run(data, hx, batch_sizes=batch_sizes)
         return PackedSequence(y, batch_sizes, sort, unsort), self.permute_hidden(h_n, unsort)
 
-    def _is_for_torch(self, x: torch.Tensor, T: int = FEW) -> bool:
+    def _is_for_torch(self, x: torch.Tensor, T: int) -> bool:
         """Whether PyTorch's own operator serves a call: it can, and is as fast or does more."""
         return self._of_torch and (
             x.device.type != "cpu"
