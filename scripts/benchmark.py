@@ -35,6 +35,7 @@ CASES = [
     (100, 64, 256, 512), (50, 64, 512, 1024),
     (1, 8, 128, 256), (1, 32, 128, 256), (1, 128, 64, 128), (1, 256, 128, 256), (4, 32, 128, 256),
 ]  # fmt: skip
+MODES = ["forward", "training"]
 QUICK = [CASES[0], CASES[3], CASES[6]]
 # contenders that are named otherwise than what they need
 NEEDS = {"frozen": "numba", "torch-arrays": "torch", "jax-arrays": "jax"}
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.05, help="of each, in each round")
     parser.add_argument("--contenders", nargs="+", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -270,10 +272,7 @@ def main() -> None:
     for threads in map(int, args.threads.split(",")):
         contenders = [Contender(name, threads) for name in names]
         cells = [
-            (case, mode, after)
-            for case in cases
-            for mode in ("forward", "training")
-            for after in (True, False)
+            (case, mode, after) for case in cases for mode in args.modes for after in (True, False)
         ]
         for cell in cells:
             key = f"{cell} {threads}"

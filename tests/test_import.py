@@ -33,8 +33,10 @@ def run(code):
 
 
 def test_the_public_list_is_what_there_is():
-    public = {k for k, v in vars(gru_any).items() if not k.startswith("_") and callable(v)}
-    assert public == set(gru_any.__all__)
+    named = {k: getattr(gru_any, k) for k in dir(gru_any) if not k.startswith("_")}
+    assert {k for k, v in named.items() if callable(v)} == set(gru_any.__all__)
+    assert all(v is getattr(gru_any, k) for k, v in named.items())
+    assert not hasattr(gru_any, "LSTM")
     assert all(getattr(gru_any, name).__doc__ for name in gru_any.__all__)
 
 
@@ -60,6 +62,13 @@ def test_the_import_leaves_out_what_training_alone_needs():
     late = {"socket", "subprocess", "concurrent.futures", "logging"}
     run(f"import sys, numpy\nlate = {late} - set(sys.modules)\nimport gru_any\n"
         "sys.exit(', '.join(late & set(sys.modules)) or 0)")  # fmt: skip
+
+
+def test_a_compiled_model_needs_neither_layers_nor_equations():
+    parts = {"arguments", "nn", "backend", "codegen", "train", "inspect", "equations", "checkpoint"}
+    late = {f"gru_any.{name}" for name in parts} | {"tempfile", "pathlib", "subprocess", "hashlib"}
+    run(f"import sys, numpy\nlate = {late} - set(sys.modules)\nfrom gru_any.deploy import c\n"
+        "c.load\nsys.exit(', '.join(late & set(sys.modules)) or 0)")  # fmt: skip
 
 
 def test_the_types_are_shipped():

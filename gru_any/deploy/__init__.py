@@ -1,12 +1,13 @@
 """Trained models for where they are used: weights that never change again, and C.
 
-`gru_any.deploy.c` is imported on first use.
+`freeze` and `gru_any.deploy.c` are imported on first use: neither needs the other.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .frozen import freeze
+if TYPE_CHECKING:
+    from .frozen import freeze
 
 __all__ = ["freeze"]
 
@@ -14,4 +15,6 @@ __all__ = ["freeze"]
 def __getattr__(name: str) -> Any:
     if name == "c":
         return import_module(".c", __name__)
+    if name == "freeze":
+        return import_module(".frozen", __name__).freeze
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

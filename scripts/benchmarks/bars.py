@@ -23,16 +23,18 @@ class Bar(NamedTuple):
 
 def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
     """Return the bars of one cell; case: T, B, I, H."""
-    return [*_on_numpy(case, mode, after, threads), *_on_others(case)]
+    return [*_on_numpy(case, mode, after, threads), *_on_others(case, mode)]
 
 
-def _on_others(case: Any) -> list[Bar]:
+def _on_others(case: Any, mode: str) -> list[Bar]:
     """Return those of JAX, and in cells of a millisecond or more those of other arrays."""
     T, B, I, H = case
-    scan = Bar("jax", 1.0, ("flax", "equinox"))
+    found = [Bar("jax", 1.0, ("flax", "equinox"))]
+    if mode == "forward":
+        found.append(Bar("frozen", 1.0, PEERS))  # who keep packed weights too
     if 6 * T * B * H * (H + I) < LONG:
-        return [scan]
-    return [scan, *(Bar(name, 1 / 1.10, ("numba",)) for name in ("torch-arrays", "jax-arrays"))]
+        return found
+    return [*found, *(Bar(name, 1 / 1.10, ("numba",)) for name in ("torch-arrays", "jax-arrays"))]
 
 
 def _on_numpy(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:

@@ -4,25 +4,23 @@ import ctypes
 import json
 import os
 import platform
-import re
-import tempfile
-from pathlib import Path
+from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ...errors import check_shape
-from ...typing import HostArray
-from ...typing import Path as PathLike
+from ...typing import HostArray, Path
 
 if TYPE_CHECKING:
     from ...nn.chain import Chain
     from ...nn.gru import GRU
 
 FORMAT = 1
+_opened = count()
 
 
-def load(path: PathLike, model: "GRU | Chain | None" = None) -> "CStream":
+def load(path: Path, model: "GRU | Chain | None" = None) -> "CStream":
     """Open a library that `build` made, as a stream of one row with a state of its own.
 
     Each call gives another stream; they share the weights.
@@ -40,10 +38,10 @@ def load(path: PathLike, model: "GRU | Chain | None" = None) -> "CStream":
     ValueError
         It is no library of ours, of another model, or for another machine.
     """
-    path = Path(path).absolute()
-    if not path.is_file():
+    path = os.path.abspath(path)
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no library {path}")
-    code = _opened(path)
+    code = _open(path)
     try:
         text = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(code, "gru_any_about")))
     except ValueError:
@@ -69,29 +67,27 @@ def load(path: PathLike, model: "GRU | Chain | None" = None) -> "CStream":
     return CStream(code, about)
 
 
-def _opened(path: Path) -> ctypes.CDLL:
+def _open(path: str) -> ctypes.CDLL:
     """Open under a new name: the system would return what it has opened under this one before."""
-    with tempfile.TemporaryDirectory() as folder:
-        name = Path(folder) / path.name
-        try:
-            os.symlink(path, name)
-        except OSError:  # not on this system
-            name = path
-        try:
-            return ctypes.CDLL(str(name))
-        except OSError as e:
-            why = str(e).replace(str(name), "the file")
-            raise ValueError(f"{path} is no library of this machine ({why})") from None
+    folder, name = os.path.split(path)
+    if os.name == "posix":  # where // and /./ are the same as /, and spell a number here
+        digits = f"{next(_opened):b}"
+        folder += "".join("/." if digit == "1" else "/" for digit in digits)
+    try:
+        return ctypes.CDLL(f"{folder}/{name}")
+    except OSError as e:
+        why = str(e).replace(f"{folder}/{name}", "the file")
+        raise ValueError(f"{path} is no library of this machine ({why})") from None
 
 
 def processor() -> set[str]:
     """Return the features that the system says the processor has; none if it does not say."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        with open("/proc/cpuinfo") as file:  # the system writes it as it is read: no further
+            words = (line.split() for line in file if line.startswith(("flags", "Features")))
+            return {*next(words, ())} - {"flags", "Features", ":"}
     except OSError:
         return set()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return set(found[1].split()) if found else set()
 
 
 class CStream:
