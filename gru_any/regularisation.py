@@ -58,9 +58,10 @@ def recurrent_dropout(variant: Variant) -> Variant:
             ) from e
 
     def backward(
-        xp: Namespace, g: Array, h: Array, saved: Saved, U: Any, d: Array
+        xp: Namespace, g: Array, h: Array, saved: Saved, U: Any, *others: Array
     ) -> tuple[Array, Any]:
-        return variant.backward(xp, g, h, saved, MaskedColumns(U, d))
+        *given, d = others
+        return variant.backward(xp, g, h, saved, MaskedColumns(U, d), *given)
 
     return variant._replace(step=step, backward=backward)
 

@@ -79,6 +79,8 @@ def parts(model: Chain) -> tuple[Embedding, GRU, Linear]:
         sys.exit("the page takes an Embedding, a GRU that reads forward alone and a Linear layer")
     if found[1].zoneout:
         sys.exit("the page shows the equations as they are, without zoneout")
+    if found[1].layer_norm:
+        sys.exit("the page shows the equations as they are, without layer normalisation")
     return found[0], found[1], found[2]
 
 

@@ -92,7 +92,7 @@ LAYERS = [
     {"nn/layout", "nn/weights"},
     {"nn/params", "nn/steps", "nn/sweep"},
     {"nn/init", "nn/masks", "nn/options", "nn/__init__"},
-    {"nn/merge", "regularisation"},
+    {"nn/merge", "normalisation", "regularisation"},
     {"equations", "inspect/formulas"},
     {"activations"},
     {"backend/__init__"},

@@ -85,8 +85,9 @@ Alive: TypeAlias = StepMask | None  # None: all sequences are alive at all steps
 class Extra(NamedTuple):
     """Further arguments of the steps of a block.
 
-    kinds: BATCH of an array (B, H), STEPS of (K, B, H); ROWS, the last, of the cut (K, B, 1) of
-    bool, the steps after which a row's state starts anew from 0; none of a finished sequence.
+    kinds: VECTOR of an array (3H,), in plain mode alone; BATCH of (B, H), STEPS of (K, B, H); ROWS,
+    the last, of the cut (K, B, 1) of bool, the steps after which a row's state starts anew from 0;
+    none of a finished sequence.
     """
 
     kinds: Kinds
@@ -100,7 +101,8 @@ class Extra(NamedTuple):
     def at(self, t: int) -> tuple[Array, ...]:
         """Return those of a step."""
         pairs = zip(self.kinds, self.arrays, strict=True)
-        return tuple([v if kind is Kind.BATCH else v[t, :, :] for kind, v in pairs])
+        whole = Kind.BATCH, Kind.VECTOR
+        return tuple([v if kind in whole else v[t, :, :] for kind, v in pairs])
 
 
 def kinds_of(extra: Extra | None) -> Kinds:

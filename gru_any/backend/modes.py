@@ -94,6 +94,11 @@ def runner(backend: Backend, precision: str = "full", dtype: str = "float32") ->
     return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
 
 
+def plain_runner(backend: Backend) -> Runner:
+    """Return what evaluates the equations as they stand, on any backend."""
+    return _runner(backend, Mode.PLAIN, "full")
+
+
 @cache
 def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
     if mode == Mode.PLAIN:

@@ -14,7 +14,7 @@ from ..nn.weights import parameter_shapes
 from ..typing import Array, Arrays, HostArray, Shape
 from .table import Cell, Table, read, write
 
-OPTIONS = DEFAULTS | MERGE
+OPTIONS = {*DEFAULTS, *MERGE, "layer_norm"}
 Kind = TypeVar("Kind", bound=Layer)
 Cells: TypeAlias = Arrays | Iterable[Arrays]  # of one layer, or of several
 
@@ -173,7 +173,8 @@ def refuse_options(layer: GRU | GRUCell, *held: str) -> None:
     if others:
         raise ValueError(
             f"the model has {', '.join(others)}, which would be lost: what is written is for a GRU "
-            "of sigmoid and tanh, with its directions side by side. gru_any.save writes all of it"
+            "of sigmoid and tanh without layer normalisation, with its directions side by side. "
+            "gru_any.save writes all of it"
         )
 
 

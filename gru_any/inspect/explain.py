@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import NamedTuple, SupportsIndex, TypeAlias
 
 from .. import equations
-from ..backend import bridged, path, recorded
+from ..backend import Mode, bridged, path, recorded
 from ..errors import check_shape
 from ..nn.cell import GRUCell
 from ..nn.chain import Chain
@@ -23,6 +23,7 @@ from .formulas import called, formulas, latex
 
 Sizes: TypeAlias = tuple[int | str, ...]  # a shape; letters stand for sizes that are left open
 MERGED = {"mul": "product"}  # in words, where that is no word
+UNTRACED = "layer_norm takes means over rows, and only operations element by element are compiled"
 Formulas: TypeAlias = list[tuple[str, Sequence[ast.AST]]]  # headings, each with its lines
 
 
@@ -164,7 +165,8 @@ def _shown(shape: Sizes) -> str:
 def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
     """Describe gates, biases, layers and directions, how a call runs, and the functions called."""
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
-    way, why = path(layer.backend, H, layer.dtype)
+    normalised = getattr(layer, "layer_norm", False)
+    way, why = (Mode.PLAIN, UNTRACED) if normalised else path(layer.backend, H, layer.dtype)
     step = equations.variant(layer.reset_after, layer.functions).step
     notes = [
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
@@ -192,9 +194,15 @@ def _merged(layer: GRU | GRUCell) -> str:
 
 
 def _regularisation(layer: GRU) -> list[str]:
-    """Describe what acts in training, and what zoneout does to inference."""
+    """Describe layer normalisation, what acts in training, and what zoneout does to inference."""
     q, k, w = layer.recurrent_dropout, layer.zoneout, layer.weight_dropout
     notes = []
+    if layer.layer_norm:
+        notes.append(
+            "Layer normalisation: a stands for gain_ih * N(x @ W.T) + b, and h @ U.T for "
+            "gain_hh * N(h @ U.T), where N(v) = (v - mean(v)) / sqrt(var(v) + 1e-5), over the 3H "
+            "columns of each row."
+        )
     if w:
         notes.append(f"Weight dropout: in vjp with rng, a share {w:g} of U is 0 in each call.")
     if q:

@@ -6,14 +6,15 @@ from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from .. import arguments, equations
-from ..backend import by_place, runner
+from ..backend import by_place, plain_runner, runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
+from ..normalisation import with_layer_norm
 from ..regularisation import expected_zoneout, recurrent_dropout, zoneout
 from ..typing import Array, Arrays, Device, Lengths, Rng, Shape
 from . import options
-from .init import uniform
+from .init import initial
 from .layout import Call, SequenceLayout
 from .masks import NO_MASKS, Masks, draw
 from .params import BackendLike, Layer
@@ -24,7 +25,10 @@ from .weights import parameter_shapes, variant_advice
 
 LayerStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> y_t, h
 # settings that files have only where they are others
-LATER = {"reverse": False, "weight_dropout": 0.0, "recurrent_dropout": 0.0, "zoneout": 0.0}
+LATER = {
+    "reverse": False, "weight_dropout": 0.0, "recurrent_dropout": 0.0, "zoneout": 0.0,
+    "layer_norm": False,
+}  # fmt: skip
 
 
 class GRU(Layer):
@@ -94,12 +98,18 @@ class GRU(Layer):
     clip : float or None
         What goes into these functions is bounded by -clip and clip; where that changes it, its
         gradient is 0.
+    layer_norm : bool
+        Layer normalisation inside the gates, as haste's LayerNormGRU has it: x W^T and h U^T are
+        normalised over their 3H columns and multiplied by gains, before the biases are added
+        (`gru_any.normalisation` has the formulas). Needs reset_after=True. The steps then run one
+        operation after another on every backend, not compiled.
 
     Attributes
     ----------
     params : dict
         `weight_ih_l0` (3H, I), `weight_hh_l0` (3H, H), `bias_ih_l0` (3H,) and, with reset_after,
-        `bias_hh_l0` (3H,); then `_l1`... and `_reverse`. The thirds are r, z, n.
+        `bias_hh_l0` (3H,); then `_l1`... and `_reverse`. The thirds are r, z, n. With layer_norm
+        also `gain_ih_l0` and `gain_hh_l0` (3H,), which are 1 at first.
 
     Notes
     -----
@@ -146,6 +156,7 @@ class GRU(Layer):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         self.input_size = arguments.size("input_size", input_size)
         self.hidden_size = arguments.size("hidden_size", hidden_size)
@@ -166,6 +177,7 @@ class GRU(Layer):
         self.clip = options.clip(clip)
         self.merge = options.merge(merge, self.bidirectional)
         self.functions = options.activations(self.gate_activation, self.activation, self.clip)
+        self.layer_norm = options.layer_norm(layer_norm, self.reset_after)
         if self.reverse and self.bidirectional:
             raise ValueError("reverse and bidirectional are both True, expected one of them")
         self.suffixes = (
@@ -173,7 +185,7 @@ class GRU(Layer):
         )
         self._create(
             GRU, backend, device, dtype, self._shapes(), seed,
-            lambda rng, name, shape: uniform(rng, shape, 1 / math.sqrt(self.hidden_size)),
+            lambda rng, name, shape: initial(rng, name, shape, self.hidden_size),
         )  # fmt: skip
         self._leave_out({**options.DEFAULTS, **options.MERGE, **LATER})
 
@@ -188,7 +200,7 @@ class GRU(Layer):
         for layer in range(self.num_layers):
             width = self.output_size if layer else self.input_size
             for suffix in self.suffixes:
-                shapes = parameter_shapes(width, H, self.bias, self.reset_after)
+                shapes = parameter_shapes(width, H, self.bias, self.reset_after, self.layer_norm)
                 for name, shape in shapes.items():
                     yield f"{name}_l{layer}{suffix}", shape
 
@@ -401,8 +413,15 @@ class GRU(Layer):
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
         stack = self._stack(self._runner)
         arrays = self._arrays()
+        if self.layer_norm:
+            sweeps = [stack.sweep(arrays, n, "", None, None) for n in range(self.num_layers)]
+            return self._for_storage([sweep.single_step() for sweep in sweeps])
         taken = [stack.weights(arrays, layer, "") for layer in range(self.num_layers)]
         steps = [make(stack.variant.step, *of_layer) for of_layer in taken]
+        return self._for_storage(steps)
+
+    def _for_storage(self, steps: list[LayerStep]) -> list[LayerStep]:
+        """Return steps between arrays of the layer's dtype."""
         return steps if self.arithmetic == self.dtype else [self._half(step) for step in steps]
 
     def _half(self, step: LayerStep) -> LayerStep:
@@ -480,6 +499,8 @@ class GRU(Layer):
 
     @property
     def _runner(self) -> Runner:
+        if self.layer_norm:
+            return plain_runner(self.backend)
         return runner(self.backend, self.precision, self.dtype)
 
     @cached_property
@@ -490,11 +511,13 @@ class GRU(Layer):
     def variant(self) -> Variant:
         """The equations of inference: a step of this GRU and its gradient, as functions."""
         variant = equations.variant(self.reset_after, self.functions)
+        variant = with_layer_norm(variant) if self.layer_norm else variant
         return expected_zoneout(variant, self.zoneout) if self.zoneout else variant
 
     def _regularised(self) -> Variant:
         """Return those of training, whose steps take the masks that there are."""
         variant = equations.variant(self.reset_after, self.functions)
+        variant = with_layer_norm(variant) if self.layer_norm else variant
         variant = recurrent_dropout(variant) if self.recurrent_dropout else variant
         return zoneout(variant) if self.zoneout else variant
 
@@ -516,6 +539,7 @@ class GRU(Layer):
             self.backend.dtype(self.arithmetic),
             self.backend.dtype(self.dtype),
             self.merge or "concat",
+            self.layer_norm,
         )
 
     def _stack_for(self, call: Call) -> Stack:

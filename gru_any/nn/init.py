@@ -12,6 +12,11 @@ def uniform(rng: Rng, shape: Shape, bound: float) -> HostArray:
     return rng.uniform(-bound, bound, shape)
 
 
+def initial(rng: Rng, name: str, shape: Shape, H: int) -> HostArray:
+    """Draw a parameter of a GRU: gains of layer normalisation are 1, the others as PyTorch's."""
+    return np.ones(shape) if name.startswith("gain_") else uniform(rng, shape, 1 / math.sqrt(H))
+
+
 def glorot_uniform(rng: Rng, shape: tuple[int, int], blocks: int = 1) -> HostArray:
     """Draw uniformly from +-sqrt(6 / (fan in + fan out)) (Glorot and Bengio 2010).
 

@@ -1,4 +1,4 @@
-"""What a GRU's arguments `activation`, `gate_activation`, `clip` and `merge` mean."""
+"""What a GRU's arguments `activation`, `gate_activation`, `clip`, `merge`, `layer_norm` mean."""
 
 import math
 from typing import TypeAlias
@@ -51,6 +51,23 @@ def _form(word: str) -> str:
 def clip(value: object) -> float | None:
     """Return the bound of what goes into the activations, above 0; None for none."""
     return None if value is None else arguments.number("clip", value, above=True)
+
+
+def layer_norm(value: object, reset_after: bool) -> bool:
+    """Return whether products are normalised.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is no flag, or the reset gate comes before the product.
+    """
+    found = arguments.flag("layer_norm", value)
+    if found and not reset_after:
+        raise ValueError(
+            "layer_norm=True normalises the three thirds of h U^T together, and with "
+            "reset_after=False the candidate has a product of its own: set reset_after=True"
+        )
+    return found
 
 
 def merge(value: object, bidirectional: bool) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..backend.contract import Output, Result, Runner
 from ..equations import Variant
+from ..normalisation import Gains
 from ..typing import Array, DType, Gradients
 from .merge import merge, part
 from .sweep import Segment, SequenceMask, StepMasks, Sweep, Weights
@@ -58,6 +59,7 @@ class Stack(NamedTuple):
     dtype: DType  # of the arithmetic
     storage: DType  # of inputs, outputs and gradients
     merge: str = "concat"  # how the outputs of two directions become one; see merge.py
+    layer_norm: bool = False  # whether there are gains; see normalisation.py
 
     def on(self, run: Runner) -> Stack:
         """Return the layers on another runner."""
@@ -143,7 +145,7 @@ class Stack(NamedTuple):
 
             total, found = None, _concurrent(run_sweep, D, run)
             for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):
-                names = parameter_names(self.bias, self.reset_after, layer, suffix)
+                names = self._names(layer, suffix)
                 if self.dtype != self.storage:
                     of_weights = list(map(self.to_storage, of_weights))
                 grads.update(zip(names, of_weights, strict=False))
@@ -178,7 +180,17 @@ class Stack(NamedTuple):
     ) -> Sweep:
         """Return one layer in one direction."""
         own, reverse = self.weights(params, layer, suffix), suffix == "_reverse"
-        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, masks)
+        gains = self._gains(params, layer, suffix) if self.layer_norm else None
+        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, masks, gains)
+
+    def _gains(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Gains:
+        """Return the gains, in the dtype of the arithmetic."""
+        names = (f"{name}_l{layer}{suffix}" for name in ("gain_ih", "gain_hh"))
+        return Gains(*(self.run.upcast(params[name], self.dtype) for name in names))
+
+    def _names(self, layer: int, suffix: str) -> tuple[str, ...]:
+        """Return the names of the parameters of one layer in one direction, gains included."""
+        return parameter_names(self.bias, self.reset_after, layer, suffix, self.layer_norm)
 
     def _pipeline(
         self,

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..backend.contract import Extra, Output, Recurrent, Runner
+from ..backend.contract import Extra, OneStep, Output, Recurrent, Runner, kinds_of
 from ..backend.reductions import outer, reduced_by_row
 from ..codegen.schedule import Kind
 from ..equations import Variant
+from ..normalisation import Gains
 from ..typing import Array, DType, Namespace, Shape
 
 STEPS = 64  # of a block, at least: the steps in memory at once, however large T is
@@ -109,6 +110,7 @@ class Sweep(NamedTuple):
     reverse: bool  # from the last step to the first
     dtype: DType  # of the arithmetic
     masks: StepMasks | None = None
+    gains: Gains | None = None  # of layer normalisation; None: there is none
 
     def on(self, run: Runner) -> "Sweep":
         """Return the sweep on another runner."""
@@ -185,7 +187,7 @@ class Sweep(NamedTuple):
     def _zeros(self, rows: Shape) -> list[Array]:
         """Return the gradients of a sequence without steps; rows: their leading axes."""
         (W, _, (U, *c)), run = self.weights, self.run
-        like = [W, U, W[:, 0], *(U[:, 0] for _ in c)]
+        like = [W, U, *(self.gains or ()), W[:, 0], *(U[:, 0] for _ in c)]
         shapes = [(*rows, *v.shape) for v in like]
         return [run.xp.zeros(shape, dtype=W.dtype, device=run.device) for shape in shapes]
 
@@ -226,7 +228,9 @@ class Sweep(NamedTuple):
     ) -> tuple[Residuals, Array]:
         """Run one block forward; return what it leaves, and the state after it."""
         run, (W, b, recurrent) = self.run, weights
-        a, extra = run.affine(self._read(x, block, mask), W, b), self._extra(block)
+        before = b if self.gains is None else None  # layer normalisation comes before the bias
+        a, extra = run.affine(self._read(x, block, mask), W, before), self._extra(block)
+        a = a if self.gains is None else self.gains.entering(run.xp, a, b)
         step, reverse = self.variant.step, self.reverse
         states, found = run.forward(step, a, h, recurrent, mask, reverse, keep, extra)
         saved = list(found or ())
@@ -257,6 +261,9 @@ class Sweep(NamedTuple):
             g = None if g is None else mask.zero_padding(run.xp, g)
         if self.masks is not None and self.masks.dropout is not None:
             previous, saved = self._operands(self.masks.dropout, previous, saved)
+        if self.gains is not None:
+            v = run.affine(self._read(x, block, mask), W, None)
+            parts = self.gains.entering_backward(run.xp, v, parts)
         if by_row:
             dx = run.as_steps(run.product(run.as_matrix(parts[0]), W), previous.shape[0])
             return dx, dh, g, self._by_row(self._read(x, block, mask), previous, saved, parts)
@@ -266,7 +273,8 @@ class Sweep(NamedTuple):
         dx = product(da, W)
         dW, db = product(da.T, rows(self._read(x, block, mask))), run.row_sum(da)
         dU, *dc = run.weight_gradients(self.variant.weights, previous, saved, matrices)
-        return run.as_steps(dx, previous.shape[0]), dh, g, [dW, dU, db, *dc]
+        grads = [dW, dU, db, *dc] if self.gains is None else [dW, dU, *dc]
+        return run.as_steps(dx, previous.shape[0]), dh, g, grads
 
     def _by_row(
         self, x: Array, h: Array, saved: Sequence[Array], parts: Sequence[Array]
@@ -278,10 +286,24 @@ class Sweep(NamedTuple):
             [xp.astype(v, self.dtype, copy=False) for v in several] for several in (saved, parts)
         )
         dU, *dc = reduced_by_row(xp, self.variant.weights, h, saved, parts)
-        return [outer(xp, parts[0], x), dU, outer(xp, parts[0], None), *dc]
+        db = [outer(xp, parts[0], None)] if self.gains is None else []
+        return [outer(xp, parts[0], x), dU, *db, *dc]
 
     def _extra(self, block: slice) -> Extra | None:
-        return None if self.masks is None else self.masks.steps(block)
+        extra = None if self.masks is None else self.masks.steps(block)
+        if self.gains is None:
+            return extra
+        arrays = () if extra is None else extra.arrays
+        return Extra((Kind.VECTOR, *kinds_of(extra)), (self.gains.hh, *arrays))
+
+    def single_step(self) -> OneStep:
+        """Return a function as of the runner's `single_step`, in this sweep's own way."""
+
+        def one(x: Array, h: Array) -> tuple[Array, Array]:
+            y, new, _ = self.forward(x[None, :, :], h)
+            return (new if y is None else y[0, :, :]), new
+
+        return one
 
     def _operands(
         self, d: Array, h: Array, saved: Sequence[Array]

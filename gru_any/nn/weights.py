@@ -6,9 +6,13 @@ from ..typing import Array, Namespace, Shape
 from .sweep import Weights
 
 
-def parameter_shapes(I: int, H: int, bias: bool, reset_after: bool) -> dict[str, Shape]:
+def parameter_shapes(
+    I: int, H: int, bias: bool, reset_after: bool, layer_norm: bool = False
+) -> dict[str, Shape]:
     """Return the name and shape of each parameter of one layer in one direction."""
     shapes: dict[str, Shape] = {"weight_ih": (3 * H, I), "weight_hh": (3 * H, H)}
+    if layer_norm:
+        shapes |= {"gain_ih": (3 * H,), "gain_hh": (3 * H,)}
     if bias:
         shapes["bias_ih"] = (3 * H,)
     if bias and reset_after:
@@ -17,9 +21,12 @@ def parameter_shapes(I: int, H: int, bias: bool, reset_after: bool) -> dict[str,
 
 
 @cache
-def parameter_names(bias: bool, reset_after: bool, layer: int, suffix: str) -> tuple[str, ...]:
+def parameter_names(
+    bias: bool, reset_after: bool, layer: int, suffix: str, layer_norm: bool = False
+) -> tuple[str, ...]:
     """Return the names in a GRU of the parameters of one layer in one direction."""
-    return tuple(f"{name}_l{layer}{suffix}" for name in parameter_shapes(1, 1, bias, reset_after))
+    shapes = parameter_shapes(1, 1, bias, reset_after, layer_norm)
+    return tuple(f"{name}_l{layer}{suffix}" for name in shapes)
 
 
 def weights(
@@ -31,6 +38,8 @@ def weights(
     c: Array | None = None,
 ) -> Weights:
     """Return the weights of a sweep, made of parameters in the order of `parameter_shapes`.
+
+    Gains are not among them.
 
     With reset_after two thirds of c, the bias of h U^T, are added outside of the loop over the
     steps; r multiplies the candidate's third.
@@ -50,6 +59,8 @@ def variant_advice(missing: set[str], unused: set[str]) -> str:
         return (
             "; bias_hh belongs to reset_after=True, which PyTorch's and most of Keras' weights need"
         )
+    if any(name.startswith("gain_") for name in unused):
+        return "; gain_ih and gain_hh belong to layer_norm=True"
     if any("bias_hh" in name for name in missing):
         return "; weights without bias_hh belong to reset_after=False"
     return ""

@@ -14,7 +14,7 @@ from ..cells import refuse_options
 from .call import to_tensor
 from .module import GRU, GRUCell
 
-OURS = "weight_dropout", "recurrent_dropout", "zoneout"  # regularisation that modules lack
+OURS = "weight_dropout", "recurrent_dropout", "zoneout", "layer_norm"  # what modules lack
 
 
 def as_module(model: object) -> "GRU | GRUCell | ChainModule":
@@ -32,7 +32,7 @@ def _recurrent(layer: gru.GRU | cell.GRUCell) -> GRU | GRUCell:
     if layer.dtype == "complex128":
         raise TypeError("the model has dtype complex128, expected a real floating dtype")
     layer.over(layer.backend, layer.dtype, ())  # refused by a frozen model
-    if lost := [f"{name}={layer.settings[name]:g}" for name in OURS if name in layer.settings]:
+    if lost := [f"{name}={layer.settings[name]!r}" for name in OURS if name in layer.settings]:
         raise ValueError(
             f"{', '.join(lost)} of the model has no counterpart in a torch.nn.Module, which would "
             "train or infer otherwise: train it here, or make the GRU without"
