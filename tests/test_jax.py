@@ -296,3 +296,21 @@ def test_what_is_refused():
         jax.jit(lambda x: dropping.vjp(x, rng=np.random.default_rng(0))[0])(x)
     with pytest.raises(TypeError, match=r"is an array of jax\.numpy, expected an array of numpy"):
         jax.jit(GRU(2, 4))(x)
+
+
+@pytest.mark.parametrize("reset_after", [False, True])
+def test_a_single_row_of_a_single_step(reset_after):
+    """Whose products are written otherwise: the same values and gradients as our pullback's."""
+    gru = GRU(3, 4, 2, reset_after=reset_after, seed=0)
+    x = np.linspace(-1, 1, 3, dtype="float32").reshape(1, 1, 3)
+    (y, h_n), pullback = gru.vjp(x)
+    grads, dx, _ = pullback(np.ones_like(y), np.ones_like(h_n))
+    there = gru.to("jax.numpy")
+
+    def total(params, x):
+        return sum(v.sum() for v in there.apply(params, x))
+
+    found = jax.jit(jax.grad(total, (0, 1)))(dict(there.params), jax.numpy.asarray(x))
+    assert np.allclose(found[1], dx, rtol=1e-5, atol=1e-6)
+    for name, v in grads.items():
+        assert np.allclose(found[0][name], v, rtol=1e-5, atol=1e-6)
