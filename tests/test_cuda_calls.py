@@ -173,7 +173,7 @@ def test_a_wavefront_changes_no_bit(settings, dtype, monkeypatch):
 
 def test_a_block_is_read_as_soon_as_it_is_there():
     """Another stream waits for that block, and for nothing that came after it."""
-    ops, made = Ops(), calls.Arriving(Ops(), (4, 1, 1), "f4")
+    ops, made = Ops(), calls.Arriving(None, Ops(), (4, 1, 1), "f4")
     made.put(slice(0, 2), fake.ones((2, 1, 1), dtype="f4"))
     later = fake.ones((2, 1, 1), dtype="f4")
     made.put(slice(2, 4), later)

@@ -19,6 +19,7 @@ from gru_any.backend.reference import Plain
 from gru_any.codegen.exponential import by_exp
 from gru_any.codegen.numpy_source import NumPySource
 from gru_any.codegen.schedule import HOST, forward_schedule
+from gru_any.nn.sweep import StepMask
 from gru_any.stream import Stream
 
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # all that takes long to compile, too
@@ -99,7 +100,9 @@ def exactly(problem):
 def test_a_block_with_rows_that_end(path, reset_after, B, reverse):
     problem = block(reset_after, B, "float64")
     rng = np.random.default_rng(1)
-    alive = [None, None, *(rng.random((B, 1)) < 0.5 for _ in range(5))]
+    steps = rng.random((7, B, 1)) < 0.5
+    steps[:2] = True
+    alive = StepMask(steps, 2)
     ours, expected = (forward(p, problem, alive, reverse) for p in (path, "plain"))
     back = (problem, expected[0], expected[1:], alive, reverse)
     ours, expected = (

@@ -113,8 +113,8 @@ def kinds_of(extra: Extra | None) -> Kinds:
 class Output(Protocol):
     """An array (T, ...) that is filled block by block."""
 
-    def put(self, block: slice, piece: Array) -> None:
-        """Store the piece of these steps."""
+    def put(self, block: slice, piece: Array, alive: Alive = None) -> None:
+        """Store the piece of these steps, with zeros where steps are skipped."""
 
     def array(self) -> Array:
         """Return the whole array."""
@@ -232,6 +232,12 @@ class Memory(Protocol):
 
     def as_contiguous(self, v: Array) -> Array:
         """Return `v` without a reference to the larger array that it is a view of."""
+
+    def zero_skipped(self, v: Array, alive: StepMask, own: bool = False) -> Array:
+        """Return v (K, B, .) with zeros at skipped steps, whatever v holds there.
+
+        own: v may be written.
+        """
 
     def output(self, shape: Shape, dtype: DType) -> Output:
         """Return an object that collects blocks of steps into an array of this shape."""

@@ -21,6 +21,7 @@ from .contract import (
     Recurrent,
     Result,
     Runner,
+    StepMask,
 )
 
 
@@ -191,6 +192,9 @@ class Plain:
     def as_contiguous(self, v: Array) -> Array:
         return v
 
+    def zero_skipped(self, v: Array, alive: StepMask, own: bool = False) -> Array:
+        return running(self.xp, v, alive)
+
     def output(self, shape: Shape, dtype: DType) -> Output:
         return Pieces(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
 
@@ -205,12 +209,17 @@ class Pieces:
         self.xp, self.nothing = xp, nothing
         self.pieces: list[tuple[int, Array]] = []
 
-    def put(self, block: slice, piece: Array) -> None:
-        self.pieces.append((block.start, piece))
+    def put(self, block: slice, piece: Array, alive: Alive = None) -> None:
+        self.pieces.append((block.start, running(self.xp, piece, alive)))
 
     def array(self) -> Array:
         pieces = [a for _, a in sorted(self.pieces, key=lambda piece: piece[0])]
         return self.xp.concat(pieces, axis=0) if pieces else self.nothing()
+
+
+def running(xp: Namespace, v: Array, alive: Alive) -> Array:
+    """Return v (K, B, .) with zeros where steps are skipped, whatever v holds there."""
+    return v if alive is None else xp.where(alive.block, v, xp.zeros_like(v))
 
 
 def _order(K: int, reverse: bool) -> range:

@@ -19,7 +19,7 @@ from ..backend.reductions import outer, reduced_by_row
 from ..codegen.schedule import Kind
 from ..equations import Variant
 from ..normalisation import Gains
-from ..typing import Array, DType, Namespace, Shape
+from ..typing import Array, DType, Shape
 
 STEPS = 64  # of a block, at least: the steps in memory at once, however large T is
 ROWS = 256  # of a block, over all steps, at least: enough for efficient products
@@ -48,10 +48,6 @@ class StepMask:
 
     def __iter__(self) -> Iterator[Array | None]:
         return (self[t] for t in range(len(self)))
-
-    def zero_padding(self, xp: Namespace, v: Array) -> Array:
-        """Return v (K, B, .) with zeros at the padded steps, whatever v holds there."""
-        return xp.where(self.block, v, xp.zeros_like(v))
 
 
 class SequenceMask(NamedTuple):
@@ -147,9 +143,7 @@ class Sweep(NamedTuple):
                     residuals.append(found)
                 if y is not None:
                     v = found.outputs
-                    if mask is not None:
-                        v = mask.zero_padding(run.xp, v)
-                    y.put(block, v if v.dtype == x.dtype else run.xp.astype(v, x.dtype))
+                    y.put(block, v if v.dtype == x.dtype else run.xp.astype(v, x.dtype), mask)
         return (None if y is None else y.array()), h, segments
 
     def backward(
@@ -200,7 +194,7 @@ class Sweep(NamedTuple):
                 mask = None if self.mask is None else self.mask.steps(block)
                 arrays = (*kept.saved[:3], kept.outputs)
                 for output, v in zip(outputs, arrays, strict=True):
-                    output.put(block, v if mask is None else mask.zero_padding(self.run.xp, v))
+                    output.put(block, v, mask)
         return [output.array() for output in outputs]
 
     def _recompute(self, weights: Weights, x: Array, segment: Segment) -> list[Residuals]:
@@ -257,8 +251,8 @@ class Sweep(NamedTuple):
         back = dy, dh, previous, saved, U, mask, self.reverse, taps, self._extra(block)
         parts, dh, g = run.backward(self.variant.backward, *back)
         if mask is not None:
-            parts = tuple(mask.zero_padding(run.xp, part) for part in parts)
-            g = None if g is None else mask.zero_padding(run.xp, g)
+            parts = tuple(run.zero_skipped(part, mask, own=True) for part in parts)
+            g = None if g is None else run.zero_skipped(g, mask, own=True)
         if self.masks is not None and self.masks.dropout is not None:
             previous, saved = self._operands(self.masks.dropout, previous, saved)
         if self.gains is not None:
@@ -325,7 +319,7 @@ class Sweep(NamedTuple):
         v = v[block, :, :]
         if v.dtype != self.dtype:
             v = self.run.upcast(v, self.dtype)
-        return v if mask is None else mask.zero_padding(self.run.xp, v)
+        return v if mask is None else self.run.zero_skipped(v, mask)
 
 
 @lru_cache(maxsize=16)

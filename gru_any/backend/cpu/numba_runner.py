@@ -118,7 +118,7 @@ class Numba(NumPy):
         else:
             x, W, b, (K, B, _) = a[..., :0], U, None, a.shape
         b = np.zeros(3 * H, h.dtype) if b is None else b
-        steps, ended = _forwards(K, reverse), _ended(alive, B)
+        steps, ended = _forwards(K, reverse), _ended(alive)
         if stored:
             given = h, U, a, *vectors, *further, x, W, b
             path, *saved = scan.few(*steps, ended, *map(ascarray, given))
@@ -146,7 +146,7 @@ class Numba(NumPy):
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
         scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype, kinds_of(extra))
-        steps, ended, given = _backwards(K, reverse), _ended(alive, B), [previous, *saved]
+        steps, ended, given = _backwards(K, reverse), _ended(alive), [previous, *saved]
         given += [] if extra is None else map(ascarray, extra.arrays)
         if dy is not None:
             given.insert(0, ascarray(dy))  # the others are ours
@@ -345,12 +345,6 @@ class Scan:
             M.packed[part.start, part.stop, transposed, gates] = P  # now that it is filled
 
 
-def _ended(alive: Any, B: int) -> Any:
+def _ended(alive: Any) -> Any:
     """Which rows have ended at which step, (K, B); empty where none has."""
-    if alive is None:
-        return NONE_ENDED
-    ended = np.zeros((len(alive), B), bool)
-    for row, mask in zip(ended, alive, strict=True):
-        if mask is not None:
-            row[:] = ~mask[:, 0]
-    return ended
+    return NONE_ENDED if alive is None else ~alive.block[:, :, 0]

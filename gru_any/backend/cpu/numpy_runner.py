@@ -83,6 +83,13 @@ class NumPy(Plain):
     def weight_gradients(self, weights: Any, h: Any, saved: Any, parts: Any) -> Any:
         return reduced(self, weights, h, saved, parts, result)
 
+    def zero_skipped(self, v: Any, alive: Any, own: bool = False) -> Any:
+        if not own:
+            v, given = empty(v.shape, v.dtype), v
+            v[...] = given
+        _zero_skipped(v, alive)
+        return v
+
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return Copied(shape, dtype)
 
@@ -143,6 +150,10 @@ def turned(v: Any) -> Any:
     return v.swapaxes(1, 2)
 
 
+def _zero_skipped(v: Any, alive: Any) -> None:
+    v[~alive.block[:, :, 0]] = 0
+
+
 def further(extra: Extra | None, K: int) -> list[Any]:
     """Return the further arguments of K steps, each (N, B) for each step."""
     if extra is None:
@@ -158,9 +169,11 @@ class Filled:
     def __init__(self, array: Any) -> None:
         self._array = array
 
-    def put(self, block: slice, piece: Any) -> None:
+    def put(self, block: slice, piece: Any, alive: Any = None) -> None:
         """Write the piece where it belongs, as the array's dtype."""
         self._array[block] = piece
+        if alive is not None:
+            _zero_skipped(self._array[block], alive)
 
     def array(self) -> Any:
         """The array."""
@@ -174,12 +187,14 @@ class Copied:
         self._shape, self._dtype = shape, dtype
         self._array: HostArray | None = None
 
-    def put(self, block: slice, piece: Any) -> None:
+    def put(self, block: slice, piece: Any, alive: Any = None) -> None:
         """Write the piece where it belongs, as the array's dtype."""
         if self._array is None and piece.shape == self._shape and piece.nbytes < LARGE:
             self._array = np.array(piece, self._dtype, order="C")
         else:
             self.array()[block] = piece
+        if alive is not None:
+            _zero_skipped(self.array()[block], alive)
 
     def array(self) -> Any:
         """The array."""

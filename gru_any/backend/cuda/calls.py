@@ -8,9 +8,9 @@ from functools import partial
 from typing import NamedTuple, Self
 
 from ...typing import Array, Device, DType, Namespace, Pytree, Shape
-from ..contract import Movable, Output, Result, Runner
+from ..contract import Alive, Movable, Output, Result, Runner
 from ..cpu.numpy_runner import Filled
-from ..reference import Plain
+from ..reference import Plain, running
 from . import tuning
 from .operations import Event, Operations
 from .plan import Workspace
@@ -30,17 +30,29 @@ class Context(NamedTuple):
     overlapped: bool = False
 
 
+class Selected(Filled):
+    """An array that is filled block by block; a kernel puts zeros where steps are skipped."""
+
+    def __init__(self, xp: Namespace, array: Array) -> None:
+        super().__init__(array)
+        self.xp = xp
+
+    def put(self, block: slice, piece: Array, alive: Alive = None) -> None:
+        """Write the piece where it belongs."""
+        super().put(block, running(self.xp, piece, alive))
+
+
 class Arriving:
     """The blocks of an array that one stream computes; other streams wait for each block."""
 
-    def __init__(self, ops: Operations, shape: Shape, dtype: DType) -> None:
-        self.ops, self.shape, self.dtype = ops, shape, dtype
+    def __init__(self, xp: Namespace, ops: Operations, shape: Shape, dtype: DType) -> None:
+        self.xp, self.ops, self.shape, self.dtype = xp, ops, shape, dtype
         self.pieces: dict[int, Array] = {}
         self.events: dict[int, Event] = {}
 
-    def put(self, block: slice, piece: Array) -> None:
+    def put(self, block: slice, piece: Array, alive: Alive = None) -> None:
         """Add a block, with an event that marks its completion."""
-        self.pieces[block.start] = piece
+        self.pieces[block.start] = running(self.xp, piece, alive)
         self.events[block.start] = self.ops.event()
 
     def array(self) -> Self:
@@ -153,8 +165,8 @@ class Calls(Plain):
 
     def output(self, shape: Shape, dtype: DType) -> Output:
         if self.context.overlapped:
-            return Arriving(self.ops, shape, dtype)
-        return Filled(self.xp.empty(shape, dtype=dtype, device=self.device))
+            return Arriving(self.xp, self.ops, shape, dtype)
+        return Selected(self.xp, self.xp.empty(shape, dtype=dtype, device=self.device))
 
     # captured ------------------------------------------------------------------------------------
 
