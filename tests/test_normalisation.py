@@ -341,5 +341,5 @@ def test_nor_has_onnx_or_a_module(tmp_path):
     with pytest.raises(ValueError, match="layer_norm=True, which would be lost"):
         convert.onnx.save(tmp_path / "m.onnx", make("float32"))
     require("torch")
-    with pytest.raises(ValueError, match="layer_norm=True of the model has no home"):
+    with pytest.raises(ValueError, match="layer_norm=True of the model has no counterpart"):
         convert.torch.as_module(make("float32"))
