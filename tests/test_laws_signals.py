@@ -56,6 +56,33 @@ def test_a_signal_in_the_middle_of_a_call(path, B, monkeypatch):
     assert problem() == before  # it was not taken for an error of Numba
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+def test_a_signal_loses_no_thread(monkeypatch):
+    """Each of them is free for the next call, by rows and in a team."""
+    workers = threads._Workers(2)
+    workers.free.extend(workers.hire(2, []))  # Python's own start of a thread bears no signals
+    monkeypatch.setattr(threads, "_workers", lambda: workers)
+    monkeypatch.setattr(threads, "count", lambda: 3)
+    monkeypatch.setattr(threads.crowd, "present", lambda: False)
+    usual, stopped = signal.signal(signal.SIGALRM, stop), 0
+    try:
+        for delay in np.geomspace(1e-6, 1e-3, 1000):
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, delay)
+                    threads.parallel_for(lambda hands: (0, -1), 64, 10**9)
+                    threads.run_team(lambda hands: (0, -1), 64, 3)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except StopError:
+                stopped += 1
+            assert sorted(workers.free) == [0, 1]
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+    assert stopped
+
+
 @pytest.mark.parametrize("kind", [StopError, KeyboardInterrupt])
 def test_an_error_that_numba_hides_in_its_own_is_the_callers(kind):
     inner, outer = SystemError("_numba_unpickle returned a result"), SystemError("few returned")

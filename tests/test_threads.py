@@ -118,7 +118,7 @@ def test_each_row_is_done_once_whoever_comes(mark):
             edges = np.linspace(0, 24, len(hired) + 2).astype(np.int64)
             mark(workers.boxes, np.array(hired, np.int64), edges, threads.NO_TEAM, 0, marks, 10)
             assert (marks[:, 0] == 1).all()
-    called = workers.hire(2)
+    called = workers.hire(2, [])
     assert len(called) == 2
     helped, tickets = 0, handoff.TICKET
     for n in range(300):
@@ -127,7 +127,6 @@ def test_each_row_is_done_once_whoever_comes(mark):
         mark(*hands, threads.NO_TEAM, 0, marks, 100 * (n % 40))
         assert (marks[:, 0] == 1).all()
         helped += sum(box[handoff.DONE] == box[tickets] for box in workers.boxes[called])
-    workers.release(called)
     assert helped or len(os.sched_getaffinity(0)) == 1
 
 
@@ -155,7 +154,7 @@ def test_threads_of_openmp_do_each_row_once(mark, three_of_openmp, monkeypatch):
     for region in regions:
         helped = 0
         for n in range(200):
-            hired = region.hire(len(region.boxes))
+            hired = region.hire(len(region.boxes), [])
             edges = np.linspace(0, 24, len(hired) + 2).astype(np.int64)
             marks = np.zeros((24, 2), np.int64)
             hands = region.boxes, np.array(hired, np.int64), edges, threads.NO_TEAM, 0
@@ -200,11 +199,12 @@ def test_threads_of_openmp_compute_the_same_bits(B, three_of_openmp, monkeypatch
 
 def test_workers_are_hired_by_one_at_a_time(mark):
     workers = threads._Workers(2)
-    first, second = workers.hire(1), workers.hire(5)
+    mine, others = [], []
+    first, second = workers.hire(1, mine), workers.hire(5, others)
     assert sorted(first + second) == [0, 1]
-    assert workers.hire(1) == []
-    workers.release(second)
-    assert workers.hire(1) == second
+    assert workers.hire(1, []) == []
+    workers.free.extend(others)
+    assert workers.hire(1, []) == second
 
 
 def test_many_callers_share_the_workers(mark, monkeypatch):
@@ -237,7 +237,7 @@ def test_no_thread_compiles(mark, monkeypatch):
 
     monkeypatch.setattr(threads, "compiled", note)
     workers = threads._Workers(2)
-    assert len(workers.hire(2)) == 2
+    assert len(workers.hire(2, [])) == 2
     time.sleep(0.05)
     assert compiled == [threading.main_thread()]
 
@@ -245,10 +245,10 @@ def test_no_thread_compiles(mark, monkeypatch):
 @LINUX
 def test_workers_keep_off_the_processor_of_the_caller(mark):
     workers, allowed = threads._Workers(1), os.sched_getaffinity(0)
-    workers.hire(1)
+    workers.hire(1, [])
     for processor in allowed:
         workers.keep_off(processor)
-        found = os.sched_getaffinity(workers._started[0])
+        found = os.sched_getaffinity(workers._started[0].native_id)
         assert found == (allowed - {processor} or allowed)
     assert os.sched_getaffinity(0) == allowed
 
@@ -397,7 +397,7 @@ def test_time_lost_to_others_is_seen(mark):
     while lost()[1] < 0.2:
         work *= 2
     workers, hired = threads._Workers(1), np.array([0])
-    workers.release(workers.hire(1))
+    workers.hire(1, [])
     command = [sys.executable, "-c", code]
     with started(command, stdout=subprocess.PIPE) as neighbour, ExitStack() as end:
         neighbour.stdout.readline()
@@ -405,11 +405,12 @@ def test_time_lost_to_others_is_seen(mark):
         os.sched_setaffinity(0, {min(home)})
         found, passed = lost()
         assert 0.25 * passed < found < passed
-        os.sched_setaffinity(workers._started[0], {min(home)})
+        os.sched_setaffinity(workers._started[0].native_id, {min(home)})
         os.sched_setaffinity(0, home)
         edges, box = np.array([0, 1, 2]), workers.boxes[0]
         for _ in range(20):  # it may come too late
-            workers.release(workers.hire(1))
+            workers.free.extend(hired)
+            workers.hire(1, [])
             found, _ = mark(workers.boxes, hired, edges, threads.NO_TEAM, 0, marks, work)
             if box[handoff.DONE] == box[handoff.TICKET]:
                 break

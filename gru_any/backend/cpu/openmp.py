@@ -8,6 +8,7 @@ a call starts a parallel region of the OpenMP that this process has loaded.
 import ctypes
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from types import TracebackType
@@ -48,13 +49,11 @@ class Region:
 
         self.boxes: HostArray = np.zeros((most, WORDS), np.int64)
         self.boxes[:, REGION] = address
+        self.free: deque[int] = deque()
 
-    def hire(self, wanted: int) -> list[int]:
-        """Return the numbers of those who are called."""
+    def hire(self, wanted: int, taken: list[int]) -> list[int]:
+        """Return the numbers of those who are called; nobody is taken from anybody."""
         return list(range(wanted))
-
-    def release(self, found: list[int]) -> None:
-        """Do nothing: they are there for one call."""
 
     def keep_off(self, processor: int) -> None:
         """Do nothing: their processors are OpenMP's affair."""

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from itertools import islice, takewhile
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -69,30 +70,27 @@ class _Workers:
         # here, since a fork in the middle of it would leave the child a lock that nobody opens
         self._serve = compiled(SOURCE).serve
         self.boxes, self._awake = _aligned((most, WORDS)), AWAKE
-        self._free = deque(range(most))
+        self.free = deque(range(most))  # the others do somebody else's work
         self._wake = [threading.Lock() for _ in range(most)]
-        self._started: dict[int, int] = {}  # the system's number of each thread
+        for lock in self._wake:
+            lock.acquire()
+        self._started: dict[int, threading.Thread] = {}
         self._away_from = -1
 
-    def hire(self, wanted: int) -> list[int]:
-        """Call up to so many that are free, to be released; others do somebody else's work."""
-        found: list[int] = []
-        with suppress(IndexError):
-            while len(found) < wanted:
-                worker = self._free.pop()
-                if worker not in self._started and not self._start(worker):
-                    self._free.append(worker)
-                    break
-                found.append(worker)
-        for worker in found:
+    def hire(self, wanted: int, taken: list[int]) -> list[int]:
+        """Call up to so many that are free.
+
+        taken: the caller's list of those who are no longer `free`. He gives them back, also where
+        a signal ends this in the middle.
+        """
+        with suppress(IndexError):  # no more; without steps of Python, between which signals come
+            taken.extend(islice(iter(self.free.pop, None), wanted))
+        hired = list(takewhile(self._is_there, taken))
+        for worker in hired:
             if not self.boxes[worker, self._awake]:
                 with suppress(RuntimeError):  # it is on its way
                     self._wake[worker].release()
-        return found
-
-    def release(self, found: list[int]) -> None:
-        """Let others hire them."""
-        self._free.extend(found)
+        return hired
 
     def keep_off(self, processor: int) -> None:
         """Have all run on other processors than this."""
@@ -103,23 +101,27 @@ class _Workers:
             others = os.sched_getaffinity(0) - {processor}
             for thread in [*self._started.values()] if others else ():
                 with suppress(OSError):
-                    os.sched_setaffinity(thread, others)
+                    os.sched_setaffinity(thread.native_id or 0, others)
 
-    def _start(self, worker: int) -> bool:
-        self._wake[worker].acquire()
-        thread = threading.Thread(target=self._work, args=(worker,), name="gru_any", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as e:
-            self._wake[worker].release()
-            _warn(f"{e}: calls run on fewer threads, which is slower")
-            return False
-        self._started[worker] = thread.native_id or 0
-        self._away_from = -1
+    def _is_there(self, worker: int) -> bool:
+        """Start its thread if it has none; return False where it cannot be had."""
+        if worker not in self._started:
+            thread = threading.Thread(
+                target=self._work, args=(worker,), name="gru_any", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as e:
+                _warn(f"{e}: calls run on fewer threads, which is slower")
+                return False
+            self._started.setdefault(worker, thread)
+            self._away_from = -1
         return True
 
     def _work(self, worker: int) -> None:
-        while True:
+        here = threading.current_thread()
+        # two would do the same work, where a signal came between the start and its note
+        while self._started.setdefault(worker, here) is here:
             self._wake[worker].acquire()
             self._serve(self.boxes[worker], tuning.current.idle_yields)
 
@@ -157,13 +159,15 @@ def parallel_for(call: Call, rows: int, work: int) -> None:
     if pieces < 2 or crowd.present():
         call(alone(rows))
         return
-    workers = openmp.region(pieces - 1) or _workers()
-    hired = workers.hire(pieces - 1)
-    pieces = 1 + len(hired)
-    # whole groups of rows, as the products take them
-    unit = 8 if rows >= 16 * pieces else 4
-    edges = [min(rows, unit * round(i * rows / (pieces * unit))) for i in range(pieces)]
-    _shared(call, workers, hired, [*edges, rows], NO_TEAM)
+
+    def by_rows(helpers: int) -> tuple[list[int], HostArray]:
+        pieces = 1 + helpers
+        # whole groups of rows, as the products take them
+        unit = 8 if rows >= 16 * pieces else 4
+        edges = [min(rows, unit * round(i * rows / (pieces * unit))) for i in range(pieces)]
+        return [*edges, rows], NO_TEAM
+
+    _shared(call, pieces - 1, by_rows)
 
 
 def run_team(call: Call, rows: int, most: int) -> None:
@@ -177,24 +181,25 @@ def run_team(call: Call, rows: int, most: int) -> None:
         return
     from .barrier import LINE
 
-    workers = openmp.region(most - 1) or _workers()
-    hired = workers.hire(most - 1)
-    sync = np.zeros(LINE * (len(hired) + 2), np.int64) if hired else NO_TEAM
-    _shared(call, workers, hired, [0, rows], sync)
+    def by_units(helpers: int) -> tuple[list[int], HostArray]:
+        return [0, rows], np.zeros(LINE * (helpers + 2), np.int64) if helpers else NO_TEAM
+
+    _shared(call, most - 1, by_units)
 
 
-def _shared(
-    call: Call,
-    workers: _Workers | openmp.Region,
-    hired: list[int],
-    edges: list[int],
-    sync: HostArray,
-) -> None:
-    """Make a call with those who are hired, and take note of what threads lost to others."""
-    numbers = np.array(hired, np.int64), np.array(edges), sync, tuning.current.wake_polls
+def _shared(call: Call, wanted: int, split: Callable[[int], tuple[list[int], HostArray]]) -> None:
+    """Make a call with helpers, and take note of what threads lost to others.
+
+    split: given how many helpers there are, returns `edges` and `sync`.
+    """
+    workers = openmp.region(wanted) or _workers()
+    taken: list[int] = []
     try:
+        hired = workers.hire(wanted, taken)
+        edges, sync = split(len(hired))
+        numbers = np.array(hired, np.int64), np.array(edges), sync, tuning.current.wake_polls
         lost, processor = call(Hands(workers.boxes, *numbers))
     finally:
-        workers.release(hired)
+        workers.free.extend(taken)  # no function of Python, at whose start a signal may come
     crowd.note(lost * 1e-9)
     workers.keep_off(processor)
