@@ -94,11 +94,8 @@ def run(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace) -> Chain:
     """Return the GRU, and the layer of the scores and the value: (T, N, I) -> (T, N, A + 1)."""
-    envs, seeds, home = (
-        Environments(args.task, range(1), 0),
-        training.seeds(args, 2),
-        training.home(args),
-    )
+    envs = Environments(args.task, range(1), 0)
+    seeds, home = training.seeds(args, 2), training.home(args)
     return Chain(
         GRU(envs.size, args.hidden, seed=seeds[0], **home),
         Linear(args.hidden, envs.choices + 1, seed=seeds[1], **home),

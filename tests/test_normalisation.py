@@ -5,13 +5,13 @@ import importlib
 import numpy as np
 import pytest
 from conftest import PATHS, require, running
+from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
 from gru_any import (
     GRU,
     Adam,
     Chain,
     Linear,
-    asarray,
     convert,
     deploy,
     explain,
@@ -20,10 +20,8 @@ from gru_any import (
     load,
     save,
     squared_error,
-    to_numpy,
 )
 from gru_any.deploy import c
-from gru_any.nn import sweep
 from gru_any.normalisation import normalise
 from gru_any.stream import Stream
 from gru_any.train.data import Batch
@@ -31,12 +29,6 @@ from gru_any.train.loop import fit
 
 T, B, I, H = 6, 3, 3, 4
 LIBRARIES = "flax", "equinox", "haiku", "mlx", "chainer", "keras", "torch"
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch):
-    monkeypatch.setattr(sweep, "STEPS", 4)
-    monkeypatch.setattr(sweep, "ROWS", 1)
 
 
 def make(dtype="float64", layers=2, bidirectional=True, **options):
@@ -50,25 +42,7 @@ def make(dtype="float64", layers=2, bidirectional=True, **options):
 
 
 def batch(gru, seed=0, T=T, B=B):
-    """x, h0, dy and dh_n."""
-    rng, D = np.random.default_rng(seed), len(gru.suffixes)
-    shapes = [(T, B, I), (gru.num_layers * D, B, H), (T, B, D * H), (gru.num_layers * D, B, H)]
-    return [rng.standard_normal(shape).astype(gru.dtype) for shape in shapes]
-
-
-def run(gru, x, h0, dy, dh, rng=None, **options):
-    x, h0, dy, dh = (asarray(v, like=gru) for v in (x, h0, dy, dh))
-    (y, h_n), pullback = gru.vjp(x, h0, rng=rng, **options)
-    grads, dx, dh0 = pullback(dy, dh)
-    found = {"y": y, "h_n": h_n, "dx": dx, "dh0": dh0, **grads}
-    return {name: to_numpy(v) for name, v in found.items()}
-
-
-def assert_same(found, expected, limit=1e-12):
-    assert found.keys() == expected.keys()
-    for name, theirs in expected.items():
-        scale = max(1.0, np.abs(theirs).max(initial=0))
-        assert np.abs(found[name] - theirs).max(initial=0) <= limit * scale, name
+    return drawn(gru, T, B, seed)
 
 
 def flags(seed=0):
@@ -124,7 +98,7 @@ def test_haste_s_formulas(options):
     ((y * dy).sum() + (h_n * dh).sum()).backward()
     expected = {"y": y.detach(), "h_n": h_n.detach(), "dx": x.grad, "dh0": h0.grad}
     expected |= {k: v.grad for k, v in gru.tensors.items()}
-    assert_same(run(gru, *arrays), {k: v.numpy() for k, v in expected.items()})
+    assert_same(results(gru, *arrays), {k: v.numpy() for k, v in expected.items()}, 1e-12)
 
 
 def test_a_row_by_hand():
@@ -175,9 +149,9 @@ def test_rows_of_other_lengths_are_rows_alone():
     gru, given = make(), flags(3)
     arrays = batch(gru)
     alive = given["mask"] & (np.arange(T)[:, None] < given["lengths"])
-    y = run(gru, *arrays, **given)["y"]
+    y = results(gru, *arrays, **given)["y"]
     arrays[0][~alive] = np.nan
-    found = run(gru, *arrays, **given)
+    found = results(gru, *arrays, **given)
     assert all(np.isfinite(v).all() for v in found.values())
     assert np.array_equal(found["y"], y)
     for b in range(B):
@@ -198,7 +172,7 @@ def test_the_scale_of_weights_does_not_matter():
 
 
 def test_no_steps():
-    found = run(make(), *batch(make(), T=0))
+    found = results(make(), *batch(make(), T=0))
     assert found["gain_ih_l1"].shape == (3 * H,)
     assert not found["gain_ih_l1"].any()
 
@@ -210,7 +184,7 @@ def test_gradients_of_each_row_add_up(T):
     _, pullback = gru.vjp(x, h0, rng=np.random.default_rng(0))
     grads, *_ = pullback(dy, dh)
     rows, *_ = pullback.per_example(dy, dh)
-    assert_same({name: v.sum(axis=0) for name, v in rows.items()}, grads)
+    assert_same({name: v.sum(axis=0) for name, v in rows.items()}, grads, 1e-12)
 
 
 def test_forward_mode_and_hessian():
@@ -256,8 +230,8 @@ def test_step_by_step(dtype):
 def test_every_path_runs_the_same(path):
     gru = make()
     with running(path):
-        found = run(gru, *batch(gru), **flags())
-    assert_same(found, run(gru, *batch(gru), **flags()), 0)
+        found = results(gru, *batch(gru), **flags())
+    assert_same(found, results(gru, *batch(gru), **flags()), 0)
 
 
 def test_every_library(backend):
@@ -266,10 +240,11 @@ def test_every_library(backend):
     arrays = batch(gru, T=1 if "jax" in backend.name else 2, B=2)
     if backend.name == "array_api_strict":
         with pytest.raises(TypeError, match="use another backend"):
-            run(there, *arrays)
+            results(there, *arrays)
         return
     lengths = [len(arrays[0]), 0]
-    assert_same(run(there, *arrays, lengths=lengths), run(gru, *arrays, lengths=lengths))
+    expected = results(gru, *arrays, lengths=lengths)
+    assert_same(results(there, *arrays, lengths=lengths), expected, 1e-12)
 
 
 # what is made of a model -------------------------------------------------------------------------

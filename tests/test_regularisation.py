@@ -8,13 +8,13 @@ import pytest
 from conftest import HOST, PATHS, require, running, tuned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
 from gru_any import (
     GRU,
     Adam,
     Chain,
     Linear,
-    asarray,
     convert,
     deploy,
     explain,
@@ -22,11 +22,9 @@ from gru_any import (
     load,
     save,
     squared_error,
-    to_numpy,
 )
 from gru_any.backend import modes
 from gru_any.deploy import c
-from gru_any.nn import sweep
 from gru_any.nn.masks import draw
 from gru_any.stream import Stream
 from gru_any.train.data import Batch
@@ -49,13 +47,6 @@ ALL = dict.fromkeys(KINDS, 0.4)  # compiled code is tested with all of them, as 
 T, B, I, H = 6, 3, 3, 4
 
 
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch):
-    """So that a mask is read block by block."""
-    monkeypatch.setattr(sweep, "STEPS", 4)
-    monkeypatch.setattr(sweep, "ROWS", 1)
-
-
 def make(after=False, layers=2, dtype="float64", bidirectional=True, **options):
     gru = GRU(I, H, layers, reset_after=after, dtype=dtype, seed=1, bidirectional=bidirectional,
               **options)  # fmt: skip
@@ -66,27 +57,12 @@ def make(after=False, layers=2, dtype="float64", bidirectional=True, **options):
 
 
 def batch(gru, seed=0, T=T, B=B):
-    """x, h0, dy and dh_n."""
-    rng, D = np.random.default_rng(seed), len(gru.suffixes)
-    shapes = [(T, B, I), (gru.num_layers * D, B, H), (T, B, D * H), (gru.num_layers * D, B, H)]
-    return [rng.standard_normal(shape).astype(gru.dtype) for shape in shapes]
+    return drawn(gru, T, B, seed)
 
 
-def run(gru, x, h0, dy, dh, seed=7, **options):
-    """All that comes out of a training call, on the host."""
-    x, h0, dy, dh = (asarray(v, like=gru) for v in (x, h0, dy, dh))
+def run(gru, *arrays, seed=7, **options):
     rng = None if seed is None else np.random.default_rng(seed)
-    (y, h_n), pullback = gru.vjp(x, h0, rng=rng, **options)
-    grads, dx, dh0 = pullback(dy, dh)
-    found = {"y": y, "h_n": h_n, "dx": dx, "dh0": dh0, **grads}
-    return {name: to_numpy(v) for name, v in found.items()}
-
-
-def assert_same(found, expected, limit):
-    assert found.keys() == expected.keys()
-    for name, theirs in expected.items():
-        scale = max(1.0, np.abs(theirs).max(initial=0))
-        assert np.abs(found[name] - theirs).max(initial=0) <= limit * scale, name
+    return results(gru, *arrays, rng=rng, **options)
 
 
 class Training:

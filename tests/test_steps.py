@@ -5,10 +5,10 @@ import pytest
 from conftest import HOST, PATHS, running, tuned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
-from gru_any import GRU, Chain, Linear, asarray, gradcheck, to_numpy
+from gru_any import GRU, Chain, Linear, gradcheck
 from gru_any.backend import modes
-from gru_any.nn import sweep
 from gru_any.nn.layers import Last
 from gru_any.stream import Stream
 
@@ -18,36 +18,13 @@ EVERY = pytest.mark.parametrize("path", WAYS)
 DIRECTIONS = {"forward": {}, "reverse": {"reverse": True}, "both": {"bidirectional": True}}
 
 
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch):
-    """So that a cut may come between two blocks too."""
-    monkeypatch.setattr(sweep, "STEPS", 4)
-    monkeypatch.setattr(sweep, "ROWS", 1)
-
-
 def make(after=False, layers=2, direction="both", dtype="float64", **options):
     ways = DIRECTIONS[direction]
     return GRU(3, 4, layers, reset_after=after, dtype=dtype, seed=1, **ways, **options)
 
 
-def batch(gru, T, B, seed):
-    """x, h0, dy and dh_n."""
-    rng, D = np.random.default_rng(seed), len(gru.suffixes)
-    shapes = [(T, B, 3), (gru.num_layers * D, B, 4), (T, B, D * 4), (gru.num_layers * D, B, 4)]
-    return [rng.standard_normal(shape).astype(gru.dtype) for shape in shapes]
-
-
 def flags(rng, T, B, share):
     return rng.random((T, B)) < share
-
-
-def run(gru, x, h0, dy, dh, **options):
-    """All that comes out, on the host."""
-    x, h0, dy, dh = (None if v is None else asarray(v, like=gru) for v in (x, h0, dy, dh))
-    (y, h_n), pullback = gru.vjp(x, h0, **options)
-    grads, dx, dh0 = pullback(dy, dh)
-    found = {"y": y, "h_n": h_n, "dx": dx, "dh0": dh0, **grads}
-    return {name: to_numpy(v) for name, v in found.items()}
 
 
 def by_episode(gru, x, h0, dy, dh, alive, resets):
@@ -79,14 +56,6 @@ def by_episode(gru, x, h0, dy, dh, alive, resets):
     return found
 
 
-def assert_same(found, expected, limit):
-    for name, theirs in expected.items():
-        assert found[name].shape == theirs.shape
-        assert np.abs(found[name] - theirs).max(initial=0) <= limit * max(
-            1.0, np.abs(theirs).max(initial=0)
-        ), name
-
-
 @EVERY
 @VARIANTS
 @given(
@@ -107,7 +76,7 @@ def test_rows_are_their_episodes(
     """Whatever stands where a step is skipped, NaN included, changes nothing."""
     rng = np.random.default_rng(seed)
     gru = make(after, layers, direction, recompute=recompute)
-    x, h0, dy, dh = batch(gru, T, B, seed)
+    x, h0, dy, dh = drawn(gru, T, B, seed)
     mask, resets = ~flags(rng, T, B, holes), flags(rng, T, B, share)
     lengths = rng.integers(0, T + 1, B) if ragged else None
     alive = mask & (np.arange(T)[:, None] < (T if lengths is None else lengths))
@@ -116,7 +85,7 @@ def test_rows_are_their_episodes(
     x[~alive], dy[~alive] = np.nan, np.inf
     options = {"lengths": lengths, "mask": mask, "resets": resets}
     with running(path):
-        assert_same(run(gru, x, h0, dy, dh, **options), expected, 1e-12)
+        assert_same(results(gru, x, h0, dy, dh, **options), expected, 1e-12)
         y, h_n = gru(x, h0, **options)
         assert_same({"y": y, "h_n": h_n}, {k: expected[k] for k in ("y", "h_n")}, 1e-12)
         assert np.allclose(gru.last(x, h0, **options), expected["h_n"], rtol=0, atol=1e-12)
@@ -126,7 +95,7 @@ def test_rows_are_their_episodes(
 @VARIANTS
 def test_gradients_are_slopes(path, after):
     gru, rng = make(after), np.random.default_rng(0)
-    x, h0, *_ = batch(gru, 6, 3, 0)
+    x, h0, *_ = drawn(gru, 6, 3, 0)
     mask, resets = ~flags(rng, 6, 3, 0.3), flags(rng, 6, 3, 0.3)
     resets[0] = [True, False, False]
     with running(path):
@@ -141,15 +110,15 @@ def test_gradients_are_slopes(path, after):
 def test_nothing_passes_a_cut(path, after):
     """A NaN in an episode reaches neither the next one nor, back in time, the one before."""
     gru = make(after, direction="both")
-    x, h0, dy, dh = batch(gru, 9, 3, 0)
+    x, h0, dy, dh = drawn(gru, 9, 3, 0)
     resets = np.zeros((9, 3), bool)
     resets[[3, 6], 1] = True
     inside = np.zeros((9, 3), bool)
     inside[3:6, 1] = True
     with running(path):
-        clean = run(gru, x, h0, dy, dh, resets=resets)
+        clean = results(gru, x, h0, dy, dh, resets=resets)
         x[4, 1, 0] = np.nan
-        found = run(gru, x, h0, dy, dh, resets=resets)
+        found = results(gru, x, h0, dy, dh, resets=resets)
     for name in ("y", "dx"):
         assert np.isnan(found[name][inside]).any()
         assert np.array_equal(found[name][~inside], clean[name][~inside])
@@ -159,11 +128,11 @@ def test_nothing_passes_a_cut(path, after):
 
 def test_nan_before_the_first_reset_is_not_read():
     gru = make(direction="forward")
-    x, h0, dy, dh = batch(gru, 4, 2, 0)
+    x, h0, dy, dh = drawn(gru, 4, 2, 0)
     h0[:, 1] = np.nan
     resets = np.zeros((4, 2), bool)
     resets[0, 1] = True
-    found = run(gru, x, h0, dy, dh, resets=resets)
+    found = results(gru, x, h0, dy, dh, resets=resets)
     assert all(np.isfinite(v).all() for v in found.values())
     assert not found["dh0"][:, 1].any()
     assert found["dh0"][:, 0].any()
@@ -174,10 +143,10 @@ def test_nan_before_the_first_reset_is_not_read():
 def test_outputs_repeat(after, direction):
     """Skipped steps hold the output read before; its gradient gathers theirs."""
     gru, rng = make(after, direction=direction), np.random.default_rng(3)
-    x, h0, dy, dh = batch(gru, 7, 4, 0)
+    x, h0, dy, dh = drawn(gru, 7, 4, 0)
     mask = flags(rng, 7, 4, 0.5)
     mask[:, 3] = False
-    zero = run(gru, x, h0, dy, dh, mask=mask)["y"]
+    zero = results(gru, x, h0, dy, dh, mask=mask)["y"]
     folded, expected = np.zeros_like(dy), np.zeros_like(dy)
     for d, suffix in enumerate(gru.suffixes):
         part = slice(4 * d, 4 * d + 4)
@@ -187,9 +156,9 @@ def test_outputs_repeat(after, direction):
             if source is not None:
                 expected[t, b, part] = zero[source, b, part]
                 folded[source, b, part] += dy[t, b, part]
-    found = run(gru, x, h0, dy, dh, mask=mask, skipped="repeat")
+    found = results(gru, x, h0, dy, dh, mask=mask, skipped="repeat")
     assert np.array_equal(found.pop("y"), expected)
-    theirs = run(gru, x, h0, folded, dh, mask=mask)
+    theirs = results(gru, x, h0, folded, dh, mask=mask)
     del theirs["y"]
     assert_same(found, theirs, 1e-14)
 
@@ -197,27 +166,27 @@ def test_outputs_repeat(after, direction):
 @VARIANTS
 def test_lengths_are_a_mask(after):
     gru = make(after)
-    x, h0, dy, dh = batch(gru, 6, 4, 0)
+    x, h0, dy, dh = drawn(gru, 6, 4, 0)
     lengths = np.array([6, 0, 3, 5])
     mask = np.arange(6)[:, None] < lengths
     for skipped in ("zero", "repeat"):
-        ours = run(gru, x, h0, dy, dh, mask=mask, skipped=skipped)
-        theirs = run(gru, x, h0, dy, dh, lengths=lengths, skipped=skipped)
+        ours = results(gru, x, h0, dy, dh, mask=mask, skipped=skipped)
+        theirs = results(gru, x, h0, dy, dh, lengths=lengths, skipped=skipped)
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_nothing_reset_and_nothing_masked_is_the_plain_call():
     gru = make(dtype="float32")
-    arrays = batch(gru, 6, 4, 0)
-    plain = run(gru, *arrays)
+    arrays = drawn(gru, 6, 4, 0)
+    plain = results(gru, *arrays)
     no, yes = np.zeros((6, 4), bool), np.ones((6, 4), bool)
-    found = run(gru, *arrays, mask=yes, resets=no, skipped="repeat")
+    found = results(gru, *arrays, mask=yes, resets=no, skipped="repeat")
     assert all(np.array_equal(plain[name], found[name]) for name in plain)
 
 
 def test_layouts():
     first, plain = make(batch_first=True), make()
-    x, h0, *_ = batch(plain, 5, 2, 0)
+    x, h0, *_ = drawn(plain, 5, 2, 0)
     mask, resets = np.ones((5, 2), bool), np.zeros((5, 2), bool)
     mask[1, 0] = resets[3, 1] = resets[2, 0] = False
     resets[3, 1] = True
@@ -235,7 +204,7 @@ def test_layouts():
 def test_taps(path, after):
     """Gates and gradients of every step, those of each episode alone."""
     gru = make(after, layers=1, direction="both")
-    x, h0, dy, dh = batch(gru, 7, 1, 0)
+    x, h0, dy, dh = drawn(gru, 7, 1, 0)
     resets = np.zeros((7, 1), bool)
     resets[4] = True
     with running(path):
@@ -260,14 +229,14 @@ def test_brief_calls(after, T, monkeypatch):
         pytest.skip("numba is not installed")
     monkeypatch.setattr(numba_runner, "count", lambda: 2)
     gru = make(after, layers=1)
-    x, h0, dy, dh = batch(gru, T, 16, 0)
+    x, h0, dy, dh = drawn(gru, T, 16, 0)
     rng = np.random.default_rng(0)
     options = {"mask": ~flags(rng, T, 16, 0.3), "resets": flags(rng, T, 16, 0.5)}
     with running("plain"):
-        expected = run(gru, x, h0, dy, dh, **options)
+        expected = results(gru, x, h0, dy, dh, **options)
     with running("compiled"), tuned(brief_work=1):
         assert type(gru._runner.for_call(T, 16, 4)).__name__ == "Brief"
-        assert_same(run(gru, x, h0, dy, dh, **options), expected, 1e-13)
+        assert_same(results(gru, x, h0, dy, dh, **options), expected, 1e-13)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -289,11 +258,11 @@ def test_cuda(after, way, dtype, monkeypatch):
     limit = {"float64": 1e-13, "float32": 2e-6, "float16": 6e-3}[dtype]
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        arrays = batch(gru, 6, 3, seed)
+        arrays = drawn(gru, 6, 3, seed)
         options = {"mask": ~flags(rng, 6, 3, 0.3), "resets": flags(rng, 6, 3, 0.4)}
         with running("plain"):
-            expected = run(exact, *(v.astype("float64") for v in arrays), **options)
-        assert_same(run(there, *arrays, **options), expected, limit)
+            expected = results(exact, *(v.astype("float64") for v in arrays), **options)
+        assert_same(results(there, *arrays, **options), expected, limit)
     modes._runner.cache_clear()
     modes._on_cuda.cache_clear()
 
@@ -302,19 +271,19 @@ def test_every_library(backend):
     gru = make(layers=1)
     there = gru.to(backend.name, backend.device)
     rng = np.random.default_rng(0)
-    arrays = batch(gru, 3, 3, 0)
+    arrays = drawn(gru, 3, 3, 0)
     options = {"mask": ~flags(rng, 3, 3, 0.3), "resets": flags(rng, 3, 3, 0.4)}
     assert options["resets"][1:].any()
-    expected = run(gru, *arrays, **options, skipped="repeat")
+    expected = results(gru, *arrays, **options, skipped="repeat")
     given = {name: backend.put(v) for name, v in options.items()}
-    assert_same(run(there, *arrays, **given, skipped="repeat"), expected, 1e-12)
+    assert_same(results(there, *arrays, **given, skipped="repeat"), expected, 1e-12)
 
 
 def test_a_chain_hands_them_to_its_grus():
     options = {"dtype": "float64", "seed": 0}
     for last in ([], [Last(dtype="float64")]):
         chain = Chain(GRU(3, 4, **options), Linear(4, 5, **options), GRU(5, 4, **options), *last)
-        x, rng = batch(make(), 6, 3, 0)[0], np.random.default_rng(0)
+        x, rng = drawn(make(), 6, 3, 0)[0], np.random.default_rng(0)
         given = {"mask": ~flags(rng, 6, 3, 0.3), "resets": flags(rng, 6, 3, 0.3)}
         given["skipped"] = "repeat"
         y, state = chain(x, **given)
@@ -330,7 +299,7 @@ def test_a_chain_hands_them_to_its_grus():
 def test_a_stream_in_chunks(after):
     """Whatever the cut, and by steps with `reset`, as the whole at once."""
     gru, rng = make(after, direction="forward"), np.random.default_rng(0)
-    x, resets, mask = batch(gru, 7, 3, 0)[0], flags(rng, 7, 3, 0.3), ~flags(rng, 7, 3, 0.3)
+    x, resets, mask = drawn(gru, 7, 3, 0)[0], flags(rng, 7, 3, 0.3), ~flags(rng, 7, 3, 0.3)
     whole, _ = gru(x, resets=resets, mask=mask)
     stream, found = Stream(gru), []
     for part in (slice(0, 0), slice(0, 3), slice(3, 4), slice(4, 7)):
@@ -360,11 +329,11 @@ def test_refusals(options, told):
 @pytest.mark.parametrize(("T", "B"), [(0, 2), (3, 0), (0, 0)])
 def test_without_a_step_or_a_row(path, T, B):
     gru = make(layers=1)
-    x, h0, dy, dh = batch(gru, T, B, 0)
+    x, h0, dy, dh = drawn(gru, T, B, 0)
     every = np.ones((T, B), bool)
     with running(path):
         for options in ({"resets": every}, {"mask": every}, {"mask": ~every, "resets": every}):
-            found = run(gru, x, h0, dy, dh, **options)
+            found = results(gru, x, h0, dy, dh, **options)
             assert found["y"].shape == dy.shape
             assert np.array_equal(found["h_n"], h0)
             assert np.array_equal(found["dh0"], dh)

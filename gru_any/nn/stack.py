@@ -106,8 +106,7 @@ class Stack(NamedTuple):
                 h = h0[layer * D + d, :, :]
                 return sweeps[d].on(run).forward(x, h, keep, segment, wanted)
 
-            found = run.concurrent([partial(run_sweep, d) for d in range(D)])
-            ys, hs, segments = zip(*found, strict=True)
+            ys, hs, segments = zip(*_concurrent(run_sweep, D, run), strict=True)
             states.extend(hs)
             if keep:
                 kept = list(zip(sweeps, segments, strict=True))

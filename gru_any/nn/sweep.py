@@ -255,17 +255,17 @@ class Sweep(NamedTuple):
             g = None if g is None else run.zero_skipped(g, mask, own=True)
         if self.masks is not None and self.masks.dropout is not None:
             previous, saved = self._operands(self.masks.dropout, previous, saved)
+        x = self._read(x, block, mask)
         if self.gains is not None:
-            v = run.affine(self._read(x, block, mask), W, None)
-            parts = self.gains.entering_backward(run.xp, v, parts)
+            parts = self.gains.entering_backward(run.xp, run.affine(x, W, None), parts)
         if by_row:
             dx = run.as_steps(run.product(run.as_matrix(parts[0]), W), previous.shape[0])
-            return dx, dh, g, self._by_row(self._read(x, block, mask), previous, saved, parts)
+            return dx, dh, g, self._by_row(x, previous, saved, parts)
         rows, product = run.as_matrix, run.product
         matrices = [rows(part) for part in parts]
         da = matrices[0]
         dx = product(da, W)
-        dW, db = product(da.T, rows(self._read(x, block, mask))), run.row_sum(da)
+        dW, db = product(da.T, rows(x)), run.row_sum(da)
         dU, *dc = run.weight_gradients(self.variant.weights, previous, saved, matrices)
         grads = [dW, dU, db, *dc] if self.gains is None else [dW, dU, *dc]
         return run.as_steps(dx, previous.shape[0]), dh, g, grads

@@ -55,9 +55,7 @@ class NumPy(Plain):
         return a
 
     def as_matrix(self, v: Any) -> Any:
-        if not v.flags.c_contiguous:
-            v, given = empty(v.shape, v.dtype), v
-            v[...] = given
+        v = v if v.flags.c_contiguous else _buffered(v)
         if v.ndim == 2:
             return v
         return v.reshape(math.prod(v.shape[:-1]), v.shape[-1])  # faster than np.reshape
@@ -84,14 +82,12 @@ class NumPy(Plain):
         return reduced(self, weights, h, saved, parts, result)
 
     def zero_skipped(self, v: Any, alive: Any, own: bool = False) -> Any:
-        if not own:
-            v, given = empty(v.shape, v.dtype), v
-            v[...] = given
-        _zero_skipped(v, alive)
+        v = v if own else _buffered(v)
+        _zero(v, alive)
         return v
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return Copied(shape, dtype)
+        return Filled(shape, dtype)
 
     def forward(
         self,
@@ -150,7 +146,15 @@ def turned(v: Any) -> Any:
     return v.swapaxes(1, 2)
 
 
-def _zero_skipped(v: Any, alive: Any) -> None:
+def _buffered(v: Any) -> Any:
+    """Return a contiguous copy in a buffer."""
+    copy = empty(v.shape, v.dtype)
+    copy[...] = v
+    return copy
+
+
+def _zero(v: Any, alive: Any) -> None:
+    """Set v (K, B, .) to 0 at skipped steps."""
     v[~alive.block[:, :, 0]] = 0
 
 
@@ -164,24 +168,7 @@ def further(extra: Extra | None, K: int) -> list[Any]:
 
 
 class Filled:
-    """An array that is filled block by block."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def put(self, block: slice, piece: Any, alive: Any = None) -> None:
-        """Write the piece where it belongs, as the array's dtype."""
-        self._array[block] = piece
-        if alive is not None:
-            _zero_skipped(self._array[block], alive)
-
-    def array(self) -> Any:
-        """The array."""
-        return self._array
-
-
-class Copied:
-    """The same for a user, made of a small array at once if that is all of it, which costs less."""
+    """An array for a user that is filled block by block, or made of one small block at once."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self._shape, self._dtype = shape, dtype
@@ -190,11 +177,11 @@ class Copied:
     def put(self, block: slice, piece: Any, alive: Any = None) -> None:
         """Write the piece where it belongs, as the array's dtype."""
         if self._array is None and piece.shape == self._shape and piece.nbytes < LARGE:
-            self._array = np.array(piece, self._dtype, order="C")
+            self._array = np.array(piece, self._dtype, order="C")  # costs less than to fill it
         else:
             self.array()[block] = piece
         if alive is not None:
-            _zero_skipped(self.array()[block], alive)
+            _zero(self.array()[block], alive)
 
     def array(self) -> Any:
         """The array."""

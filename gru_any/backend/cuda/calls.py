@@ -9,7 +9,6 @@ from typing import NamedTuple, Self
 
 from ...typing import Array, Device, DType, Namespace, Pytree, Shape
 from ..contract import Alive, Movable, Output, Result, Runner
-from ..cpu.numpy_runner import Filled
 from ..reference import Plain, running
 from . import tuning
 from .operations import Event, Operations
@@ -30,16 +29,19 @@ class Context(NamedTuple):
     overlapped: bool = False
 
 
-class Selected(Filled):
+class Filled:
     """An array that is filled block by block; a kernel puts zeros where steps are skipped."""
 
     def __init__(self, xp: Namespace, array: Array) -> None:
-        super().__init__(array)
-        self.xp = xp
+        self.xp, self._array = xp, array
 
     def put(self, block: slice, piece: Array, alive: Alive = None) -> None:
         """Write the piece where it belongs."""
-        super().put(block, running(self.xp, piece, alive))
+        self._array[block] = running(self.xp, piece, alive)
+
+    def array(self) -> Array:
+        """The array."""
+        return self._array
 
 
 class Arriving:
@@ -166,7 +168,7 @@ class Calls(Plain):
     def output(self, shape: Shape, dtype: DType) -> Output:
         if self.context.overlapped:
             return Arriving(self.xp, self.ops, shape, dtype)
-        return Selected(self.xp, self.xp.empty(shape, dtype=dtype, device=self.device))
+        return Filled(self.xp, self.xp.empty(shape, dtype=dtype, device=self.device))
 
     # captured ------------------------------------------------------------------------------------
 
