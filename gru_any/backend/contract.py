@@ -242,6 +242,9 @@ class Memory(Protocol):
     def output(self, shape: Shape, dtype: DType) -> Output:
         """Return an object that collects blocks of steps into an array of this shape."""
 
+    def stacked(self, states: Sequence[Array], dtype: DType) -> Array:
+        """Return states (B, H) as one array (N, B, H) of this dtype, in memory of its own."""
+
 
 class Movable(Protocol):
     """Runs on a runner, and can be moved to another."""

@@ -59,6 +59,9 @@ class Backend:
     def __reduce__(self) -> tuple[Callable[..., "Backend"], tuple[str, Device]]:
         return select, (self.name, _portable(self.name, self.device))
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # of few at a time, and asked for in each call
+
     @property
     def constants(self) -> "Backend":
         """The backend of arrays that may stand beside this one's: itself, but for dual numbers."""

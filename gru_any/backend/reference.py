@@ -198,6 +198,13 @@ class Plain:
     def output(self, shape: Shape, dtype: DType) -> Output:
         return Pieces(self.xp, lambda: self.xp.zeros(shape, dtype=dtype, device=self.device))
 
+    def stacked(self, states: Sequence[Array], dtype: DType) -> Array:
+        out = self.output((len(states), *states[0].shape), dtype)
+        for n, state in enumerate(states):
+            v = state if state.dtype == dtype else self.xp.astype(state, dtype)
+            out.put(slice(n, n + 1), v[None, :, :])
+        return out.array()
+
     def _stack(self, tuples: Sequence[Sequence[Array]]) -> tuple[Array, ...]:
         return tuple(self.xp.stack(column) for column in zip(*tuples, strict=True))
 

@@ -524,9 +524,10 @@ class GRU(Layer):
     def _stack(self, run: Runner, variant: Variant | None = None) -> Stack:
         """Return the layers on this runner; variant: other equations than those of inference."""
         key = run, self.variant if variant is None else variant
-        if key not in self._stacks:
-            self._stacks[key] = self._new_stack(*key)
-        return self._stacks[key]
+        stack = self._stacks.get(key)
+        if stack is None:
+            stack = self._stacks[key] = self._new_stack(*key)
+        return stack
 
     def _new_stack(self, run: Runner, variant: Variant) -> Stack:
         return Stack(

@@ -92,9 +92,8 @@ class Stack(NamedTuple):
             if cuts or of_steps:
                 masks = _step_masks(cuts, of_steps, layer, D)
             if D == 1:  # in short, since small calls are many
-                sweep = self.sweep(params, layer, self.suffixes[0], mask, masks[0])
-                h = h0[layer, :, :]
-                y, h, blocks = sweep.on(run).forward(x, h, keep, segment, wanted)
+                sweep = self.on(run).sweep(params, layer, self.suffixes[0], mask, masks[0])
+                y, h, blocks = sweep.forward(x, h0[layer, :, :], keep, segment, wanted)
                 states.append(h)
                 if keep:
                     residuals.append(LayerResiduals(x, dropped, [(sweep, blocks)]))
@@ -114,8 +113,11 @@ class Stack(NamedTuple):
                 residuals.append(LayerResiduals(x, dropped, kept, parts))
             return merge(run.xp, self.merge, ys) if wanted else None
 
-        y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
-        return (y, self._stacked(states)), residuals
+        if self.layers == 1:
+            y = run_layer(0, self.run, x)
+        else:
+            y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
+        return (y, self.run.stacked(states, self.storage)), residuals
 
     def backward(
         self,
@@ -155,7 +157,7 @@ class Stack(NamedTuple):
         layers = range(self.layers - 1, -1, -1)
         dropout = residuals[-1].dropout  # which acts on all layers but the first
         dx = self._pipeline(run_layer, layers, given.dy, given.dh_n, dropout)
-        return (grads, dx, self._stacked(states)), None
+        return (grads, dx, self.run.stacked(states, self.storage)), None
 
     def steps(self, x: Array) -> int:
         """Return how many steps x (T, B, I) takes, all layers and directions together."""
@@ -200,19 +202,10 @@ class Stack(NamedTuple):
         dropout: object,
     ) -> Array:
         """Run layers one after the other, each on the result of the one before."""
-        if len(layers) == 1:
-            return run_layer(layers[0], self.run, x)
         # in two directions, or with dropout, a layer needs all of another at once
         alone = len(self.suffixes) == 2 or dropout is not None
         overlap = None if alone else states.shape[1] * states.shape[2]
         return self.run.pipeline([partial(run_layer, layer) for layer in layers], x, overlap)
-
-    def _stacked(self, states: list[Array]) -> Array:
-        """Return the states (B, H) as one array (L*D, B, H) in the storage dtype."""
-        out = self.run.output((len(states), *states[0].shape), self.storage)
-        for n, state in enumerate(states):
-            out.put(slice(n, n + 1), self.to_storage(state)[None, :, :])
-        return out.array()
 
     def to_storage(self, v: Array) -> Array:
         """Cast to the dtype of outputs and gradients."""

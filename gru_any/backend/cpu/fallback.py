@@ -64,8 +64,7 @@ class Numba(numba.Numba):
                 lambda: NumPy.frozen_affine(self, x, _matrix(W), b),
             )
 
-    def forward(self, step: Any, a: Any, h: Any, recurrent: Any, *others: Any) -> tuple[Any, Any]:
-        given = step, a, h, recurrent, *others
+    def forward(self, *given: Any) -> tuple[Any, Any]:
         try:
             return super().forward(*given)
         except Exception as e:

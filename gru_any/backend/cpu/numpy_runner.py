@@ -89,6 +89,11 @@ class NumPy(Plain):
     def output(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return Filled(shape, dtype)
 
+    def stacked(self, states: Any, dtype: Any) -> Any:
+        if len(states) * states[0].nbytes < LARGE:
+            return np.array(states, dtype)  # costs less than to fill an array
+        return super().stacked(states, dtype)
+
     def forward(
         self,
         step: Any,
@@ -177,7 +182,7 @@ class Filled:
     def put(self, block: slice, piece: Any, alive: Any = None) -> None:
         """Write the piece where it belongs, as the array's dtype."""
         if self._array is None and piece.shape == self._shape and piece.nbytes < LARGE:
-            self._array = np.array(piece, self._dtype, order="C")  # costs less than to fill it
+            self._array = piece.astype(self._dtype, "C")  # costs less than to fill it
         else:
             self.array()[block] = piece
         if alive is not None:

@@ -157,13 +157,12 @@ def ascarray(v: HostArray) -> HostArray:
     read-only, as JAX's arrays are, is copied where it is small; compiled code writes into nothing
     that it is given.
     """
-    v = v if type(v) is np.ndarray else v.view(np.ndarray)
     flags = v.flags
     if flags.carray:
-        return v
+        return v if type(v) is np.ndarray else v.view(np.ndarray)
     if v.nbytes > COPIED and flags.c_contiguous and flags.aligned:
         return np.asarray(_Alias(v))
-    return v.copy("C")
+    return np.array(v, order="C")
 
 
 class _Alias:
