@@ -92,8 +92,11 @@ class Stack(NamedTuple):
             if cuts or of_steps:
                 masks = _step_masks(cuts, of_steps, layer, D)
             if D == 1:  # in short, since small calls are many
-                sweep = self.on(run).sweep(params, layer, self.suffixes[0], mask, masks[0])
-                y, h, blocks = sweep.forward(x, h0[layer, :, :], keep, segment, wanted)
+                sweep, h = (
+                    self.sweep(params, layer, self.suffixes[0], mask, masks[0]),
+                    h0[layer, :, :],
+                )
+                y, h, blocks = sweep.on(run).forward(x, h, keep, segment, wanted)
                 states.append(h)
                 if keep:
                     residuals.append(LayerResiduals(x, dropped, [(sweep, blocks)]))
