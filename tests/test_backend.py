@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import finished, require
 
-from gru_any import GRU, asarray, to_numpy
+from gru_any import GRU, Adam, asarray, to_numpy
 from gru_any.backend import NUMPY, Backend, BackendError, of, select
 from gru_any.backend.cuda import device as cuda
 
@@ -341,3 +341,12 @@ def test_the_report(monkeypatch):
     environment["GRU_ANY_BACKEND"] = "no_such_library"
     done = finished(command, code=1, env=environment)
     assert "cannot be imported" in done.stdout
+
+
+def test_parameters_begin_with_a_line_of_the_cache():
+    """New ones, loaded ones, and those that an optimiser changed."""
+    gru = GRU(3, 5, num_layers=2, reset_after=True, seed=0)
+    gru.load_params({name: np.zeros(v.shape) for name, v in gru.params.items()})
+    for model in (gru, GRU(3, 5), gru.to(dtype="float64")):
+        Adam(model.params).step(model.params, dict(model.params))
+        assert [v.ctypes.data % 64 for v in model.params.values()] == [0] * len(model.params)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..typing import Array, Device, DType, HostArray, Namespace, Shape
+from .cpu.buffers import aligned
 from .cuda import device as cuda
 
 VARIABLE = "GRU_ANY_BACKEND"
@@ -121,7 +122,12 @@ class Backend:
         """
         host = np.asarray(host)
         known = dtype if dtype != "bfloat16" else "float32"
-        host = np.array(host, dtype=known or host.dtype.newbyteorder("="), order="C")
+        stored = np.dtype(known or host.dtype.newbyteorder("="))
+        if self.host and not stored.hasobject:
+            found = aligned(host.shape, stored)
+            found[...] = host
+            return found
+        host = np.array(host, dtype=stored, order="C")
         if self.host:
             return host
         with cuda.current(self):
