@@ -14,6 +14,7 @@ from replaced import replaced
 from gru_any import GRU, equations, gradcheck
 from gru_any.backend import NUMPY, runner
 from gru_any.backend.cpu import threads
+from gru_any.backend.cpu.numpy_runner import NumPy
 from gru_any.backend.modes import forget
 from gru_any.backend.reference import Plain
 from gru_any.codegen.exponential import by_exp
@@ -389,6 +390,29 @@ def test_our_products(dtype, order, R, K, N, monkeypatch):
     monkeypatch.setattr(threads, "count", lambda: 3)
     with tuned(thread_work=1):
         assert np.array_equal(product(x), whole)
+
+
+@pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
+@pytest.mark.parametrize("N", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["rows", "columns", "every other"])
+def test_large_products_with_few_columns_are_our_own(N, layout, monkeypatch):
+    """BLAS would wake threads, which keep ours off the processors for a while."""
+    monkeypatch.setattr(NumPy, "multiply", None)
+    with running("compiled"):
+        run = runner(NUMPY)
+    rng = np.random.default_rng(N)
+    left = rng.standard_normal((900, 310))
+    left = {
+        "rows": left,
+        "columns": np.asfortranarray(left),
+        "every other": np.repeat(left, 2, axis=1)[:, ::2],
+    }[layout]
+    right = rng.standard_normal((310, N))
+    expected = np.einsum("ik,kj->ij", left, right)
+    for dtype, limit in (("float64", 1e-12), ("float32", 1e-4)):
+        found = run.product(left.astype(dtype), right.astype(dtype))
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
 
 
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")

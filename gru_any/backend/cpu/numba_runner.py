@@ -61,8 +61,13 @@ class Numba(NumPy):
             ger(left[:, 0], matrix[0], out)
         elif packed is None and R == 1:
             gemv(left[0], matrix, out[0])
-        elif (packed is None and tuning.by_blas(R, K, N)) or K < 2 or N < 4:
+        elif packed is None and tuning.by_blas(R, K, N):
             super().multiply(left, matrix, out)
+        elif N < 4:
+            found = np.empty((N, R), out.dtype)
+            for n in range(N):  # BLAS would wake threads, which then poll for a while
+                gemv(matrix[:, n], left.T, found[n])
+            out[...] = found.T
         else:
             packed = packed or PackedMatrix(matrix)
             gemm(left, packed.panels(slice(0, K), False, 1), None, out)
