@@ -63,14 +63,22 @@ class Case:
     h0: bool = True
     dy: bool = True
     dh: bool = True
+    masked: bool = False  # steps in the middle are skipped
+    resets: bool = False
+    repeat: bool = False  # what y holds at skipped steps
+    other: bool = False  # activations, bounded
+    layer_norm: bool = False
+    merge: str = "concat"
     data: int = 0
 
 
+OTHER = {"activation": "softsign", "gate_activation": ("hard_sigmoid", 0.2, 0.5), "clip": 2.4}
+OPTIONS = ("masked", "resets", "repeat", "other", "layer_norm")  # those that are on or off
 SIMPLER: dict[str, tuple[Any, ...]] = {
     "T": (1, 2, 3), "B": (1, 2, 3), "I": (1, 2), "H": (1, 2, 3), "layers": (1,),
     "bidirectional": (False,), "ragged": (False,), "h0": (False,), "bias": (False,),
     "dtype": ("float32",), "layout": ("contiguous",), "kind": ("ordinary",), "dh": (False,),
-    "data": (0, 1, 2),
+    "merge": ("concat",), "data": (0, 1, 2), **dict.fromkeys(OPTIONS, (False,)),
 }  # fmt: skip
 
 
@@ -82,7 +90,7 @@ def random_case(seed: int) -> Case:
         return values[rng.integers(len(values))]
 
     dy = bool(rng.random() < 0.85)
-    return Case(
+    case = Case(
         T=one(0, 1, 1, 2, 2, 3, 3, 5, 5, 8, 12, 70), B=one(0, 1, 1, 2, 3, 7, 9, 17, 33),
         I=one(1, 2, 3, 8, 17), H=one(1, 2, 3, 4, 7, 16, 33, 64), layers=one(1, 1, 2, 3),
         bidirectional=one(False, True), reset_after=one(False, True), bias=one(True, True, False),
@@ -90,6 +98,13 @@ def random_case(seed: int) -> Case:
         layout=one(*LAYOUTS[:1], *LAYOUTS), ragged=one(False, True), h0=one(False, True), dy=dy,
         dh=not dy or one(False, True), data=int(rng.integers(2**31)),
     )  # fmt: skip
+    if rng.random() < 0.5:
+        return case
+    merge = one("concat", "sum", "mean", "mul") if case.bidirectional else "concat"
+    chosen = {name: bool(rng.random() < 0.4) for name in OPTIONS}
+    chosen["repeat"] = chosen["repeat"] and merge == "concat"
+    chosen["layer_norm"] = chosen["layer_norm"] and case.reset_after
+    return dataclasses.replace(case, merge=merge, **chosen)
 
 
 # the numbers of a case ----------------------------------------------------------------------------
@@ -139,7 +154,7 @@ class Numbers:
     h0: Any
     dy: Any
     dh: Any
-    lengths: Any
+    steps: dict[str, Any]  # lengths, mask, resets and skipped, as a call takes them
     weights: dict[str, Any]
 
 
@@ -151,9 +166,13 @@ def numbers(case: Case) -> Numbers:
     x = draw(case, rng, (case.T, case.B, case.I))
     h0 = draw(case if case.kind != "large" else mild, rng, states) if case.h0 else None
     gentle = case if case.kind in ("tiny", "denormal", "zeros") else mild
-    dy = draw(gentle, rng, (case.T, case.B, D * case.H)) if case.dy else None
+    width = D * case.H if case.merge == "concat" else case.H
+    dy = draw(gentle, rng, (case.T, case.B, width)) if case.dy else None
     dh = draw(gentle, rng, states) if case.dh else None
-    lengths = rng.integers(0, case.T + 1, case.B) if case.ragged else None
+    steps = {"lengths": rng.integers(0, case.T + 1, case.B) if case.ragged else None,
+             "mask": rng.random((case.T, case.B)) < 0.7 if case.masked else None,
+             "resets": rng.random((case.T, case.B)) < 0.2 if case.resets else None,
+             "skipped": "repeat" if case.repeat else "zero"}  # fmt: skip
     gru = model(case, case.dtype)
     scale = 1.5 / np.sqrt(case.H)  # of weights that do not make the recurrence chaotic
     weights = {k: draw(mild, rng, v.shape) * scale for k, v in gru.params.items()}
@@ -161,13 +180,15 @@ def numbers(case: Case) -> Numbers:
         weights = {k: draw(case, rng, v.shape) if rng.random() < 0.3 else v
                    for k, v in weights.items()}  # fmt: skip
     arrays = (v if v is None else laid_out(v, case.layout) for v in (x, h0, dy, dh))
-    return Numbers(*arrays, lengths, {k: v.astype(case.dtype) for k, v in weights.items()})
+    return Numbers(*arrays, steps, {k: v.astype(case.dtype) for k, v in weights.items()})
 
 
 def model(case: Case, dtype: str, **options: Any) -> GRU:
     """A GRU as the case says."""
+    options |= OTHER if case.other else {}
     return GRU(case.I, case.H, case.layers, bias=case.bias, bidirectional=case.bidirectional,
-               reset_after=case.reset_after, dtype=dtype, seed=0, **options)  # fmt: skip
+               reset_after=case.reset_after, merge=case.merge, layer_norm=case.layer_norm,
+               dtype=dtype, seed=0, **options)  # fmt: skip
 
 
 # every way to compute it --------------------------------------------------------------------------
@@ -190,7 +211,7 @@ def ours(case: Case, given: Numbers, path: str, dtype: str = "") -> dict[str, An
         gru.load_params({k: v.astype(dtype) for k, v in given.weights.items()})
         arrays = given.x, given.h0, given.dy, given.dh
         cast = [v if v is None or v.dtype == dtype else v.astype(dtype) for v in arrays]
-        return results(case, gru, *cast, given.lengths, path)
+        return results(case, gru, *cast, given.steps, path)
     finally:
         tuning.current, modes.chosen = usual, kept[0]
         threads.count = counted_by_runner(kept[1])
@@ -206,19 +227,21 @@ def counted_by_runner(how: Any) -> Any:
 
 
 def results(
-    case: Case, gru: GRU, x: Any, h0: Any, dy: Any, dh: Any, lengths: Any, path: str
+    case: Case, gru: GRU, x: Any, h0: Any, dy: Any, dh: Any, steps: Any, path: str
 ) -> dict[str, Any]:
     """Outputs, states and gradients by name."""
     if path == "frozen":
-        y, h_n = freeze(gru)(x, h0, lengths)
+        y, h_n = freeze(gru)(x, h0, **steps)
         return {"y": y, "h_n": h_n}
-    (y, h_n), pullback = gru.vjp(x, h0, lengths)
+    (y, h_n), pullback = gru.vjp(x, h0, **steps)
     grads, dx, dh0 = pullback(dy, dh)
     found = {"y": y, "h_n": h_n, "dx": dx, "dh0": dh0, **grads}
-    again = gru(x, h0, lengths)
+    again = gru(x, h0, **steps)
     same(f"{path}: inference", again, (y, h_n))
-    same(f"{path}: last", (gru.last(x, h0, lengths),), (h_n,))
-    if path == "compiled" and not case.bidirectional and lengths is None and 0 < case.T < 9:
+    of_last = {name: v for name, v in steps.items() if name != "skipped"}
+    same(f"{path}: last", (gru.last(x, h0, **of_last),), (h_n,))
+    whole = not (case.bidirectional or case.ragged or case.masked or case.resets)
+    if path == "compiled" and whole and 0 < case.T < 9:
         stream = Stream(gru)
         stream.state = h0
         found["stream"] = np.stack([stream.step(x_t) for x_t in x])
@@ -297,7 +320,7 @@ def nudged(given: Numbers, eps: float, seed: int) -> Numbers:
 
     weights = {k: nudge(v) for k, v in given.weights.items()}
     arrays = map(nudge, (given.x, given.h0, given.dy, given.dh))
-    return Numbers(*arrays, given.lengths, weights)
+    return Numbers(*arrays, given.steps, weights)
 
 
 def check(case: Case, only: str | None = None) -> list[str]:
@@ -323,12 +346,19 @@ def check(case: Case, only: str | None = None) -> list[str]:
 # other libraries ----------------------------------------------------------------------------------
 
 
+def plain(case: Case) -> Case:
+    """The case without what other libraries do not have."""
+    return dataclasses.replace(case, merge="concat", **dict.fromkeys(OPTIONS, False))
+
+
 def by_torch(case: Case, given: Numbers) -> dict[str, Any] | None:
     """PyTorch's GRU and its gradients, in the case's dtype; None where it cannot."""
     import torch
 
-    lengths = given.lengths
+    lengths = given.steps["lengths"]
     if not case.reset_after or not case.T * case.B or (lengths is not None and not lengths.all()):
+        return None
+    if case != plain(case):
         return None
     gru = torch.nn.GRU(case.I, case.H, case.layers, bias=case.bias,
                        bidirectional=case.bidirectional)  # fmt: skip
@@ -361,6 +391,8 @@ def by_onnx(case: Case, given: Numbers) -> dict[str, Any] | None:
     defined = case.kind not in ("nan", "infinite")
     if case.dtype != "float32" or not (case.T and case.B and defined) or case.data % 4:
         return None
+    if case != plain(case):
+        return None
     import onnxruntime
 
     from gru_any.convert import onnx
@@ -382,7 +414,8 @@ def run_session(case: Case, given: Numbers, session: Any, wanted: Any) -> dict[s
     """Feed what the file asks for."""
     D = 1 + case.bidirectional
     zeros = np.zeros((case.layers * D, case.B, case.H), "float32")
-    lengths = np.full(case.B, case.T) if given.lengths is None else given.lengths
+    lengths = given.steps["lengths"]
+    lengths = np.full(case.B, case.T) if lengths is None else lengths
     feeds = {"x": np.array(given.x), "h0": zeros if given.h0 is None else np.array(given.h0),
              "lengths": lengths.astype("int32")}  # fmt: skip
     y, h_n = session.run(["y", "h_n"], {k: v for k, v in feeds.items() if k in wanted})
