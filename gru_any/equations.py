@@ -122,6 +122,7 @@ class Variant(NamedTuple):
     backward: Step  # the gradient of a step
     weights: WeightGradients  # the gradient to U and to the bias of h U^T
     reads: tuple[int, ...] = ()  # which of what a step saves its products with U read, beside h
+    gains: int = 0  # how many vectors, a step's last, its gradient takes too; see normalisation.py
 
 
 def variant(after: bool, f: Activations = USUAL) -> Variant:

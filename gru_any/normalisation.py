@@ -3,21 +3,22 @@
 Ba et al. 2016 is the source of the normalisation. N gives each row the mean 0 and the variance 1,
 over the thirds r, z, n together; the biases are added after it:
 
-    N(v) = (v - mean(v)) * s                          s = 1 / sqrt(mean((v - mean(v))^2) + 1e-5)
+    N(v) = e * s                     e = v - mean(v)         s = 1 / sqrt(mean(e^2) + 1e-5)
 
-    a = gain_ih * N(x W^T) + b                        outside of the step, for many steps at once
-    q = gain_hh * N(h U^T)                            in place of h U^T in the step
+    a = gain_ih * N(x W^T) + b
+    q = gain_hh * N(h U^T)           in place of h U^T in the step
 
-    dv = s * (dn - mean(dn) - n * mean(dn * n))       n = N(v); dv stands for dL/dv, dn for dL/dn
+    dv = s * (dn - mean(dn) - e * s^2 * mean(dn * e))       dv stands for dL/dv, dn for dL/dN(v)
 
 Both gains are (3H,). The step is the one with the reset gate after the product: the other has no
 h U^T whose thirds could be normalised together.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from .equations import Variant
+from .equations import Variant, thirds
 from .typing import Array, Namespace, Saved
 
 EPSILON = 1e-5  # haste's, and the default of PyTorch's layer_norm
@@ -25,39 +26,24 @@ EPSILON = 1e-5  # haste's, and the default of PyTorch's layer_norm
 
 def mean(xp: Namespace, v: Array) -> Array:
     """(..., N) -> (..., 1)"""
-    return xp.sum(v, axis=-1, keepdims=True) / v.shape[-1]
+    return xp.mean(v, axis=-1, keepdims=True)
+
+
+def scale(xp: Namespace, e: Array) -> Array:
+    """e (..., N) -> s (..., 1)."""
+    return 1.0 / xp.sqrt(mean(xp, e * e) + EPSILON)
 
 
 def normalise(xp: Namespace, v: Array) -> tuple[Array, Array]:
-    """v (..., N) -> N(v), and s (..., 1)."""
-    centred = v - mean(xp, v)
-    s = 1.0 / xp.sqrt(mean(xp, centred * centred) + EPSILON)
-    return centred * s, s
+    """v (..., N) -> N(v), and e (..., N)."""
+    e = v - mean(xp, v)
+    return e * scale(xp, e), e
 
 
-def normalise_backward(xp: Namespace, dn: Array, n: Array, s: Array) -> Array:
-    """Its gradient: dv."""
-    return s * (dn - mean(xp, dn) - n * mean(xp, dn * n))
-
-
-class Gains(NamedTuple):
-    """Those of one layer in one direction."""
-
-    ih: Array  # (3H,)
-    hh: Array  # (3H,)
-
-    def entering(self, xp: Namespace, v: Array, b: Array | None) -> Array:
-        """Return a (K, B, 3H) of v = x W^T."""
-        n, _ = normalise(xp, v)
-        return self.ih * n if b is None else self.ih * n + b
-
-    def entering_backward(
-        self, xp: Namespace, v: Array, parts: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
-        """Return what a step's gradient gave, dv in place of da; and the gain's part, and da."""
-        da, *others = parts
-        n, s = normalise(xp, v)
-        return normalise_backward(xp, self.ih * da, n, s), *others, da * n, da
+def normalise_backward(xp: Namespace, dn: Array, e: Array) -> tuple[Array, Array]:
+    """Its gradient: dv, and N(v) again."""
+    s = scale(xp, e)
+    return s * (dn - mean(xp, dn) - e * (s * s * mean(xp, dn * e))), e * s
 
 
 class Known:
@@ -77,36 +63,47 @@ class Known:
         return self.product
 
 
+def joined(xp: Namespace, parts: Sequence[Array]) -> list[Array]:
+    """Put each three side by side."""
+    return [xp.concat(parts[n : n + 3], axis=-1) for n in range(0, len(parts), 3)]
+
+
 @lru_cache(maxsize=64)
 def with_layer_norm(variant: Variant) -> Variant:
-    """Return the variant whose steps take gain_hh (3H,) after their biases.
+    """Return the variant whose steps take x W^T for a, and vectors (H,) after c.
 
-    Beside da and dq, its gradient gives dv, v = h U^T, and that to the gain, each (B, 3H); and its
-    weights take the parts that `Gains.entering_backward` returns.
+    These are the thirds of b, gain_ih and gain_hh; the gradient takes those of the gains. It gives
+    that to x W^T, to h U^T and to both gains, each (B, 3H), and da and dm.
     """
 
-    def step(xp: Namespace, a: Array, h: Array, U: Any, *others: Array) -> tuple[Array, Any]:
-        *c, gain = others
-        n, s = normalise(xp, h @ U.T)
+    def step(xp: Namespace, v: Array, h: Array, U: Any, *vectors: Array) -> tuple[Array, Any]:
+        b, gain_ih, gain_hh = joined(xp, vectors[-9:])
+        of_h, e_h = normalise(xp, h @ U.T)
+        of_x, e_x = normalise(xp, v)
         try:
-            new, saved = variant.step(xp, a, h, Known(gain * n), *c)
+            new, saved = variant.step(
+                xp, gain_ih * of_x + b, h, Known(gain_hh * of_h), *vectors[:-9]
+            )
         except TypeError as e:
             raise TypeError(
                 f"layer_norm multiplies states by an object that stands for weights, which arrays "
                 f"of {type(h).__module__} refuse ({e}): use another backend"
             ) from e
-        return new, (*saved, n, s)
+        return new, (*saved, *thirds(e_x), *thirds(e_h))
 
     def backward(
-        xp: Namespace, g: Array, h: Array, saved: Saved, U: Any, gain: Array
+        xp: Namespace, g: Array, h: Array, saved: Saved, U: Any, *gains: Array
     ) -> tuple[Array, Any]:
-        *own, n, s = saved
-        dh, (da, dq) = variant.backward(xp, g, h, own, Known(0.0))
-        dv = normalise_backward(xp, gain * dq, n, s)
-        return dh + dv @ U, (da, dq, dv, dq * n)
+        (gain_ih, gain_hh), (e_x, e_h) = joined(xp, gains), joined(xp, saved[-6:])
+        dh, (da, dq) = variant.backward(xp, g, h, saved[:-6], Known(0.0))
+        dx, of_x = normalise_backward(xp, gain_ih * da, e_x)
+        dv, of_h = normalise_backward(xp, gain_hh * dq, e_h)
+        parts = dx, dv, da * of_x, dq * of_h, da, thirds(dq)[2]
+        return dh + dv @ U, parts
 
     def weights(xp: Namespace, h: Array, saved: Saved, *parts: Array) -> tuple[Array, ...]:
-        _, dq, dv, of_hh, of_ih, da = parts
-        return dv.T @ h, *(xp.sum(v, axis=0) for v in (of_ih, of_hh, da, dq))
+        _, dv, of_ih, of_hh, da, dm = parts
+        dc = xp.concat((xp.sum(da[:, : 2 * h.shape[-1]], axis=0), xp.sum(dm, axis=0)), axis=0)
+        return dv.T @ h, xp.sum(of_ih, axis=0), xp.sum(of_hh, axis=0), xp.sum(da, axis=0), dc
 
-    return variant._replace(step=step, backward=backward, weights=weights)
+    return variant._replace(step=step, backward=backward, weights=weights, gains=6)

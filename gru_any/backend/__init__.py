@@ -12,7 +12,7 @@ from .libraries import (
     refuse_masked,
     select,
 )
-from .modes import bridged, environment, path, plain_runner, recorded, runner
+from .modes import bridged, environment, path, recorded, runner
 from .transfer import asarray, disjoint, overlap, to_numpy
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "overlap",
     "path",
     "plain_name",
-    "plain_runner",
     "recorded",
     "refuse_masked",
     "runner",

@@ -85,7 +85,7 @@ Alive: TypeAlias = StepMask | None  # None: all sequences are alive at all steps
 class Extra(NamedTuple):
     """Further arguments of the steps of a block.
 
-    kinds: VECTOR of an array (3H,), in plain mode alone; BATCH of (B, H), STEPS of (K, B, H); ROWS,
+    kinds: VECTOR of an array (H,), before all others; BATCH of (B, H), STEPS of (K, B, H); ROWS,
     the last, of the cut (K, B, 1) of bool, the steps after which a row's state starts anew from 0;
     none of a finished sequence.
     """

@@ -29,8 +29,8 @@ SLOPES: dict[str, Callable[[Namespace, Array, Array], Array]] = {
 }
 # functions of an array that are linear in it
 LINEAR = frozenset((
-    "asarray", "astype", "broadcast_to", "expand_dims", "flip", "permute_dims", "reshape", "sum",
-    "take",
+    "asarray", "astype", "broadcast_to", "expand_dims", "flip", "mean", "permute_dims", "reshape",
+    "sum", "take",
 ))  # fmt: skip
 # functions of an array whose results have no derivative
 CONSTANT = frozenset(("sign", "zeros_like", "ones_like", "full_like", "argmax"))

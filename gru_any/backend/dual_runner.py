@@ -223,15 +223,18 @@ class DualRunner(Plain):
         taps: bool,
         extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
-        (K, B, _), run, given = previous.shape, self.inner, (dy, dh, previous, *saved, U)
+        (K, B, _), run = previous.shape, self.inner
+        further, cut = _parted(extra)
+        given = dy, dh, previous, *saved, U, *further
         if not K * B:
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, extra)
         packed, kept = self._packed(U, K * B), [value_of(v) for v in saved]
         values = value_of(dy), value_of(dh), value_of(previous), kept, packed, alive, reverse
+        if extra is not None:
+            extra = extra._replace(arrays=tuple(map(value_of, extra.arrays)))
         parts, last, g = run.backward(step, *values, True, extra)
         if not any(isinstance(v, Dual) for v in given):
             return parts, last, g if taps else None
-        further, cut = _parted(extra)
         spread = [self._spread(v, previous.shape) for v in further]
         call = _backward(step, len(saved))
         made, columns = self._tangent(call, g, [previous, *saved, *spread], U)

@@ -158,6 +158,7 @@ class Scan(Plain):
 
         def one(dh: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
             dy, h, saved, mask, further = at
+            further = (*vectors, *further)
             if extra is not None and extra.cut:  # the next step did not begin from this one
                 *further, ended = further
                 dh = xp.where(ended, xp.zeros_like(dh), dh)
@@ -165,13 +166,14 @@ class Scan(Plain):
             new, parts = step(xp, g, h, saved, M, *further)
             return new if mask is None else xp.where(mask, new, dh), (parts, g if taps else None)
 
+        vectors = [v for v in _further(extra) if v.ndim == 1]
         mask = None if alive is None else alive.block
-        steps = dy, previous, tuple(saved), mask, _further(extra)
+        steps = dy, previous, tuple(saved), mask, _further(extra)[len(vectors) :]
         with self._precision(self._products):
             dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=UNROLL)
         return parts, dh, gs
 
 
 def _further(extra: Extra | None) -> tuple[Array, ...]:
-    """Return the cut, if any; the masks of training, which are random, are refused before."""
+    """Return gains and the cut, if any; random masks are refused before."""
     return () if extra is None else extra.arrays

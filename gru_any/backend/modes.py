@@ -78,7 +78,9 @@ def serving(backend: Backend, dtype: str) -> Neighbour | None:
     return found if found and dtype != COMPLEX and serves(found.backend) else None
 
 
-def runner(backend: Backend, precision: str = "full", dtype: str = "float32") -> Runner:
+def runner(
+    backend: Backend, precision: str = "full", dtype: str = "float32", means: bool = False
+) -> Runner:
     """Return what runs blocks of steps on this backend, for a model of this dtype.
 
     On NumPy it is compiled where Numba is installed and works. GRU_ANY_NO_NUMBA=1 does without
@@ -86,17 +88,13 @@ def runner(backend: Backend, precision: str = "full", dtype: str = "float32") ->
     mode that CuPy may take: plain, eager, blocks, graph, persistent or whole. Each variable is read
     once, by the first call that needs it.
 
-    precision: "tf32" where CUDA may multiply in it.
+    precision: "tf32" where CUDA may multiply in it. means: whether steps take means over rows.
     """
-    mode = Mode.PLAIN if dtype == COMPLEX else _allowed(backend)
+    plain = dtype == COMPLEX or (means and backend.cuda)
+    mode = Mode.PLAIN if plain else _allowed(backend)
     if mode == Mode.COMPILED and problem():
         mode = Mode.TRACED
     return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
-
-
-def plain_runner(backend: Backend) -> Runner:
-    """Return what evaluates the equations as they stand, on any backend."""
-    return _runner(backend, Mode.PLAIN, "full")
 
 
 @cache
@@ -129,16 +127,23 @@ def _on_cuda(backend: Backend, mode: Mode, precision: str) -> "CUDA":
     return runner_on(backend, mode, precision)
 
 
-def path(backend: Backend, hidden_size: int, dtype: str = "float32") -> tuple[Mode, str]:
-    """Return the mode of a call of this size, and in words why it is not a faster one."""
+def path(
+    backend: Backend, hidden_size: int, dtype: str = "float32", means: bool = False
+) -> tuple[Mode, str]:
+    """Return the mode of a call of this size, and in words why it is not a faster one.
+
+    means: as of `runner`.
+    """
     if dtype == COMPLEX:
         return Mode.PLAIN, "complex128 serves complex-step differentiation alone"
     if not (backend.host or backend.cuda):
         found, why = neighbour(backend, dtype)
         if found:
-            return path(found.backend, hidden_size, found.dtype)
+            return path(found.backend, hidden_size, found.dtype, means)
         return Mode.PLAIN, f"{backend.name} evaluates the equations as they stand, since {why}"
     mode = _allowed(backend)
+    if backend.cuda and means:
+        return Mode.PLAIN, "no kernel takes the means over rows of layer_norm"
     if backend.cuda and mode != Mode.PLAIN:
         name, why = _on_cuda(backend, mode, "full").path(hidden_size, dtype)
         return Mode(name), why

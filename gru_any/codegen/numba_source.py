@@ -3,13 +3,14 @@
 A group becomes one loop over rows and units, in which no array but inputs and results is touched.
 """
 
+from collections.abc import Iterable
 from enum import Enum, auto
 from typing import NamedTuple
 
 import numpy as np
 
 from .numba_functions import functions
-from .schedule import CUT, ArrayRef, Gemm, Group, Kind, Place, Schedule
+from .schedule import CUT, ArrayRef, Gemm, Group, Kind, Loop, Place, Schedule
 from .trace import Op
 
 OPERATIONS = {
@@ -23,8 +24,10 @@ OPERATIONS = {
     "exp": "exp({})",
     "expm1": "expm1({})",
     "log1p": "log1p({})",
+    "sqrt": "math.sqrt({})",
     "where": "{1} if {0} else {2}",
 }
+PAIRS = 128  # of arrays in a loop that LLVM checks for overlap; it vectorises no loop with more
 HEAD = '''\
 import math
 import numpy as np
@@ -97,7 +100,7 @@ def affine(x, W, b, a):
 '''
 
 
-def lines(ops: list[Op]) -> list[str]:
+def lines(ops: Iterable[Op]) -> list[str]:
     """A line for each operation, from variables to a new one."""
     found = []
     for op in ops:
@@ -350,7 +353,10 @@ class NumbaSource:
                     found.append(BARRIER)
             else:
                 arrays = map(scope.entry, _arrays(stage))
-                found.append(f"fused{n}({', '.join([*scope.rows, *scope.units, 'H', *arrays])})")
+                call = f"fused{n}({', '.join([*scope.rows, *scope.units, 'H', *arrays])})"
+                # a mean reads all of a row, which no other thread may still write, or write anew
+                shared = stage.means and scope.matrices is Matrices.PACKED
+                found += [BARRIER, call, BARRIER] if shared else [call]
         return found
 
 
@@ -388,7 +394,9 @@ def _arrays(group: Group) -> list[ArrayRef]:
 
 
 def _fused(n: int, group: Group) -> list[str]:
-    """The function of a group, which is stage n."""
+    """The functions of a group, which is stage n."""
+    loops = group.loops(PAIRS)
+    means = [_means(f"means{n}_{k}", loop) for k, loop in enumerate(loops) if loop.means]
     views: list[str] = []
 
     def entry(place: Place) -> str:
@@ -399,20 +407,58 @@ def _fused(n: int, group: Group) -> list[str]:
         views.append(f"row{len(views)} = {name}[{row}]")  # its index is seen not to be negative,
         return f"row{len(views) - 1}[j]"  # so the loop vectorises
 
-    loads = [f"v{load.column} = {entry(load.place)}" for load in group.loads]
-    stores = [f"{entry(store.place)} = v{store.column}" for store in group.stores]
+    def body(loop: Loop) -> list[str]:
+        loads = [f"v{load.column} = {entry(load.place)}" for load in loop.loads]
+        stores = [f"{entry(store.place)} = v{store.column}" for store in loop.stores]
+        return [
+            "for j in range(count):",
+            *(f"    {line}" for line in (*loads, *lines(loop.ops), *stores)),
+        ]
+
+    bodies = [line for loop in loops if loop.stores for line in body(loop)]
     return [
+        *(line for function, _ in means for line in function),
         "@njit(**flags)",
         f"def fused{n}(first, last, left, right, H, {', '.join(map(_parameter, _arrays(group)))}):",
         "    units = right - left",
         "    for b in range(first, last):",
+        *(f"        {line}" for _, call in means for line in call),
         "        start, count = left, units - units % UNIT or units",
         "        while True:",
-        *(f"            {view}" for view in views),
-        "            for j in range(count):",
-        *(f"                {line}" for line in (*loads, *lines(group.ops), *stores)),
+        *(f"            {line}" for line in (*views, *bodies)),
         "            if start + count == right:",
         "                break",
         "            start, count = right - UNIT, UNIT  # some again, as a loop of few is slow",
         "",
     ]
+
+
+def _means(name: str, loop: Loop) -> tuple[list[str], list[str]]:
+    """Return the function of a loop that makes means, and its call with what is known after it."""
+    made = {*(op.output for op in loop.ops), *(load.column for load in loop.loads)}
+    earlier = {c for op in (*loop.ops, *loop.means) for c in op.columns} - made
+    given = {f"x{load.column}": _row(load.place) for load in loop.loads}
+    given |= {f"v{c}": f"v{c}" for c in sorted(earlier)}
+    loads = [f"v{c} = x{c}" + ("" if place.array.kind is Kind.ROWS else "[j]")
+             for c, place in loop.loads]  # fmt: skip
+    sums = [f"s{op.output} += {' + '.join(f'v{c}' for c in op.inputs)}" for op in loop.means]
+    found = [f"s{op.output} / f({len(op.inputs)} * H)" for op in loop.means]
+    function = [
+        '@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})',
+        f"def {name}(H, {', '.join(given)}):",
+        f"    {' = '.join(f's{op.output}' for op in loop.means)} = f(0)",
+        "    for j in range(H):",
+        *(f"        {line}" for line in (*loads, *lines(loop.ops), *sums)),
+        f"    return {', '.join(found)},",
+        "",
+    ]
+    names = ", ".join(f"v{op.output}" for op in loop.means)
+    return function, [f"{names}, = {name}(H, {', '.join(given.values())})", *lines(loop.rows)]
+
+
+def _row(place: Place) -> str:
+    """All units of a column in row b."""
+    name, first = _parameter(place.array), f"{place.column} * H"
+    if place.array.kind is Kind.ROWS:
+        return f"{name}[b, 0]"
+    return f"{name}[:H]" if place.array.kind is Kind.VECTOR else f"{name}[b, {first} : {first} + H]"

@@ -7,10 +7,10 @@ what does not depend on how a group runs; `NumPySource` prints a call for each o
 from collections import Counter
 
 from .schedule import ArrayRef, Gemm, Group, Kind, Place, Schedule
-from .trace import Op, Product
+from .trace import MEAN, Op, Product
 
 # the names of NumPy's functions
-NAMES = "add subtract multiply divide greater less tanh exp expm1 log1p"
+NAMES = "add subtract multiply divide greater less tanh exp expm1 log1p sqrt"
 FUNCTIONS = {name: name for name in NAMES.split()}
 STATES = {Kind.BEFORE: "before", Kind.AFTER: "after"}
 
@@ -98,18 +98,19 @@ class HostSource:
         """Print a function `scan`.
 
         A forward scan(over, M, vectors, shape, dtype) fills the arrays of `over`; a backward
-        scan(over, M, dh, shape, dtype) returns the last dh too. over: for each step what
-        `variables` names, of which `ended` is a mask or None; M: U (3H, H); shape: (H, B).
+        scan(over, M, vectors, shape, dtype, dh) returns the last dh too. over: for each step what
+        `variables` names, of which `ended` is a mask or None; M: U (3H, H); vectors: each (H, B)
+        or (H, 1); shape: (H, B).
         """
         forward, carry, end = self.schedule.forward, list[str](), list[str]()
         vectors = [array.name for array in self.schedule.arrays if array.kind is Kind.VECTOR]
         start = [f"{name} = vectors[{n}]" for n, name in enumerate(vectors)]
         if not forward:
-            start = ["before, after = array(dh, order='C'), empty(shape, dtype)"]
+            start += ["before, after = array(dh, order='C'), empty(shape, dtype)"]
             carry, end = ["before, after = after, before"], ["return before"]
         finished = ["if ended is not None:", "    copyto(after, before, where=ended)"]
         return "\n".join([
-            f"def scan(over, M, {'vectors' if forward else 'dh'}, shape, dtype):",
+            f"def scan(over, M, vectors, shape, dtype{'' if forward else ', dh'}):",
             *(f"    {line}" for line in [*start, "H, B = shape", *self.setup]),
             f"    for {', '.join(self.variables())} in over:",
             *(f"        {line}" for line in [*self.body, *finished, *carry]),
@@ -137,8 +138,12 @@ class NumPySource(HostSource):
             if array.kind is Kind.PROJECTION:
                 self._pair(array, 0)
         order: list[Op | Product] = []
+        self.rows = set[int]()  # the columns that have one number for each row, arrays (B,)
         for stage in schedule.stages:
             order += [stage.product] if isinstance(stage, Gemm) else stage.ops
+        for op in order:
+            if isinstance(op, Op) and op.of_rows(self.rows):
+                self.rows.add(op.output)
         self.uses = Counter(i for op in order for i in op.columns)
         self.last = {i: op for op in order for i in op.columns}
         super().__init__(schedule)
@@ -167,6 +172,9 @@ class NumPySource(HostSource):
         ops = list(group.ops)
         while ops:
             op = ops.pop(0)
+            if op.output in self.rows:
+                self._of_row(op, targets.get(op.output, []))
+                continue
             others = [other for other in ops if not {op.output, other.output} & targets.keys()]
             twin = next((other for other in others if self._together(op, other)), None)
             if twin:
@@ -197,6 +205,20 @@ class NumPySource(HostSource):
         self.homes[op.output] = out
         self._add(op.name, *arguments, out)
         self.body += [f"copyto({name}, {out})" for name in copies]
+
+    def _of_row(self, op: Op, targets: list[str]) -> None:
+        """Compute one number for each row, which has no register, and copy it to each unit."""
+        arguments, out = [self._value(i) for i in op.inputs], f"r{op.output}"
+        self._release(op)
+        self.homes[op.output] = out
+        if op.name == MEAN:
+            self.functions.add("add")
+            sums = " + ".join(f"add.reduce({name}, 0)" for name in arguments)
+            self.body.append(f"{out} = ({sums}) / ({len(arguments)} * H)")
+        else:
+            self.functions.add(FUNCTIONS[op.name])
+            self.body.append(f"{out} = {FUNCTIONS[op.name]}({', '.join(arguments)})")
+        self.body += [f"copyto({name}, {out})" for name in targets]
 
     def _together(self, op: Op, other: Op) -> bool:
         """Do both in one call, over an input that nothing else needs, if that can be."""

@@ -5,7 +5,7 @@ target runs as one loop or kernel. The schedule says where each column is read f
 A printer turns it into source.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import lru_cache
 from itertools import groupby
@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 from ..typing import Array, Namespace, Step
 from .restart import restarted
-from .trace import MATRIX, Op, Product, Program, trace
+from .trace import MATRIX, MEAN, Op, Product, Program, trace
 
 
 class Kind(Enum):
@@ -87,12 +87,74 @@ class Store(NamedTuple):
     finished: Finished
 
 
+class Loop(NamedTuple):
+    """A loop over the units of a row, and what is known after it."""
+
+    loads: list[Load]
+    ops: list[Op]  # element by element
+    stores: list[Store]
+    means: Sequence[Op] = ()  # of what `ops` make
+    rows: Sequence[Op] = ()  # on one number for the row
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of arrays must not overlap, so that its order does not matter."""
+        n = len(self.stores)
+        return n * (n - 1) // 2 + n * len(self.loads)
+
+
 class Group(NamedTuple):
-    """Element by element: load, compute, store."""
+    """Element by element: load, compute, store; but for means over a row."""
 
     loads: list[Load]
     ops: list[Op]
     stores: list[Store]
+
+    @property
+    def means(self) -> bool:
+        """Whether it takes means over a row."""
+        return any(op.name == MEAN for op in self.ops)
+
+    def loops(self, pairs: int) -> list[Loop]:
+        """Return the loops over the units of a row; pairs: at most, of a loop with many stores.
+
+        Those that make means come first, and store nothing. What a loop has not stored is computed
+        again by those after it that need it.
+        """
+        rows, depth = set[int](), dict[int, int]()  # depth: how many loops come before a column
+        for op in self.ops:
+            depth[op.output] = max([0, *(depth.get(c, 0) for c in op.columns)])
+            if op.of_rows(rows):
+                rows.add(op.output)
+                depth[op.output] += op.name == MEAN
+        known, found = {load.column: load for load in self.loads}, list[Loop]()
+        for n in range(1, max([0, *depth.values()]) + 1):
+            of_row = [op for op in self.ops if op.output in rows and depth[op.output] == n]
+            means = [op for op in of_row if op.name == MEAN]
+            loop = self._loop([c for op in means for c in op.columns], [], rows, known)
+            others = [op for op in of_row if op.name != MEAN]
+            found.append(loop._replace(means=means, rows=others))
+        place = {op.output: n for n, op in enumerate(self.ops)}
+        stores: list[Store] = []
+        for store in sorted(self.stores, key=lambda store: place.get(store.column, -1)):
+            loop = self._loop([], [*stores, store], rows, known)
+            if stores and loop.pairs > pairs:
+                found.append(self._loop([], stores, rows, known))
+                known |= {v.column: Load(v.column, v.place) for v in stores}
+                stores = []
+            stores.append(store)
+        return [*found, self._loop([], stores, rows, known)]
+
+    def _loop(
+        self, columns: list[int], stores: list[Store], rows: set[int], known: dict[int, Load]
+    ) -> Loop:
+        """Return the loop that makes these columns and stores."""
+        needed, ops = {*columns, *(store.column for store in stores)}, []
+        for op in reversed(self.ops):
+            if op.output in needed - rows - known.keys():
+                ops.append(op)
+                needed.update(op.columns)
+        return Loop([v for c, v in known.items() if c in needed], ops[::-1], stores)
 
     def __str__(self) -> str:
         """A line each for what is loaded, computed and stored."""

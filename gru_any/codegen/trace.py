@@ -15,7 +15,10 @@ from ..typing import Step, WeightGradients
 
 
 class Op(NamedTuple):
-    """column <- name(inputs); an input is the number of a column, or a Python float."""
+    """column <- name(inputs); an input is the number of a column, or a Python float.
+
+    "mean" is the mean over all units of all its columns, one number for each row.
+    """
 
     name: str
     inputs: tuple[int | float, ...]
@@ -25,6 +28,10 @@ class Op(NamedTuple):
     def columns(self) -> tuple[int, ...]:
         """The inputs that are columns."""
         return tuple(i for i in self.inputs if isinstance(i, int))
+
+    def of_rows(self, rows: set[int]) -> bool:
+        """Whether it gives one number for each row; rows: the columns that have one."""
+        return self.name == MEAN or (bool(self.columns) and rows.issuperset(self.columns))
 
 
 class Product(NamedTuple):
@@ -111,7 +118,8 @@ class Reductions(NamedTuple):
         return "\n".join([f"inputs {inputs}", *lines])
 
 
-FUNCTIONS = ["tanh", "exp", "expm1", "log1p"]  # of xp, of one array, element by element
+MEAN = "mean"
+FUNCTIONS = ["tanh", "exp", "expm1", "log1p", "sqrt"]  # of xp, of one array, element by element
 INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "greater": ">", "less": "<"}
 
 
@@ -179,6 +187,7 @@ class _Tape:
         self.count = 0
         self.known: dict[tuple[str, ...], int] = {}
         self.made: dict[int, Op] = {}
+        self.rows: set[int] = set()  # the columns that have one number for each row
 
     def stand_in(self, argument: Argument) -> "_Matrix | _Columns | tuple[_Columns, ...]":
         if isinstance(argument, str):
@@ -200,6 +209,8 @@ class _Tape:
                 column = self.new(1)[0]
                 self.made[column] = Op(name, inputs, column)
                 self.ops.append(self.made[column])
+                if self.made[column].of_rows(self.rows):
+                    self.rows.add(column)
             self.known[key] = column
         return self.known[key]
 
@@ -233,6 +244,9 @@ class _Tape:
         pairs = zip(xs, ys, strict=True)
         return _Columns(self, tuple(self.op("where", c, i, j) for i, j in pairs))
 
+    def mean(self, v: "_Columns", axis: int, keepdims: bool) -> "_Columns":
+        return _Columns(self, (self.op(MEAN, *v.ids),))
+
     def zeros_like(self, v: "_Columns") -> float:
         return 0.0
 
@@ -250,7 +264,7 @@ class _Tape:
     def __getattr__(self, name: str) -> Callable[["_Columns"], "_Columns"]:
         if name in FUNCTIONS:
             return partial(self.each, name)
-        known = " and ".join(["+ - * / @ > <", *FUNCTIONS, "where"])
+        known = " and ".join(["+ - * / @ > <", *FUNCTIONS, "where", MEAN])
         raise AttributeError(f"xp.{name} cannot be traced: the steps are made of {known}")
 
 
@@ -322,12 +336,17 @@ class _Columns:
     def _with(self, name: str, other: "_Columns | float", swapped: bool = False) -> "_Columns":
         if not isinstance(other, (_Columns, int, float)):
             return NotImplemented  # a dual number does it
-        n = len(self.ids)
-        theirs = other.ids if isinstance(other, _Columns) else (float(other),) * n
-        pairs = (
-            zip(theirs, self.ids, strict=True) if swapped else zip(self.ids, theirs, strict=True)
-        )
+        mine: tuple[int | float, ...] = self.ids
+        theirs: tuple[int | float, ...]
+        theirs = other.ids if isinstance(other, _Columns) else (float(other),)
+        n = max(len(mine), len(theirs))
+        mine, theirs = (v * n if self._repeats(v) else v for v in (mine, theirs))
+        pairs = zip(theirs, mine, strict=True) if swapped else zip(mine, theirs, strict=True)
         return _Columns(self.tape, tuple(self.tape.op(name, i, j) for i, j in pairs))
+
+    def _repeats(self, v: tuple[int | float, ...]) -> bool:
+        """Whether this is a number, or one for each row."""
+        return len(v) == 1 and (isinstance(v[0], float) or v[0] in self.tape.rows)
 
     def __add__(self, other: "_Columns | float") -> "_Columns":
         return self._with("add", other)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import NamedTuple, SupportsIndex, TypeAlias
 
 from .. import equations
-from ..backend import Mode, bridged, path, recorded
+from ..backend import bridged, path, recorded
 from ..errors import check_shape
 from ..nn.cell import GRUCell
 from ..nn.chain import Chain
@@ -19,11 +19,10 @@ from ..nn.gru import GRU
 from ..nn.layers import Embedding, Last, Linear
 from ..nn.params import Layer
 from ..typing import Shape
-from .formulas import called, formulas, latex
+from .formulas import called, formulas, latex, normalised
 
 Sizes: TypeAlias = tuple[int | str, ...]  # a shape; letters stand for sizes that are left open
 MERGED = {"mul": "product"}  # in words, where that is no word
-UNTRACED = "layer_norm takes means over rows, and only operations element by element are compiled"
 Formulas: TypeAlias = list[tuple[str, Sequence[ast.AST]]]  # headings, each with its lines
 
 
@@ -165,8 +164,7 @@ def _shown(shape: Sizes) -> str:
 def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
     """Describe gates, biases, layers and directions, how a call runs, and the functions called."""
     H, L = layer.hidden_size, getattr(layer, "num_layers", 1)
-    normalised = getattr(layer, "layer_norm", False)
-    way, why = (Mode.PLAIN, UNTRACED) if normalised else path(layer.backend, H, layer.dtype)
+    way, why = path(layer.backend, H, layer.dtype, _normalised(layer))
     step = equations.variant(layer.reset_after, layer.functions).step
     notes = [
         f"Gates: the thirds of W, U, a and the biases are r, z, n in this order, each {H} wide.",
@@ -187,6 +185,10 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
     return notes
 
 
+def _normalised(layer: GRU | GRUCell) -> bool:
+    return isinstance(layer, GRU) and layer.layer_norm
+
+
 def _merged(layer: GRU | GRUCell) -> str:
     mode = getattr(layer, "merge", "concat")
     words = {"concat": "both directions side by side", None: "both directions as a pair of arrays"}
@@ -199,9 +201,9 @@ def _regularisation(layer: GRU) -> list[str]:
     notes = []
     if layer.layer_norm:
         notes.append(
-            "Layer normalisation: a stands for gain_ih * N(x @ W.T) + b, and h @ U.T for "
-            "gain_hh * N(h @ U.T), where N(v) = (v - mean(v)) / sqrt(var(v) + 1e-5), over the 3H "
-            "columns of each row."
+            "Layer normalisation: N(v) = e * s, where e = v - mean(v) and "
+            "s = 1 / sqrt(mean(e * e) + 1e-5), over the 3H columns of each row. The gradient "
+            "to v is dN(dn) = s * (dn - mean(dn) - e * s * s * mean(dn * e))."
         )
     if w:
         notes.append(f"Weight dropout: in vjp with rng, a share {w:g} of U is 0 in each call.")
@@ -251,14 +253,19 @@ def _lines(layer: GRU | GRUCell) -> Formulas:
 def _equations(layer: GRU | GRUCell) -> Formulas:
     step, backward, *_ = equations.variant(layer.reset_after, layer.functions)
     H, order = layer.hidden_size, "after" if layer.reset_after else "before"
-    product = "a = x @ W.T + b" if layer.bias else "a = x @ W.T"
+    parts: tuple[Sequence[ast.AST], ...] = (
+        ast.parse("a = x @ W.T + b" if layer.bias else "a = x @ W.T").body,
+        formulas(step, "h'", H=H),
+        formulas(backward, "dh", H=H),
+    )
+    product, forward, gradient = normalised(*parts) if _normalised(layer) else parts
     return [
-        ("For all steps at once, W being weight_ih:", ast.parse(product).body),
+        ("For all steps at once, W being weight_ih:", product),
         (
             f"Each step, reset {order} the product, U being weight_hh, * element by element:",
-            formulas(step, "h'", H=H),
+            forward,
         ),
-        ("Its gradient, g being dL/dh', dv being dL/dv:", formulas(backward, "dh", H=H)),
+        ("Its gradient, g being dL/dh', dv being dL/dv:", gradient),
     ]
 
 

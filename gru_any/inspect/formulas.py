@@ -7,9 +7,9 @@ import ast
 import inspect
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from ..activations import DEFINITIONS, Activation, Activations
 
@@ -126,6 +126,33 @@ class _Put(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         """Return the expression for a name."""
         return self.values.get(node.id, node)
+
+
+def normalised(
+    product: Sequence[ast.AST], forward: Sequence[ast.AST], backward: Sequence[ast.AST]
+) -> tuple[list[ast.AST], list[ast.AST], list[ast.AST]]:
+    """Return the formulas with layer normalisation of the products with W and U."""
+    *lines, last = backward
+    through = ast.parse("dv = dN(gain_hh * dq)").body
+    put = _Put({"dq": ast.Name("dv")})
+    return (
+        [_Normalised("gain_ih").visit(line) for line in product],
+        [_Normalised("gain_hh").visit(line) for line in forward],
+        [*lines, *through, put.visit(last)],
+    )
+
+
+class _Normalised(ast.NodeTransformer):
+    """Puts gain * N(v @ M) in the place of v @ M."""
+
+    def __init__(self, gain: str) -> None:
+        self.gain = gain
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.BinOp:
+        """Return the expression for a product, or what is found inside of another one."""
+        if not isinstance(node.op, ast.MatMult):
+            return cast(ast.BinOp, self.generic_visit(node))
+        return ast.BinOp(ast.Name(self.gain), ast.Mult(), ast.Call(ast.Name("N"), [node], []))
 
 
 def latex(node: ast.AST) -> str:

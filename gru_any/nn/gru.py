@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from .. import arguments, equations
-from ..backend import by_place, plain_runner, runner
+from ..backend import by_place, runner
 from ..backend.contract import Runner
 from ..equations import Variant
 from ..errors import check_shape
@@ -101,8 +101,8 @@ class GRU(Layer):
     layer_norm : bool
         Layer normalisation inside the gates, as haste's LayerNormGRU has it: x W^T and h U^T are
         normalised over their 3H columns and multiplied by gains, before the biases are added
-        (`gru_any.normalisation` has the formulas). Needs reset_after=True. The steps then run one
-        operation after another on every backend, not compiled.
+        (`gru_any.normalisation` has the formulas). Needs reset_after=True. On CUDA the steps
+        then run one operation after another.
 
     Attributes
     ----------
@@ -413,9 +413,6 @@ class GRU(Layer):
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
         stack = self._stack(self._runner)
         arrays = self._arrays()
-        if self.layer_norm:
-            sweeps = [stack.sweep(arrays, n, "", None, None) for n in range(self.num_layers)]
-            return self._for_storage([sweep.single_step() for sweep in sweeps])
         taken = [stack.weights(arrays, layer, "") for layer in range(self.num_layers)]
         steps = [make(stack.variant.step, *of_layer) for of_layer in taken]
         return self._for_storage(steps)
@@ -499,9 +496,7 @@ class GRU(Layer):
 
     @property
     def _runner(self) -> Runner:
-        if self.layer_norm:
-            return plain_runner(self.backend)
-        return runner(self.backend, self.precision, self.dtype)
+        return runner(self.backend, self.precision, self.dtype, self.layer_norm)
 
     @cached_property
     def _stacks(self) -> dict[tuple[Runner, Variant], Stack]:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 from ..backend.contract import Output, Result, Runner
 from ..equations import Variant
-from ..normalisation import Gains
 from ..typing import Array, DType, Gradients
 from .merge import merge, part
 from .sweep import Segment, SequenceMask, StepMasks, Sweep, Weights
-from .weights import parameter_names, weights
+from .weights import normalised_weights, parameter_names, weights
 
 
 class ForwardInputs(NamedTuple):
@@ -168,10 +167,11 @@ class Stack(NamedTuple):
 
     def weights(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Weights:
         """Return the weights of one layer in one direction, in the dtype of the arithmetic."""
-        names = parameter_names(self.bias, self.reset_after, layer, suffix)
-        own = [params[name] for name in names]
+        own = [params[name] for name in self._names(layer, suffix)]
         if self.dtype != self.storage:
             own = [self.run.upcast(v, self.dtype) for v in own]
+        if self.layer_norm:
+            return normalised_weights(self.run.xp, *own)
         return weights(self.run.xp, self.reset_after, *own)
 
     def sweep(
@@ -184,16 +184,10 @@ class Stack(NamedTuple):
     ) -> Sweep:
         """Return one layer in one direction."""
         own, reverse = self.weights(params, layer, suffix), suffix == "_reverse"
-        gains = self._gains(params, layer, suffix) if self.layer_norm else None
-        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, masks, gains)
-
-    def _gains(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Gains:
-        """Return the gains, in the dtype of the arithmetic."""
-        names = (f"{name}_l{layer}{suffix}" for name in ("gain_ih", "gain_hh"))
-        return Gains(*(self.run.upcast(params[name], self.dtype) for name in names))
+        return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, masks)
 
     def _names(self, layer: int, suffix: str) -> tuple[str, ...]:
-        """Return the names of the parameters of one layer in one direction, gains included."""
+        """Return the names of the parameters of one layer in one direction."""
         return parameter_names(self.bias, self.reset_after, layer, suffix, self.layer_norm)
 
     def _pipeline(

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..backend.contract import Extra, OneStep, Output, Recurrent, Runner, kinds_of
+from ..backend.contract import Extra, Output, Recurrent, Runner, kinds_of
 from ..backend.reductions import outer, reduced_by_row
 from ..codegen.schedule import Kind
 from ..equations import Variant
-from ..normalisation import Gains
 from ..typing import Array, DType, Shape
 
 STEPS = 64  # of a block, at least: the steps in memory at once, however large T is
@@ -106,7 +105,6 @@ class Sweep(NamedTuple):
     reverse: bool  # from the last step to the first
     dtype: DType  # of the arithmetic
     masks: StepMasks | None = None
-    gains: Gains | None = None  # of layer normalisation; None: there is none
 
     def on(self, run: Runner) -> "Sweep":
         """Return the sweep on another runner."""
@@ -181,7 +179,8 @@ class Sweep(NamedTuple):
     def _zeros(self, rows: Shape) -> list[Array]:
         """Return the gradients of a sequence without steps; rows: their leading axes."""
         (W, _, (U, *c)), run = self.weights, self.run
-        like = [W, U, *(self.gains or ()), W[:, 0], *(U[:, 0] for _ in c)]
+        vectors = 4 if self.variant.gains else 1 + len(c)  # gains and biases, each (3H,)
+        like = [W, U, *[W[:, 0]] * vectors]
         shapes = [(*rows, *v.shape) for v in like]
         return [run.xp.zeros(shape, dtype=W.dtype, device=run.device) for shape in shapes]
 
@@ -222,9 +221,7 @@ class Sweep(NamedTuple):
     ) -> tuple[Residuals, Array]:
         """Run one block forward; return what it leaves, and the state after it."""
         run, (W, b, recurrent) = self.run, weights
-        before = b if self.gains is None else None  # layer normalisation comes before the bias
-        a, extra = run.affine(self._read(x, block, mask), W, before), self._extra(block)
-        a = a if self.gains is None else self.gains.entering(run.xp, a, b)
+        a, extra = run.affine(self._read(x, block, mask), W, b), self._extra(block)
         step, reverse = self.variant.step, self.reverse
         states, found = run.forward(step, a, h, recurrent, mask, reverse, keep, extra)
         saved = list(found or ())
@@ -244,11 +241,15 @@ class Sweep(NamedTuple):
         by_row: bool,
     ) -> tuple[Array, Array, Array | None, list[Array]]:
         """Run the backward pass of one block; return dx (K, B, I), dh, the taps, the gradients."""
-        run, (W, _, (U, *_)), (states, saved, _) = self.run, weights, kept
+        run, (W, _, (U, *vectors)), (states, saved, _) = self.run, weights, kept
         mask = None if self.mask is None else self.mask.steps(block)
         dy = None if dy is None else self._read(dy, block, mask)
         previous = self._before(states)
-        back = dy, dh, previous, saved, U, mask, self.reverse, taps, self._extra(block)
+        extra = self._extra(block)
+        if gains := self.variant.gains:
+            arrays = (*vectors[-gains:], *(() if extra is None else extra.arrays))
+            extra = Extra((*[Kind.VECTOR] * gains, *kinds_of(extra)), arrays)
+        back = dy, dh, previous, saved, U, mask, self.reverse, taps, extra
         parts, dh, g = run.backward(self.variant.backward, *back)
         if mask is not None:
             parts = tuple(run.zero_skipped(part, mask, own=True) for part in parts)
@@ -256,8 +257,6 @@ class Sweep(NamedTuple):
         if self.masks is not None and self.masks.dropout is not None:
             previous, saved = self._operands(self.masks.dropout, previous, saved)
         x = self._read(x, block, mask)
-        if self.gains is not None:
-            parts = self.gains.entering_backward(run.xp, run.affine(x, W, None), parts)
         if by_row:
             dx = run.as_steps(run.product(run.as_matrix(parts[0]), W), previous.shape[0])
             return dx, dh, g, self._by_row(x, previous, saved, parts)
@@ -267,7 +266,7 @@ class Sweep(NamedTuple):
         dx = product(da, W)
         dW, db = product(da.T, rows(x)), run.row_sum(da)
         dU, *dc = run.weight_gradients(self.variant.weights, previous, saved, matrices)
-        grads = [dW, dU, db, *dc] if self.gains is None else [dW, dU, *dc]
+        grads = [dW, dU, *dc] if gains else [dW, dU, db, *dc]
         return run.as_steps(dx, previous.shape[0]), dh, g, grads
 
     def _by_row(
@@ -280,24 +279,11 @@ class Sweep(NamedTuple):
             [xp.astype(v, self.dtype, copy=False) for v in several] for several in (saved, parts)
         )
         dU, *dc = reduced_by_row(xp, self.variant.weights, h, saved, parts)
-        db = [outer(xp, parts[0], None)] if self.gains is None else []
+        db = [] if self.variant.gains else [outer(xp, parts[0], None)]
         return [outer(xp, parts[0], x), dU, *db, *dc]
 
     def _extra(self, block: slice) -> Extra | None:
-        extra = None if self.masks is None else self.masks.steps(block)
-        if self.gains is None:
-            return extra
-        arrays = () if extra is None else extra.arrays
-        return Extra((Kind.VECTOR, *kinds_of(extra)), (self.gains.hh, *arrays))
-
-    def single_step(self) -> OneStep:
-        """Return a function as of the runner's `single_step`, in this sweep's own way."""
-
-        def one(x: Array, h: Array) -> tuple[Array, Array]:
-            y, new, _ = self.forward(x[None, :, :], h)
-            return (new if y is None else y[0, :, :]), new
-
-        return one
+        return None if self.masks is None else self.masks.steps(block)
 
     def _operands(
         self, d: Array, h: Array, saved: Sequence[Array]

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+from ..equations import thirds
 from ..typing import Array, Namespace, Shape
 from .sweep import Weights
 
@@ -39,10 +40,8 @@ def weights(
 ) -> Weights:
     """Return the weights of a sweep, made of parameters in the order of `parameter_shapes`.
 
-    Gains are not among them.
-
-    With reset_after two thirds of c, the bias of h U^T, are added outside of the loop over the
-    steps; r multiplies the candidate's third.
+    Gains are not among them. With reset_after two thirds of c, the bias of h U^T, are added outside
+    of the loop over the steps; r multiplies the candidate's third.
     """
     if not reset_after:
         return Weights(W, b, (U,))
@@ -51,6 +50,14 @@ def weights(
         return Weights(W, None, (U, xp.zeros_like(U[:H, 0])))
     b = xp.concat((b[: 2 * H] + c[: 2 * H], b[2 * H :]))
     return Weights(W, b, (U, c[2 * H :]))
+
+
+def normalised_weights(xp: Namespace, W: Array, U: Array, *others: Array) -> Weights:
+    """Return those of layer normalisation, whose biases and gains are vectors of a step."""
+    *gains, b, c = others if len(others) == 4 else (*others, None, None)
+    W, b, recurrent = weights(xp, True, W, U, b, c)
+    b = xp.zeros_like(gains[0]) if b is None else b
+    return Weights(W, None, (*recurrent, *(part for v in (b, *gains) for part in thirds(v))))
 
 
 def variant_advice(missing: set[str], unused: set[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...codegen.brief_source import BriefSource
+from ...codegen.numpy_source import NumPySource
 from ...codegen.schedule import (
     HOST,
     Kinds,
@@ -23,7 +24,17 @@ from ...codegen.schedule import (
 from ...typing import Step
 from ..contract import Extra, kinds_of
 from .jit_cache import compiled, rescued
-from .numpy_runner import NumPy, Scan, columns_of, executed, further, steps_over, turned
+from .numpy_runner import (
+    NumPy,
+    Scan,
+    columns_of,
+    executed,
+    further,
+    spread,
+    steps_over,
+    turned,
+    vectors_of,
+)
 from .packed import PackedMatrix
 
 
@@ -73,7 +84,7 @@ class Brief(NumPy):
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
         wide = [*map(turned, ends), *further(extra, K), *map(turned, saved)]
         over = steps_over([*columns_of(a, 3), turned(a)[:, : 2 * H], *wide], alive, reverse)
-        scan(over, U, [c[:, None].repeat(B, axis=1) for c in vectors], (H, B), a.dtype)
+        scan(over, U, spread((*vectors, *vectors_of(extra)), B), (H, B), a.dtype)
         return path, saved or None
 
     def backward(
@@ -111,7 +122,7 @@ class Brief(NumPy):
         given += further(extra, K)
         columns = [c for part, n in zip(parts, widths, strict=True) for c in columns_of(part, n)]
         over = steps_over([*given, *columns, *map(turned, parts)], alive, not reverse)
-        dh = scan(over, U, dh.T, (H, B), dh.dtype)
+        dh = scan(over, U, spread(vectors_of(extra), B), (H, B), dh.dtype, dh.T)
         g = parts.pop() if taps else None
         return tuple(parts), dh.T, g
 
@@ -135,5 +146,7 @@ def backward_scan(
 
 
 def _built(schedule: Schedule, dtype: str) -> Scan:
+    if any(group.means for group in schedule.groups):
+        return executed(NumPySource(schedule))  # whose means are not along a compiled loop
     printer = BriefSource(schedule, dtype)
     return executed(printer, vars(compiled(printer.loops)))

@@ -4,7 +4,7 @@ The list of operations of a step becomes the source of one function that runs a 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -116,7 +116,7 @@ class NumPy(Plain):
         pair = turned(a)[:, : 2 * H]
         wide = [*map(turned, ends), *further(extra, K), *map(turned, saved)]
         over = steps_over([*columns_of(a, 3), pair, *wide], alive, reverse)
-        vectors = [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in recurrent[1:]]
+        vectors = spread((*recurrent[1:], *vectors_of(extra)), B)
         scan(over, recurrent[0], vectors, (H, B), a.dtype)
         return path, saved or None
 
@@ -141,7 +141,7 @@ class NumPy(Plain):
         given = [] if dy is None else [dy]
         wide = [*map(turned, (*given, previous, *saved)), *further(extra, K)]
         over = steps_over([*wide, *columns, *map(turned, parts)], alive, not reverse)
-        dh = scan(over, U, dh.T, (H, B), dh.dtype)
+        dh = scan(over, U, spread(vectors_of(extra), B), (H, B), dh.dtype, dh.T)
         g = parts.pop() if taps else None
         return tuple(parts), dh.T, g
 
@@ -164,12 +164,22 @@ def _zero(v: Any, alive: Any) -> None:
 
 
 def further(extra: Extra | None, K: int) -> list[Any]:
-    """Return the further arguments of K steps, each (N, B) for each step."""
+    """Return the further arguments of K steps but vectors, each (N, B) for each step."""
     if extra is None:
         return []
     # transposed in memory, as the loops of a step want it
-    wide = [np.ascontiguousarray(v.swapaxes(-1, -2)) for v in extra.arrays]
+    wide = [np.ascontiguousarray(v.swapaxes(-1, -2)) for v in extra.arrays if v.ndim > 1]
     return [[v] * K if v.ndim == 2 else v for v in wide]
+
+
+def vectors_of(extra: Extra | None) -> list[Any]:
+    """Return those of the further arguments that are vectors."""
+    return [] if extra is None else [v for v in extra.arrays if v.ndim == 1]
+
+
+def spread(vectors: Iterable[Any], B: int) -> list[Any]:
+    """(H,) -> (H, B) each, or (H, 1) which is as much."""
+    return [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in vectors]
 
 
 class Filled:
@@ -222,7 +232,13 @@ class Scan(Protocol):
     """A scan of NumPy calls; see `HostSource.source`."""
 
     def __call__(
-        self, over: Iterable[tuple[Array, ...]], M: Array, given: Any, shape: Shape, dtype: DType
+        self,
+        over: Iterable[tuple[Array, ...]],
+        M: Array,
+        vectors: Sequence[Array],
+        shape: Shape,
+        dtype: DType,
+        *dh: Array,
     ) -> Array:
         """Run all steps."""
 
