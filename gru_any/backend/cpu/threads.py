@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice, takewhile
 from typing import NamedTuple, TypeAlias
 
@@ -148,6 +148,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
 
 
+@lru_cache(maxsize=64)
 def alone(rows: int) -> Hands:
     """Nobody but the caller, who takes all rows."""
     return Hands(NO_BOXES, NOBODY, np.array((0, rows)), NO_TEAM, 0)
