@@ -18,7 +18,7 @@ from ...typing import DType, HostArray, Step
 from ..contract import Extra, OneBlock, OneStep, kinds_of
 from ..reference import as_step
 from . import tuning
-from .buffers import empty, result
+from .buffers import Scratch, empty, result
 from .gemv import gemv, ger
 from .jit_cache import compiled
 from .numpy_runner import NumPy
@@ -287,12 +287,17 @@ class Scan:
         widths = [v.columns * H for v in self.schedule.buffers]
         size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in parts)
 
+        def made(K: int, B: int) -> list[HostArray]:
+            buffers = [empty((B, width), dtype) for width in widths]
+            return [empty((K, B, 3 * H), dtype), *buffers]
+
+        scratch = Scratch(made)
+
         def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             K, B, _ = x.shape
             scan, path = self.scan, result((K + 1, B, H), dtype)
             path[K if reverse else 0] = h
-            a = empty((K if tuning.inputs_at_once(B) else 1, B, 3 * H), dtype)
-            buffers = [empty((B, width), dtype) for width in widths]
+            a, *buffers = scratch.arrays(K if tuning.inputs_at_once(B) else 1, B)
             steps = _forwards(K, reverse)
             arrays = [*panels, path, a, *vectors, ascarray(x), bias, *buffers, *sources]
 

@@ -180,12 +180,18 @@ def run_team(call: Call, rows: int, most: int) -> None:
     if crowd.present():
         call(alone(rows))
         return
-    from .barrier import LINE
 
     def by_units(helpers: int) -> tuple[list[int], HostArray]:
-        return [0, rows], np.zeros(LINE * (helpers + 2), np.int64) if helpers else NO_TEAM
+        return [0, rows], np.zeros(_line() * (helpers + 2), np.int64) if helpers else NO_TEAM
 
     _shared(call, most - 1, by_units)
+
+
+@cache
+def _line() -> int:
+    from .barrier import LINE  # which needs Numba
+
+    return LINE
 
 
 def _shared(call: Call, wanted: int, split: Callable[[int], tuple[list[int], HostArray]]) -> None:

@@ -56,6 +56,7 @@ class Tuning(NamedTuple):
 
     # buffers
     buffer_bytes: int = 2**16  # of a buffer, at least: smaller arrays need no new page; chosen
+    scratch_bytes: int = 2**20  # that a thread keeps for a frozen layer, at most; chosen
     kept_bytes: int = 2**28  # of all buffers that are kept, at most; chosen
 
 
