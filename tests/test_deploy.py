@@ -13,6 +13,7 @@ from gru_any.stream import Stream
 
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 EVERY = pytest.mark.parametrize("path", [*PATHS, *(["packed"] if "compiled" in PATHS else [])])
+COMPILED = pytest.mark.skipif("compiled" not in PATHS, reason="numba: only it has thresholds")
 RNG = np.random.default_rng(0)
 
 
@@ -132,6 +133,173 @@ def test_as_a_module_of_pytorch_it_is_refused():
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match="a GRUCell, expected a GRU or a Chain"):
         freeze(GRUCell(3, 4))
+
+
+# what a call of arrays as they stand decides once -------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"num_layers": 2, "bias": False, "reverse": True},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    {"bidirectional": True, "merge": "mul", "zoneout": 0.25},
+    {"bidirectional": True, "merge": None},
+    {"dtype": "float16"},
+    {"dtype": "float64"},
+]
+SHAPES = [(1, 1), (6, 1), (1, 4), (6, 20), (64, 1), (65, 9), (0, 3), (3, 0)]  # T, B
+
+
+def same(found, expected):
+    """Whether arrays, or tuples of them, are the same bit by bit."""
+    if isinstance(expected, tuple):
+        return all(map(same, found, expected))
+    return found.dtype == expected.dtype and np.array_equal(found, expected)
+
+
+def drawn(gru, T, B):
+    """An input and an initial state for a GRU."""
+    shape = (B, T) if gru.batch_first else (T, B)
+    x = RNG.standard_normal((*shape, gru.input_size)).astype(gru.dtype)
+    states = gru.num_layers * len(gru.suffixes)
+    return x, RNG.standard_normal((states, B, gru.hidden_size)).astype(gru.dtype)
+
+
+@EVERY
+@VARIANTS
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_calls_in_any_order_have_the_bits_of_the_general_call(path, reset_after, options):
+    frozen = freeze(GRU(5, 37, reset_after=reset_after, seed=0, **options))
+    calls = [(*drawn(frozen, T, B), RNG.integers(0, T + 1, B)) for T, B in SHAPES]
+    with running(path):
+        for x, h0, lengths in 2 * calls:
+            kept = x.copy(), h0.copy()
+            assert same(frozen(x), GRU.__call__(frozen, x))
+            assert same(frozen(x, h0), GRU.__call__(frozen, x, h0))
+            assert same(frozen.last(x, h0), GRU.last(frozen, x, h0))
+            assert same(frozen(x, h0, lengths), GRU.__call__(frozen, x, h0, lengths))
+            assert same((x, h0), kept)
+
+
+@EVERY
+def test_arrays_in_any_layout(path):
+    frozen = freeze(GRU(5, 37, seed=0))
+    x, h0 = drawn(frozen, 6, 20)
+    fixed, odd = x.copy(), np.zeros(x.nbytes + 1, np.uint8)[1:].view("float32").reshape(x.shape)
+    fixed.flags.writeable, odd[...] = False, x
+    with running(path):
+        expected = frozen(x, h0)
+        for other in (np.asfortranarray(x), np.repeat(x, 2, axis=1)[:, ::2], fixed, odd):
+            assert same(frozen(other, np.asfortranarray(h0)), expected)
+
+
+@EVERY
+def test_results_are_the_callers_own(path):
+    frozen = freeze(GRU(5, 37, seed=0))
+    x, h0 = drawn(frozen, 6, 20)
+    with running(path):
+        y, h_n = frozen(x, h0)
+        before = y.copy(), h_n.copy()
+        frozen(x + 1, h0 - 1)
+        assert same((y, h_n), before)
+        y[...] = 0
+        assert same(h_n, before[1])
+        h_n[...] = 0
+        assert same(frozen(x, h0), before)
+
+
+@EVERY
+def test_what_a_call_did_not_have_the_next_one_may(path):
+    frozen = freeze(GRU(5, 37, seed=0))
+    (x, h0), gru = drawn(frozen, 6, 3), GRU(5, 37, seed=0)
+    at = np.zeros((6, 3), bool)
+    at[2, 1] = True
+    with running(path):
+        plain = frozen(x, h0)
+        options = [
+            {"lengths": [6, 4, 0]},
+            {"mask": ~at},
+            {"resets": at},
+            {"mask": ~at, "skipped": "repeat"},
+        ]
+        for given in options:
+            found, expected = frozen(x, h0, **given), gru(x, h0, **given)
+            assert all(map(close, found, expected))
+            assert not np.allclose(found[0], plain[0])
+            others = {k: v for k, v in given.items() if k != "skipped"}
+            assert close(frozen.last(x, h0, **others), expected[1])
+            assert same(frozen(x, h0), plain)
+        assert same(frozen(x), GRU.__call__(frozen, x))
+        assert not np.allclose(frozen(x)[0], plain[0])
+
+
+@EVERY
+def test_what_is_refused_is_refused_after_calls_too(path):
+    frozen = freeze(GRU(5, 37, seed=0))
+    x, h0 = drawn(frozen, 6, 3)
+    refused = [
+        ((x.astype("float64"),), TypeError, "x has dtype float64, expected float32"),
+        ((x.astype(">f4"),), TypeError, "x has dtype"),
+        ((x[..., :4],), ValueError, "x is .*6, 3, 4.*I = 5"),
+        ((x[None],), ValueError, "x is .*1, 6, 3, 5"),
+        ((x.tolist(),), TypeError, "x is a list"),
+        ((x, h0.astype("float64")), TypeError, "h0 has dtype float64, expected float32"),
+        ((x, h0[:, :2]), ValueError, "h0 is .*1, 2, 37"),
+        ((x, h0[0]), ValueError, "h0 is .*3, 37"),
+        ((x, h0, [6, 7, 1]), ValueError, "lengths"),
+    ]
+    with running(path):
+        for _ in range(2):
+            frozen(x, h0)
+            for given, kind, text in refused:
+                with pytest.raises(kind, match=text):
+                    frozen(*given)
+                with pytest.raises(kind, match=text):
+                    frozen.last(*given)
+        with pytest.raises(ValueError, match="skipped is 'no'"):
+            frozen(x, skipped="no")
+
+
+@COMPILED
+def test_modes_and_thresholds_are_those_of_each_call(monkeypatch):
+    from gru_any.backend.cpu.numba_runner import Scan
+
+    frozen, ran = freeze(GRU(5, 37, seed=0)), []
+
+    def noted(name):
+        function = getattr(Scan, name).func
+        return property(lambda scan: ran.append(name) or function(scan))
+
+    for name in ("scan", "few"):
+        monkeypatch.setattr(Scan, name, noted(name))
+    x, h0 = drawn(frozen, 6, 3)
+    expected = {"plain": [], "traced": [], "compiled": ["few"], "packed": ["scan"]}
+    for path in [*expected, *reversed(expected)]:
+        with running(path):
+            ran.clear()
+            found = frozen(x, h0)
+            assert ran == expected[path]
+            assert same(found, GRU.__call__(frozen, x, h0))
+
+
+@COMPILED
+def test_threads_are_those_of_each_call(monkeypatch):
+    from gru_any.backend.cpu import numba_runner
+
+    frozen, members = freeze(GRU(128, 256, seed=0)), []
+    x, h0 = drawn(frozen, 1, 8)
+    expected = frozen(x, h0)
+    run_team = numba_runner.run_team
+
+    def noted(call, rows, most):
+        members.append(most)
+        return run_team(call, rows, most)
+
+    monkeypatch.setattr(numba_runner, "run_team", noted)
+    for threads, found in ((2, [2]), (1, []), (3, [3]), (1, [])):
+        monkeypatch.setattr(numba_runner, "count", lambda threads=threads: threads)
+        members.clear()
+        assert same(frozen(x, h0), expected)
+        assert members == found
 
 
 @EVERY

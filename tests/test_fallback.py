@@ -208,6 +208,7 @@ def results():
         "forward",
         "backward",
         "prepare_step",
+        "prepare_block",
         "frozen_weights",
         "multiply",
     ],

@@ -16,6 +16,7 @@ Matrix: TypeAlias = Any  # an array (N, K), or its packed form, which only its r
 InputProducts: TypeAlias = Any  # x W^T + b (K, B, 3H), or what its runner computes it from
 Recurrent: TypeAlias = tuple[Matrix, *tuple[Array, ...]]  # U (3H, H), vectors (H,) of a step
 OneStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> h', and its copy
+OneBlock: TypeAlias = OneStep  # x (K, B, I), h (B, H) -> the states (K, B, H), a copy of the last
 
 
 class Mode(StrEnum):
@@ -174,6 +175,16 @@ class Scans(Protocol):
 
     def prepare_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
         """Return that function for many steps; it may keep copies of the weights."""
+
+    def prepare_block(
+        self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent, reverse: bool
+    ) -> OneBlock:
+        """Return a function that runs blocks of which no sequence skips a step.
+
+        It takes x (K, B, I) and h (B, H), the state before the first step run, and gives the state
+        after each step (K, B, H) and a copy of the last. W, b and recurrent are what
+        `frozen_weights` returned.
+        """
 
 
 class Products(Protocol):

@@ -143,9 +143,13 @@ class Backend:
         with cuda.current(self):
             return self.xp.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 
+    def plain(self, array: Array, dtype: str) -> bool:
+        """Return whether it is one of NumPy's own arrays, of this dtype, where NumPy is ours."""
+        return self.host and type(array) is np.ndarray and array.dtype == self._dtypes[dtype]
+
     def check(self, name: str, array: Array, dtype: str) -> None:
         """Raise TypeError where `array` is not of this library, device and dtype."""
-        if self.host and type(array) is np.ndarray and array.dtype == self._dtypes[dtype]:
+        if self.plain(array, dtype):
             return
         self._check_home(name, array)
         if array.dtype != self.dtype(dtype):

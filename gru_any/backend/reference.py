@@ -16,6 +16,7 @@ from .contract import (
     InputProducts,
     Matrix,
     Movable,
+    OneBlock,
     OneStep,
     Output,
     Recurrent,
@@ -73,19 +74,25 @@ class Plain:
         return xp.stack(states), self._stack(saved) if keep or cut else None
 
     def single_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
-        U, *vectors = recurrent
-
-        def one(x: Array, h: Array) -> tuple[Array, Array]:
-            left, right = self.pack_weights(W, U, x.shape[0])
-            a = self.affine(x[None, :, :], left, b)
-            path, _ = self.forward(step, a, h, (right, *vectors), None, False, False)
-            new = path[1, :, :]
-            return new, self.xp.asarray(new, copy=True)
-
-        return one
+        return as_step(Plain.prepare_block(self, step, W, b, recurrent, False))
 
     def prepare_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
         return self.single_step(step, W, b, recurrent)
+
+    def prepare_block(
+        self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent, reverse: bool
+    ) -> OneBlock:
+        U, *vectors = recurrent
+
+        def block(x: Array, h: Array) -> tuple[Array, Array]:
+            left, right = self.pack_weights(W, U, x.shape[0] * x.shape[1])
+            a = self.affine(x, left, b)
+            path, _ = self.forward(step, a, h, (right, *vectors), None, reverse, False)
+            last = path[0 if reverse else -1, :, :]
+            states = path[:-1, :, :] if reverse else path[1:, :, :]
+            return states, self.xp.asarray(last, copy=True)
+
+        return block
 
     def frozen_weights(
         self, step: Step, W: Array, b: Array | None, recurrent: Recurrent, small: str
@@ -222,6 +229,16 @@ class Pieces:
     def array(self) -> Array:
         pieces = [a for _, a in sorted(self.pieces, key=lambda piece: piece[0])]
         return self.xp.concat(pieces, axis=0) if pieces else self.nothing()
+
+
+def as_step(block: OneBlock) -> OneStep:
+    """Return what runs a block of a single step, x (B, I) in place of (1, B, I)."""
+
+    def one(x: Array, h: Array) -> tuple[Array, Array]:
+        states, new = block(x[None, :, :], h)
+        return states[0, :, :], new
+
+    return one
 
 
 def running(xp: Namespace, v: Array, alive: Alive) -> Array:

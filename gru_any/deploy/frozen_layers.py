@@ -5,15 +5,16 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ..backend import Backend, by_place, runner, to_numpy
-from ..backend.contract import Matrix, Runner
+from ..backend.contract import Matrix, OneBlock, Runner
 from ..backend.rounding import SMALL, RoundedTable, restore, round_weights
 from ..equations import Variant
 from ..nn.gru import GRU, LayerStep
 from ..nn.layers import Embedding, Linear
+from ..nn.merge import merge
 from ..nn.params import BackendLike, Layer
 from ..nn.stack import Stack
-from ..nn.sweep import Weights
-from ..typing import Array, Arrays, Device, Namespace
+from ..nn.sweep import ROWS, STEPS, Weights
+from ..typing import Array, Arrays, Device, Lengths, Namespace
 
 REFUSAL = (
     "the weights of a frozen model never change and have no gradients: work on the model that it "
@@ -145,8 +146,9 @@ class FrozenGRU(Frozen, GRU):
                 "a GRU with layer_norm=True cannot be frozen: its steps are not compiled, so there "
                 "is nothing to pack. Call the GRU itself"
             )
-        # the runner that the functions of `step` are for, and these
+        # the runner that the functions of `step` are for, and these; those of calls likewise
         self._layer_steps: tuple[Runner | None, list[LayerStep]] = None, []
+        self._layer_blocks: tuple[Runner | None, list[list[OneBlock]]] = None, []
         super().__init__(layer, weights, name)
 
     def _runs(self) -> Runner:
@@ -181,6 +183,82 @@ class FrozenGRU(Frozen, GRU):
     def _arrays(self) -> Mapping[Any, Any]:
         found: Mapping[Any, Any] = self._form()
         return found
+
+    @by_place
+    def __call__(
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+        skipped: str = "zero",
+    ) -> tuple[Array, Array]:
+        """Run the sequences, as a GRU does."""
+        usual = lengths is mask is resets is None and skipped == "zero"
+        found = self._by_block(x, h0) if usual else None
+        if found is None:
+            return super().__call__(x, h0, lengths, mask=mask, resets=resets, skipped=skipped)
+        return found
+
+    @by_place
+    def last(
+        self,
+        x: Array,
+        h0: Array | None = None,
+        lengths: Lengths | None = None,
+        *,
+        mask: Array | None = None,
+        resets: Array | None = None,
+    ) -> Array:
+        """Return h_n alone, as a GRU does."""
+        found = self._by_block(x, h0) if lengths is mask is resets is None else None
+        if found is None:
+            return super().last(x, h0, lengths, mask=mask, resets=resets)
+        return found[1]
+
+    def _by_block(self, x: Array, h0: Array | None) -> tuple[Array, Array] | None:
+        """Return y and h_n where each sweep is one block of arrays as they stand, else None.
+
+        All that depends on the weights alone is decided before, once, since small calls are many.
+        """
+        home, states = self.backend, self.num_layers * len(self.suffixes)
+        if self.merge is None or self.arithmetic != self.dtype or not home.plain(x, self.dtype):
+            return None
+        y = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
+        T, B, I = y.shape if y.ndim == 3 else (0, 0, 0)
+        if self.input_size != I or not T or not B or max(STEPS, ROWS // B) < T:
+            return None
+        shape = states, B, self.hidden_size
+        if h0 is None:
+            h0 = home.zeros(shape, self.dtype)
+        elif not home.plain(h0, self.dtype) or h0.shape != shape:
+            return None
+        found: list[Array] = []
+        for layer in self._blocks():
+            ys = []
+            for block in layer:
+                outputs, h = block(y, h0[len(found)])
+                ys.append(outputs)
+                found.append(h)
+            y = ys[0] if len(ys) == 1 else merge(home.xp, self.merge, ys)
+        h_n = found[0][None] if states == 1 else home.xp.stack(found)
+        return (y.swapaxes(0, 1) if self.batch_first else y), h_n
+
+    def _blocks(self) -> list[list[OneBlock]]:
+        """Return the functions of each layer, one for each direction."""
+        (made_for, layers), run = self._layer_blocks, self._runner
+        if made_for is not run:
+            layers = [
+                [self._block(run, n, s) for s in self.suffixes] for n in range(self.num_layers)
+            ]
+            self._layer_blocks = run, layers
+        return layers
+
+    def _block(self, run: Runner, layer: int, suffix: str) -> OneBlock:
+        W, b, recurrent = self._form()[layer, suffix]
+        return run.prepare_block(self.variant.step, W, b, recurrent, suffix == "_reverse")
 
     @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:

@@ -7,7 +7,9 @@ owner's reference count therefore says whether its memory is free.
 
 import math
 import sys
+import threading
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -45,6 +47,24 @@ def aligned(shape: Shape, dtype: DType) -> HostArray:
     owner = np.empty(size + ALIGNMENT, np.uint8)
     start = -owner.__array_interface__["data"][0] % ALIGNMENT
     return owner[start : start + size].view(dtype).reshape(shape)
+
+
+class Scratch(threading.local):
+    """Uninitialised arrays, which each thread keeps for its next call if they are small."""
+
+    held: tuple[tuple[int, ...], list[HostArray]] = (), []
+
+    def __init__(self, make: Callable[..., list[HostArray]]) -> None:
+        self.make = make
+
+    def arrays(self, *sizes: int) -> list[HostArray]:
+        """Return what `make` makes for these sizes, perhaps before."""
+        kept, arrays = self.held
+        if kept != sizes:
+            arrays = self.make(*sizes)
+            if sum(v.nbytes for v in arrays) <= tuning.current.scratch_bytes:
+                self.held = sizes, arrays  # at once: a signal handler may call this in between
+        return arrays
 
 
 def forget() -> None:

@@ -1,5 +1,6 @@
 """Numba's runner, which leaves to NumPy's what Numba turns out not to compile here."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,10 @@ class Numba(numba.Numba):
             )
 
     def prepare_step(self, *arguments: Any) -> Any:
-        try:
-            return super().prepare_step(*arguments)
-        except Exception as e:
-            return rescued(
-                e,
-                lambda: super(Numba, self).prepare_step(*arguments),
-                lambda: NumPy.prepare_step(self, *arguments),
-            )
+        return _guarded(super().prepare_step, NumPy.prepare_step, self, arguments)
+
+    def prepare_block(self, *arguments: Any) -> Any:
+        return _guarded(super().prepare_block, NumPy.prepare_block, self, arguments)
 
     def frozen_weights(self, *arguments: Any) -> tuple[Any, Any, Any]:
         try:
@@ -92,6 +89,25 @@ class Numba(numba.Numba):
                 lambda: NumPy.backward(self, *given, _matrix(U), *others),
             )
             return found
+
+
+def _guarded(
+    prepare: Callable[..., Any], instead: Callable[..., Any], run: Numba, arguments: Any
+) -> Any:
+    """Return the function of two arrays that a method prepares, or else another one."""
+    general = instead(run, *arguments)
+    try:
+        fast = prepare(*arguments)
+    except Exception as e:
+        return rescued(e, lambda: prepare(*arguments), lambda: general)
+
+    def call(x: Any, h: Any) -> Any:
+        try:
+            return fast(x, h)
+        except Exception as e:
+            return rescued(e, lambda: fast(x, h), lambda: general(x, h))
+
+    return call
 
 
 def _matrix(M: Any) -> Any:

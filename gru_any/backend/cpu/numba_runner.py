@@ -6,7 +6,7 @@ other at each product. All products are our own: BLAS keeps its threads busy for
 """
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,15 +15,16 @@ from ...codegen.numba_source import NumbaSource
 from ...codegen.schedule import HOST, Kinds, Schedule, backward_schedule, forward_schedule
 from ...codegen.trace import Product
 from ...typing import DType, HostArray, Step
-from ..contract import Extra, OneStep, kinds_of
+from ..contract import Extra, OneBlock, OneStep, kinds_of
+from ..reference import as_step
 from . import tuning
-from .buffers import empty
+from .buffers import Scratch, empty, result
 from .gemv import gemv, ger
 from .jit_cache import compiled
 from .numpy_runner import NumPy
 from .packed import PackedMatrix, ascarray, gemm, kernel_addresses
 from .small import SmallMatrix
-from .threads import Hands, alone, count, parallel_for, run_team
+from .threads import Hands, count, parallel_for, run_team
 
 NONE_ENDED = np.zeros((0, 0), bool)
 
@@ -76,13 +77,33 @@ class Numba(NumPy):
         U, *vectors = recurrent
         if not isinstance(U, PackedMatrix):  # of no frozen model
             W, U = PackedMatrix(W), PackedMatrix(U)
-        many = self.single_step(step, W, b, (U, *vectors))
-        scan = forward_scan(step, len(vectors), False, U.dtype)
+        scan, elements = forward_scan(step, len(vectors), False, U.dtype), W.size + U.size
+        packed = cache(lambda: as_step(scan.packed_block(W, b, U, vectors, False)))
         if isinstance(U, SmallMatrix):
-            few = scan.packed_step(W, b, U, vectors)
-        else:
-            few = scan.stored_step(W.matrix, b, U.matrix, vectors)
-        return lambda x, h: (few if tuning.by_rows(len(x)) else many)(x, h)
+            return packed()
+        stored = cache(lambda: scan.stored_step(W.matrix, b, U.matrix, vectors))
+
+        def one(x: Any, h: Any) -> Any:
+            return (packed if tuning.frozen_packed(len(x), elements) else stored)()(x, h)
+
+        return one
+
+    def prepare_block(self, step: Any, W: Any, b: Any, recurrent: Any, reverse: bool) -> Any:
+        U, *vectors = recurrent
+        if not isinstance(U, PackedMatrix):  # Numba has failed to pack it
+            return super().prepare_block(step, W, b, recurrent, reverse)
+        scan = forward_scan(step, len(vectors), False, U.dtype)
+        packed = scan.packed_block(W, b, U, vectors, reverse)
+        if isinstance(U, SmallMatrix):
+            return packed
+        stored = scan.stored_block(W.matrix, b, U.matrix, vectors, reverse)
+        elements = W.size + U.size
+
+        def block(x: Any, h: Any) -> tuple[Any, Any]:
+            panels = tuning.frozen_packed(x.shape[0] * x.shape[1], elements)
+            return (packed if panels else stored)(x, h)
+
+        return block
 
     def frozen_weights(
         self, step: Any, W: Any, b: Any, recurrent: Any, small: str
@@ -250,37 +271,74 @@ class Scan:
         pairs = self.products(U.shape[1])
         return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
-    def packed_step(
-        self, W: PackedMatrix, b: HostArray | None, U: PackedMatrix, vectors: list[HostArray]
-    ) -> OneStep:
-        """Return what runs single steps, x (B, I) and h (B, H) -> h' and a copy, with few calls.
+    def packed_block(
+        self,
+        W: PackedMatrix,
+        b: HostArray | None,
+        U: PackedMatrix,
+        vectors: list[HostArray],
+        reverse: bool,
+    ) -> OneBlock:
+        """Return what runs blocks of steps by the panels of frozen weights, with few calls.
 
-        The matrices are frozen, W (3H, I) and U (3H, H); b: (3H,) or None, of zeros.
+        It gives the states and a copy of the last. W (3H, I); U (3H, H); b: (3H,) or None.
         """
-        H, scan, steps, dtype = U.shape[1], self.scan, _forwards(1, False), U.dtype
+        H, dtype = U.shape[1], U.dtype
         parts = self._parts(U, W)
         panels = [M.panels(rows, transposed, gates) for M, rows, transposed, gates in parts]
         sources = [M.source(rows, transposed) for M, rows, transposed, _ in parts]
         zeros, functions = np.zeros(3 * H, dtype), kernel_addresses(panels[0].dtype)
         bias, vectors = ascarray(zeros if b is None else b), [ascarray(v) for v in vectors]
         widths = [v.columns * H for v in self.schedule.buffers]
-        size = sum(P.size for P in panels)
+        size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in parts)
 
-        def one(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
-            B = len(x)
-            path, a = np.empty((2, B, H), dtype), np.empty((1, B, 3 * H), dtype)
-            path[0] = h
-            buffers = [np.empty((B, width), dtype) for width in widths]
-            arrays = [*panels, path, a, *vectors, ascarray(x)[None], bias, *buffers, *sources]
+        def made(K: int, B: int) -> list[HostArray]:
+            buffers = [empty((B, width), dtype) for width in widths]
+            return [empty((K, B, 3 * H), dtype), *buffers]
+
+        scratch = Scratch(made)
+
+        def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
+            K, B, _ = x.shape
+            scan, path = self.scan, result((K + 1, B, H), dtype)
+            path[K if reverse else 0] = h
+            a, *buffers = scratch.arrays(K if tuning.inputs_at_once(B) else 1, B)
+            steps = _forwards(K, reverse)
+            arrays = [*panels, path, a, *vectors, ascarray(x), bias, *buffers, *sources]
 
             def call(hands: Hands) -> tuple[int, int]:
                 return scan(*hands, *steps, NONE_ENDED, zeros, False, functions, *arrays)
 
-            members = tuning.team(1, B, H, size, False, count())
-            run_team(call, B, members) if members > 1 else call(alone(B))
-            return path[1], path[1].copy()
+            members = tuning.team(K, B, H, size, False, count())
+            if members > 1:
+                run_team(call, B, members)
+            else:
+                parallel_for(call, B, K * B * size)
+            return _after(path, reverse)
 
-        return one
+        return block
+
+    def stored_block(
+        self,
+        W: HostArray,
+        b: HostArray | None,
+        U: HostArray,
+        vectors: list[HostArray],
+        reverse: bool,
+    ) -> OneBlock:
+        """Return the same for so few rows that the matrices are read as they are stored."""
+        H, dtype = U.shape[1], U.dtype
+        b = np.zeros(3 * H, dtype) if b is None else b
+        W, U, b, *vectors = map(ascarray, (W, U, b, *vectors))
+
+        def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
+            K, B, _ = x.shape
+            a = empty((K, B, 3 * H), dtype)
+            given = ascarray(h), U, a, *vectors, ascarray(x), W, b
+            path, *_ = self.few(*_forwards(K, reverse), NONE_ENDED, *given)
+            return _after(path, reverse)
+
+        return block
 
     def stored_step(
         self, W: HostArray, b: HostArray | None, U: HostArray, vectors: list[HostArray]
@@ -348,6 +406,11 @@ class Scan:
             parallel_for(call, B, K * B * size + packing)
         for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
             M.packed[part.start, part.stop, transposed, gates] = P  # now that it is filled
+
+
+def _after(path: HostArray, reverse: bool) -> tuple[HostArray, HostArray]:
+    """Return the state after each step, and a copy of that after the last step run."""
+    return (path[:-1], path[0].copy()) if reverse else (path[1:], path[-1].copy())
 
 
 def _ended(alive: Any) -> Any:

@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice, takewhile
 from typing import NamedTuple, TypeAlias
 
@@ -148,6 +148,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
 
 
+@lru_cache(maxsize=64)
 def alone(rows: int) -> Hands:
     """Nobody but the caller, who takes all rows."""
     return Hands(NO_BOXES, NOBODY, np.array((0, rows)), NO_TEAM, 0)
@@ -179,12 +180,18 @@ def run_team(call: Call, rows: int, most: int) -> None:
     if crowd.present():
         call(alone(rows))
         return
-    from .barrier import LINE
 
     def by_units(helpers: int) -> tuple[list[int], HostArray]:
-        return [0, rows], np.zeros(LINE * (helpers + 2), np.int64) if helpers else NO_TEAM
+        return [0, rows], np.zeros(_line() * (helpers + 2), np.int64) if helpers else NO_TEAM
 
     _shared(call, most - 1, by_units)
+
+
+@cache
+def _line() -> int:
+    from .barrier import LINE  # which needs Numba
+
+    return LINE
 
 
 def _shared(call: Call, wanted: int, split: Callable[[int], tuple[list[int], HostArray]]) -> None:

@@ -38,8 +38,9 @@ class Tuning(NamedTuple):
     stored_rows: int = 12  # at most, for which weights are never packed; bench 20,1,64,64
     packed_rows: int = 100  # more than these, and weights are always packed; bench 100,1,64,64
     packed_work: int = 4_000_000  # of the rows between, more than which is worth packing; loop
-    frozen_rows: int = 2  # at most, for which not even weights that are packed pay; loop
-    frozen_work: int = 500_000  # at most, likewise; loop
+    frozen_work: int = 500_000  # at most, for which not even weights that are packed pay; loop
+    frozen_rows: int = 3  # at most, likewise; loop
+    frozen_elements: int = 1_500_000  # of weights, more than which pay whatever the rows are; loop
     copy_work: int = 8  # in the time that it takes to pack one element; loop
     blas_work: int = 250_000  # of one product, below which BLAS wakes no threads; loop
 
@@ -55,6 +56,7 @@ class Tuning(NamedTuple):
 
     # buffers
     buffer_bytes: int = 2**16  # of a buffer, at least: smaller arrays need no new page; chosen
+    scratch_bytes: int = 2**20  # that a thread keeps for a frozen layer, at most; chosen
     kept_bytes: int = 2**28  # of all buffers that are kept, at most; chosen
 
 
@@ -80,12 +82,9 @@ def packed(rows: int, elements: int) -> bool:
 
 def frozen_packed(rows: int, elements: int) -> bool:
     """Decide whether rows are multiplied by the panels of frozen weights of so many elements."""
-    return rows > current.frozen_rows and rows * elements > current.frozen_work
-
-
-def by_rows(rows: int) -> bool:
-    """Decide whether rows are multiplied one by one."""
-    return rows <= current.few_rows
+    v = current
+    many = rows > v.frozen_rows or elements > v.frozen_elements
+    return many and rows * elements > v.frozen_work
 
 
 def by_blas(rows: int, K: int, N: int) -> bool:
