@@ -163,6 +163,9 @@ def test_models_that_do_not_fit(interactive):
     two = Chain(Embedding(3, 2), GRU(2, 2, bidirectional=True), Linear(4, 3))
     with pytest.raises(SystemExit, match="a GRU that reads forward"):
         interactive.page("abc", two, "a")
+    normalised = GRU(2, 2, reset_after=True, layer_norm=True)
+    with pytest.raises(SystemExit, match="without layer normalisation"):
+        interactive.page("abc", Chain(Embedding(3, 2), normalised, Linear(2, 3)), "a")
     one = Chain(Embedding(3, 2), GRU(2, 2), Linear(2, 3))
     with pytest.raises(SystemExit, match="holds nothing that the model knows"):
         interactive.page("abc", one, "xyz")

@@ -121,32 +121,44 @@ class Group(NamedTuple):
         Those that make means come first, and store nothing. What a loop has not stored is computed
         again by those after it that need it.
         """
-        rows, depth = set[int](), dict[int, int]()  # depth: how many loops come before a column
+        rows, depth = self._depths()
+        return [*self._loops_of_means(rows, depth), *self._loops_of_stores(rows, pairs)]
+
+    def _depths(self) -> tuple[set[int], dict[int, int]]:
+        """Return the columns with one number for each row, and how many loops come before each."""
+        rows, depth = set[int](), dict[int, int]()
         for op in self.ops:
             depth[op.output] = max([0, *(depth.get(c, 0) for c in op.columns)])
             if op.of_rows(rows):
                 rows.add(op.output)
                 depth[op.output] += op.name == MEAN
-        known, found = {load.column: load for load in self.loads}, list[Loop]()
+        return rows, depth
+
+    def _loops_of_means(self, rows: set[int], depth: dict[int, int]) -> list[Loop]:
+        found, known = [], {load.column: load for load in self.loads}
         for n in range(1, max([0, *depth.values()]) + 1):
             of_row = [op for op in self.ops if op.output in rows and depth[op.output] == n]
             means = [op for op in of_row if op.name == MEAN]
-            loop = self._loop([c for op in means for c in op.columns], [], rows, known)
+            loop = self._loop({c for op in means for c in op.columns}, [], rows, known)
             others = [op for op in of_row if op.name != MEAN]
             found.append(loop._replace(means=means, rows=others))
+        return found
+
+    def _loops_of_stores(self, rows: set[int], pairs: int) -> list[Loop]:
+        found, known = [], {load.column: load for load in self.loads}
         place = {op.output: n for n, op in enumerate(self.ops)}
-        stores: list[Store] = []
+        loop = self._loop(set(), [], rows, known)
         for store in sorted(self.stores, key=lambda store: place.get(store.column, -1)):
-            loop = self._loop([], [*stores, store], rows, known)
-            if stores and loop.pairs > pairs:
-                found.append(self._loop([], stores, rows, known))
-                known |= {v.column: Load(v.column, v.place) for v in stores}
-                stores = []
-            stores.append(store)
-        return [*found, self._loop([], stores, rows, known)]
+            longer = self._loop(set(), [*loop.stores, store], rows, known)
+            if loop.stores and longer.pairs > pairs:
+                found.append(loop)
+                known |= {v.column: Load(v.column, v.place) for v in loop.stores}
+                longer = self._loop(set(), [store], rows, known)
+            loop = longer
+        return [*found, loop]
 
     def _loop(
-        self, columns: list[int], stores: list[Store], rows: set[int], known: dict[int, Load]
+        self, columns: set[int], stores: list[Store], rows: set[int], known: dict[int, Load]
     ) -> Loop:
         """Return the loop that makes these columns and stores."""
         needed, ops = {*columns, *(store.column for store in stores)}, []

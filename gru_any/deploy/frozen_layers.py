@@ -141,11 +141,6 @@ class FrozenGRU(Frozen, GRU):
     """A GRU that `freeze` has made."""
 
     def __init__(self, layer: GRU, weights: str, name: str = "") -> None:
-        if layer.layer_norm:
-            raise ValueError(
-                "a GRU with layer_norm=True cannot be frozen: its steps are not compiled, so there "
-                "is nothing to pack. Call the GRU itself"
-            )
         # the runner that the functions of `step` are for, and these; those of calls likewise
         self._layer_steps: tuple[Runner | None, list[LayerStep]] = None, []
         self._layer_blocks: tuple[Runner | None, list[list[OneBlock]]] = None, []
