@@ -63,8 +63,9 @@ CONVERT = {
 IMPORT = re.compile(r"from gru_any[\w.]* import [\w, ]+")
 # source for a compiler that imports what is compiled with it
 PRINTED = {
-    "codegen/numba_source": {"backend/cpu/barrier", "backend/cpu/gemm", "backend/cpu/handoff"},
+    "codegen/numba_source": {f"backend/cpu/{n}" for n in ("barrier", "gemm", "handoff", "stored")},
     "backend/cpu/packed": {"backend/cpu/barrier", "backend/cpu/gemm", "backend/cpu/handoff"},
+    "backend/cpu/unpacked": {f"backend/cpu/{n}" for n in ("barrier", "gemm", "handoff", "stored")},
     "backend/cpu/threads": {"backend/cpu/barrier", "backend/cpu/handoff"},
 }
 LIBRARIES = {"numpy", "cupy", "torch", "jax", "jax.numpy", "array_api_strict"}

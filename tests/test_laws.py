@@ -128,7 +128,6 @@ def law(check: Callable[[Case], None]) -> Any:
             check(case)
 
         few = {"thread_work": 1, "team_step_work": 1, "team_units": 4, "packed_rows": 0}
-        few["stored_rows"] = 0
         mode = running({"shared": "packed"}.get(path, path)) if path else nullcontext()
         with mode, tuned(**few) if place == "shared" else nullcontext(), at.strictly():
             hold()

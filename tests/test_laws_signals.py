@@ -38,7 +38,7 @@ def test_a_signal_in_the_middle_of_a_call(path, B, monkeypatch):
             monkeypatch.setattr(module, "count", lambda: 2)
     usual, before, stopped = signal.signal(signal.SIGALRM, stop), problem(), 0
     try:
-        with running(path), tuned(thread_work=1, team_step_work=1, team_units=64, stored_rows=0):
+        with running(path), tuned(thread_work=1, team_step_work=1, team_units=64, packed_rows=0):
             expected = everything()
             for delay in np.geomspace(2e-5, 2e-2, 25):
                 try:

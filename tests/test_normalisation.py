@@ -4,7 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, require, running, tuned
+from conftest import HOST, PATHS, require, running
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
 from gru_any import (
@@ -253,31 +253,21 @@ def test_every_path_drops_the_same(path):
         assert_same(results(gru, *arrays, **given), expected, 1e-12)
 
 
-@pytest.mark.parametrize("T", [1, 2])
-def test_a_few_steps_of_a_batch(T):
-    """By BLAS, where that is faster."""
-    gru = make(H=64, layers=1)
-    arrays = batch(gru, T=T, B=16)
-    with running("plain"):
-        expected = results(gru, *arrays)
-    with tuned(brief_work=0):
-        run = gru._runner.for_call(T, 16, 64)
-        assert type(run).__name__ == "Brief" or "compiled" not in PATHS
-        assert_same(results(gru, *arrays), expected, 1e-12)
-
-
-def test_a_team_of_threads(monkeypatch):
+@pytest.mark.parametrize(("way", "B", "decision"), [
+    ("packed", 9, "team"), ("compiled", 3, "team_in_place")
+])  # fmt: skip
+def test_a_team_of_threads(way, B, decision, monkeypatch):
     """Threads that share the units take the mean of all of them."""
     if "compiled" not in PATHS:
         pytest.skip("numba is not installed")
     from gru_any.backend.cpu import numba_runner
 
     gru = make("float32", layers=1, bidirectional=False, H=64)
-    x, h0, dy, dh = batch(gru, T=300, B=9)
+    x, h0, dy, dh = batch(gru, T=300 if way == "packed" else 30, B=B)
     runs = []
     for members in (1, 2, 2, 2):
-        monkeypatch.setattr(numba_runner.tuning, "team", lambda *_, n=members: n)
-        with running("packed"):
+        monkeypatch.setattr(numba_runner.tuning, decision, lambda *_, n=members: n)
+        with running(way):
             runs.append(results(gru, x, h0, dy, dh))
     for found in runs[1:]:
         assert all(np.array_equal(found[name], v) for name, v in runs[0].items())

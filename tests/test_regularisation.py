@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, require, running, tuned
+from conftest import HOST, PATHS, require, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
@@ -406,23 +406,6 @@ def test_cuda(way, after, dtype, monkeypatch):
         assert_same(found, expected, 1e-13 if dtype == "float64" else 1e-2)
     modes._runner.cache_clear()
     modes._on_cuda.cache_clear()
-
-
-@VARIANTS
-@pytest.mark.parametrize("T", [1, 2])
-def test_brief_calls(after, T, monkeypatch):
-    if "compiled" not in PATHS:
-        pytest.skip("numba is not installed")
-    from gru_any.backend.cpu import numba_runner
-
-    monkeypatch.setattr(numba_runner, "count", lambda: 2)
-    gru = make(after, layers=1, **ALL)
-    arrays = batch(gru, T=T, B=16)
-    with running("plain"):
-        expected = run(gru, *arrays, **flags(T, 16))
-    with running("compiled"), tuned(brief_work=1):
-        assert type(gru._runner.for_call(T, 16, 4)).__name__ == "Brief"
-        assert_same(run(gru, *arrays, **flags(T, 16)), expected, 1e-13)
 
 
 # where models go ---------------------------------------------------------------------------------

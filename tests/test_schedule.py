@@ -18,7 +18,6 @@ from gru_any.codegen import (
     trace,
 )
 from gru_any.codegen.__main__ import page
-from gru_any.codegen.brief_source import BriefSource
 from gru_any.codegen.javascript_source import javascript
 from gru_any.codegen.numba_source import NumbaSource
 from gru_any.codegen.numpy_source import NumPySource
@@ -142,7 +141,7 @@ def test_the_stages_do_what_the_step_does(step, target):
         np.testing.assert_allclose(found[on[:, 0]], value[on[:, 0]], rtol=1e-13)
 
 
-def run_on_numpy(source, schedule, *loops):
+def run_on_numpy(source, schedule):
     """Run a printed scan of one step -> the state and the extras."""
     a, h, U, c = problem()
     path = np.empty((2, H, B)).swapaxes(1, 2)
@@ -150,7 +149,7 @@ def run_on_numpy(source, schedule, *loops):
     extras = [np.empty((1, H, B)).swapaxes(1, 2) for _ in schedule.extras]
     a = np.ascontiguousarray(a[None].swapaxes(1, 2)).swapaxes(1, 2)
     arrays = [*columns_of(a, 3), turned(a)[:, : 2 * H], *map(turned, (path[:1], path[1:], *extras))]
-    scan = executed(source, *loops)
+    scan = executed(source)
     scan(steps_over(arrays, None, False), U, [c[:, None].repeat(B, axis=1)], (H, B), a.dtype)
     return path[1], *(v[0] for v in extras)
 
@@ -167,20 +166,18 @@ def test_numpy_does_what_the_step_does(step):
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
 @pytest.mark.parametrize("step", [beside_an_input, products_as_results])
 def test_numba_does_what_the_step_does(step):
+    from gru_any.backend.cpu import unpacked
     from gru_any.backend.cpu.jit_cache import compiled
 
     schedule, (a, h, U, c) = forward_schedule(step, 1, True, HOST), problem()
     result, extras = step(np, a, h, U, c)
-    brief = BriefSource(schedule, "float64")
-    found = [run_on_numpy(brief, schedule, vars(compiled(brief.loops)))]
     steps = (np.array([n]) for n in (0, 0, 1))
     none = np.zeros((0, 0), bool), np.zeros((1, B, 0)), np.zeros((3 * H, 0)), np.zeros(3 * H)
-    few = compiled(NumbaSource(schedule, "float64").few()).few
-    path, *kept = few(*steps, none[0], h, U, a[None], c, *none[1:])
-    found.append((path[1], *(v[0] for v in kept)))
-    for ours in found:
-        for one, value in zip(ours, (result, *extras), strict=True):
-            np.testing.assert_allclose(one, np.broadcast_to(value, (B, H)), rtol=1e-12)
+    few = compiled(NumbaSource(schedule, "float64").stored()).few
+    functions = unpacked.addresses(np.dtype("float64"))
+    path, *kept = few(functions, *steps, none[0], h, U, a[None], c, *none[1:])
+    for ours, value in zip((path[1], *(v[0] for v in kept)), (result, *extras), strict=True):
+        np.testing.assert_allclose(ours, np.broadcast_to(value, (B, H)), rtol=1e-12)
 
 
 def test_a_backward_scan_reads_what_stands_side_by_side():
@@ -207,8 +204,7 @@ def test_a_new_operation_is_one_entry_for_each_target(monkeypatch):
     printer = NumPySource(schedule)
     assert "absolute(before, " in printer.source()
     np.testing.assert_array_equal(run_on_numpy(printer, schedule)[0], np.abs(h) + c)
-    for source in (NumbaSource(schedule, "float32").scan(), BriefSource(schedule, "float32").loops):
-        assert "= abs(v3)" in source
+    assert "= abs(v3)" in NumbaSource(schedule, "float32").scan()
     for number, name in (("float32", "fabsf"), ("float64", "fabs")):
         scan = cuda_source.forward_scan(step, 1, True, number)
         assert f"= {name}(v3);" in scan.set_table.source

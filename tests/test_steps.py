@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, running, tuned
+from conftest import HOST, PATHS, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
@@ -218,25 +218,6 @@ def test_taps(path, after):
         expected = {**gru.taps(*own), "g": gru.vjp(*own)[1].taps(dy[at], np.where(leaves, dh, 0.0))}
         for name, v in expected.items():
             assert np.allclose(found[name][:, at], v, rtol=0, atol=1e-13)
-
-
-@VARIANTS
-@pytest.mark.parametrize("T", [1, 2])
-def test_brief_calls(after, T, monkeypatch):
-    from gru_any.backend.cpu import numba_runner
-
-    if "compiled" not in PATHS:
-        pytest.skip("numba is not installed")
-    monkeypatch.setattr(numba_runner, "count", lambda: 2)
-    gru = make(after, layers=1)
-    x, h0, dy, dh = drawn(gru, T, 16, 0)
-    rng = np.random.default_rng(0)
-    options = {"mask": ~flags(rng, T, 16, 0.3), "resets": flags(rng, T, 16, 0.5)}
-    with running("plain"):
-        expected = results(gru, x, h0, dy, dh, **options)
-    with running("compiled"), tuned(brief_work=1):
-        assert type(gru._runner.for_call(T, 16, 4)).__name__ == "Brief"
-        assert_same(results(gru, x, h0, dy, dh, **options), expected, 1e-13)
 
 
 @pytest.mark.usefixtures("compiler")

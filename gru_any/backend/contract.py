@@ -299,6 +299,3 @@ class Runner(Scans, Products, Memory, Schedules, Protocol):
     xp: Namespace
     device: Device
     whole: bool  # whether all steps are one block
-
-    def for_call(self, steps: int, rows: int, units: int) -> "Runner":
-        """Return the runner for a call of so many steps, rows of the batch and units."""

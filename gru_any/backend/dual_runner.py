@@ -158,9 +158,6 @@ class DualRunner(Plain):
         super().__init__(xp, device)
         self.inner, self.whole = inner, inner.whole
 
-    def for_call(self, steps: int, rows: int, units: int) -> "DualRunner":
-        return DualRunner(self.xp, self.device, self.inner.for_call(steps, rows, units))
-
     def product(self, left: Array, right: Matrix) -> Array:
         product, (a, b) = self.inner.product, (value_of(left), value_of(right))
         dots = [product(left.dot, b)] if isinstance(left, Dual) else []

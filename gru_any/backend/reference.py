@@ -34,9 +34,6 @@ class Plain:
     def __init__(self, xp: Namespace, device: Device) -> None:
         self.xp, self.device = xp, device
 
-    def for_call(self, steps: int, rows: int, units: int) -> Runner:
-        return self
-
     def pack_weights(self, W: Matrix, U: Matrix, rows: int) -> tuple[Matrix, Matrix]:
         return W, U
 

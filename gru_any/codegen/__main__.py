@@ -99,7 +99,7 @@ def page() -> str:
     host = forward_schedule(step, 0, False, HOST)
     scan = forward_scan(step, 0, False, "float32")
     in_place = forward_schedule(step, 0, False, IN_PLACE)
-    numba, cuda = NumbaSource(host, "float32").few(), scan.set_table.source
+    numba, cuda = NumbaSource(host, "float32").stored(), scan.set_table.source
     return PAGE.format(
         equation=_box("py", getsource(step)),
         program=_box("text", str(forward_program(step, 0, False))),

@@ -35,48 +35,11 @@ from numba import njit
 from gru_any.backend.cpu.barrier import barrier_wait, join_team, share_of
 from gru_any.backend.cpu.gemm import UNIT_BYTES, gemm, pack_units
 from gru_any.backend.cpu.handoff import entry_of, share
+from gru_any.backend.cpu.stored import multiply
 
 f = np.{dtype}
 UNIT = UNIT_BYTES // f(0).itemsize
 flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits whatever is stored
-
-
-@njit(nogil=True, error_model="numpy", fastmath={{"reassoc", "contract"}})
-def gemv(x, left, U, y):
-    """y = x[:, left:] U^T for few rows, where U is not worth packing: all meet four of its rows."""
-    four = len(U) - len(U) % 4
-    for k in range(0, four, 4):
-        for b in range(len(x)):
-            v = x[b, left : left + U.shape[1]]
-            p = q = r = s = f(0)
-            for j in range(len(v)):
-                p += v[j] * U[k, j]
-                q += v[j] * U[k + 1, j]
-                r += v[j] * U[k + 2, j]
-                s += v[j] * U[k + 3, j]
-            y[b, k], y[b, k + 1], y[b, k + 2], y[b, k + 3] = p, q, r, s
-    for k in range(four, len(U)):
-        for b in range(len(x)):
-            v = x[b, left : left + U.shape[1]]
-            p = f(0)
-            for j in range(len(v)):
-                p += v[j] * U[k, j]
-            y[b, k] = p
-
-
-@njit(nogil=True, error_model="numpy", fastmath={{"contract"}})
-def gemv_t(x, U, y):
-    """y = x U for one row, likewise."""
-    four = len(U) - len(U) % 4
-    y[:] = f(0)
-    for k in range(0, four, 4):
-        p, q, r, s = x[k], x[k + 1], x[k + 2], x[k + 3]
-        c, d, e, g = U[k], U[k + 1], U[k + 2], U[k + 3]
-        for j in range(len(y)):
-            y[j] += p * c[j] + q * d[j] + (r * e[j] + s * g[j])
-    for k in range(four, len(U)):
-        for j in range(len(y)):
-            y[j] += x[k] * U[k, j]
 
 
 @njit(**flags)
@@ -89,12 +52,23 @@ def part(v, start, shape):
 
 
 @njit(**flags)
-def affine(x, W, b, a):
-    """a = x W^T + b, likewise."""
-    gemv(x, 0, W, a)
+def of_units(functions, transposed, x, column, M, y, first, last, gates, H, left, right):
+    """y = x[:, column : column + K] M or M^T, in some rows, and in some units of all gates."""
+    if right - left == H:
+        multiply(functions, transposed, x, column, M, y, first, last, 0, gates * H)
+        return
+    for g in range(0, gates * H, H):
+        multiply(functions, transposed, x, column, M, y, first, last, g + left, g + right)
+
+
+@njit(**flags)
+def affine(functions, transposed, x, M, b, a, H, left, right):
+    """a = x M or x M^T, and b, in some units."""
+    of_units(functions, transposed, x, 0, M, a, 0, len(x), 3, H, left, right)
     for r in range(len(x)):
-        for j in range(len(b)):
-            a[r, j] += b[j]
+        for g in range(0, 3 * H, H):
+            for j in range(g + left, g + right):
+                a[r, j] += b[j]
 
 
 '''
@@ -143,7 +117,7 @@ STEP = dict.fromkeys((Kind.PROJECTION, Kind.STEPS, Kind.ROWS), "t")
 STEP |= {Kind.BEFORE: "i", Kind.AFTER: "o"}
 SCAN = Scope(("first", "last"), ("left", "right"), STEP | {Kind.PROJECTION: "s"}, Matrices.PACKED)
 BARRIER = "times = barrier_wait(sync, me, count, times)"
-FEW = Scope(("0", "B"), ("0", "H"), STEP, Matrices.STORED)
+STORED = SCAN._replace(entries=STEP, matrices=Matrices.STORED)
 ONCE = Scope(
     ("0", "B"), ("0", "H"), dict.fromkeys(STEP, "0") | {Kind.AFTER: "1"}, Matrices.CONTIGUOUS
 )
@@ -202,13 +176,7 @@ class NumbaSource:
             f"    {left}, {right} = share_of(H, UNIT, me, count)",
             *(f"    {line}" for line in packs),
             "",
-            "@njit(**flags)",
-            f"def scan({first}, {last}, me, sync, {given}):",
-            "    me, count = join_team(sync, me)",
-            f"    H, times = {self.state.name}.shape[2], np.intp(2)",
-            "    if me >= count:",
-            "        return",
-            f"    {left}, {right} = share_of(H, UNIT, me, count)",
+            *self._scan_begins(given),
             "    if fresh and len(sync) > 0:",
             *(f"        {line}" for line in packs),
             *self._steps(SCAN),
@@ -225,37 +193,52 @@ class NumbaSource:
             "",
         ])  # fmt: skip
 
-    def few(self) -> str:
-        """A module with `few`, which is `scan` for so few rows that no matrix is worth packing.
+    def stored(self) -> str:
+        """A module with `few`, a scan for so few rows that no matrix is worth packing.
 
-        In one thread; it returns the results. h: the state before the first step.
+        In one thread; it returns the results. functions: as of `stored.multiply`. h: the state
+        before the first step. `shared` is the
+        same for a team, as of `scan`, which fills the arrays that it is given.
         """
         given = [array for array in self.arrays if array not in self.results]
         axes = {array.name: AXES.get(array.kind, ":, :, ::1") for array in given}
         if self.schedule.forward:
             axes |= {"x": ":, :, ::1", "W": ":, ::1", "bias": "::1"}
-        kinds = ["int64[::1]"] * 3 + ["boolean[:, ::1]"]
+        kinds = ["int64[::1]"] * 4 + ["boolean[:, ::1]"]
         kinds += [f"{self.dtype}[:, ::1]"] * 2
         kinds += [f"{_number(name, self.dtype)}[{of}]" for name, of in axes.items()]
         rows = [gemm.product.rows for gemm in self.schedule.gemms]
         parts = [f"U[{of.start} * H : {of.stop} * H]" for of in rows]
+        made = [array.name for array in (*self.results, *self.schedule.buffers)]
+        all_given = f"functions, ts, ins, outs, ended, U, {', '.join([*axes, *made])}"
         return "\n".join([
             *self._head(),
-            f"@njit('({', '.join(kinds)})', cache=CACHE, **flags)",
-            f"def few(ts, ins, outs, ended, h, U, {', '.join(axes)}):",
-            "    K, (B, H) = len(ts), h.shape",
+            *self._scan_begins(all_given),
             *(f"    {name} = {part}" for name, part in zip(self.matrices, parts, strict=True)),
+            *self._steps(STORED),
+            "",
+            "scan_entry = entry_of(scan)",
+            "",
+            f"@njit('({', '.join(kinds)})', cache=CACHE, **flags)",
+            f"def few(functions, ts, ins, outs, ended, h, U, {', '.join(axes)}):",
+            "    K, (B, H) = len(ts), h.shape",
             *self._made(),
             *self._begun("ins[0]"),
-            *self._steps(FEW),
+            f"    scan(np.intp(0), np.intp(B), np.intp(0), np.empty(0, np.int64), {all_given})",
             f"    return {', '.join(array.name for array in self.results)},",
+            "",
+            "@njit(cache=CACHE, **flags)",
+            f"def shared(boxes, hired, edges, sync, polls, {all_given}):",
+            "    return share("
+            f"boxes, hired, edges, sync, polls, *scan_entry((sync, {all_given})))",
             "",
         ])  # fmt: skip
 
     def step(self) -> str:
         """A module with `step` for few rows, x (B, I), h (B, H) -> new (B, H), and the same as y.
 
-        weights: W^T (I, 3H), each product's matrix as it multiplies, bias (3H,), and the vectors.
+        functions: as of `stored.multiply`. weights: W^T (I, 3H), each product's matrix as it
+        multiplies, bias (3H,), and the vectors.
         """
         shapes = {"W": "(x.shape[1], 3 * H)"}
         for name, gemm in zip(self.matrices, self.schedule.gemms, strict=True):
@@ -265,23 +248,34 @@ class NumbaSource:
         matrix = f"{self.dtype}[:, ::1]"
         return "\n".join([
             *self._head(),
-            f"@njit('void({', '.join([matrix] * 4)}, {self.dtype}[::1])', cache=CACHE, **flags)",
-            "def step(x, h, y, new, weights):",
+            f"@njit('void(int64[::1], {', '.join([matrix] * 4)}, {self.dtype}[::1])', "
+            "cache=CACHE, **flags)",
+            "def step(functions, x, h, y, new, weights):",
             "    K, (B, H), end = 1, h.shape, 0",
             *(f"    {name}, end = part(weights, end, {shape})" for name, shape in shapes.items()),
             *self._made(),
             "    a = np.empty((1, B, 3 * H), f)",
             *self._begun("0"),
-            "    for b in range(B):",
-            "        gemv_t(x[b], W, a[0, b])",
-            "        for j in range(3 * H):",
-            "            a[0, b, j] += bias[j]",
+            "    affine(functions, False, x, W, bias, a[0], H, 0, H)",
             *(f"    {line}" for line in self._stages(ONCE)),
             "    for b in range(B):",
             "        for j in range(H):",
             f"            y[b, j] = new[b, j] = {self.state.name}[1, b, j]",
             "",
         ])  # fmt: skip
+
+    def _scan_begins(self, given: str) -> list[str]:
+        """The first lines of a function `scan`, in which members of a team share the units."""
+        (first, last), (left, right) = SCAN.rows, SCAN.units
+        return [
+            "@njit(**flags)",
+            f"def scan({first}, {last}, me, sync, {given}):",
+            "    me, count = join_team(sync, me)",
+            f"    H, times = {self.state.name}.shape[2], np.intp(2)",
+            "    if me >= count:",
+            "        return",
+            f"    {left}, {right} = share_of(H, UNIT, me, count)",
+        ]
 
     def _head(self) -> list[str]:
         """The lines before a function: what it imports and calls."""
@@ -325,10 +319,14 @@ class NumbaSource:
 
     def _projection(self, scope: Scope) -> tuple[list[str], list[str]]:
         """The lines before all steps and those before each that fill `a`."""
-        if scope.matrices is Matrices.STORED:
-            loop = "for n in range(len(x) if x.shape[2] else 0):"
-            return [loop, "    affine(x[n], W, bias, a[n])"], []
         (first, last), units = scope.rows, ", ".join(scope.units)
+        if scope.matrices is Matrices.STORED:
+            flat = "x.reshape(rows, I), W, bias, a.reshape(rows, 3 * H)"
+            return [
+                "I, rows = x.shape[2], x.shape[0] * x.shape[1]",
+                "if I and rows:",
+                f"    affine(functions, True, {flat}, H, {units})",
+            ], []
         fill = "gemm(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, {}, {}, " + units + ")"
         whole = "x.reshape(K * B, I)", "a.reshape(K * B, 3 * H)", f"{first} * K", f"{last} * K"
         s = scope.entries[Kind.PROJECTION]
@@ -349,13 +347,13 @@ class NumbaSource:
         for n, stage in enumerate(self.schedule.stages):
             if isinstance(stage, Gemm):
                 found += _product(stage, next(matrices), scope)
-                if scope.matrices is Matrices.PACKED and self._reads_one_buffer:
+                if scope.matrices is not Matrices.CONTIGUOUS and self._reads_one_buffer:
                     found.append(BARRIER)
             else:
                 arrays = map(scope.entry, _arrays(stage))
                 call = f"fused{n}({', '.join([*scope.rows, *scope.units, 'H', *arrays])})"
                 # a mean reads all of a row, which no other thread may still write, or write anew
-                shared = stage.means and scope.matrices is Matrices.PACKED
+                shared = stage.means and scope.matrices is not Matrices.CONTIGUOUS
                 found += [BARRIER, call, BARRIER] if shared else [call]
         return found
 
@@ -370,10 +368,10 @@ def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
             f"gemm(functions[{gates - 1}], np.intp({gates}), {x}, {first} * H, {matrix}, "
             f"zeros, {out}, {b}, {end}, {units})",
         ]
-    if scope.matrices is Matrices.STORED and gemm.product.transposed:
-        return [f"gemv({x}, {first} * H, {matrix}, {out})"]
-    row = f"{x}[b, {first} * H : {first + gemm.width} * H]"
-    return [f"for b in range({b}, {end}):", f"    gemv_t({row}, {matrix}, {out}[b])"]
+    stored = scope.matrices is Matrices.STORED
+    of = f"{x}, {first} * H, {matrix}, {out}, {b}, {end}, {gates}, H, {units}"
+    transposed = stored and gemm.product.transposed
+    return [*([BARRIER] if stored else []), f"of_units(functions, {transposed}, {of})"]
 
 
 def _number(name: str, dtype: str) -> str:

@@ -1,7 +1,6 @@
 """From a schedule to source for NumPy: one function that runs a scan, as calls that write in place.
 
-The rows of the batch are innermost in memory: a step sees arrays (columns H, B). `HostSource` has
-what does not depend on how a group runs; `NumPySource` prints a call for each operation.
+The rows of the batch are innermost in memory: a step sees arrays (columns H, B).
 """
 
 from collections import Counter
@@ -36,50 +35,50 @@ def _part(name: str, first: int, count: int) -> str:
     return f"{name}[{first} * H : {first + count} * H]"
 
 
-class HostSource:
-    """A scan whose products are NumPy's; a subclass prints the groups."""
+def _in_register(array: ArrayRef) -> bool:
+    """Whether this is a column that any register may hold."""
+    return array.columns == 1 and array.kind in (Kind.OPERAND, Kind.SPILL)
+
+
+class NumPySource:
+    """A scan as a call for each operation; the same one on two columns side by side is one call.
+
+    A column without a place of its own gets a register: a buffer (H, B), or the column of a
+    product whose value no operation needs again.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.setup: list[str] = []  # lines before the first step
         self.body: list[str] = []  # lines of one step
         self.functions = {"matmul", "copyto", "empty", "array"}  # of NumPy, that `source` calls
+        made = {op.output for group in schedule.groups for op in group.ops}
+        loads = [load for group in schedule.groups for load in group.loads]
+        self.homes = {load.column: column(load.place) for load in loads if load.column not in made}
+        self.registers: set[str] = set()
+        self.free: list[str] = []
+        self.constants: dict[float, str] = {}
+        self.pairs: dict[tuple[str, str], str] = {}
+        for array in schedule.arrays:
+            if array.kind is Kind.PROJECTION:
+                self._pair(array, 0)
+        order: list[Op | Product] = []
+        self.rows = set[int]()  # the columns that have one number for each row, arrays (B,)
+        for stage in schedule.stages:
+            order += [stage.product] if isinstance(stage, Gemm) else stage.ops
+        for op in order:
+            if isinstance(op, Op) and op.of_rows(self.rows):
+                self.rows.add(op.output)
+        self.uses = Counter(i for op in order for i in op.columns)
+        self.last = {i: op for op in order for i in op.columns}
         for array in schedule.buffers:
-            if not self.in_register(array):
-                self.allocate(array)
+            if not _in_register(array):
+                self._allocate(array)
         for n, stage in enumerate(schedule.stages):
             if isinstance(stage, Gemm):
-                self.product(n, stage)
+                self._product(n, stage)
             else:
-                self.group(n, stage)
-
-    def in_register(self, array: ArrayRef) -> bool:
-        """Whether `group` finds memory for this buffer."""
-        return False
-
-    def group(self, n: int, group: Group) -> None:
-        """Add the lines of a group, which is stage n."""
-        raise NotImplementedError
-
-    def product(self, n: int, gemm: Gemm) -> None:
-        """Add the lines of a product, which is stage n."""
-        rows = gemm.product.rows
-        matrix = f"M[{rows.start} * H : {rows.stop} * H]" + ".T" * (not gemm.product.transposed)
-        self.setup.append(f"M{n} = {matrix}")
-        self.body.append(f"matmul(M{n}, {self.operand(gemm)}, {gemm.out.name})")
-
-    def operand(self, gemm: Gemm) -> str:
-        """What a product reads, (width H, B)."""
-        (array, first), width = gemm.operand, gemm.width
-        if width == 1:
-            return column(gemm.operand)
-        return array.name if width == array.columns else _part(array.name, first, width)
-
-    def allocate(self, array: ArrayRef) -> None:
-        """Make a buffer before the first step, with names for its columns."""
-        self.setup.append(f"{array.name} = empty(({array.columns} * H, B), dtype)")
-        for i in range(array.columns if array.columns > 1 else 0):
-            self.setup.append(f"{column(Place(array, i))} = {_part(array.name, i, 1)}")
+                self._group(stage)
 
     def variables(self) -> list[str]:
         """What a step finds in its entry of `over`: arrays, columns of wide ones, and a pair."""
@@ -118,54 +117,22 @@ class HostSource:
             "",
         ])  # fmt: skip
 
-
-class NumPySource(HostSource):
-    """A scan as a call for each operation; the same one on two columns side by side is one call.
-
-    A column without a place of its own gets a register: a buffer (H, B), or the column of a
-    product whose value no operation needs again.
-    """
-
-    def __init__(self, schedule: Schedule) -> None:
-        made = {op.output for group in schedule.groups for op in group.ops}
-        loads = [load for group in schedule.groups for load in group.loads]
-        self.homes = {load.column: column(load.place) for load in loads if load.column not in made}
-        self.registers: set[str] = set()
-        self.free: list[str] = []
-        self.constants: dict[float, str] = {}
-        self.pairs: dict[tuple[str, str], str] = {}
-        for array in schedule.arrays:
-            if array.kind is Kind.PROJECTION:
-                self._pair(array, 0)
-        order: list[Op | Product] = []
-        self.rows = set[int]()  # the columns that have one number for each row, arrays (B,)
-        for stage in schedule.stages:
-            order += [stage.product] if isinstance(stage, Gemm) else stage.ops
-        for op in order:
-            if isinstance(op, Op) and op.of_rows(self.rows):
-                self.rows.add(op.output)
-        self.uses = Counter(i for op in order for i in op.columns)
-        self.last = {i: op for op in order for i in op.columns}
-        super().__init__(schedule)
-
-    def in_register(self, array: ArrayRef) -> bool:
-        """Whether this is a column that any register may hold."""
-        return array.columns == 1 and array.kind in (Kind.OPERAND, Kind.SPILL)
-
-    def allocate(self, array: ArrayRef) -> None:
+    def _allocate(self, array: ArrayRef) -> None:
         """Make a buffer; what a product wrote is written over where nothing needs it again."""
-        super().allocate(array)
+        self.setup.append(f"{array.name} = empty(({array.columns} * H, B), dtype)")
+        for i in range(array.columns if array.columns > 1 else 0):
+            self.setup.append(f"{column(Place(array, i))} = {_part(array.name, i, 1)}")
         if array.kind is Kind.PRODUCT:
             self.registers.update(_columns(array))
             for i in range(array.columns - 1):
                 self._pair(array, i)
                 self.setup.append(f"{pair(array, i)} = {_part(array.name, i, 2)}")
 
-    def group(self, n: int, group: Group) -> None:
+    def _group(self, group: Group) -> None:
         """Add a call for each operation, or for two."""
         targets: dict[int, list[str]] = {}
         for store in group.stores:
-            if not self.in_register(store.place.array):
+            if not _in_register(store.place.array):
                 targets.setdefault(store.column, []).append(column(store.place))
         for i in sorted(targets.keys() - {op.output for op in group.ops}):
             self.body += [f"copyto({name}, {self.homes[i]})" for name in targets[i]]
@@ -182,16 +149,22 @@ class NumPySource(HostSource):
             else:
                 self._call(op, targets.get(op.output, []))
 
-    def product(self, n: int, gemm: Gemm) -> None:
-        """Add a product, after which the registers of what it read may be free."""
-        super().product(n, gemm)
+    def _product(self, n: int, gemm: Gemm) -> None:
+        """Add a product, which is stage n, after which registers of what it read may be free."""
+        rows = gemm.product.rows
+        matrix = f"M[{rows.start} * H : {rows.stop} * H]" + ".T" * (not gemm.product.transposed)
+        self.setup.append(f"M{n} = {matrix}")
+        self.body.append(f"matmul(M{n}, {self._operand(gemm)}, {gemm.out.name})")
         self._release(gemm.product)
 
-    def operand(self, gemm: Gemm) -> str:
-        """What a product reads; a single column may be in a register."""
-        if self.in_register(gemm.operand.array):
+    def _operand(self, gemm: Gemm) -> str:
+        """What a product reads, (width H, B); a single column may be in a register."""
+        (array, first), width = gemm.operand, gemm.width
+        if _in_register(array):
             return self.homes[gemm.product.inputs[0]]
-        return super().operand(gemm)
+        if width == 1:
+            return column(gemm.operand)
+        return array.name if width == array.columns else _part(array.name, first, width)
 
     def _pair(self, array: ArrayRef, first: int) -> None:
         names = _columns(array)

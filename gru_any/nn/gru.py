@@ -295,7 +295,7 @@ class GRU(Layer):
         arguments.generator("rng", rng)
         self._refuse_complex()
         call = self._layout.enter(x, h0, lengths, mask, resets, skipped)
-        stack = self._stack_for(call)
+        stack = self._stack(self._runner)
         masks = NO_MASKS if rng is None else draw(self, rng, *call.x.shape[:2])
         stack = stack if masks.steps is None else self._stack(stack.run, self._regularised())
         (y, h_n), residuals = self._run(stack, call, keep=True, masks=masks)
@@ -467,7 +467,7 @@ class GRU(Layer):
         Each is (L*D, T, B, H), time first whatever `batch_first` says; at skipped steps 0.
         """
         call = self._layout.enter(x, h0, lengths, mask, resets)
-        stack = self._stack_for(call)
+        stack = self._stack(self._runner)
         unmasked, given = self._inputs(stack, call, NO_MASKS)
         _, residuals = stack.forward(unmasked, True, None, True, given)
         rows = [
@@ -538,13 +538,8 @@ class GRU(Layer):
             self.layer_norm,
         )
 
-    def _stack_for(self, call: Call) -> Stack:
-        """Return the layers on the runner for a call of this size."""
-        T, B, _ = call.x.shape
-        return self._stack(self._runner.for_call(T, B, self.hidden_size))
-
     def _forward(self, call: Call, outputs: bool) -> tuple[Array, Array]:
-        (y, h_n), _ = self._run(self._stack_for(call), call, keep=False, outputs=outputs)
+        (y, h_n), _ = self._run(self._stack(self._runner), call, keep=False, outputs=outputs)
         return self._layout.outputs(call, y, h_n)
 
     def _run(

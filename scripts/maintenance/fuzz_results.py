@@ -197,8 +197,8 @@ def model(case: Case, dtype: str, **options: Any) -> GRU:
 def ours(case: Case, given: Numbers, path: str, dtype: str = "") -> dict[str, Any]:
     """What this library computes in one way, by name."""
     dtype, usual = dtype or case.dtype, tuning.current
-    special = {"packed": {"stored_rows": 0, "packed_rows": 0},
-               "team": {"thread_work": 1, "team_step_work": 1, "team_units": 8, "stored_rows": 0,
+    special = {"packed": {"packed_rows": 0, "stored_elements": 0},
+               "team": {"thread_work": 1, "team_step_work": 1, "team_units": 8,
                         "packed_rows": 0}}  # fmt: skip
     mode = Mode(path) if path in ("plain", "traced") else Mode.COMPILED
     kept = modes.chosen, threads.count

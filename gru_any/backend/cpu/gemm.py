@@ -169,6 +169,12 @@ class Emitter:
         element = self.builder.load(self.address(start, offset, self.element))
         return self._spread(element, self.vector)
 
+    def accumulate(self, place: ir.Value, left: ir.Value, right: ir.Value) -> None:
+        """Add a product of two vectors to the sum at a place."""
+        term = self.builder.fmul(left, right, flags=("contract",))
+        total = self.builder.fadd(self.builder.load(place), term, flags=("contract",))
+        self.builder.store(total, place)
+
     def _spread(self, value: ir.Value, kind: ir.Type) -> ir.Value:
         nothing, first = ir.Constant(kind, ir.Undefined), ir.IntType(32)(0)
         pattern = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
@@ -241,9 +247,7 @@ def micro_kernel(rows: int, panels: int, gates: int, stored: str) -> Function:
                     offset = add(mul(r, of.tile_stride), mul(INDEX(i), of.row_stride))
                     entry = emit.broadcast(of.x, add(offset, mul(loop.index, of.k_stride)))
                     for total, vector in zip(row, vectors, strict=True):
-                        term = builder.fmul(entry, vector, flags=("contract",))
-                        new = builder.fadd(builder.load(total), term, flags=("contract",))
-                        builder.store(new, total)
+                        emit.accumulate(total, entry, vector)
             for i, row in zip(lines, sums, strict=True):
                 offset = mul(i, mul(of.H, INDEX(gates)))
                 for n, (total, (c, mask)) in enumerate(zip(row, columns, strict=True)):
@@ -354,18 +358,18 @@ def macro_kernel(gates: int, stored: str) -> Function:
 
 
 @intrinsic
-def call(typing: object, function: Type, gemm: Type) -> Lowering:
-    """Call a macro-kernel by its address."""
+def call(typing: object, function: Type, operands: Any) -> Lowering:
+    """Call a product by its address."""
 
     def generate(
         context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]
     ) -> ir.Value:
-        kind = ir.FunctionType(ir.VoidType(), [INDEX] * len(Gemm._fields))
-        operands = cgutils.unpack_tuple(builder, args[1])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), operands)
+        kind = ir.FunctionType(ir.VoidType(), [INDEX] * len(operands))
+        given = cgutils.unpack_tuple(builder, args[1])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
         return context.get_dummy_value()
 
-    return types.void(types.intp, gemm), generate
+    return types.void(types.intp, operands), generate
 
 
 @njit(nogil=True, error_model="numpy")

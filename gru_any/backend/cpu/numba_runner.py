@@ -17,9 +17,8 @@ from ...codegen.trace import Product
 from ...typing import DType, HostArray, Step
 from ..contract import Extra, OneBlock, OneStep, kinds_of
 from ..reference import as_step
-from . import tuning
+from . import tuning, unpacked
 from .buffers import Scratch, empty, result
-from .gemv import gemv, ger
 from .jit_cache import compiled
 from .numpy_runner import NumPy
 from .packed import PackedMatrix, ascarray, gemm, kernel_addresses
@@ -32,21 +31,11 @@ NONE_ENDED = np.zeros((0, 0), bool)
 class Numba(NumPy):
     """Runs blocks of steps with compiled loops, in float32 and float64."""
 
-    @cached_property
-    def brief(self) -> Any:
-        """The runner of a few steps of a batch."""
-        from .brief_runner import Brief
-
-        return Brief(self.xp, self.device)
-
-    def for_call(self, steps: int, rows: int, units: int) -> Any:
-        return self.brief if tuning.brief(steps, rows, units, count) else self
-
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, PackedMatrix):  # of a frozen model
             panels = isinstance(U, SmallMatrix) or tuning.frozen_packed(rows, W.size + U.size)
             return (W, U) if panels else (W.matrix, U.matrix)
-        if tuning.packed(rows, W.size + U.size):
+        if tuning.packed(rows):
             return PackedMatrix(W), PackedMatrix(U)
         return W, U
 
@@ -56,22 +45,12 @@ class Numba(NumPy):
 
     def multiply(self, left: Any, right: Any, out: Any) -> None:
         """Fill out with left @ right, by our own products; right may be packed."""
-        packed, matrix = (right, right.matrix) if isinstance(right, PackedMatrix) else (None, right)
-        R, (K, N) = len(left), matrix.shape
-        if K == 1:
-            ger(left[:, 0], matrix[0], out)
-        elif packed is None and R == 1:
-            gemv(left[0], matrix, out[0])
-        elif packed is None and tuning.by_blas(R, K, N):
-            super().multiply(left, matrix, out)
-        elif N < 4:
-            found = np.empty((N, R), out.dtype)
-            for n in range(N):  # BLAS would wake threads, which then poll for a while
-                gemv(matrix[:, n], left.T, found[n])
-            out[...] = found.T
+        packed, (R, K), N = isinstance(right, PackedMatrix), left.shape, right.shape[1]
+        if N < 4 or (not packed and tuning.in_place(R, K, N)):
+            unpacked.gemm(left, right.matrix if packed else right, out)
         else:
-            packed = packed or PackedMatrix(matrix)
-            gemm(left, packed.panels(slice(0, K), False, 1), None, out)
+            P = (right if packed else PackedMatrix(right)).panels(slice(0, K), False, 1)
+            gemm(left, P, None, out)
 
     def prepare_step(self, step: Any, W: Any, b: Any, recurrent: Any) -> Any:
         U, *vectors = recurrent
@@ -145,15 +124,20 @@ class Numba(NumPy):
             x, W, b, (K, B, _) = a[..., :0], U, None, a.shape
         b = np.zeros(3 * H, h.dtype) if b is None else b
         steps, ended = _forwards(K, reverse), _ended(alive)
-        if stored:
-            given = h, U, a, *vectors, *further, x, W, b
-            path, *saved = scan.few(*steps, ended, *map(ascarray, given))
+        others = [a, *vectors, *further]
+        if stored and (members := tuning.team_in_place(K, B, H, W.size + U.size, count)) < 2:
+            given = map(ascarray, (h, U, *others, x, W, b))
+            path, *saved = scan.few(scan.functions, *steps, ended, *given)
             return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
         saved = [empty((K, B, H), h.dtype) for _ in scan.widths]
+        if stored:
+            given = map(ascarray, (U, *others, x, W, b, path, *saved))
+            scan.share(members, steps, ended, list(given))
+            return path, saved
         W = W if isinstance(W, PackedMatrix) else PackedMatrix(W)
-        arrays = [path, a, *vectors, *further, *saved, x, b]
+        arrays = [path, *others, *saved, x, b]
         scan(steps, ended, list(map(ascarray, arrays)), U, W)
         return path, saved
 
@@ -176,13 +160,18 @@ class Numba(NumPy):
         given += [] if extra is None else map(ascarray, extra.arrays)
         if dy is not None:
             given.insert(0, ascarray(dy))  # the others are ours
-        if isinstance(U, PackedMatrix):
+        packed = isinstance(U, PackedMatrix)
+        if not packed and (members := tuning.team_in_place(K, B, H, U.size, count)) < 2:
+            own = ascarray(dh), ascarray(U)
+            pair, *parts = scan.few(scan.functions, *steps, ended, *own, *given)
+        else:
             parts = [empty((K, B, n * H), dh.dtype) for n in scan.widths]
             pair = np.empty((2, B, H), dh.dtype)
             pair[0] = dh
-            scan(steps, ended, list(map(ascarray, [pair, *given, *parts])), U)
-        else:
-            pair, *parts = scan.few(*steps, ended, ascarray(dh), ascarray(U), *given)
+            if packed:
+                scan(steps, ended, list(map(ascarray, [pair, *given, *parts])), U)
+            else:
+                scan.share(members, steps, ended, [ascarray(U), *given, pair, *parts])
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
@@ -250,10 +239,19 @@ class Scan:
         return function
 
     @cached_property
+    def _stored(self) -> Any:
+        return compiled(self.source.stored())
+
+    @cached_property
     def few(self) -> Callable[..., tuple[HostArray, ...]]:
-        """That for so few rows and steps that the matrices are not worth packing."""
-        function: Callable[..., tuple[HostArray, ...]] = compiled(self.source.few()).few
+        """That for so few rows and steps that the matrices are not worth packing; one thread."""
+        function: Callable[..., tuple[HostArray, ...]] = self._stored.few
         return function
+
+    @cached_property
+    def functions(self) -> HostArray:
+        """What multiplies by matrices as they are stored; see `stored.multiply`."""
+        return unpacked.addresses(np.dtype(self.source.dtype))
 
     @cached_property
     def step(self) -> Callable[..., None]:
@@ -335,7 +333,7 @@ class Scan:
             K, B, _ = x.shape
             a = empty((K, B, 3 * H), dtype)
             given = ascarray(h), U, a, *vectors, ascarray(x), W, b
-            path, *_ = self.few(*_forwards(K, reverse), NONE_ENDED, *given)
+            path, *_ = self.few(self.functions, *_forwards(K, reverse), NONE_ENDED, *given)
             return _after(path, reverse)
 
         return block
@@ -347,15 +345,29 @@ class Scan:
 
         With small sizes a call costs less.
         """
-        few, b = self.step, np.zeros(len(W), W.dtype) if b is None else b
+        few, functions = self.step, self.functions
+        b = np.zeros(len(W), W.dtype) if b is None else b
         weights = np.concat([v.ravel() for v in (W.T, *self.read(U), b, *vectors)])
 
         def one(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             y, new = np.empty(h.shape, h.dtype), np.empty(h.shape, h.dtype)
-            few(ascarray(x), ascarray(h), y, new, weights)
+            few(functions, ascarray(x), ascarray(h), y, new, weights)
             return y, new
 
         return one
+
+    def share(
+        self,
+        members: int,
+        steps: tuple[HostArray, HostArray, HostArray],
+        ended: HostArray,
+        arrays: list[HostArray],
+    ) -> None:
+        """Fill what `few` returns, in a team. arrays: U, what `few` takes after it, the results."""
+        B, H = arrays[-1].shape[1], arrays[0].shape[1]
+        buffers = [np.empty((B, v.columns * H), arrays[0].dtype) for v in self.schedule.buffers]
+        shared, given = self._stored.shared, (*steps, ended, *arrays, *buffers)
+        run_team(lambda hands: shared(*hands, self.functions, *given), B, members)
 
     def _parts(
         self, U: PackedMatrix, W: PackedMatrix | None

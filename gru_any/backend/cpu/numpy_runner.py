@@ -4,14 +4,14 @@ The list of operations of a step becomes the source of one function that runs a 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...codegen.exponential import by_exp
-from ...codegen.numpy_source import HostSource, NumPySource
+from ...codegen.numpy_source import NumPySource
 from ...codegen.schedule import (
     HOST,
     Kinds,
@@ -229,7 +229,7 @@ def steps_over(arrays: list[Any], alive: Any, backwards: bool) -> Any:
 
 
 class Scan(Protocol):
-    """A scan of NumPy calls; see `HostSource.source`."""
+    """A scan of NumPy calls; see `NumPySource.source`."""
 
     def __call__(
         self,
@@ -255,9 +255,9 @@ def backward_scan(step: Step, saved: int, given: bool, taps: bool, extra: Kinds 
     return executed(NumPySource(backward_schedule(step, saved, given, taps, HOST, extra)))
 
 
-def executed(printer: HostSource, loops: Mapping[str, object] | None = None) -> Scan:
-    """Return the function `scan` of a printer, which may call these compiled loops."""
-    scope = {**(loops or {}), **{name: getattr(np, name) for name in printer.functions}}
+def executed(printer: NumPySource) -> Scan:
+    """Return the function `scan` of a printer."""
+    scope: dict[str, Any] = {name: getattr(np, name) for name in printer.functions}
     exec(printer.source(), scope)
     scan: Scan = scope["scan"]
     quiet = np.errstate(over="ignore", under="ignore")  # exp is then inf or 0, as it should be

@@ -35,21 +35,12 @@ class Tuning(NamedTuple):
 
     # products of weights as they are stored, or packed first
     few_rows: int = 8  # at most, that are multiplied one by one; loop
-    stored_rows: int = 12  # at most, for which weights are never packed; bench 20,1,64,64
-    packed_rows: int = 100  # more than these, and weights are always packed; bench 100,1,64,64
-    packed_work: int = 4_000_000  # of the rows between, more than which is worth packing; loop
+    packed_rows: int = 100  # more than these, and weights are packed; loop
     frozen_work: int = 500_000  # at most, for which not even weights that are packed pay; loop
-    frozen_rows: int = 3  # at most, likewise; loop
+    frozen_rows: int = 8  # at most, likewise; loop
     frozen_elements: int = 1_500_000  # of weights, more than which pay whatever the rows are; loop
     copy_work: int = 8  # in the time that it takes to pack one element; loop
-    blas_work: int = 250_000  # of one product, below which BLAS wakes no threads; loop
-
-    # one or two steps of a batch by BLAS; bench 1,32,128,256 1,256,128,256 4,32,128,256
-    brief_steps: int = 2  # at most
-    brief_least_rows: int = 12  # of the batch
-    brief_most_rows: int = 128  # of the batch
-    brief_alone_rows: int = 32  # of the batch, at most, on one thread; loop
-    brief_work: int = 1_500_000  # rows of the batch times H^2, at least
+    stored_elements: int = 2**16  # of a matrix that stays in the cache, for any rows; loop
 
     # NumPy alone
     exp_elements: int = 768  # of a state, from which tanh is made of exp; loop
@@ -63,21 +54,9 @@ class Tuning(NamedTuple):
 current = Tuning()  # tests replace it
 
 
-def brief(steps: int, rows: int, units: int, threads: Callable[[], int]) -> bool:
-    """Decide whether a call of few steps runs by BLAS; rows: of the batch. threads: counts them."""
-    v = current
-    return (
-        steps <= v.brief_steps
-        and rows >= v.brief_least_rows
-        and rows * units * units >= v.brief_work
-        and rows <= (v.brief_most_rows if threads() > 1 else v.brief_alone_rows)
-    )
-
-
-def packed(rows: int, elements: int) -> bool:
-    """Decide whether weights of so many elements are packed for products of so many rows."""
-    v = current
-    return rows > v.stored_rows and (rows > v.packed_rows or rows * elements > v.packed_work)
+def packed(rows: int) -> bool:
+    """Decide whether weights are packed for products of so many rows."""
+    return rows > current.packed_rows
 
 
 def frozen_packed(rows: int, elements: int) -> bool:
@@ -87,14 +66,19 @@ def frozen_packed(rows: int, elements: int) -> bool:
     return many and rows * elements > v.frozen_work
 
 
-def by_blas(rows: int, K: int, N: int) -> bool:
-    """Decide whether BLAS multiplies (rows, K) by (K, N) that is not packed."""
-    return rows <= current.few_rows or rows * K * N < current.blas_work
+def in_place(rows: int, K: int, N: int) -> bool:
+    """Decide whether rows are multiplied by a matrix (K, N) as it is stored."""
+    return not packed(rows) or current.stored_elements >= K * N
 
 
 def inputs_at_once(rows: int) -> bool:
     """Decide whether packed input products of all steps of a block are one; rows: of the batch."""
     return rows < current.few_rows
+
+
+def shared(work: int) -> bool:
+    """Decide whether work may be worth more than one thread, before these are counted."""
+    return work >= 2 * current.thread_work
 
 
 def pieces(rows: int, work: int, threads: int) -> int:
@@ -115,3 +99,11 @@ def team(steps: int, rows: int, units: int, size: int, unpacked: bool, threads: 
     if few or (short and steps * of_step + packing >= v.team_work):
         return min(threads, units // v.team_units)
     return 1
+
+
+def team_in_place(steps: int, rows: int, units: int, size: int, threads: Callable[[], int]) -> int:
+    """Decide the same for matrices as they are stored. threads: counts them."""
+    v, of_step = current, rows * size
+    if of_step < v.team_step_work or not shared(steps * of_step):
+        return 1
+    return min(threads(), units // v.team_units)
