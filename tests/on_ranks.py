@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -180,11 +181,11 @@ def on_device(comm, folder):
         def Iallreduce(self, place, buffer):
             return super().Iallreduce(place, told(buffer))
 
-        def Ireduce_scatter(self, buffer, own, counts):
-            return super().Ireduce_scatter(told(buffer), told(own), counts)
+        def Ireduce_scatter_block(self, buffer, own):
+            return super().Ireduce_scatter_block(told(buffer), told(own))
 
-        def Iallgatherv(self, place, found):
-            return super().Iallgatherv(place, (told(found[0]), found[1]))
+        def Iallgather(self, place, found):
+            return super().Iallgather(place, told(found))
 
     for shard in (False, True):
         sent.clear()
@@ -193,6 +194,176 @@ def on_device(comm, folder):
         assert sum(sent) >= 5 * whole, "gradients went another way"
         if comm.rank == 0:
             np.savez(folder / f"device{shard}.npz", **found)
+
+
+class Going:
+    """Whether a sum is there; it is not before the third look."""
+
+    def __init__(self, request, result, filled):
+        self.request, self.result, self.filled, self.looks = request, result, filled, 0
+
+    def __call__(self):
+        self.looks += 1
+        if self.request and self.looks > 2 and self.request.Test():
+            self.filled[...], self.request = self.result, None
+        return self.request is None
+
+
+class Nccl:
+    """NCCL as MPI plays it, in the memory behind addresses. A sum goes on after it is asked for.
+
+    fault: what rank 1 does in place of its third operation; error: what the others hear of it
+    """
+
+    NCCL_FLOAT32, NCCL_FLOAT64, NCCL_SUM = "float32", "float64", "sum"
+
+    def __init__(self, comm, fault=None, error=lambda: None):
+        self.comm, self.fault, self.error = comm.Dup(), fault, error
+        self.calls, self.sent, self.aborted = 0, 0, 0
+
+    def get_unique_id(self):
+        return b"here"
+
+    def NcclCommunicator(self, size, meeting, rank):
+        assert (size, meeting, rank) == (self.comm.size, b"here", self.comm.rank)
+        return self
+
+    def allReduce(self, sent, got, count, kind, op, stream):
+        assert op == self.NCCL_SUM
+        self._go(self.comm.Iallreduce, (sent, count), (got, count), kind, stream)
+
+    def reduceScatter(self, sent, got, count, kind, op, stream):
+        assert op == self.NCCL_SUM
+        whole = sent, count * self.comm.size
+        self._go(self.comm.Ireduce_scatter_block, whole, (got, count), kind, stream)
+
+    def allGather(self, sent, got, count, kind, stream):
+        assert sent == got + self.comm.rank * count * np.dtype(kind).itemsize
+        whole = got, count * self.comm.size
+        self._go(self.comm.Iallgather, (sent, count), whole, kind, stream)
+
+    def _go(self, call, sent, got, kind, stream):
+        from gru_any.testing.fake_cuda import memory
+
+        assert stream == hash(memory.current_stream()) != 0
+        self.calls, self.sent = self.calls + 1, self.sent + sent[1]
+        if self.fault and self.calls == 3 and self.comm.rank == 1:
+            self.fault()
+        places = [memory.allocation_at(address) for address, _ in (sent, got)]
+        given, filled = (
+            np.frombuffer(place.bytes, kind, count, address - place.address)
+            for place, (address, count) in zip(places, (sent, got), strict=True)
+        )
+        memory.access(places[:1], places[1:])
+        sums = memory.PENDING.setdefault(memory.current_stream(), [])
+        result = np.empty_like(filled)
+        sums.append(Going(call(given.copy(), result), result, filled))
+
+    def check_async_error(self):
+        if words := self.error():
+            raise RuntimeError(words)
+
+    def abort(self):
+        self.aborted += 1
+        print("NCCL gives up", file=sys.stderr)
+
+
+def play(comm, device=None, nccl=None, **given):
+    """Let the emulated device have NCCL, and a name of its own on each rank."""
+    from gru_any.testing.fake_cuda.ops import Ops
+
+    nccl = nccl or Nccl(comm, **given)
+    Ops.nccl, Ops.device = lambda self: nccl, lambda self: device or str(comm.rank)
+    return nccl
+
+
+def by_nccl(comm, folder):
+    """The gradients are summed in the memory of devices, while the backward pass goes on."""
+    from gru_any.testing.fake_cuda.memory import count
+    from gru_any.train.exchange import Exchange
+
+    start, waits = Exchange.start, []
+
+    def counted(self, grads):
+        before = count["waits"]
+        start(self, grads)
+        waits.append(count["waits"] - before)
+
+    Exchange.start = counted
+    for shard in (False, True):
+        nccl = play(comm)
+        found = train("on a device", comm, shard=shard)
+        whole = sum(v.size for k, v in found.items() if not k.startswith(("opt", "rec", "best")))
+        assert nccl.sent >= 5 * whole, "gradients went another way"
+        assert nccl.aborted == 1
+        if comm.rank == 0:
+            np.savez(folder / f"nccl{shard}.npz", **found)
+    assert len(waits) > 20
+    assert not any(waits), "the host waited for the device"
+
+
+class Broken(Nccl):
+    """NCCL that fails on rank 1, or waits for ever, and lets the others wait for ever."""
+
+    words = "NCCL_ERROR_SYSTEM_ERROR: unhandled system error"
+
+    def NcclCommunicator(self, size, meeting, rank):
+        if rank == 1 and self.words:
+            raise RuntimeError(self.words)
+        threading.Event().wait()
+
+
+class Hanging(Broken):
+    words = ""
+
+
+def without_nccl(comm, folder):
+    """It cannot be used, for one reason after the other; all ranks go on without it."""
+    from gru_any.testing.fake_cuda.ops import Ops
+
+    missing = Ops.nccl
+
+    def attempt(name, **given):
+        found = train("on a device", comm, **given)
+        if comm.rank == 0:
+            np.savez(folder / f"{name}.npz", **found)
+
+    play(comm, device="0000:01:00.0")
+    attempt("shared")
+    play(comm)
+    attempt("compressed", compress="bfloat16")
+    if comm.rank == 1:
+        Ops.nccl = missing
+    attempt("missing")
+    play(comm, nccl=Broken(comm))
+    attempt("broken")
+    os.environ["GRU_ANY_RANK_TIMEOUT"] = "1"
+    play(comm, nccl=Hanging(comm))
+    attempt("hanging")
+
+
+def dying(comm, folder, how, error=None):
+    """Rank 1 dies or hangs in the middle of a sum."""
+    gone = folder / "gone"
+
+    def fault():
+        gone.touch()
+        how()
+
+    play(comm, fault=fault, error=lambda: gone.exists() and error)
+    train("on a device", comm, out=folder / "out", save_every=1)
+
+
+def killed_in_a_sum(comm, folder):
+    dying(comm, folder, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hanging_in_a_sum(comm, folder):
+    dying(comm, folder, threading.Event().wait)
+
+
+def lost_in_a_sum(comm, folder):
+    dying(comm, folder, threading.Event().wait, "NCCL_ERROR_REMOTE_ERROR: remote process exited")
 
 
 OPTIMISERS = {
@@ -370,9 +541,10 @@ def late1(comm, folder):
 
 
 def main():
+    from gru_any.backend.cuda import nccl
     from gru_any.train import distributed, watch
 
-    distributed.PATIENCE, watch.GRACE = 0.5, 1.0
+    distributed.PATIENCE, watch.GRACE, nccl.GRACE = 0.5, 1.0, 1.0
     job, folder = globals()[sys.argv[1]], Path(sys.argv[2])
     job(distributed.world(), folder)
 

@@ -103,6 +103,51 @@ def test_gradients_are_summed_in_device_memory_where_mpi_reads_it(whole, tmp_pat
         same(np.load(tmp_path / f"device{shard}.npz"), whole["not on the host"])
 
 
+def test_gradients_are_summed_by_nccl(whole, tmp_path):
+    """In the memory of devices, without a wait of the host. The device and NCCL are played."""
+    text = run(3, HERE / "on_ranks.py", "by_nccl", tmp_path, GRU_ANY_PLAIN="1")
+    assert text.count("gradients are summed in device memory, by NCCL") == 2
+    for shard in (False, True):
+        same(np.load(tmp_path / f"nccl{shard}.npz"), whole["not on the host"])
+
+
+def test_where_nccl_cannot_be_used_all_ranks_go_on_without_it(whole, tmp_path):
+    text = run(3, HERE / "on_ranks.py", "without_nccl", tmp_path, GRU_ANY_PLAIN="1")
+    told = [line.partition("NCCL cannot sum gradients: ")[2] for line in text.splitlines()]
+    assert list(filter(None, told)) == [
+        f"ranks 0 and 1 share device 0000:01:00.0 of {platform.node()}",
+        "the fake device has no NCCL, on rank 1",
+        "RuntimeError: NCCL_ERROR_SYSTEM_ERROR: unhandled system error, on rank 1",
+        "it did not start within 1 s",
+    ]
+    assert text.count("gradients are summed on the host, by MPI") == 5
+    for name in ("shared", "missing", "broken", "hanging"):
+        same(np.load(tmp_path / f"{name}.npz"), whole["not on the host"])
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("killed_in_a_sum", "was killed; "),
+        ("hanging_in_a_sum", "did not answer for 2 s; "),
+        ("lost_in_a_sum", "did not answer (RuntimeError: NCCL_ERROR_REMOTE_ERROR: remote"),
+    ],
+)
+def test_a_rank_that_dies_in_a_sum_of_nccl_ends_the_run_and_is_named(tmp_path, job, words):
+    if job == "killed_in_a_sum" and sys.platform != "linux":
+        pytest.skip("needs Linux")
+    seconds = "2" if job == "hanging_in_a_sum" else "300"
+    given = {"GRU_ANY_PLAIN": "1", "GRU_ANY_RANK_TIMEOUT": seconds}
+    began = time.monotonic()
+    text = run(3, HERE / "on_ranks.py", job, tmp_path, code=1, **given)
+    assert time.monotonic() - began < 60
+    told = [line for line in text.splitlines() if words in line]
+    assert told
+    assert all(line.startswith("gru_any: rank 1 (process ") for line in told)
+    assert all("the last good checkpoint is" in line for line in told)
+    assert job == "killed_in_a_sum" or "NCCL gives up" in text
+
+
 def test_a_sharded_optimiser_on_two_ranks_gives_the_same_bits(two):
     """Two numbers have one sum, so all is equal: parameters, optimiser, and the checkpoints."""
     for rank in range(2):
@@ -306,6 +351,54 @@ def test_ranks_share_the_prompts(tmp_path):
     assert [text[:-12] for text in texts] == prompts
     load = [SCRIPTS / "train_text.py", "--load", tmp_path, "--backend", "numpy", "--distributed"]
     assert run(3, *load, *rest).splitlines() == texts
+
+
+def test_nccl_works_in_the_order_of_the_streams(monkeypatch):
+    """After what is asked for before it; what is asked for next comes after a look at its end."""
+    mpi = require("mpi4py.MPI")
+    from gru_any import backend
+    from gru_any.backend.cuda.nccl import Communicator, Offer, obstacle
+    from gru_any.testing.fake_cuda import array, memory, ops
+
+    monkeypatch.setattr(ops.Ops, "nccl", None)
+    monkeypatch.setattr(ops.Ops, "device", None)
+    monkeypatch.setattr(memory, "PENDING", {})
+    on_ranks.play(mpi.COMM_SELF)
+    home = backend.select(on_ranks.DEVICE)
+    made = Communicator(home, [Offer("", "", b"here")], 0, 60)
+    while not made.state():
+        time.sleep(0.001)
+    assert made.state() == "ready"
+    buffer = array.asarray(np.arange(4.0))
+    sums = made.all_reduce(buffer)
+    with pytest.raises(memory.StreamError, match="did not wait for stream"):
+        buffer[...] = 0.0  # it is still being summed
+    while not sums.Test():
+        pass
+    buffer[...] = 1.0
+    monkeypatch.setattr(ops.Ops, "wait", lambda self, event: None)
+    with pytest.raises(memory.StreamError, match="did not wait for stream"):
+        made.all_reduce(buffer)
+    made.abort()
+    assert obstacle([Offer("", "0 of a"), Offer("", "0 of b")]) == ""
+
+
+def test_cupy_has_nccl_or_says_what_to_install():
+    cupy = require("cupy")
+    from gru_any.backend.cuda.ops import Ops
+
+    nccl, told = None, ""
+    try:
+        nccl = Ops(cupy).nccl()
+    except ImportError as e:
+        told = str(e)
+    if nccl is None:
+        assert told == "CuPy finds no NCCL (pip install nvidia-nccl-cu13, or -cu12)"
+        return
+    asked = {name for name in vars(on_ranks.Nccl) if name.startswith("NCCL_")}
+    assert asked | {"NcclCommunicator", "get_unique_id"} <= set(dir(nccl))
+    calls = {"allReduce", "reduceScatter", "allGather", "check_async_error", "abort"}
+    assert calls <= set(dir(nccl.NcclCommunicator)) & set(dir(on_ranks.Nccl))
 
 
 # without MPI -------------------------------------------------------------------------------------

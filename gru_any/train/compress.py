@@ -39,12 +39,11 @@ class Wire:
 
     def __init__(self, buffer: HostArray, size: int, dtype: str) -> None:
         self.buffer, self.dtype = buffer, dtype
-        part = -(-buffer.size // size)
-        self.sent, self.got = (np.zeros((size, part), np.uint16) for _ in range(2))
+        self.sent, self.got = (np.zeros((size, buffer.size // size), np.uint16) for _ in range(2))
 
     def pack(self) -> None:
         """Put the gradients into `sent`."""
-        self.sent.reshape(-1)[: self.buffer.size] = encode(self.buffer, self.dtype)
+        self.sent.reshape(-1)[...] = encode(self.buffer, self.dtype)
 
     def add(self) -> HostArray:
         """Return the sum of the parts in `got`, in half precision."""
@@ -56,4 +55,4 @@ class Wire:
 
     def unpack(self) -> None:
         """Put the sums in `got` into the buffer."""
-        self.buffer[...] = decode(self.got, self.dtype).reshape(-1)[: self.buffer.size]
+        self.buffer[...] = decode(self.got, self.dtype).reshape(-1)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 import numpy as np
 
 from ..backend import Backend, environment
+from ..backend.cuda import nccl
 from ..checkpoint import NAMES
 from ..typing import Array, Arrays
 from .exchange import Exchange
@@ -194,6 +195,7 @@ class Ranks(Alone):
         self.rank, self.size, self._compress = comm.rank, comm.size, compress
         self._agreed: Wishes | None = None
         self._on_device = not compress and _reads_device(comm, backend)
+        self._nccl: nccl.Communicator | None = None
         self._exchange: Exchange | None = None
 
     def _last_good(self) -> str:
@@ -203,18 +205,23 @@ class Ranks(Alone):
         return "there is no checkpoint"
 
     def begin(self, folder: Path | None) -> None:
-        """Report the ranks, and where they have more threads than cores; watch over them."""
+        """Report the ranks, and where they have more threads than cores; watch over them.
+
+        Gradients are summed by NCCL from now on, if it can be used on all ranks.
+        """
         Ranks._checkpoints = [] if folder is None else [folder / name for name in NAMES]
         self._watch.post_sentinel([str(path) for path in self._checkpoints])
         hosts = [host for host, _ in self._watch.places]
         own = (hosts[self.rank], _cores(), int(environment(self._backend)["threads"]))
         found = self.every(own)
+        if (problem := self._use_nccl()) and self.first:
+            warnings.warn(f"NCCL cannot sum gradients: {problem}", stacklevel=2)
         if not self.first:
             return
         where = "in device memory" if self._on_device else "on the host"
         print(
             f"gru_any: {self.size} ranks on {', '.join(dict.fromkeys(hosts))} share each batch; "
-            f"gradients are summed {where}, by MPI",
+            f"gradients are summed {where}, by {'NCCL' if self._nccl else 'MPI'}",
             file=sys.stderr,
         )
         for host, cores, _ in dict.fromkeys(found):
@@ -226,6 +233,24 @@ class Ranks(Alone):
                     f"{max(1, cores // len(threads))}",
                     stacklevel=2,
                 )
+
+    def _use_nccl(self) -> str:
+        """Let NCCL sum gradients if all ranks can; else say why not, if that was to be expected."""
+        wanted = self._backend.cuda and not self._compress
+        own = nccl.offer(self._backend, self.first) if wanted else None
+        offers = [offer for offer in self.every(own) if offer is not None]
+        if len(offers) < self.size:
+            return ""
+        if problem := nccl.obstacle(offers):
+            return problem
+        made = nccl.Communicator(self._backend, offers, self.rank, self._watch.seconds)
+        while (states := set(self.every(made.state()))) in ({""}, {"", nccl.READY}):
+            time.sleep(0.01)
+        if states != {nccl.READY}:
+            made.abort()
+            return "; ".join(sorted(states - {"", nccl.READY}))
+        self._nccl, self._on_device, self._watch.give_up = made, True, made.abort
+        return ""
 
     def lead(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call a function on the first rank; return its result, or raise its error, on all."""
@@ -279,7 +304,7 @@ class Ranks(Alone):
 
     def _new(self, grads: Arrays, sharded: bool = False) -> Exchange:
         where = self._backend, self._compress
-        return Exchange(self._watch, *where, grads, sharded, self._on_device)
+        return Exchange(self._watch, *where, grads, sharded, self._on_device, self._nccl)
 
     def _finished(
         self, exchange: Exchange, grads: Arrays, loss: Array, own: Wishes

@@ -1,10 +1,10 @@
 """The sums of gradients over all ranks, in flat buffers that are sent as they fill.
 
-The buffers are on the host, or on the model's device where MPI reads its memory. Each is also cut
-into one share a rank, of equal size up to the last ones. Where the state of the optimiser is
-sharded, a rank gets the sums of its shares alone (a reduce-scatter), updates these parts of the
-parameters, and gets the others' parts back (an all-gather): stage 1 of ZeRO (Rajbhandari et al.
-2020).
+The buffers are on the host, or on the model's device where NCCL sums there or MPI reads its memory.
+Each ends with zeros that make it divisible into equal shares, one a rank. Where the state of the
+optimiser is sharded, a rank gets the sums of its shares alone (a reduce-scatter), updates these
+parts of the parameters, and gets the others' parts back (an all-gather): stage 1 of ZeRO
+(Rajbhandari et al. 2020).
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backend import NUMPY, Backend, plain_name, to_numpy
+from ..backend.cuda.nccl import Communicator
 from ..typing import Array, Arrays, HostArray, Shape
 from .compress import Wire
 from .watch import Watch
@@ -28,7 +29,6 @@ class Bucket(NamedTuple):
     parts : for each name, the view of the buffer with the shape of its gradient
     shares : for each name, where this rank's share of the flat gradient is
     own : this rank's share of the buffer
-    counts : how many elements of the buffer are each rank's share
     wire : where the buffer is packed in half precision, or None
     """
 
@@ -36,7 +36,6 @@ class Bucket(NamedTuple):
     parts: dict[str, Array]
     shares: dict[str, slice]
     own: Array
-    counts: list[int]
     wire: Wire | None
 
 
@@ -55,7 +54,9 @@ class Exchange:
     sharded : bool
         Whether each rank gets the sums of its shares alone.
     on_device : bool
-        Whether MPI gets the memory of the device.
+        Whether the buffers are in the memory of the device.
+    nccl : Communicator, optional
+        What sums there in place of MPI.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class Exchange:
         arrays: Arrays,
         sharded: bool = False,
         on_device: bool = False,
+        nccl: Communicator | None = None,
     ) -> None:
         self.names, self.sharded, self._on_device = tuple(arrays), sharded, on_device
         self._home = backend if on_device else NUMPY  # of the buffers
-        self._watch, self._comm, self._backend = watch, watch.comm, backend
+        self._watch, self._comm, self._backend, self._nccl = watch, watch.comm, backend, nccl
         self._buckets = self._made(arrays, compress)
         self._dtypes = {name: array.dtype for name, array in arrays.items()}
         self._filled: set[str] = set()  # the gradients that are in the buffers
@@ -112,11 +114,7 @@ class Exchange:
             for name in set(shares) & set(bucket.parts):
                 flat = self._home.xp.reshape(bucket.parts[name], (-1,))
                 flat[bucket.shares[name]] = self._brought(shares[name])
-        place = self._watch.in_place
-        self._settle()
-        self._watch.wait(
-            [self._comm.Iallgatherv(place, (b.buffer, b.counts)) for b in self._buckets]
-        )
+        self._watch.wait([self._gather(bucket.buffer) for bucket in self._buckets])
         found = {name: part for bucket in self._buckets for name, part in bucket.parts.items()}
         return self._placed({name: found[name] for name in shares})
 
@@ -130,20 +128,30 @@ class Exchange:
             self._backend.synchronize()
 
     def _send(self, bucket: Bucket) -> object:
+        if self._nccl is not None:
+            if self.sharded:
+                return self._nccl.reduce_scatter(bucket.buffer, bucket.own)
+            return self._nccl.all_reduce(bucket.buffer)
         self._settle()
         if bucket.wire is not None:
             bucket.wire.pack()
             return self._comm.Ialltoall(bucket.wire.sent, bucket.wire.got)
         if self.sharded:
-            return self._comm.Ireduce_scatter(bucket.buffer, bucket.own, bucket.counts)
+            return self._comm.Ireduce_scatter_block(bucket.buffer, bucket.own)
         return self._comm.Iallreduce(self._watch.in_place, bucket.buffer)
+
+    def _gather(self, buffer: Array) -> object:
+        if self._nccl is not None:
+            return self._nccl.all_gather(buffer)
+        self._settle()
+        return self._comm.Iallgather(self._watch.in_place, buffer)
 
     def _add_compressed(self) -> None:
         """Add the parts that this rank has got of each bucket, and exchange the sums."""
         wires = [(bucket, bucket.wire) for bucket in self._buckets if bucket.wire]
         if self.sharded:
             for bucket, wire in wires:
-                bucket.own[...] = wire.share()[: bucket.own.size]
+                bucket.own[...] = wire.share()
             return
         sums = [wire.add() for _, wire in wires]
         pairs = zip(sums, wires, strict=True)
@@ -156,23 +164,22 @@ class Exchange:
         dtype, size, home = "float64" if wide else "float32", self._comm.size, self._home
         buckets = []
         for shapes in _grouped(arrays, np.dtype(dtype).itemsize):
-            buffer = home.zeros((_elements(shapes.values()),), dtype)
+            part = -(-_elements(shapes.values()) // size)  # equal ones, as NCCL wants them
+            cut = self._comm.rank * part, (self._comm.rank + 1) * part
+            buffer = home.zeros((part * size,), dtype)
             ends = [0, *np.cumsum([math.prod(shape) for shape in shapes.values()]).tolist()]
             ranges = dict(zip(shapes, pairwise(ends), strict=True))
             parts = {
                 name: home.xp.reshape(buffer[start:stop], shapes[name])
                 for name, (start, stop) in ranges.items()
             }
-            cuts = [_share_of(rank, size, ends[-1]) for rank in range(size)]
-            begin, end = cut = cuts[self._comm.rank]
             shares = {
                 name: slice(*(min(max(edge - start, 0), stop - start) for edge in cut))
                 for name, (start, stop) in ranges.items()
             }
-            own = home.zeros((end - begin if self.sharded else 0,), dtype)
-            counts = [stop - start for start, stop in cuts]
+            own = home.zeros((part if self.sharded else 0,), dtype)
             wire = Wire(buffer, size, compress) if compress else None
-            buckets.append(Bucket(buffer, parts, shares, own, counts, wire))
+            buckets.append(Bucket(buffer, parts, shares, own, wire))
         return buckets
 
     def _placed(self, found: Arrays) -> dict[str, Array]:
@@ -191,12 +198,6 @@ def _own_parts(bucket: Bucket) -> dict[str, Array]:
     ends = [0, *np.cumsum([rows.stop - rows.start for rows in bucket.shares.values()]).tolist()]
     pairs = zip(bucket.shares, pairwise(ends), strict=True)
     return {name: bucket.own[start:stop] for name, (start, stop) in pairs}
-
-
-def _share_of(rank: int, size: int, elements: int) -> tuple[int, int]:
-    """Return where the share of a rank begins and ends in a buffer, as in a `Wire`."""
-    part = -(-elements // size)
-    return min(rank * part, elements), min((rank + 1) * part, elements)
 
 
 def _grouped(arrays: Arrays, itemsize: int) -> list[dict[str, Shape]]:

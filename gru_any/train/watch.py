@@ -39,7 +39,11 @@ class Watch:
         How long a rank is waited for.
     places : list of (str, int)
         The host and the process of each rank.
+    give_up : callable
+        Ends what a device does with other ranks, before this process leaves them.
     """
+
+    give_up: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, comm: Any, last_good: Callable[[], str]) -> None:
         from mpi4py import MPI
@@ -121,7 +125,7 @@ class Watch:
     def wait(self, requests: Sequence[Any]) -> None:
         """Wait until all requests are done; end all ranks after `seconds` without that."""
         began = time.monotonic()
-        while not self._mpi.Request.Testall(requests):
+        while not self._done(requests):
             passed = time.monotonic() - began
             if passed > 0.002:
                 time.sleep(5e-5)
@@ -130,6 +134,14 @@ class Watch:
                 self._look()
             if passed > self.seconds:
                 self._end(f"did not answer for {self.seconds:g} s", self._silent())
+
+    def _done(self, requests: Sequence[Any]) -> bool:
+        try:
+            return all([request.Test() for request in requests])  # each, for its errors
+        except RuntimeError as e:  # of a device, perhaps since another rank is gone
+            if silent := self._silent():
+                self._end(f"did not answer ({type(e).__name__}: {e})", silent)
+            raise
 
     def _answer(self) -> None:
         """Tell every rank that asks that this one is there."""
@@ -188,6 +200,7 @@ class Watch:
 
     def _abort(self) -> NoReturn:
         self.dismiss_sentinel()
+        self.give_up()
         self.comm.Abort(1)
         raise SystemExit(1)  # Abort does not return
 
@@ -203,8 +216,11 @@ class Watch:
                 own = self.name(self._alarm.rank)
                 self._say(f"{own} failed, {type(e).__name__}: {e}; {self._last_good()}")
                 self._abort()
+            self.give_up()
             raise
+        self.wait([self.comm.Ibarrier()])  # all have got what they wait for
         self.dismiss_sentinel()
+        self.give_up()
         self.comm.Free()
         self._alarm.Free()
 
@@ -213,6 +229,7 @@ class Watch:
         while not request.Test():
             if time.monotonic() - began > GRACE:
                 return False
+            self._answer()
             time.sleep(0.001)
         return True
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from ...codegen.cuda_source import Kernel
 from ...typing import Array, Shape
 
-Event: TypeAlias = Any  # a mark in a stream, of the library's own class
+Event: TypeAlias = Any  # a mark in a stream, of the library's own class; `done`: it was reached
 Pool: TypeAlias = Any  # memory for new arrays, of the library's own class
 
 
@@ -88,6 +88,15 @@ class Operations(Protocol):
 
     def stream(self) -> Hashable:
         """Return what tells the current stream from others."""
+
+    def handle(self) -> int:
+        """Return the current stream as CUDA's libraries take it."""
+
+    def device(self) -> str:
+        """Return what tells the current device from others of this machine, in all processes."""
+
+    def nccl(self) -> Any:
+        """Return NCCL, a module like `cupy.cuda.nccl`; ImportError if there is none."""
 
     def event(self) -> Event:
         """Record an event in the current stream."""

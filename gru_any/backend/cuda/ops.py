@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
@@ -69,7 +70,21 @@ class Ops:
         return Products(self.cupy, precision)
 
     def stream(self) -> Hashable:
-        return self.cupy.cuda.get_current_stream().ptr, threading.get_ident()
+        return self.handle(), threading.get_ident()
+
+    def handle(self) -> int:
+        return int(self.cupy.cuda.get_current_stream().ptr)
+
+    def device(self) -> str:
+        return str(self.cupy.cuda.Device().pci_bus_id)
+
+    def nccl(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the same as below, in many words
+            nccl = importlib.import_module("cupy.cuda.nccl")
+        if not nccl.available:
+            raise ImportError("CuPy finds no NCCL (pip install nvidia-nccl-cu13, or -cu12)")
+        return nccl
 
     def event(self) -> Event:
         event = self.cupy.cuda.Event(disable_timing=True)

@@ -67,6 +67,7 @@ def enqueue(action: Callable[[], None]) -> None:
 # streams -----------------------------------------------------------------------------------------
 
 CLOCKS: dict[Stream, Clock] = {"host": {}}
+PENDING: dict[Stream, list[Callable[[], bool]]] = {}  # what streams wait for in other processes
 
 
 def current_stream() -> Stream:

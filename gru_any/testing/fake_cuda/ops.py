@@ -17,10 +17,11 @@ from ...backend.cuda.operations import Blas, Operations
 from ...codegen.cuda_source import Kernel
 from ...typing import HostArray, Shape
 from . import shim
-from .array import Array, asarray
+from .array import DEVICE, Array, asarray
 from .memory import (
     CLOCKS,
     LOCK,
+    PENDING,
     Allocation,
     Capture,
     Pool,
@@ -55,9 +56,23 @@ class Graph:
 
 
 class Event(dict[Stream, int]):
-    """The clock of a stream when the event was recorded. capture: the one that it belongs to."""
+    """The clock of a stream when the event was recorded.
+
+    capture: the one that it belongs to
+    pending: what the stream waited for in other processes
+    """
 
     capture: Capture | None = None
+    pending: Sequence[Callable[[], bool]] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether the stream has reached it; if so, the host knows that."""
+        if not all(done() for done in self.pending):
+            return False
+        with LOCK:
+            learn("host", self)
+        return True
 
 
 class Ops:
@@ -96,9 +111,18 @@ class Ops:
     def stream(self) -> Stream:
         return current_stream()
 
+    def handle(self) -> int:
+        return hash(current_stream())
+
+    def device(self) -> str:
+        return DEVICE
+
+    def nccl(self) -> Any:
+        raise ImportError("the fake device has no NCCL")
+
     def event(self) -> Event:
         event = Event()
-        event.capture = capturing()
+        event.capture, event.pending = capturing(), list(PENDING.get(current_stream(), ()))
 
         def mark() -> None:
             event.clear()
