@@ -197,8 +197,8 @@ class NumbaSource:
         """A module with `few`, a scan for so few rows that no matrix is worth packing.
 
         In one thread; it returns the results. functions: as of `stored.multiply`. h: the state
-        before the first step. `shared` is the
-        same for a team, as of `scan`, which fills the arrays that it is given.
+        before the first step. `shared` is the same for a team, as of `scan`, which fills the arrays
+        that it is given.
         """
         given = [array for array in self.arrays if array not in self.results]
         axes = {array.name: AXES.get(array.kind, ":, :, ::1") for array in given}
