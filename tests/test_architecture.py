@@ -105,7 +105,7 @@ LAYERS = [
     {"backend/dual_backend", "backend/dual_runner"},
     {"backend/dual"},
     {"backend/libraries", "backend/reference"},
-    {"backend/jax_arrays"},
+    {"backend/alignment", "backend/jax_arrays"},
     {"backend/contract"},
     {"backend/cuda/device", "backend/cuda/operations"},
     {"tensors"},

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..typing import Array, Device, DType, HostArray, Namespace, Shape
-from .cpu.buffers import aligned
+from .alignment import aligned
 from .cuda import device as cuda
 
 VARIABLE = "GRU_ANY_BACKEND"

@@ -172,9 +172,6 @@ class FrozenGRU(Frozen, GRU):
         stack = super()._new_stack(run, variant)
         return PackedStack(*stack) if self.backend.host else stack
 
-    def _stack_for(self, call: Any) -> Stack:
-        return self._stack(self._runner)  # another runner for few steps would not read the panels
-
     def _arrays(self) -> Mapping[Any, Any]:
         found: Mapping[Any, Any] = self._form()
         return found

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from ...typing import DType, HostArray, Shape
+from ..alignment import aligned
 from . import tuning
 
 LARGE = 1 << 17  # bytes from which on the address of a result matters
-ALIGNMENT = 64  # bytes: a line of the cache, and what XLA wants of an address
 
 _owners: dict[int, deque[HostArray]] = {}  # by their size
 
@@ -36,17 +36,6 @@ def result(shape: Shape, dtype: DType) -> HostArray:
     if math.prod(shape) * dtype.itemsize < LARGE:
         return np.empty(shape, dtype)
     return aligned(shape, dtype)
-
-
-def aligned(shape: Shape, dtype: DType) -> HostArray:
-    """Return an uninitialised array from the start of a line of the cache on.
-
-    A product with small weights takes up to 1.2 times as long where its loads cross lines.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    owner = np.empty(size + ALIGNMENT, np.uint8)
-    start = -owner.__array_interface__["data"][0] % ALIGNMENT
-    return owner[start : start + size].view(dtype).reshape(shape)
 
 
 class Scratch(threading.local):

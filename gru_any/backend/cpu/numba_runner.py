@@ -325,15 +325,20 @@ class Scan:
         reverse: bool,
     ) -> OneBlock:
         """Return the same for so few rows that the matrices are read as they are stored."""
-        H, dtype = U.shape[1], U.dtype
+        H, dtype, size = U.shape[1], U.dtype, W.size + U.size
         b = np.zeros(3 * H, dtype) if b is None else b
         W, U, b, *vectors = map(ascarray, (W, U, b, *vectors))
 
         def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             K, B, _ = x.shape
             a = empty((K, B, 3 * H), dtype)
-            given = ascarray(h), U, a, *vectors, ascarray(x), W, b
-            path, *_ = self.few(self.functions, *_forwards(K, reverse), NONE_ENDED, *given)
+            steps, given = _forwards(K, reverse), (U, a, *vectors, ascarray(x), W, b)
+            if (members := tuning.team_in_place(K, B, H, size, count)) > 1:
+                path = result((K + 1, B, H), dtype)
+                path[K if reverse else 0] = h
+                self.share(members, steps, NONE_ENDED, [*given, path])
+            else:
+                path, *_ = self.few(self.functions, *steps, NONE_ENDED, ascarray(h), *given)
             return _after(path, reverse)
 
         return block
