@@ -68,9 +68,12 @@ def calls(monkeypatch):
     """The libraries of the arrays that layers compute with."""
     found = set()
     forward = GRU._forward
-    monkeypatch.setattr(
-        GRU, "_forward", lambda self, call, *a: found.add(type(call.x)) or forward(self, call, *a)
-    )
+
+    def look(self, outputs, x, *given):
+        found.add(type(x))
+        return forward(self, outputs, x, *given)
+
+    monkeypatch.setattr(GRU, "_forward", look)
     return found
 
 
@@ -135,9 +138,9 @@ def test_no_array_is_copied_on_the_way(torch, monkeypatch):
     x, seen = torch.ones(50, 8, 64), []
     forward = GRU._forward
 
-    def look(self, call, *given):
-        result = forward(self, call, *given)
-        seen.extend([call.x, *self.params.values(), *result])
+    def look(self, outputs, x, *given):
+        result = forward(self, outputs, x, *given)
+        seen.extend([x, *self.params.values(), *result])
         return result
 
     monkeypatch.setattr(GRU, "_forward", look)

@@ -14,7 +14,7 @@ from ..nn.merge import merge
 from ..nn.params import BackendLike, Layer
 from ..nn.stack import Stack
 from ..nn.sweep import ROWS, STEPS, Weights
-from ..typing import Array, Arrays, Device, Lengths, Namespace
+from ..typing import Array, Arrays, Device, Namespace
 
 REFUSAL = (
     "the weights of a frozen model never change and have no gradients: work on the model that it "
@@ -176,39 +176,11 @@ class FrozenGRU(Frozen, GRU):
         found: Mapping[Any, Any] = self._form()
         return found
 
-    @by_place
-    def __call__(
-        self,
-        x: Array,
-        h0: Array | None = None,
-        lengths: Lengths | None = None,
-        *,
-        mask: Array | None = None,
-        resets: Array | None = None,
-        skipped: str = "zero",
-    ) -> tuple[Array, Array]:
-        """Run the sequences, as a GRU does."""
+    def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
+        lengths, mask, resets, skipped = steps
         usual = lengths is mask is resets is None and skipped == "zero"
         found = self._by_block(x, h0) if usual else None
-        if found is None:
-            return super().__call__(x, h0, lengths, mask=mask, resets=resets, skipped=skipped)
-        return found
-
-    @by_place
-    def last(
-        self,
-        x: Array,
-        h0: Array | None = None,
-        lengths: Lengths | None = None,
-        *,
-        mask: Array | None = None,
-        resets: Array | None = None,
-    ) -> Array:
-        """Return h_n alone, as a GRU does."""
-        found = self._by_block(x, h0) if lengths is mask is resets is None else None
-        if found is None:
-            return super().last(x, h0, lengths, mask=mask, resets=resets)
-        return found[1]
+        return super()._forward(outputs, x, h0, *steps) if found is None else found
 
     def _by_block(self, x: Array, h0: Array | None) -> tuple[Array, Array] | None:
         """Return y and h_n where each sweep is one block of arrays as they stand, else None.

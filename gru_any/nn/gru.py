@@ -250,7 +250,7 @@ class GRU(Layer):
         ValueError, TypeError
             An argument of wrong shape, dtype, library or device; the text says what to do.
         """
-        return self._forward(self._layout.enter(x, h0, lengths, mask, resets, skipped), True)
+        return self._forward(True, x, h0, lengths, mask, resets, skipped)
 
     @by_place
     def last(
@@ -263,7 +263,7 @@ class GRU(Layer):
         resets: Array | None = None,
     ) -> Array:
         """Return h_n alone; the outputs of the last layer are not kept."""
-        return self._forward(self._layout.enter(x, h0, lengths, mask, resets), False)[1]
+        return self._forward(False, x, h0, lengths, mask, resets, "zero")[1]
 
     @by_place
     def vjp(
@@ -538,7 +538,9 @@ class GRU(Layer):
             self.layer_norm,
         )
 
-    def _forward(self, call: Call, outputs: bool) -> tuple[Array, Array]:
+    def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
+        """Run a call as a user gives it, `steps` being `lengths` and what follows."""
+        call = self._layout.enter(x, h0, *steps)
         (y, h_n), _ = self._run(self._stack(self._runner), call, keep=False, outputs=outputs)
         return self._layout.outputs(call, y, h_n)
 

@@ -91,10 +91,8 @@ class Stack(NamedTuple):
             if cuts or of_steps:
                 masks = _step_masks(cuts, of_steps, layer, D)
             if D == 1:  # in short, since small calls are many
-                sweep, h = (
-                    self.sweep(params, layer, self.suffixes[0], mask, masks[0]),
-                    h0[layer, :, :],
-                )
+                sweep = self.sweep(params, layer, self.suffixes[0], mask, masks[0])
+                h = h0[layer, :, :]
                 y, h, blocks = sweep.on(run).forward(x, h, keep, segment, wanted)
                 states.append(h)
                 if keep:
