@@ -177,8 +177,8 @@ class FrozenGRU(Frozen, GRU):
         return found
 
     def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
-        lengths, mask, resets, skipped = steps
-        usual = lengths is mask is resets is None and skipped == "zero"
+        *options, skipped = steps
+        usual = all(v is None for v in options) and skipped == "zero"
         found = self._by_block(x, h0) if usual else None
         return super()._forward(outputs, x, h0, *steps) if found is None else found
 

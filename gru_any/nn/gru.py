@@ -218,6 +218,7 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[Array, Array]:
         """Run the sequences without keeping residuals; no dropout.
@@ -232,9 +233,11 @@ class GRU(Layer):
         mask : (T, B) of bool, laid out like x without its last axis
             Where it is false, the row skips the step: its state stays, whatever x holds there.
         resets : (T, B) of bool, likewise
-            Where it is true, an episode begins: the row's state is set to 0 before the step, and no
-            gradient passes. A direction that reads from the end is reset where it leaves the
-            episode. A reset at a skipped or padded step has no effect.
+            Where it is true, an episode begins: the row's state is set to 0, or to `start`, before
+            the step, and no gradient passes. A direction that reads from the end is reset where it
+            leaves the episode. A reset at a skipped or padded step has no effect.
+        start : array (L*D, H), the same for all rows, or (L*D, B, H)
+            The state that a reset sets. It needs resets, and leaves the first state, h0, alone.
         skipped : "zero" or "repeat"
             What y holds at skipped and padded steps: 0, or the output of the row's last step that
             was read (0 if there is none), as in Keras.
@@ -250,7 +253,7 @@ class GRU(Layer):
         ValueError, TypeError
             An argument of wrong shape, dtype, library or device; the text says what to do.
         """
-        return self._forward(True, x, h0, lengths, mask, resets, skipped)
+        return self._forward(True, x, h0, lengths, mask, resets, start, skipped)
 
     @by_place
     def last(
@@ -261,9 +264,10 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
     ) -> Array:
         """Return h_n alone; the outputs of the last layer are not kept."""
-        return self._forward(False, x, h0, lengths, mask, resets, "zero")[1]
+        return self._forward(False, x, h0, lengths, mask, resets, start, "zero")[1]
 
     @by_place
     def vjp(
@@ -275,6 +279,7 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, Array], Pullback]:
         """Run the sequences and keep the residuals for the backward pass.
@@ -290,11 +295,12 @@ class GRU(Layer):
         pullback : callable
             `grads, dx, dh0 = pullback(dy, dh_n=None)`: given dL/dy and dL/dh_n, one of which may be
             None, it returns dL/d of the parameters (a dict), of x and of h0. It may be called
-            again. `pullback.taps(dy, dh_n)` returns dL/dh (L*D, T, B, H) of every step.
+            again. Where `start` is given, it returns (grads, dx, dh0, dstart).
+            `pullback.taps(dy, dh_n)` returns dL/dh (L*D, T, B, H) of every step.
         """
         arguments.generator("rng", rng)
         self._refuse_complex()
-        call = self._layout.enter(x, h0, lengths, mask, resets, skipped)
+        call = self._layout.enter(x, h0, lengths, mask, resets, start, skipped)
         stack = self._stack(self._runner)
         masks = NO_MASKS if rng is None else draw(self, rng, *call.x.shape[:2])
         stack = stack if masks.steps is None else self._stack(stack.run, self._regularised())
@@ -311,16 +317,18 @@ class GRU(Layer):
         *,
         x_dot: Array | None = None,
         h0_dot: Array | None = None,
+        start_dot: Array | None = None,
         params_dot: Arrays | None = None,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Run the sequences, and differentiate the outputs along a direction: forward mode.
 
         Parameters are those of a plain call, and
 
-        x_dot, h0_dot : arrays of the shapes of x and h0, or None for 0
+        x_dot, h0_dot, start_dot : arrays of the shapes of x, h0 and start, or None for 0
         params_dot : mapping of names to arrays of the shapes of the parameters
             Where a name is missing it is 0.
 
@@ -334,8 +342,9 @@ class GRU(Layer):
         ValueError, TypeError, KeyError
             As in a plain call; or no direction is given, or it does not fit.
         """
-        twin, x, h0 = self._along(x, h0, x_dot, h0_dot, params_dot)
-        found = twin(x, h0, lengths, mask=mask, resets=resets, skipped=skipped)
+        twin, x, h0, start = self._along(x, h0, start, x_dot, h0_dot, start_dot, params_dot)
+        options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
+        found = twin(x, h0, lengths, **options)
         values, dots = parted(twin.backend, found)
         return values, dots
 
@@ -349,9 +358,11 @@ class GRU(Layer):
         *,
         x_dot: Array | None = None,
         h0_dot: Array | None = None,
+        start_dot: Array | None = None,
         params_dot: Arrays | None = None,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, Array], tuple[Array, Array], DualPullback]:
         """Run the sequences for a backward pass and its derivative along a direction.
@@ -365,30 +376,36 @@ class GRU(Layer):
             `(grads, dx, dh0), (grads_dot, dx_dot, dh0_dot) = pullback(dy, dh_n=None, dy_dot=None,
             dh_n_dot=None)`: the first three as of `vjp`, and their derivatives along the direction,
             along which dy and dh_n change by dy_dot and dh_n_dot: with those of a loss, a product
-            of its Hessian with the direction. `gru_any.hvp` does all of it.
+            of its Hessian with the direction. `gru_any.hvp` does all of it. With a start each
+            triple has dstart as a fourth.
         """
-        twin, x, h0 = self._along(x, h0, x_dot, h0_dot, params_dot)
-        found, back = twin.vjp(x, h0, lengths, rng, mask=mask, resets=resets, skipped=skipped)
+        twin, x, h0, start = self._along(x, h0, start, x_dot, h0_dot, start_dot, params_dot)
+        options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
+        found, back = twin.vjp(x, h0, lengths, rng, **options)
         return *parted(twin.backend, found), DualPullback(twin.backend, self.dtype, back)
 
     def _along(
         self,
         x: Array,
         h0: Array | None,
+        start: Array | None,
         x_dot: Array | None,
         h0_dot: Array | None,
+        start_dot: Array | None,
         params_dot: Arrays | None,
-    ) -> tuple[Any, Array, Array | None]:
-        """Return the GRU, x and h0 over dual numbers."""
-        refuse_nothing("x_dot, h0_dot and params_dot", x_dot, h0_dot, params_dot)
+    ) -> tuple[Any, Array, Array | None, Array | None]:
+        """Return the GRU, x, h0 and start over dual numbers."""
+        dots = x_dot, h0_dot, start_dot, params_dot
+        refuse_nothing("x_dot, h0_dot, start_dot and params_dot", *dots)
         if h0 is None and h0_dot is not None:
             self.backend.check("x", x, self.dtype)
             rows = (x.shape[0 if self.batch_first else 1],) if x.ndim == 3 else ()
             shape = (self.num_layers * len(self.suffixes), *rows, self.hidden_size)
             h0 = self.backend.zeros(shape, self.dtype)
         home = self.backend, self.dtype
-        x, h0 = lift(*home, "x", x, x_dot), lift(*home, "h0", h0, h0_dot)
-        return along(self, check_params_dot(self, params_dot)), x, h0
+        named = {"x": (x, x_dot), "h0": (h0, h0_dot), "start": (start, start_dot)}
+        x, h0, start = (lift(*home, name, *pair) for name, pair in named.items())
+        return along(self, check_params_dot(self, params_dot)), x, h0, start
 
     @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
@@ -461,12 +478,13 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
     ) -> dict[str, Array]:
         """Return the gates r and z, the candidate n and the state h of every step.
 
         Each is (L*D, T, B, H), time first whatever `batch_first` says; at skipped steps 0.
         """
-        call = self._layout.enter(x, h0, lengths, mask, resets)
+        call = self._layout.enter(x, h0, lengths, mask, resets, start)
         stack = self._stack(self._runner)
         unmasked, given = self._inputs(stack, call, NO_MASKS)
         _, residuals = stack.forward(unmasked, True, None, True, given)
@@ -568,8 +586,9 @@ class GRU(Layer):
         arrays = self._arrays()
         if masks.weights:
             arrays |= {name: arrays[name] * kept for name, kept in masks.weights.items()}
-        cuts, (_, steps, between) = restarts.cuts, masks
-        return unmasked, ForwardInputs(x, h0, arrays, alive, cuts, between, steps)
+        (cuts, _, start, _), (_, steps, between) = restarts, masks
+        start = start if cuts else None
+        return unmasked, ForwardInputs(x, h0, arrays, alive, cuts, between, steps, start)
 
     def _arrays(self) -> Any:
         """Return the parameters as the stack reads them, a mapping."""

@@ -28,6 +28,7 @@ class ForwardInputs(NamedTuple):
     dropout: tuple[Array | None, ...] | None  # of the input of each layer; None: there is none
     # of each layer and direction, the first two of `StepMasks`; None: there are none
     steps: tuple[tuple[Array | None, Array | None], ...] | None = None
+    start: Array | None = None  # (L*D, B, H), from which states start anew; None: from 0
 
 
 class BackwardInputs(NamedTuple):
@@ -77,7 +78,7 @@ class Stack(NamedTuple):
         unmasked: as of `SequenceMask`; the rest is that of `Sweep.forward`. There are no residuals
         without `keep`: they would hold the outputs of all layers at once.
         """
-        x, h0, params, alive, cuts, dropout, of_steps = given
+        x, h0, params, alive, cuts, dropout, of_steps, start = given
         mask = None if alive is None else SequenceMask(alive, unmasked)
         D = len(self.suffixes)
         states: list[Array] = []
@@ -89,7 +90,7 @@ class Stack(NamedTuple):
             x = x if dropped is None else x * dropped
             masks: Sequence[StepMasks | None] = (None,) * D
             if cuts or of_steps:
-                masks = _step_masks(cuts, of_steps, layer, D)
+                masks = _step_masks(cuts, start, of_steps, layer, D)
             if D == 1:  # in short, since small calls are many
                 sweep = self.sweep(params, layer, self.suffixes[0], mask, masks[0])
                 h = h0[layer, :, :]
@@ -125,14 +126,17 @@ class Stack(NamedTuple):
         by_row: bool,
         given: BackwardInputs,
         residuals: list[LayerResiduals],
-    ) -> tuple[tuple[Gradients, Array, Array], None]:
-        """Run the backward pass of all layers; return the gradients, dx and dh0, no residuals.
+    ) -> tuple[tuple[Gradients, Array, Array, Array | None], None]:
+        """Run the backward pass of all layers; return the gradients, dx, dh0, and no residuals.
+
+        After dh0 comes that of the start, or None where no step starts from it.
 
         taps: None, or an output for each state, which `Sweep.backward` fills. by_row: as there.
         """
         D = len(self.suffixes)
         grads: Gradients = {}
         states: list[Array] = []
+        starts: list[Array] = []
 
         def run_layer(layer: int, run: Runner, dy: Array | None) -> Array:
             x, dropped, sweeps, outputs = residuals[layer]
@@ -145,19 +149,22 @@ class Stack(NamedTuple):
                 return sweep.on(run).backward(x, segments, dys[d], dh, tap, by_row)
 
             total, found = None, _concurrent(run_sweep, D, run)
+            of_start: list[Array] = []
             for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):
                 names = self._names(layer, suffix)
                 if self.dtype != self.storage:
                     of_weights = list(map(self.to_storage, of_weights))
                 grads.update(zip(names, of_weights, strict=False))
+                of_start += of_weights[len(names) :]
                 total = dx if total is None else total + dx
-            states[:0] = [dh for _, dh, _ in found]
+            states[:0], starts[:0] = [dh for _, dh, _ in found], of_start
             return total if dropped is None else total * dropped
 
         layers = range(self.layers - 1, -1, -1)
         dropout = residuals[-1].dropout  # which acts on all layers but the first
         dx = self._pipeline(run_layer, layers, given.dy, given.dh_n, dropout)
-        return (grads, dx, self.run.stacked(states, self.storage)), None
+        dstart = self.run.stacked(starts, self.storage) if starts else None
+        return (grads, dx, self.run.stacked(states, self.storage), dstart), None
 
     def steps(self, x: Array) -> int:
         """Return how many steps x (T, B, I) takes, all layers and directions together."""
@@ -218,11 +225,15 @@ def _concurrent(
 
 def _step_masks(
     cuts: tuple[Array, ...] | None,
+    start: Array | None,
     steps: tuple[tuple[Array | None, Array | None], ...] | None,
     layer: int,
     D: int,
 ) -> list[StepMasks]:
     """Return the masks of a layer's steps, of each direction."""
     of_layer = ((None, None),) * D if steps is None else steps[layer * D : (layer + 1) * D]
-    pairs = zip(of_layer, cuts or (None,) * D, strict=True)
-    return [StepMasks(*own, cut) for own, cut in pairs]
+    starts: Sequence[Array | None] = (None,) * D
+    if cuts and start is not None:
+        starts = [start[layer * D + d, :, :] for d in range(D)]
+    found = zip(of_layer, cuts or (None,) * D, starts, strict=True)
+    return [StepMasks(*own, cut, begin) for own, cut, begin in found]
