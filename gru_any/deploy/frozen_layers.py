@@ -188,7 +188,9 @@ class FrozenGRU(Frozen, GRU):
         All that depends on the weights alone is decided before, once, since small calls are many.
         """
         home, states = self.backend, self.num_layers * len(self.suffixes)
-        if self.merge is None or self.arithmetic != self.dtype or not home.plain(x, self.dtype):
+        if self.merge is None or self.outputs == "all":
+            return None
+        if self.arithmetic != self.dtype or not home.plain(x, self.dtype):
             return None
         y = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
         T, B, I = y.shape if y.ndim == 3 else (0, 0, 0)

@@ -90,6 +90,11 @@ class Chain:
                 "a GRU with merge=None puts out a pair, which no layer of a Chain reads: use "
                 'another merge, such as "concat"'
             )
+        if any(isinstance(layer, GRU) and layer.outputs == "all" for layer in layers):
+            raise ValueError(
+                'a GRU with outputs="all" puts out a tuple, which no layer of a Chain reads: leave '
+                'it at "top", and make a GRU of each layer to read what lies between'
+            )
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")

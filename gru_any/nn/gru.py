@@ -95,6 +95,9 @@ class GRU(Layer):
         How the outputs of two directions become one, in every layer: side by side, or their sum,
         mean or product. With None y is a pair (forward, reverse), and so is dy; a layer above reads
         them side by side.
+    outputs : "top" or "all"
+        Whose outputs y holds: those of the last layer; or a tuple, one of each layer from the first
+        on, before dropout. Then dy is such a tuple, of which any may be None.
     clip : float or None
         What goes into these functions is bounded by -clip and clip; where that changes it, its
         gradient is 0.
@@ -153,6 +156,7 @@ class GRU(Layer):
         gate_activation: options.Named = "sigmoid",
         clip: float | None = None,
         merge: str | None = "concat",
+        outputs: str = "top",
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
@@ -176,6 +180,7 @@ class GRU(Layer):
         self.gate_activation = options.activation("gate_activation", gate_activation)
         self.clip = options.clip(clip)
         self.merge = options.merge(merge, self.bidirectional)
+        self.outputs = arguments.choice("outputs", outputs, ("top", "all"))
         self.functions = options.activations(self.gate_activation, self.activation, self.clip)
         self.layer_norm = options.layer_norm(layer_norm, self.reset_after)
         if self.reverse and self.bidirectional:
@@ -187,7 +192,7 @@ class GRU(Layer):
             GRU, backend, device, dtype, self._shapes(), seed,
             lambda rng, name, shape: initial(rng, name, shape, self.hidden_size),
         )  # fmt: skip
-        self._leave_out({**options.DEFAULTS, **options.MERGE, **LATER})
+        self._leave_out({**options.DEFAULTS, **options.MERGE, **options.OUTPUTS, **LATER})
 
     @property
     def output_size(self) -> int:
@@ -245,7 +250,8 @@ class GRU(Layer):
         Returns
         -------
         y : array (T, B, D*H), laid out like x: the states of the last layer, forward then reverse.
-            (T, B, H) where `merge` makes one of them, a pair of such arrays where it is None.
+            (T, B, H) where `merge` makes one of them, a pair of such arrays where it is None. A
+            tuple of what it would be for each layer with outputs="all".
         h_n : array (L*D, B, H): each row's own last state, forward before reverse, layer by layer.
 
         Raises
@@ -412,7 +418,8 @@ class GRU(Layer):
         """Advance by one step, for streams.
 
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
-        new state; the one given is not written. A `Stream` can reset single rows.
+        new state; the one given is not written. y_t is a tuple of such with outputs="all". A
+        `Stream` can reset single rows.
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)
@@ -450,7 +457,7 @@ class GRU(Layer):
 
     def _step(
         self, steps: list[LayerStep], x_t: Array, state: Array | None = None
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Any, Array]:
         self.backend.check("x_t", x_t, self.dtype)
         rows = x_t.shape[:-1]
         if len(rows) > 1 or x_t.shape[-1:] != (self.input_size,):
@@ -462,12 +469,14 @@ class GRU(Layer):
             sizes = {"L": shape[0], "B": rows[0] if rows else 1, "H": shape[-1]}
             check_shape("state", state, "(L, B, H)" if rows else "(L, H)", sizes)
         y, state = (x_t, state) if rows else (x_t[None, :], state[:, None, :])
-        states = []
+        states, ys = [], []
         for layer, step in enumerate(steps):
             y, h = step(y, state[layer, ...])
             states.append(h)
+            ys.append(y if rows else y[0, :])
         state = h[None, ...] if len(states) == 1 else self.backend.xp.stack(states)
-        return (y, state) if rows else (y[0, :], state[:, 0, :])
+        state = state if rows else state[:, 0, :]
+        return (ys[-1] if self.outputs == "top" else tuple(ys)), state
 
     @by_place
     def taps(
@@ -510,6 +519,7 @@ class GRU(Layer):
             self.num_layers,
             tuple(suffix == "_reverse" for suffix in self.suffixes),
             self.merge,
+            self.outputs == "all",
         )
 
     @property
@@ -554,6 +564,7 @@ class GRU(Layer):
             self.backend.dtype(self.dtype),
             self.merge or "concat",
             self.layer_norm,
+            self.outputs == "all",
         )
 
     def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:

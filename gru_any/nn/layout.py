@@ -39,6 +39,7 @@ class SequenceLayout(NamedTuple):
     layers: int
     reverses: tuple[bool, ...]  # of each direction, whether it reads from the end
     merge: str | None = "concat"  # how y has the directions; None: as a pair
+    every: bool = False  # whether y is a tuple of the outputs of all layers
 
     @property
     def directions(self) -> int:
@@ -170,29 +171,16 @@ class SequenceLayout(NamedTuple):
 
     def enter_cotangents(
         self, call: Call, dy: Array | None, dh_n: Array | None
-    ) -> tuple[Array | None, Array]:
+    ) -> tuple[Any, Array]:
         """Check the inputs of a backward pass; return dy time-major, dh_n (L*D, B, H)."""
         backend, H, states = self.backend, self.hidden_size, self.layers * self.directions
-        T, B, _ = call.x.shape
+        B = call.x.shape[1]
+        if self.every and dy is not None:
+            dy = self._of_layers(call, dy)
+        elif dy is not None:
+            dy = self._enter_dy(call, dy)
         if dy is None and dh_n is None:
             raise ValueError("pullback got neither dy nor dh_n; one of them must be given")
-        if dy is not None and self.merge is None:
-            dy = self._of_pair(dy)
-        if dy is not None:
-            backend.check("dy", dy, self.dtype)
-            width = self.directions * H if self.merge in ("concat", None) else H
-            shape = (
-                (T, width)
-                if call.unbatched
-                else (B, T, width)
-                if self.batch_first
-                else (T, B, width)
-            )
-            if dy.shape != shape:
-                letters = "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
-                sizes = {"T": T, "B": B, "D*H": width}
-                check_shape("dy", dy, "(T, D*H)" if call.unbatched else letters, sizes)
-            dy = self._repeat(gathered, call, self._time_major(dy, call.unbatched))
         if dh_n is None:
             return dy, backend.zeros((states, B, H), self.arithmetic)
         self._check_states("dh_n", dh_n, B, call.unbatched)
@@ -204,11 +192,40 @@ class SequenceLayout(NamedTuple):
         h_n = self._of_states(call, h_n)
         if y is None:
             return y, h_n
+        if self.every:
+            return tuple(self._leave_y(call, v) for v in y), h_n
+        return self._leave_y(call, y), h_n
+
+    def _leave_y(self, call: Call, y: Array) -> Any:
+        """Return the outputs of a layer as the user has x."""
         y = self.leave(call, self._repeat(repeated, call, y) if call.repeat else y)
         if self.merge is None:
             own = self.backend.xp.astype  # a copy: neither is to keep the other in memory
-            return tuple(own(v, v.dtype, copy=True) for v in part("concat", y)), h_n
-        return y, h_n
+            return tuple(own(v, v.dtype, copy=True) for v in part("concat", y))
+        return y
+
+    def _of_layers(self, call: Call, dy: Sequence[Array | None]) -> tuple[Array | None, ...] | None:
+        """Return the gradients of the outputs of all layers, time-major; None where all are."""
+        if not isinstance(dy, (tuple, list)) or len(dy) != self.layers:
+            count = f" of {len(dy)}" if isinstance(dy, (tuple, list)) else ""
+            raise TypeError(
+                f"dy is a {type(dy).__name__}{count}, expected a tuple of {self.layers}, one for "
+                'each layer, as y is one with outputs="all"'
+            )
+        found = tuple(None if v is None else self._enter_dy(call, v) for v in dy)
+        return None if all(v is None for v in found) else found
+
+    def _enter_dy(self, call: Call, dy: Any) -> Array:
+        """Check the gradient of the outputs of a layer, and make it time-major."""
+        dy = self._of_pair(dy) if self.merge is None else dy
+        self.backend.check("dy", dy, self.dtype)
+        width = self.hidden_size * (self.directions if self.merge in ("concat", None) else 1)
+        (T, B, _), letters = call.x.shape, "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
+        rows = (T,) if call.unbatched else (B, T) if self.batch_first else (T, B)
+        if dy.shape != (*rows, width):
+            sizes = {"T": T, "B": B, "D*H": width}
+            check_shape("dy", dy, "(T, D*H)" if call.unbatched else letters, sizes)
+        return self._repeat(gathered, call, self._time_major(dy, call.unbatched))
 
     def _of_pair(self, dy: Sequence[Array]) -> Array:
         """Return the gradients of both outputs side by side."""

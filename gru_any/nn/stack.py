@@ -34,7 +34,7 @@ class ForwardInputs(NamedTuple):
 class BackwardInputs(NamedTuple):
     """The arrays of a backward pass."""
 
-    dy: Array | None  # (T, B, D*H)
+    dy: Any  # (T, B, D*H) or None; of all layers a tuple of such, or None
     dh_n: Array  # (L*D, B, H), in the dtype of the arithmetic
 
 
@@ -60,6 +60,7 @@ class Stack(NamedTuple):
     storage: DType  # of inputs, outputs and gradients
     merge: str = "concat"  # how the outputs of two directions become one; see merge.py
     layer_norm: bool = False  # whether there are gains; see normalisation.py
+    every: bool = False  # whether y has the outputs of all layers
 
     def on(self, run: Runner) -> Stack:
         """Return the layers on another runner."""
@@ -72,9 +73,10 @@ class Stack(NamedTuple):
         segment: int | None,
         outputs: bool,
         given: ForwardInputs,
-    ) -> tuple[tuple[Array | None, Array], list[LayerResiduals]]:
+    ) -> tuple[tuple[Any, Array], list[LayerResiduals]]:
         """Run all layers; return y (T, B, D*H) and h_n (L*D, B, H), and the residuals.
 
+        y is a tuple of such where all layers put out, and None without `outputs`.
         unmasked: as of `SequenceMask`; the rest is that of `Sweep.forward`. There are no residuals
         without `keep`: they would hold the outputs of all layers at once.
         """
@@ -83,6 +85,7 @@ class Stack(NamedTuple):
         D = len(self.suffixes)
         states: list[Array] = []
         residuals: list[LayerResiduals] = []
+        every: list[Array] = []
 
         def run_layer(layer: int, run: Runner, x: Array) -> Array:
             wanted = outputs or layer + 1 < self.layers
@@ -114,10 +117,17 @@ class Stack(NamedTuple):
                 residuals.append(LayerResiduals(x, dropped, kept, parts))
             return merge(run.xp, self.merge, ys) if wanted else None
 
+        def run_and_keep(layer: int, run: Runner, x: Array) -> Array:
+            every.append(run_layer(layer, run, x))
+            return every[-1]
+
         if self.layers == 1:
             y = run_layer(0, self.run, x)
         else:
-            y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
+            run = run_and_keep if self.every and outputs else run_layer
+            y = self._pipeline(run, range(self.layers), x, h0, dropout)
+        if self.every and outputs:
+            y = tuple(every) or (y,)
         return (y, self.run.stacked(states, self.storage)), residuals
 
     def backward(
@@ -140,6 +150,8 @@ class Stack(NamedTuple):
 
         def run_layer(layer: int, run: Runner, dy: Array | None) -> Array:
             x, dropped, sweeps, outputs = residuals[layer]
+            if self.every and given.dy is not None:
+                dy = _added(dy, given.dy[layer])
             dys = [dy] * D if D == 1 or dy is None else part(self.merge, dy, outputs)
 
             def run_sweep(d: int, run: Runner) -> tuple[Array, Array, list[Array]]:
@@ -162,7 +174,8 @@ class Stack(NamedTuple):
 
         layers = range(self.layers - 1, -1, -1)
         dropout = residuals[-1].dropout  # which acts on all layers but the first
-        dx = self._pipeline(run_layer, layers, given.dy, given.dh_n, dropout)
+        top = None if self.every else given.dy
+        dx = self._pipeline(run_layer, layers, top, given.dh_n, dropout)
         dstart = self.run.stacked(starts, self.storage) if starts else None
         return (grads, dx, self.run.stacked(states, self.storage), dstart), None
 
@@ -204,14 +217,19 @@ class Stack(NamedTuple):
         dropout: object,
     ) -> Array:
         """Run layers one after the other, each on the result of the one before."""
-        # in two directions, or with dropout, a layer needs all of another at once
-        alone = len(self.suffixes) == 2 or dropout is not None
+        # in two directions, or with dropout, a layer needs all of another at once, as a user does
+        alone = len(self.suffixes) == 2 or dropout is not None or self.every
         overlap = None if alone else states.shape[1] * states.shape[2]
         return self.run.pipeline([partial(run_layer, layer) for layer in layers], x, overlap)
 
     def to_storage(self, v: Array) -> Array:
         """Cast to the dtype of outputs and gradients."""
         return v if v.dtype == self.storage else self.run.xp.astype(v, self.storage)
+
+
+def _added(a: Array | None, b: Array | None) -> Array | None:
+    """Return the sum of two gradients, of which None is 0."""
+    return a if b is None else b if a is None else a + b
 
 
 def _concurrent(
