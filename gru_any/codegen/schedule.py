@@ -222,6 +222,11 @@ class Schedule(NamedTuple):
         return [stage for stage in self.stages if isinstance(stage, Group)]
 
     @property
+    def means(self) -> bool:
+        """Whether a group takes means over a row."""
+        return any(group.means for group in self.groups)
+
+    @property
     def written(self) -> set[str]:
         """The names of all arrays that groups store to."""
         return {store.place.array.name for group in self.groups for store in group.stores}

@@ -104,8 +104,7 @@ class GRU(Layer):
     layer_norm : bool
         Layer normalisation inside the gates, as haste's LayerNormGRU has it: x W^T and h U^T are
         normalised over their 3H columns and multiplied by gains, before the biases are added
-        (`gru_any.normalisation` has the formulas). Needs reset_after=True. On CUDA the steps
-        then run one operation after another.
+        (`gru_any.normalisation` has the formulas). Needs reset_after=True.
 
     Attributes
     ----------
@@ -524,7 +523,7 @@ class GRU(Layer):
 
     @property
     def _runner(self) -> Runner:
-        return runner(self.backend, self.precision, self.dtype, self.layer_norm)
+        return runner(self.backend, self.precision, self.dtype)
 
     @cached_property
     def _stacks(self) -> dict[tuple[Runner, Variant], Stack]:
