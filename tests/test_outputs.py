@@ -20,6 +20,15 @@ KINDS = {
     "apart": {"bidirectional": True, "merge": None},
     "reverse": {"reverse": True, "layer_norm": True, "reset_after": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def traced():
+    """Without a compiler, where a test does not choose a path."""
+    with running("traced"):
+        yield
+
+
 EVERY = pytest.mark.parametrize("kind", KINDS)
 PATH = pytest.mark.parametrize("path", ["plain", "traced"])
 RNG = np.random.default_rng(0)
