@@ -73,6 +73,7 @@ class Stream:
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | Sequence[Array | None] | None = None,
     ) -> Array:
         """Read a chunk x, shaped as the model takes it -> y; T may be anything, 0 too.
 
@@ -83,11 +84,13 @@ class Stream:
         mask, resets : booleans, one for each step of each row
             As in a call of a GRU: the steps that are not skipped, and those at which an episode
             begins.
+        start : what a reset sets the state to, as the model takes it; None for 0
         """
+        options: dict[str, Any] = {"mask": mask, "resets": resets, "start": start}
         if isinstance(self.model, Chain):
-            y, states = self.model(x, self._states, lengths, mask=mask, resets=resets)
+            y, states = self.model(x, self._states, lengths, **options)
         else:
-            y, h = self.model(x, self._states[0], lengths, mask=mask, resets=resets)
+            y, h = self.model(x, self._states[0], lengths, **options)
             states = [h]
         self._states = [*states]
         return y

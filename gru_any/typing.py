@@ -31,5 +31,7 @@ WeightGradients: TypeAlias = Callable[..., tuple[Array, ...]]
 Loss: TypeAlias = Callable[..., tuple[Array, Array]]
 Saved: TypeAlias = Sequence[Array]  # what a step keeps for its gradient, each (B, H)
 Gradients: TypeAlias = dict[str, Array]  # by the name of the parameter
+# grads, dx, dh0, and dstart where a start was given
+Derivatives: TypeAlias = tuple[Gradients, *tuple[Array, ...]]
 Lengths: TypeAlias = Sequence[int] | Array  # B integers
 Pytree: TypeAlias = Any  # arrays and Nones in nested tuples, lists and dicts

@@ -4,7 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, require, running
+from conftest import PATHS, require, running
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
 from gru_any import (
@@ -22,7 +22,6 @@ from gru_any import (
     save,
     squared_error,
 )
-from gru_any.backend import modes
 from gru_any.deploy import c
 from gru_any.normalisation import normalise
 from gru_any.stream import Stream
@@ -271,18 +270,6 @@ def test_a_team_of_threads(way, B, decision, monkeypatch):
             runs.append(results(gru, x, h0, dy, dh))
     for found in runs[1:]:
         assert all(np.array_equal(found[name], v) for name, v in runs[0].items())
-
-
-@pytest.mark.usefixtures("compiler")
-def test_cuda_evaluates_the_equations(monkeypatch):
-    """No kernel takes means, and the text says so."""
-    monkeypatch.setattr(modes, "chosen_on_cuda", "graph")
-    modes._runner.cache_clear()
-    gru = make(layers=1)
-    there, arrays = gru.to(HOST), batch(gru)
-    assert "A call runs plain" in explain(there)
-    assert "layer_norm" in explain(there).partition("Why not faster: ")[2].partition("\n")[0]
-    assert_same(results(there, *arrays, **flags()), results(gru, *arrays, **flags()), 1e-12)
 
 
 def test_inside_of_jit():

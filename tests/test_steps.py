@@ -27,12 +27,17 @@ def flags(rng, T, B, share):
     return rng.random((T, B)) < share
 
 
-def by_episode(gru, x, h0, dy, dh, alive, resets):
-    """The same from a loop over rows and episodes, which knows neither masks nor resets."""
+def by_episode(gru, x, h0, dy, dh, alive, resets, start=None):
+    """The same from a loop over rows and episodes, which knows neither masks nor resets.
+
+    start: None, or of each row (L*D, B, H), with its gradient likewise.
+    """
     forward = np.array([s == "" for _ in range(gru.num_layers) for s in gru.suffixes])
     forward = forward[:, None, None]
     found = {"y": np.zeros_like(dy), "h_n": h0.copy(), "dx": np.zeros_like(x), "dh0": dh.copy()}
     found |= {name: np.zeros_like(v) for name, v in gru.params.items()}
+    found |= {"dstart": np.zeros_like(h0)}
+    begin = np.zeros_like(h0) if start is None else start
     for b in range(x.shape[1]):
         steps = np.flatnonzero(alive[:, b])
         if not steps.size:
@@ -46,13 +51,16 @@ def by_episode(gru, x, h0, dy, dh, alive, resets):
             ends = n == len(episodes) - 1
             enters = np.where(forward, begins, ends)
             leaves = np.where(forward, ends, n == 0)
-            (y, h_n), pullback = gru.vjp(x[at], np.where(enters, h0[:, row], 0.0))
+            (y, h_n), pullback = gru.vjp(x[at], np.where(enters, h0[:, row], begin[:, row]))
             grads, dx, dh0 = pullback(dy[at], np.where(leaves, dh[:, row], 0.0))
             found["y"][at], found["dx"][at] = y, dx
             found["h_n"][:, row] = np.where(leaves, h_n, found["h_n"][:, row])
             found["dh0"][:, row] += np.where(enters, dh0, 0.0)
+            found["dstart"][:, row] += np.where(enters, 0.0, dh0)
             for name, grad in grads.items():
                 found[name] += grad
+    if start is None:
+        del found["dstart"]
     return found
 
 
@@ -67,11 +75,12 @@ def by_episode(gru, x, h0, dy, dh, alive, resets):
     share=st.sampled_from([0.0, 0.2, 1.0]),
     ragged=st.booleans(),
     recompute=st.sampled_from([None, 3]),
+    start=st.sampled_from(["zero", "shared", "own"]),
     seed=st.integers(0, 9999),
 )
 @settings(max_examples=10)
 def test_rows_are_their_episodes(
-    path, after, direction, layers, T, B, holes, share, ragged, recompute, seed
+    path, after, direction, layers, T, B, holes, share, ragged, recompute, start, seed
 ):
     """Whatever stands where a step is skipped, NaN included, changes nothing."""
     rng = np.random.default_rng(seed)
@@ -80,10 +89,14 @@ def test_rows_are_their_episodes(
     mask, resets = ~flags(rng, T, B, holes), flags(rng, T, B, share)
     lengths = rng.integers(0, T + 1, B) if ragged else None
     alive = mask & (np.arange(T)[:, None] < (T if lengths is None else lengths))
+    given = rng.standard_normal(h0.shape)
+    given = {"zero": None, "own": given, "shared": np.repeat(given[:, :1], B, 1)}[start]
     with running("plain"):
-        expected = by_episode(gru, x, h0, dy, dh, alive, resets)
+        expected = by_episode(gru, x, h0, dy, dh, alive, resets, given)
     x[~alive], dy[~alive] = np.nan, np.inf
-    options = {"lengths": lengths, "mask": mask, "resets": resets}
+    options = {"lengths": lengths, "mask": mask, "resets": resets, "start": given}
+    if start == "shared":
+        options["start"], expected["dstart"] = given[:, 0], expected["dstart"].sum(1)
     with running(path):
         assert_same(results(gru, x, h0, dy, dh, **options), expected, 1e-12)
         y, h_n = gru(x, h0, **options)

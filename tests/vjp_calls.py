@@ -26,8 +26,9 @@ def results(gru, x, h0, dy, dh, **options):
     """All that comes out of a training call, on the host; options: of `vjp`."""
     x, h0, dy, dh = (None if v is None else asarray(v, like=gru) for v in (x, h0, dy, dh))
     (y, h_n), pullback = gru.vjp(x, h0, **options)
-    grads, dx, dh0 = pullback(dy, dh)
-    found = {"y": y, "h_n": h_n, "dx": dx, "dh0": dh0, **grads}
+    grads, *inputs = pullback(dy, dh)
+    names = ["dx", "dh0", *(["dstart"] if options.get("start") is not None else [])]
+    found = {"y": y, "h_n": h_n, **dict(zip(names, inputs, strict=True)), **grads}
     return {name: to_numpy(v) for name, v in found.items()}
 
 

@@ -19,10 +19,11 @@ from .modes import COMPLEX, serves
 from .transfer import FAILURES, neighbour
 
 # arguments that must be arrays of the model's library; in others, arrays of any library may come
-OURS = frozenset(("x", "x_t", "h0", "state", "dy", "dh_n", "dh", "dstate", "params_dot"))
-OURS |= {f"{name}_dot" for name in ("x", "h0", "state", "dy", "dh_n", "dstate")}
+OURS = frozenset(("x", "x_t", "h0", "start", "state", "dy", "dh_n", "dh", "dstate", "params_dot"))
+OURS |= {f"{name}_dot" for name in ("x", "h0", "start", "state", "dy", "dh_n", "dstate")}
 # those that may be lists of arrays, of a Chain and of two directions, or mappings, of parameters
-LISTS = frozenset(("state", "dstate", "dy", "state_dot", "dstate_dot", "dy_dot", "params_dot"))
+LISTS = frozenset(("state", "dstate", "start", "dy", "params_dot"))
+LISTS |= {f"{name}_dot" for name in ("state", "dstate", "start", "dy")}
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

@@ -83,12 +83,15 @@ class StepMask(Protocol):
 Alive: TypeAlias = StepMask | None  # None: all sequences are alive at all steps
 
 
+WHOLE = Kind.VECTOR, Kind.BATCH, Kind.START  # of arrays without an entry for each step
+
+
 class Extra(NamedTuple):
     """Further arguments of the steps of a block.
 
     kinds: VECTOR of an array (H,), before all others; BATCH of (B, H), STEPS of (K, B, H); ROWS,
-    the last, of the cut (K, B, 1) of bool, the steps after which a row's state starts anew from 0;
-    none of a finished sequence.
+    the last, of the cut (K, B, 1) of bool, the steps after which a row's state starts anew, none of
+    a finished sequence; and before it START of (B, H), from which it starts. Without, from 0.
     """
 
     kinds: Kinds
@@ -99,11 +102,25 @@ class Extra(NamedTuple):
         """Whether there is a cut."""
         return self.kinds[-1] is Kind.ROWS
 
+    @property
+    def start(self) -> bool:
+        """Whether the states from which rows start anew are given."""
+        return Kind.START in self.kinds
+
+    @property
+    def entries(self) -> tuple[Array, ...]:
+        """The arrays with an entry for each step."""
+        pairs = zip(self.kinds, self.arrays, strict=True)
+        return tuple([v for kind, v in pairs if kind not in WHOLE])
+
+    def given(self, entries: Iterable[Array]) -> tuple[Array, ...]:
+        """Return the arguments of a step; entries: its own of those arrays."""
+        left, pairs = iter(entries), zip(self.kinds, self.arrays, strict=True)
+        return tuple([v if kind in WHOLE else next(left) for kind, v in pairs])
+
     def at(self, t: int) -> tuple[Array, ...]:
         """Return those of a step."""
-        pairs = zip(self.kinds, self.arrays, strict=True)
-        whole = Kind.BATCH, Kind.VECTOR
-        return tuple([v if kind in whole else v[t, :, :] for kind, v in pairs])
+        return self.given([v[t, :, :] for v in self.entries])
 
 
 def kinds_of(extra: Extra | None) -> Kinds:
@@ -166,8 +183,9 @@ class Scans(Protocol):
         the block. previous: (K, B, H), the state before each step. reverse, extra: as in the
         forward pass.
 
-        Returns the gradients to the pre-activations, each (K, B, .); dh before the block; and with
-        `taps` dL/dh' of every step (K, B, H), else None.
+        Returns the gradients to the pre-activations, each (K, B, .), and after them, where a start
+        is given, what reaches it at each step (K, B, H); dh before the block; and with `taps`
+        dL/dh' of every step (K, B, H), else None.
         """
 
     def single_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
@@ -220,7 +238,7 @@ class Products(Protocol):
         """Return left (M, K) @ right (K, N), in the dtype of the arithmetic."""
 
     def row_sum(self, v: Array) -> Array:
-        """Return the sum of a matrix over its rows, in the dtype of the arithmetic."""
+        """Return the sum of an array over its first axis, in the dtype of the arithmetic."""
 
     def weight_gradients(
         self,

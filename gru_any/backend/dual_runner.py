@@ -131,10 +131,15 @@ def tangent(call: Call, others: tuple[Entry, ...], products: tuple[Entry, ...]) 
 
 
 def _parted(extra: Extra | None) -> tuple[tuple[Array, ...], Extra | None]:
-    """Return the further arguments of a step, and apart from them the cut, if any."""
+    """Return the further arguments of a step, and apart from them the cut and its start, if any."""
     if extra is None or not extra.cut:
         return () if extra is None else extra.arrays, None
-    return extra.arrays[:-1], Extra(extra.kinds[-1:], extra.arrays[-1:])
+    n = len(extra.arrays) - 1 - extra.start
+    return extra.arrays[:n], Extra(extra.kinds[n:], extra.arrays[n:])
+
+
+def _values(extra: Extra | None) -> Extra | None:
+    return None if extra is None else extra._replace(arrays=tuple(map(value_of, extra.arrays)))
 
 
 def _begins(xp: Namespace, cut: Array, alive: Alive, reverse: bool) -> tuple[Array, Array]:
@@ -183,26 +188,29 @@ class DualRunner(Plain):
         (K, B, _), run, xp = a.shape, self.inner, self.xp.plain
         if not K * B:
             return super().forward(step, a, h, recurrent, alive, reverse, keep, extra)
-        packed = self._packed(U, K * B)
-        values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep, extra
-        states, saved = run.forward(step, value_of(a), *values)
-        if not any(isinstance(v, Dual) for v in (a, h, *recurrent)):
+        packed, (further, cut) = self._packed(U, K * B), _parted(extra)
+        values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep
+        states, saved = run.forward(step, value_of(a), *values, _values(extra))
+        start = cut.arrays[0] if cut is not None and cut.start else None
+        if not any(isinstance(v, Dual) for v in (a, h, *recurrent, start)):
             return states, saved
         before = states[1:, :, :] if reverse else states[:-1, :, :]
-        further, cut = _parted(extra)
         spread = [self._spread(v, before.shape) for v in (*vectors, *further)]
         made, columns = self._tangent(
             _forward(step, keep, cut is not None), before, [a, *spread], U
         )
         dh = h.dot if isinstance(h, Dual) else xp.zeros_like(h)
-        begins, ended = None, None
+        begins, ended, added = None, None, None
+        begun = start.dot if isinstance(start, Dual) else xp.zeros_like(dh)
         if cut is not None:
-            starts, ended = _begins(xp, cut.arrays[0], alive, reverse)
-            begins = cut._replace(arrays=(starts,))
+            starts, ended = _begins(xp, cut.arrays[-1], alive, reverse)
+            begins = Extra(cut.kinds[-1:], (starts,))
+            if isinstance(start, Dual):
+                added = xp.where(starts, begun[None, :, :], xp.zeros_like(before))
         dots, last, before = run.backward(
-            made, None, dh, before, columns, packed, alive, not reverse, True, begins
+            made, added, dh, before, columns, packed, alive, not reverse, True, begins
         )
-        last = last if ended is None else xp.where(ended, xp.zeros_like(last), last)
+        last = last if ended is None else xp.where(ended, begun, last)
         ends = (last[None, :, :], before) if reverse else (before, last[None, :, :])
         path = Dual(states, xp.concat(ends), self.xp)
         return path, None if saved is None else self._pairs(saved, dots)
@@ -227,9 +235,7 @@ class DualRunner(Plain):
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, extra)
         packed, kept = self._packed(U, K * B), [value_of(v) for v in saved]
         values = value_of(dy), value_of(dh), value_of(previous), kept, packed, alive, reverse
-        if extra is not None:
-            extra = extra._replace(arrays=tuple(map(value_of, extra.arrays)))
-        parts, last, g = run.backward(step, *values, True, extra)
+        parts, last, g = run.backward(step, *values, True, _values(extra))
         if not any(isinstance(v, Dual) for v in given):
             return parts, last, g if taps else None
         spread = [self._spread(v, previous.shape) for v in further]
@@ -237,7 +243,7 @@ class DualRunner(Plain):
         made, columns = self._tangent(call, g, [previous, *saved, *spread], U)
         dots = [v.dot if isinstance(v, Dual) else None for v in (dy, dh)]
         dh_dot = self.xp.plain.zeros_like(last) if dots[1] is None else dots[1]
-        scan = made, dots[0], dh_dot, g, columns, packed, alive, reverse, taps, cut
+        scan = made, dots[0], dh_dot, g, columns, packed, alive, reverse, taps, _values(cut)
         parts_dot, last_dot, g_dot = run.backward(*scan)
         pairs = self._pairs(parts, parts_dot), Dual(last, last_dot, self.xp)
         return *pairs, Dual(g, g_dot, self.xp) if taps else None

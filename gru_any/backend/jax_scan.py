@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from ..codegen.restart import restarted
+from ..codegen.restart import restarted, restarted_backward
 from ..codegen.schedule import backward_program, forward_program
 from ..codegen.trace import Product, Program
 from ..typing import Array, Device, Namespace, Step
@@ -119,12 +119,13 @@ class Scan(Plain):
         program = forward_program(step, len(vectors), keep, kinds_of(extra))
         M = Operand(U, program, self._by_rows if a.shape[:2] == (1, 1) else None)
         cut = extra is not None and extra.cut
-        run = restarted(step) if cut else step
+        run = restarted(step, extra.start) if extra is not None and cut else step
 
         def one(
             h: Array, at: tuple[tuple[Array, ...], Any, tuple[Array, ...]]
         ) -> tuple[Array, Any]:
-            parts, mask, further = at
+            parts, mask, entries = at
+            further = () if extra is None else extra.given(entries)
             new, saved = run(xp, xp.concat(parts, axis=-1), h, M, *vectors, *further)
             h = new if mask is None else xp.where(mask, new, h)
             return h, (h, saved if keep else saved[len(saved) - cut :])
@@ -134,7 +135,7 @@ class Scan(Plain):
                 return super().forward(step, a, h, (M, *vectors), alive, reverse, keep, extra)
             # apart, since XLA cuts them up more slowly inside of the scan
             parts = tuple(a[..., n : n + H] for n in range(0, a.shape[-1], H))
-            steps = parts, None if alive is None else alive.block, _further(extra)
+            steps = parts, None if alive is None else alive.block, _entries(extra)
             _, (states, saved) = self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
         return xp.concat(ends), saved or None
@@ -157,23 +158,22 @@ class Scan(Plain):
         M = Operand(U, backward_program(step, *kinds))
 
         def one(dh: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
-            dy, h, saved, mask, further = at
-            further = (*vectors, *further)
-            if extra is not None and extra.cut:  # the next step did not begin from this one
-                *further, ended = further
-                dh = xp.where(ended, xp.zeros_like(dh), dh)
+            dy, h, saved, mask, entries = at
+            further: Sequence[Array] = () if extra is None else extra.given(entries)
+            reached: tuple[Array, ...] = ()
+            if extra is not None and extra.cut:
+                dh, further, reached = restarted_backward(xp, dh, further, extra.start)
             g = dh if dy is None else dh + dy
             new, parts = step(xp, g, h, saved, M, *further)
-            return new if mask is None else xp.where(mask, new, dh), (parts, g if taps else None)
+            dh = new if mask is None else xp.where(mask, new, dh)
+            return dh, ((*parts, *reached), g if taps else None)
 
-        vectors = [v for v in _further(extra) if v.ndim == 1]
         mask = None if alive is None else alive.block
-        steps = dy, previous, tuple(saved), mask, _further(extra)[len(vectors) :]
+        steps = dy, previous, tuple(saved), mask, _entries(extra)
         with self._precision(self._products):
             dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=UNROLL)
         return parts, dh, gs
 
 
-def _further(extra: Extra | None) -> tuple[Array, ...]:
-    """Return gains and the cut, if any; random masks are refused before."""
-    return () if extra is None else extra.arrays
+def _entries(extra: Extra | None) -> tuple[Array, ...]:
+    return () if extra is None else extra.entries

@@ -78,9 +78,7 @@ def serving(backend: Backend, dtype: str) -> Neighbour | None:
     return found if found and dtype != COMPLEX and serves(found.backend) else None
 
 
-def runner(
-    backend: Backend, precision: str = "full", dtype: str = "float32", means: bool = False
-) -> Runner:
+def runner(backend: Backend, precision: str = "full", dtype: str = "float32") -> Runner:
     """Return what runs blocks of steps on this backend, for a model of this dtype.
 
     On NumPy it is compiled where Numba is installed and works. GRU_ANY_NO_NUMBA=1 does without
@@ -88,10 +86,9 @@ def runner(
     mode that CuPy may take: plain, eager, blocks, graph, persistent or whole. Each variable is read
     once, by the first call that needs it.
 
-    precision: "tf32" where CUDA may multiply in it. means: whether steps take means over rows.
+    precision: "tf32" where CUDA may multiply in it.
     """
-    plain = dtype == COMPLEX or (means and backend.cuda)
-    mode = Mode.PLAIN if plain else _allowed(backend)
+    mode = Mode.PLAIN if dtype == COMPLEX else _allowed(backend)
     if mode == Mode.COMPILED and problem():
         mode = Mode.TRACED
     return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
@@ -132,7 +129,7 @@ def path(
 ) -> tuple[Mode, str]:
     """Return the mode of a call of this size, and in words why it is not a faster one.
 
-    means: as of `runner`.
+    means: whether steps take means over rows.
     """
     if dtype == COMPLEX:
         return Mode.PLAIN, "complex128 serves complex-step differentiation alone"
@@ -142,10 +139,8 @@ def path(
             return path(found.backend, hidden_size, found.dtype, means)
         return Mode.PLAIN, f"{backend.name} evaluates the equations as they stand, since {why}"
     mode = _allowed(backend)
-    if backend.cuda and means:
-        return Mode.PLAIN, "no kernel takes the means over rows of layer_norm"
     if backend.cuda and mode != Mode.PLAIN:
-        name, why = _on_cuda(backend, mode, "full").path(hidden_size, dtype)
+        name, why = _on_cuda(backend, mode, "full").path(hidden_size, dtype, means)
         return Mode(name), why
     if mode == Mode.PLAIN:
         asked = backend.host or switch("GRU_ANY_PLAIN")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..codegen.restart import restarted
+from ..codegen.restart import restarted, restarted_backward
 from ..typing import Array, Device, DType, Namespace, Pytree, Shape, Step, WeightGradients
 from .contract import (
     Alive,
@@ -57,7 +57,7 @@ class Plain:
     ) -> tuple[Array, Sequence[Array] | None]:
         xp, states, saved = self.xp, [h], []
         cut = extra is not None and extra.cut
-        step = restarted(step) if cut else step
+        step = restarted(step, extra.start) if extra is not None and cut else step
         for t in _order(a.shape[0], reverse):
             further = () if extra is None else extra.at(t)
             new, kept = step(xp, a[t, :, :], h, *recurrent, *further)
@@ -118,15 +118,15 @@ class Plain:
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         xp, parts, gs = self.xp, [], []
         for t in _order(previous.shape[0], not reverse):
-            further = [] if extra is None else [*extra.at(t)]
-            if extra is not None and extra.cut:  # the next step did not begin from this one
-                *further, ended = further
-                dh = xp.where(ended, xp.zeros_like(dh), dh)
+            further: Sequence[Array] = () if extra is None else extra.at(t)
+            reached: tuple[Array, ...] = ()
+            if extra is not None and extra.cut:
+                dh, further, reached = restarted_backward(xp, dh, further, extra.start)
             g = dh if dy is None else dh + dy[t, :, :]
             new, part = step(xp, g, previous[t, :, :], [s[t, :, :] for s in saved], U, *further)
             mask = None if alive is None else alive[t]
             dh = new if mask is None else xp.where(mask, new, dh)
-            parts.append(part)
+            parts.append((*part, *reached))
             gs.append(g)
         if not reverse:
             parts.reverse()

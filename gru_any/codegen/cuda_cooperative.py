@@ -43,7 +43,7 @@ def holds(scan: Scan, B: int, H: int, multiprocessors: int, shared: int) -> bool
     """Whether the device's shared memory holds U; shared: bytes that a block may use."""
     own, size = units(H, multiprocessors), 8 if scan.number == "float64" else 4
     fits = shared_numbers(scan, B, H, own) * size <= shared and B * 3 * own <= THREADS * SUMS
-    return fits and B <= ROWS and one_kind(scan)
+    return fits and B <= ROWS and one_kind(scan) and not scan.schedule.means
 
 
 def exchanged(scan: Scan) -> list[ArrayRef]:

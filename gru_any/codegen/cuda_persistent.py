@@ -19,8 +19,8 @@ PARTS = ArrayRef("parts", Kind.PRODUCT, 3)
 
 
 def fits(scan: Scan, H: int) -> bool:
-    """Whether the block's registers hold U, and its products are all of one kind."""
-    return LARGEST[scan.number] >= H and one_kind(scan)
+    """Whether the block's registers hold U, its products are of one kind, and it takes no means."""
+    return LARGEST[scan.number] >= H and one_kind(scan) and not scan.schedule.means
 
 
 def shared_numbers(scan: Scan, H: int, rows: int) -> int:

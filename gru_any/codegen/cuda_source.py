@@ -18,6 +18,7 @@ from .schedule import (
     Group,
     Kind,
     Kinds,
+    Load,
     Place,
     Schedule,
     Store,
@@ -39,6 +40,7 @@ OPERATIONS = {
     "exp": "exp{f}({})",
     "expm1": "expm1{f}({})",
     "log1p": "log1p{f}({})",
+    "sqrt": "sqrt{f}({})",
     "where": "{} ? {} : {}",
 }
 TYPES = {"float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16"}
@@ -57,6 +59,26 @@ class Kernel(NamedTuple):
     buffers: tuple[str, ...] = ()
 
 
+# the sum of v over the threads of a block, which all of them call; sums: room for one number each
+ROW_SUM = """\
+#ifndef HOST
+#define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+__device__ inline number row_sum(number v, number* sums) {
+  const int j = threadIdx.x;
+  sums[j] = v;
+  for (int n = blockDim.x; n > 1;) {
+    const int half = (n + 1) / 2;
+    __syncthreads();
+    if (j + half < n) sums[j] += sums[j + half];
+    n = half;
+  }
+  __syncthreads();
+  const number sum = sums[0];
+  __syncthreads();  // before another sum is begun, or what was read is written
+  return sum;
+}
+"""
 # what a compiler for the host defines before (see shim.py) is left out
 PRELUDE = """\
 typedef {number} number;  // of the arithmetic
@@ -104,16 +126,20 @@ def constant(value: float, number: str) -> str:
 
 
 def body(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
-    """The lines of a group for row b and unit j; `on`: its sequence has not finished."""
+    """The lines of a group without means for row b and unit j; `on`: its row has not finished."""
     old = old_state(group)
     return [
-        *(f"const number v{c} = get({entry(place)});" for c, place in group.loads),
+        *_loaded(group.loads, entry),
         *operations(group.ops, number),
         *(f"put({entry(store.place)}, {stored(store, old)});" for store in group.stores),
     ]
 
 
-def operations(ops: list[Op], number: str) -> list[str]:
+def _loaded(loads: Iterable[Load], entry: Callable[[Place], str]) -> list[str]:
+    return [f"const number v{c} = get({entry(place)});" for c, place in loads]
+
+
+def operations(ops: Iterable[Op], number: str) -> list[str]:
     """A line for each operation, from variables to a new one."""
     lines = []
     for op in ops:
@@ -123,9 +149,38 @@ def operations(ops: list[Op], number: str) -> list[str]:
     return lines
 
 
+def old_loads(group: Group) -> list[Load]:
+    """How a group loads the state before the step, if it does."""
+    return [load for load in group.loads if load.place.array == STATE]
+
+
 def old_state(group: Group) -> str:
     """The variable with the state before the step, where a group loads it."""
-    return next((f"v{load.column}" for load in group.loads if load.place.array == STATE), "")
+    return next((f"v{load.column}" for load in old_loads(group)), "")
+
+
+def body_of_row(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
+    """The lines of a group for row b, whose units the threads of one block share.
+
+    Its means come first. All else is in one loop, since a later one would find states replaced.
+    """
+    lines, each = [], "for (long long j = threadIdx.x; j < H; j += blockDim.x) {"
+    for loop in group.loops(pairs=len(group.stores) * (len(group.stores) + len(group.loads))):
+        if loop.means:
+            lines += [f"number s{op.output} = 0;" for op in loop.means]
+            sums = [f"s{op.output} += {' + '.join(f'v{c}' for c in op.inputs)};"
+                    for op in loop.means]  # fmt: skip
+            inner = [*_loaded(loop.loads, entry), *operations(loop.ops, number), *sums]
+        else:
+            loads = dict([*loop.loads, *old_loads(group)])
+            inner = body(Group([Load(*v) for v in loads.items()], loop.ops, loop.stores),
+                         entry, number)  # fmt: skip
+        lines += [each, *(f"  {line}" for line in inner), "}"]
+        for op in loop.means:
+            mean = f"row_sum(s{op.output}, sums) / number({len(op.inputs)} * H)"
+            lines.append(f"const number v{op.output} = {mean};")
+        lines += operations(loop.rows, number)
+    return lines
 
 
 def stored(store: Store, old: str) -> str:
@@ -140,7 +195,8 @@ def step_kernel(name: str, group: Group, scan: "Scan") -> Kernel:
     """The kernel of a group for one step.
 
     The table has the arrays of the scan in their order, then "alive". The step is t; the state
-    after it is number o of the path.
+    after it is number o of the path. With means, a block of threads has all units of a row, and in
+    shared memory a number for each thread.
     """
     arrays, number = scan.schedule.arrays, scan.number
     places = [*(load.place for load in group.loads), *(store.place for store in group.stores)]
@@ -171,19 +227,27 @@ def step_kernel(name: str, group: Group, scan: "Scan") -> Kernel:
 
     numbers = ["const long long* table", *(f"long long {n}" for n in ("t", "o", "B", "H"))]
     parameters = [*numbers, *(f"{pointer(array)} {array.name}" for array in taken)]
+    if group.means:
+        head += ["SHARED(memory);", "number* const sums = (number*)memory;"]
+        inner = body_of_row(group, entry, number)
+    else:
+        inner = [
+            "const long long first = blockIdx.x * (long long)blockDim.x + threadIdx.x;",
+            "for (long long j = first; j < H; j += gridDim.x * (long long)blockDim.x) {",
+            *(f"  {line}" for line in body(group, entry, number)),
+            "}",
+        ]
     lines = [
         f'extern "C" __global__ void {name}({", ".join(parameters)}) {{',
         *(f"  {line}" for line in head),
         "  for (long long b = blockIdx.y; b < B; b += gridDim.y) {",
         f"    const bool on = !alive || alive[t * table[{3 * len(arrays) + 1}] + b * alive_row];",
-        "    const long long first = blockIdx.x * (long long)blockDim.x + threadIdx.x;",
-        "    for (long long j = first; j < H; j += gridDim.x * (long long)blockDim.x) {",
-        *(f"      {line}" for line in body(group, entry, number)),
-        "    }",
+        *(f"    {line}" for line in inner),
         "  }",
         "}",
     ]
-    return Kernel(name, "\n".join(lines) + "\n", 0, tuple(array.name for array in taken))
+    buffers = tuple(array.name for array in taken)
+    return Kernel(name, "\n".join(lines) + "\n", int(group.means), buffers)
 
 
 def table_kernel(count: int) -> str:
@@ -237,7 +301,9 @@ class Scan:
             if isinstance(stage, Group)
         }
         table = table_kernel(3 * len(self.arrays) + 3)
-        source = prelude(self.number) + "\n".join(k.source for k in found.values()) + table
+        sums = ROW_SUM if self.schedule.means else ""
+        kernels = "\n".join(k.source for k in found.values())
+        source = prelude(self.number) + sums + kernels + table
         return {n: kernel._replace(source=source) for n, kernel in found.items()}
 
     @cached_property

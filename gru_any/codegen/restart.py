@@ -1,21 +1,42 @@
 """What a scan does around a step whose state may start anew after it.
 
 A cut between two steps is a row of the batch whose state does not go on from one to the other:
-the later step starts from 0. The step before it still has its own h', as its output.
+the later step starts from 0, or from a given state. The step before it still has its own h', as
+its output.
 """
+
+from collections.abc import Sequence
 
 from ..typing import Array, Namespace, Step
 
 
-def restarted(step: Step) -> Step:
-    """Return the step with a last argument cut (B, 1): the state is 0 where it is true.
+def restarted(step: Step, given: bool) -> Step:
+    """Return the step with a last argument cut (B, 1): where it is true, the state starts anew.
 
-    The step's own h' comes last in what it saves.
+    It starts from 0; with `given` from the argument before the cut, (B, H). The step's own h' comes
+    last in what it saves.
     """
 
     def restarted_step(xp: Namespace, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-        *given, cut = arguments
-        new, saved = step(xp, *given)
-        return xp.where(cut, xp.zeros_like(new), new), (*saved, new)
+        *rest, cut = arguments
+        start = rest.pop() if given else None
+        new, saved = step(xp, *rest)
+        start = xp.zeros_like(new) if start is None else start
+        return xp.where(cut, start, new), (*saved, new)
 
     return restarted_step
+
+
+def restarted_backward(
+    xp: Namespace, dh: Array, further: Sequence[Array], given: bool
+) -> tuple[Array, Sequence[Array], tuple[Array, ...]]:
+    """Return dh without what the later step leaves at a cut, from which this step did not lead.
+
+    further: the arguments of the step, as of `restarted`; they come back without those of a cut.
+    With `given`, what has been left is returned too: it belongs to the state that was given.
+    """
+    *rest, cut = further
+    zero = xp.zeros_like(dh)
+    if not given:
+        return xp.where(cut, zero, dh), rest, ()
+    return xp.where(cut, zero, dh), rest[:-1], (xp.where(cut, dh, zero),)

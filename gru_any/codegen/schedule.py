@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 from ..typing import Array, Namespace, Step
-from .restart import restarted
+from .restart import restarted, restarted_backward
 from .trace import MATRIX, MEAN, Op, Product, Program, trace
 
 
@@ -24,6 +24,7 @@ class Kind(Enum):
     STEPS = "steps"  # (K, B, columns H), an entry for each step
     ROWS = "rows"  # (K, B, 1) of bool, an entry for each step and row
     BATCH = "batch"  # (B, H), the same for all steps
+    START = "start"  # likewise: the state from which a row starts anew at a cut
     BEFORE = "before"  # (., B, H), the state before the step
     AFTER = "after"  # (., B, H), the state after it
     STATE = "state"  # (B, H), the state, updated in place
@@ -221,6 +222,11 @@ class Schedule(NamedTuple):
         return [stage for stage in self.stages if isinstance(stage, Group)]
 
     @property
+    def means(self) -> bool:
+        """Whether a group takes means over a row."""
+        return any(group.means for group in self.groups)
+
+    @property
     def written(self) -> set[str]:
         """The names of all arrays that groups store to."""
         return {store.place.array.name for group in self.groups for store in group.stores}
@@ -251,12 +257,17 @@ DEVICE = Target(in_place=True, rounds=True, adds=True)
 # the scans ---------------------------------------------------------------------------------------
 
 
-Kinds: TypeAlias = tuple[Kind, ...]  # further arguments of a step; ROWS is the cut, and the last
+# further arguments of a step; ROWS is the cut, and the last; START, if any, comes before it
+Kinds: TypeAlias = tuple[Kind, ...]
+READ = {Kind.START: Kind.BATCH}  # how a printer reads an argument, where not as its kind
 
 
 def extra_arrays(extra: Kinds) -> list[ArrayRef]:
     """Return the further arguments of a step."""
-    return [CUT if k is Kind.ROWS else ArrayRef(f"{EXTRA}{n}", k) for n, k in enumerate(extra)]
+    return [
+        CUT if kind is Kind.ROWS else ArrayRef(f"{EXTRA}{n}", READ.get(kind, kind))
+        for n, kind in enumerate(extra)
+    ]
 
 
 @lru_cache(maxsize=64)
@@ -267,7 +278,8 @@ def forward_program(step: Step, vectors: int, keep: bool, extra: Kinds = ()) -> 
     """
     cut = Kind.ROWS in extra
     further = [1] * (vectors + len(extra))
-    program = trace(restarted(step) if cut else step, 3, 1, MATRIX, *further)
+    step = restarted(step, Kind.START in extra) if cut else step
+    program = trace(step, 3, 1, MATRIX, *further)
     extras = program.extras if keep else program.extras[len(program.extras) - cut :]
     return program if keep else program._replace(extras=extras).needed()
 
@@ -276,18 +288,20 @@ def forward_program(step: Step, vectors: int, keep: bool, extra: Kinds = ()) -> 
 def backward_program(step: Step, saved: int, given: bool, taps: bool, extra: Kinds = ()) -> Program:
     """Trace the gradient of a step on dy (if given), dh, h, the residuals, U and the further ones.
 
-    With taps, g = dL/dh' is returned as the last extra.
+    After what the step returns come, with START, the gradient that reaches the state given at a
+    cut; and with taps g = dL/dh'.
     """
 
     def summed(xp: Namespace, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
         dy, dh, h, *rest = arguments if given else (None, *arguments)
-        kept, U, further = rest[:saved], rest[saved], rest[saved + 1 :]
+        kept, U = rest[:saved], rest[saved]
+        further: Sequence[Array] = rest[saved + 1 :]
+        reached: tuple[Array, ...] = ()
         if Kind.ROWS in extra:
-            *further, ended = further
-            dh = xp.where(ended, xp.zeros_like(dh), dh)
+            dh, further, reached = restarted_backward(xp, dh, further, Kind.START in extra)
         g = dh + dy if given else dh
         new, parts = step(xp, g, h, kept, U, *further)
-        return new, (*parts, g) if taps else parts
+        return new, (*parts, *reached, *((g,) if taps else ()))
 
     return trace(summed, *[1] * (given + 2 + saved), MATRIX, *[1] * len(extra))
 

@@ -8,13 +8,13 @@ from ..backend import select, to_numpy
 from ..errors import ShapeError
 from ..nn.cell import GRUCell
 from ..nn.gru import GRU
-from ..nn.options import DEFAULTS, MERGE
+from ..nn.options import DEFAULTS, MERGE, OUTPUTS
 from ..nn.params import Layer, converted
 from ..nn.weights import parameter_shapes
 from ..typing import Array, Arrays, HostArray, Shape
 from .table import Cell, Table, read, write
 
-OPTIONS = {*DEFAULTS, *MERGE, "layer_norm"}
+OPTIONS = {*DEFAULTS, *MERGE, *OUTPUTS, "layer_norm"}
 Kind = TypeVar("Kind", bound=Layer)
 Cells: TypeAlias = Arrays | Iterable[Arrays]  # of one layer, or of several
 
@@ -173,8 +173,8 @@ def refuse_options(layer: GRU | GRUCell, *held: str) -> None:
     if others:
         raise ValueError(
             f"the model has {', '.join(others)}, which would be lost: what is written is for a GRU "
-            "of sigmoid and tanh without layer normalisation, with its directions side by side. "
-            "gru_any.save writes all of it"
+            "of sigmoid and tanh without layer normalisation, with its directions side by side and "
+            "the outputs of its last layer. gru_any.save writes all of it"
         )
 
 

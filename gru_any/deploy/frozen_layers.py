@@ -177,8 +177,8 @@ class FrozenGRU(Frozen, GRU):
         return found
 
     def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
-        lengths, mask, resets, skipped = steps
-        usual = lengths is mask is resets is None and skipped == "zero"
+        *options, skipped = steps
+        usual = all(v is None for v in options) and skipped == "zero"
         found = self._by_block(x, h0) if usual else None
         return super()._forward(outputs, x, h0, *steps) if found is None else found
 
@@ -188,7 +188,9 @@ class FrozenGRU(Frozen, GRU):
         All that depends on the weights alone is decided before, once, since small calls are many.
         """
         home, states = self.backend, self.num_layers * len(self.suffixes)
-        if self.merge is None or self.arithmetic != self.dtype or not home.plain(x, self.dtype):
+        if self.merge is None or self.outputs == "all":
+            return None
+        if self.arithmetic != self.dtype or not home.plain(x, self.dtype):
             return None
         y = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
         T, B, I = y.shape if y.ndim == 3 else (0, 0, 0)

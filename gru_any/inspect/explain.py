@@ -177,7 +177,9 @@ def _recurrent(layer: GRU | GRUCell, shape: Sizes | None) -> list[str]:
     if isinstance(layer, GRU):
         notes[2:2] = _regularisation(layer)
     if L > 1:
-        notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.")
+        every = getattr(layer, "outputs", "top") == "all"
+        held = " y is a tuple of the outputs of all." if every else ""
+        notes.insert(2, f"{L} layers (l0 to l{L - 1}): each reads the y of the one before.{held}")
     suffixes = getattr(layer, "suffixes", [""])
     if "_reverse" in suffixes:
         both = f"; y holds {_merged(layer)}" if len(suffixes) == 2 else ""

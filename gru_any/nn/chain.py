@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 from ..backend import Backend, by_place, of, plain_name, to_numpy
 from ..backend.dual_backend import dual
 from ..errors import ShapeError
-from ..typing import Array, Arrays, Device, Gradients, Lengths, Rng
+from ..typing import Array, Arrays, Derivatives, Device, Gradients, Lengths, Rng
 from .cell import GRUCell
 from .gru import GRU
 from .layers import Dropout, Embedding, Last, Linear
@@ -90,6 +90,11 @@ class Chain:
                 "a GRU with merge=None puts out a pair, which no layer of a Chain reads: use "
                 'another merge, such as "concat"'
             )
+        if any(isinstance(layer, GRU) and layer.outputs == "all" for layer in layers):
+            raise ValueError(
+                'a GRU with outputs="all" puts out a tuple, which no layer of a Chain reads: leave '
+                'it at "top", and make a GRU of each layer to read what lies between'
+            )
         homes = {(layer.backend.name, str(layer.backend.device), layer.dtype) for layer in layers}
         if len(homes) != 1:
             raise ValueError(f"layers of a Chain must share backend and dtype, these are {homes}")
@@ -117,17 +122,20 @@ class Chain:
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: States | None = None,
         skipped: str = "zero",
     ) -> tuple[Array, list[Array]]:
         """Run all layers without keeping residuals; return y and the new state.
 
-        The GRUs take lengths, mask, resets and skipped as `GRU.__call__` does.
+        The GRUs take lengths, mask, resets and skipped as `GRU.__call__` does. start: a list like
+        state, of what each takes as its start; None is 0.
         """
         self.params.refuse_untied()
-        states, new = self._states(state), []
+        states, starts, new = self._states(state), self._states(start, "start"), []
+        options: dict[str, Any] = {"mask": mask, "resets": resets, "skipped": skipped}
         for layer in self.layers:
             if isinstance(layer, GRU):
-                x, h = layer(x, next(states), lengths, mask=mask, resets=resets, skipped=skipped)
+                x, h = layer(x, next(states), lengths, start=next(starts), **options)
                 new.append(h)
             elif isinstance(layer, Last):
                 x = layer(new[-1], *self._directions)
@@ -145,6 +153,7 @@ class Chain:
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: States | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, list[Array]], "ChainPullback"]:
         """Run all layers; with `rng` dropout acts.
@@ -156,16 +165,18 @@ class Chain:
             `grads, dx, dstate = pullback(dy, dstate=None, ready=None)`: grads named like `params`;
             dstate a list like state. It may be called again. `ready` is called with the gradients
             of each layer as soon as they are there, the last layer's first, unless some are tied.
+            Where `start` is given, `grads, dx, dstate, dstart = ...`, a list like start.
             `pullback.per_example(dy, dstate)` returns grads of each row of the batch, (B, ...).
         """
         self.params.refuse_untied()
-        states, new = self._states(state), []
+        states, starts, new = self._states(state), self._states(start, "start"), []
+        options: dict[str, Any] = {"mask": mask, "resets": resets, "skipped": skipped}
         pullbacks: list[Any] = []
         for layer in self.layers:
             back: Any
             if isinstance(layer, GRU):
                 (x, h), back = layer.vjp(
-                    x, next(states), lengths, rng, mask=mask, resets=resets, skipped=skipped
+                    x, next(states), lengths, rng, start=next(starts), **options
                 )
                 new.append(h)
             elif isinstance(layer, Last):
@@ -173,7 +184,7 @@ class Chain:
             else:
                 x, back = layer.vjp(x, rng=rng)
             pullbacks.append(back)
-        return (x, new), ChainPullback(self, pullbacks, x)
+        return (x, new), ChainPullback(self, pullbacks, x, start is not None)
 
     @by_place
     def jvp(
@@ -184,17 +195,22 @@ class Chain:
         *,
         x_dot: Array | None = None,
         state_dot: States | None = None,
+        start_dot: States | None = None,
         params_dot: Arrays | None = None,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: States | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, list[Array]], tuple[Array, list[Array]]]:
         """Run all layers, and differentiate the outputs along a direction; see `GRU.jvp`.
 
-        state_dot: a list like state. Returns (y, state) and (y_dot, state_dot).
+        state_dot, start_dot: lists like state and start. Returns (y, state) and (y_dot, state_dot).
         """
-        twin, x, state = self._along(x, state, x_dot, state_dot, params_dot)
-        found = twin(x, state, lengths, mask=mask, resets=resets, skipped=skipped)
+        twin, x, state, start = self._along(
+            x, state, start, x_dot, state_dot, start_dot, params_dot
+        )
+        options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
+        found = twin(x, state, lengths, **options)
         values, dots = parted(twin.backend, found)
         return values, dots
 
@@ -208,9 +224,11 @@ class Chain:
         *,
         x_dot: Array | None = None,
         state_dot: States | None = None,
+        start_dot: States | None = None,
         params_dot: Arrays | None = None,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: States | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, list[Array]], tuple[Array, list[Array]], DualChainPullback]:
         """Run all layers for a backward pass and its derivative; see `GRU.forward_over_reverse`.
@@ -220,22 +238,29 @@ class Chain:
         (y, state), (y_dot, state_dot) : as of `jvp`.
         pullback : callable
             `(grads, dx, dstate), (grads_dot, dx_dot, dstate_dot) = pullback(dy, dstate=None,
-            dy_dot=None, dstate_dot=None)`; dx_dot is None where dx is.
+            dy_dot=None, dstate_dot=None)`; dx_dot is None where dx is. With a start each triple has
+            dstart as a fourth.
         """
-        twin, x, state = self._along(x, state, x_dot, state_dot, params_dot)
-        found, back = twin.vjp(x, state, lengths, rng, mask=mask, resets=resets, skipped=skipped)
+        twin, x, state, start = self._along(
+            x, state, start, x_dot, state_dot, start_dot, params_dot
+        )
+        options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
+        found, back = twin.vjp(x, state, lengths, rng, **options)
         return *parted(twin.backend, found), DualChainPullback(twin.backend, self.dtype, back)
 
     def _along(
         self,
         x: Array,
         state: States | None,
+        start: States | None,
         x_dot: Array | None,
         state_dot: States | None,
+        start_dot: States | None,
         params_dot: Arrays | None,
-    ) -> tuple[Any, Array, States | None]:
-        """Return the chain, x and state over dual numbers."""
-        refuse_nothing("x_dot, state_dot and params_dot", x_dot, state_dot, params_dot)
+    ) -> tuple[Any, Array, States | None, States | None]:
+        """Return the chain, x, state and start over dual numbers."""
+        given = x_dot, state_dot, start_dot, params_dot
+        refuse_nothing("x_dot, state_dot, start_dot and params_dot", *given)
         self.params.refuse_untied()
         dots = dict(check_params_dot(self, params_dot))
         dots |= {alias: dots[name] for alias, name in self.tied.items() if name in dots}
@@ -245,7 +270,8 @@ class Chain:
         twin.params = self.params
         made = partial(lift, self.backend, self.dtype)
         state = lift_states(made, "state", state, state_dot)
-        return twin, made("x", x, x_dot), state
+        start = lift_states(made, "start", start, start_dot)
+        return twin, made("x", x, x_dot), state, start
 
     def _back(
         self,
@@ -254,14 +280,16 @@ class Chain:
         dstate: States | None,
         ready: Ready | None,
         by_row: bool,
-    ) -> tuple[Gradients, Array, list[Array]]:
+    ) -> tuple[Gradients, Array, list[Array], list[Array | None]]:
         given, found, grads = list(self._states(dstate)), [], {}
+        starts: list[Array | None] = []
         axis = 0 if self.batch_first or self._last or not given else 1  # of the examples in dy
         for i in range(len(self.layers) - 1, -1, -1):
             if isinstance(self.layers[i], GRU):
                 back = pullbacks[i].per_example if by_row else pullbacks[i]
-                of_layer, dy, dh0 = back(dy, given.pop())
+                of_layer, dy, dh0, *dstart = back(dy, given.pop())
                 found.append(dh0)
+                starts.append(dstart[0] if dstart else None)
             elif isinstance(self.layers[i], Last):
                 of_layer, given[-1] = pullbacks[i](dy, given[-1])
                 dy, axis = None, 0 if self.batch_first else 1
@@ -275,7 +303,7 @@ class Chain:
         named = {f"{i}.{k}": v for i in sorted(grads) for k, v in grads[i].items()}
         for alias, name in self.tied.items():
             named[name] = named[name] + named.pop(alias)
-        return named, dy, found[::-1]
+        return named, dy, found[::-1], starts[::-1]
 
     @property
     def _last(self) -> bool:
@@ -288,13 +316,14 @@ class Chain:
         last = [layer for layer in self.layers if isinstance(layer, GRU)][-1]
         return len(last.suffixes), last.merge or "concat"
 
-    def _states(self, state: States | None) -> Iterator[Array | None]:
+    def _states(self, state: States | None, name: str = "state") -> Iterator[Array | None]:
         count = sum(isinstance(layer, GRU) for layer in self.layers)
         if isinstance(state, (str, Mapping)) or not (state is None or hasattr(state, "__iter__")):
-            raise TypeError(f"state is a {type(state).__name__}, expected a list, one for each GRU")
+            kind = type(state).__name__
+            raise TypeError(f"{name} is a {kind}, expected a list, one for each GRU")
         state = [None] * count if state is None else list(state)
         if len(state) != count:
-            raise ValueError(f"state holds {len(state)}, expected {count}, one for each GRU")
+            raise ValueError(f"{name} holds {len(state)}, expected {count}, one for each GRU")
         return iter(state)
 
     def load_params(self, mapping: Arrays) -> None:
@@ -370,18 +399,17 @@ class Chain:
 class ChainPullback:
     """From dL/dy and dL/dstate to dL/d of the parameters, x and state. See `Chain.vjp`."""
 
-    def __init__(self, chain: Chain, pullbacks: list[Any], y: Array) -> None:
+    def __init__(self, chain: Chain, pullbacks: list[Any], y: Array, started: bool) -> None:
         self._chain, self._pullbacks, self._y = chain, pullbacks, y
+        self._started = started  # whether a start was given
 
     def __call__(
         self, dy: Array | None, dstate: States | None = None, ready: Ready | None = None
-    ) -> tuple[Gradients, Array, list[Array]]:
-        """Return grads (a dict named like the parameters), dx, dstate."""
+    ) -> Derivatives:
+        """Return grads (a dict named like the parameters), dx, dstate; dstart if there is one."""
         return self._back(dy, dstate, ready, False)
 
-    def per_example(
-        self, dy: Array | None, dstate: States | None = None
-    ) -> tuple[Gradients, Array, list[Array]]:
+    def per_example(self, dy: Array | None, dstate: States | None = None) -> Derivatives:
         """Return the same, but grads of each row of the batch, (B, ...).
 
         The batch is the second axis of x, the first with `batch_first` or in a Chain without a GRU.
@@ -390,11 +418,13 @@ class ChainPullback:
 
     def _back(
         self, dy: Array | None, dstate: States | None, ready: Ready | None, by_row: bool
-    ) -> tuple[Gradients, Array, list[Array]]:
+    ) -> Derivatives:
         if dy is None and dstate is None:
             raise ValueError("pullback got neither dy nor dstate; one of them must be given")
         dy = self._chain.backend.xp.zeros_like(self._y) if dy is None else dy
-        return self._chain._back(self._pullbacks, dy, dstate, ready, by_row)
+        *found, dstart = self._chain._back(self._pullbacks, dy, dstate, ready, by_row)
+        grads, *inputs = found
+        return (grads, *inputs, dstart) if self._started else (grads, *inputs)
 
 
 def _chain(layers: Sequence[Layer], tied: dict[str, str]) -> Chain:

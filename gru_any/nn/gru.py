@@ -95,14 +95,16 @@ class GRU(Layer):
         How the outputs of two directions become one, in every layer: side by side, or their sum,
         mean or product. With None y is a pair (forward, reverse), and so is dy; a layer above reads
         them side by side.
+    outputs : "top" or "all"
+        Whose outputs y holds: those of the last layer; or a tuple, one of each layer from the first
+        on, before dropout. Then dy is such a tuple, of which any may be None.
     clip : float or None
         What goes into these functions is bounded by -clip and clip; where that changes it, its
         gradient is 0.
     layer_norm : bool
         Layer normalisation inside the gates, as haste's LayerNormGRU has it: x W^T and h U^T are
         normalised over their 3H columns and multiplied by gains, before the biases are added
-        (`gru_any.normalisation` has the formulas). Needs reset_after=True. On CUDA the steps
-        then run one operation after another.
+        (`gru_any.normalisation` has the formulas). Needs reset_after=True.
 
     Attributes
     ----------
@@ -153,6 +155,7 @@ class GRU(Layer):
         gate_activation: options.Named = "sigmoid",
         clip: float | None = None,
         merge: str | None = "concat",
+        outputs: str = "top",
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
@@ -176,6 +179,7 @@ class GRU(Layer):
         self.gate_activation = options.activation("gate_activation", gate_activation)
         self.clip = options.clip(clip)
         self.merge = options.merge(merge, self.bidirectional)
+        self.outputs = arguments.choice("outputs", outputs, ("top", "all"))
         self.functions = options.activations(self.gate_activation, self.activation, self.clip)
         self.layer_norm = options.layer_norm(layer_norm, self.reset_after)
         if self.reverse and self.bidirectional:
@@ -187,7 +191,7 @@ class GRU(Layer):
             GRU, backend, device, dtype, self._shapes(), seed,
             lambda rng, name, shape: initial(rng, name, shape, self.hidden_size),
         )  # fmt: skip
-        self._leave_out({**options.DEFAULTS, **options.MERGE, **LATER})
+        self._leave_out({**options.DEFAULTS, **options.MERGE, **options.OUTPUTS, **LATER})
 
     @property
     def output_size(self) -> int:
@@ -218,6 +222,7 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[Array, Array]:
         """Run the sequences without keeping residuals; no dropout.
@@ -232,9 +237,11 @@ class GRU(Layer):
         mask : (T, B) of bool, laid out like x without its last axis
             Where it is false, the row skips the step: its state stays, whatever x holds there.
         resets : (T, B) of bool, likewise
-            Where it is true, an episode begins: the row's state is set to 0 before the step, and no
-            gradient passes. A direction that reads from the end is reset where it leaves the
-            episode. A reset at a skipped or padded step has no effect.
+            Where it is true, an episode begins: the row's state is set to 0, or to `start`, before
+            the step, and no gradient passes. A direction that reads from the end is reset where it
+            leaves the episode. A reset at a skipped or padded step has no effect.
+        start : array (L*D, H), the same for all rows, or (L*D, B, H)
+            The state that a reset sets. It needs resets, and leaves the first state, h0, alone.
         skipped : "zero" or "repeat"
             What y holds at skipped and padded steps: 0, or the output of the row's last step that
             was read (0 if there is none), as in Keras.
@@ -242,7 +249,8 @@ class GRU(Layer):
         Returns
         -------
         y : array (T, B, D*H), laid out like x: the states of the last layer, forward then reverse.
-            (T, B, H) where `merge` makes one of them, a pair of such arrays where it is None.
+            (T, B, H) where `merge` makes one of them, a pair of such arrays where it is None. A
+            tuple of what it would be for each layer with outputs="all".
         h_n : array (L*D, B, H): each row's own last state, forward before reverse, layer by layer.
 
         Raises
@@ -250,7 +258,7 @@ class GRU(Layer):
         ValueError, TypeError
             An argument of wrong shape, dtype, library or device; the text says what to do.
         """
-        return self._forward(True, x, h0, lengths, mask, resets, skipped)
+        return self._forward(True, x, h0, lengths, mask, resets, start, skipped)
 
     @by_place
     def last(
@@ -261,9 +269,10 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
     ) -> Array:
         """Return h_n alone; the outputs of the last layer are not kept."""
-        return self._forward(False, x, h0, lengths, mask, resets, "zero")[1]
+        return self._forward(False, x, h0, lengths, mask, resets, start, "zero")[1]
 
     @by_place
     def vjp(
@@ -275,6 +284,7 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, Array], Pullback]:
         """Run the sequences and keep the residuals for the backward pass.
@@ -290,11 +300,12 @@ class GRU(Layer):
         pullback : callable
             `grads, dx, dh0 = pullback(dy, dh_n=None)`: given dL/dy and dL/dh_n, one of which may be
             None, it returns dL/d of the parameters (a dict), of x and of h0. It may be called
-            again. `pullback.taps(dy, dh_n)` returns dL/dh (L*D, T, B, H) of every step.
+            again. Where `start` is given, it returns (grads, dx, dh0, dstart).
+            `pullback.taps(dy, dh_n)` returns dL/dh (L*D, T, B, H) of every step.
         """
         arguments.generator("rng", rng)
         self._refuse_complex()
-        call = self._layout.enter(x, h0, lengths, mask, resets, skipped)
+        call = self._layout.enter(x, h0, lengths, mask, resets, start, skipped)
         stack = self._stack(self._runner)
         masks = NO_MASKS if rng is None else draw(self, rng, *call.x.shape[:2])
         stack = stack if masks.steps is None else self._stack(stack.run, self._regularised())
@@ -311,16 +322,18 @@ class GRU(Layer):
         *,
         x_dot: Array | None = None,
         h0_dot: Array | None = None,
+        start_dot: Array | None = None,
         params_dot: Arrays | None = None,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Run the sequences, and differentiate the outputs along a direction: forward mode.
 
         Parameters are those of a plain call, and
 
-        x_dot, h0_dot : arrays of the shapes of x and h0, or None for 0
+        x_dot, h0_dot, start_dot : arrays of the shapes of x, h0 and start, or None for 0
         params_dot : mapping of names to arrays of the shapes of the parameters
             Where a name is missing it is 0.
 
@@ -334,8 +347,9 @@ class GRU(Layer):
         ValueError, TypeError, KeyError
             As in a plain call; or no direction is given, or it does not fit.
         """
-        twin, x, h0 = self._along(x, h0, x_dot, h0_dot, params_dot)
-        found = twin(x, h0, lengths, mask=mask, resets=resets, skipped=skipped)
+        twin, x, h0, start = self._along(x, h0, start, x_dot, h0_dot, start_dot, params_dot)
+        options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
+        found = twin(x, h0, lengths, **options)
         values, dots = parted(twin.backend, found)
         return values, dots
 
@@ -349,9 +363,11 @@ class GRU(Layer):
         *,
         x_dot: Array | None = None,
         h0_dot: Array | None = None,
+        start_dot: Array | None = None,
         params_dot: Arrays | None = None,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> tuple[tuple[Array, Array], tuple[Array, Array], DualPullback]:
         """Run the sequences for a backward pass and its derivative along a direction.
@@ -365,37 +381,44 @@ class GRU(Layer):
             `(grads, dx, dh0), (grads_dot, dx_dot, dh0_dot) = pullback(dy, dh_n=None, dy_dot=None,
             dh_n_dot=None)`: the first three as of `vjp`, and their derivatives along the direction,
             along which dy and dh_n change by dy_dot and dh_n_dot: with those of a loss, a product
-            of its Hessian with the direction. `gru_any.hvp` does all of it.
+            of its Hessian with the direction. `gru_any.hvp` does all of it. With a start each
+            triple has dstart as a fourth.
         """
-        twin, x, h0 = self._along(x, h0, x_dot, h0_dot, params_dot)
-        found, back = twin.vjp(x, h0, lengths, rng, mask=mask, resets=resets, skipped=skipped)
+        twin, x, h0, start = self._along(x, h0, start, x_dot, h0_dot, start_dot, params_dot)
+        options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
+        found, back = twin.vjp(x, h0, lengths, rng, **options)
         return *parted(twin.backend, found), DualPullback(twin.backend, self.dtype, back)
 
     def _along(
         self,
         x: Array,
         h0: Array | None,
+        start: Array | None,
         x_dot: Array | None,
         h0_dot: Array | None,
+        start_dot: Array | None,
         params_dot: Arrays | None,
-    ) -> tuple[Any, Array, Array | None]:
-        """Return the GRU, x and h0 over dual numbers."""
-        refuse_nothing("x_dot, h0_dot and params_dot", x_dot, h0_dot, params_dot)
+    ) -> tuple[Any, Array, Array | None, Array | None]:
+        """Return the GRU, x, h0 and start over dual numbers."""
+        dots = x_dot, h0_dot, start_dot, params_dot
+        refuse_nothing("x_dot, h0_dot, start_dot and params_dot", *dots)
         if h0 is None and h0_dot is not None:
             self.backend.check("x", x, self.dtype)
             rows = (x.shape[0 if self.batch_first else 1],) if x.ndim == 3 else ()
             shape = (self.num_layers * len(self.suffixes), *rows, self.hidden_size)
             h0 = self.backend.zeros(shape, self.dtype)
         home = self.backend, self.dtype
-        x, h0 = lift(*home, "x", x, x_dot), lift(*home, "h0", h0, h0_dot)
-        return along(self, check_params_dot(self, params_dot)), x, h0
+        named = {"x": (x, x_dot), "h0": (h0, h0_dot), "start": (start, start_dot)}
+        x, h0, start = (lift(*home, name, *pair) for name, pair in named.items())
+        return along(self, check_params_dot(self, params_dot)), x, h0, start
 
     @by_place
     def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
         """Advance by one step, for streams.
 
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
-        new state; the one given is not written. A `Stream` can reset single rows.
+        new state; the one given is not written. y_t is a tuple of such with outputs="all". A
+        `Stream` can reset single rows.
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)
@@ -433,7 +456,7 @@ class GRU(Layer):
 
     def _step(
         self, steps: list[LayerStep], x_t: Array, state: Array | None = None
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Any, Array]:
         self.backend.check("x_t", x_t, self.dtype)
         rows = x_t.shape[:-1]
         if len(rows) > 1 or x_t.shape[-1:] != (self.input_size,):
@@ -445,12 +468,14 @@ class GRU(Layer):
             sizes = {"L": shape[0], "B": rows[0] if rows else 1, "H": shape[-1]}
             check_shape("state", state, "(L, B, H)" if rows else "(L, H)", sizes)
         y, state = (x_t, state) if rows else (x_t[None, :], state[:, None, :])
-        states = []
+        states, ys = [], []
         for layer, step in enumerate(steps):
             y, h = step(y, state[layer, ...])
             states.append(h)
+            ys.append(y if rows else y[0, :])
         state = h[None, ...] if len(states) == 1 else self.backend.xp.stack(states)
-        return (y, state) if rows else (y[0, :], state[:, 0, :])
+        state = state if rows else state[:, 0, :]
+        return (ys[-1] if self.outputs == "top" else tuple(ys)), state
 
     @by_place
     def taps(
@@ -461,12 +486,13 @@ class GRU(Layer):
         *,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
     ) -> dict[str, Array]:
         """Return the gates r and z, the candidate n and the state h of every step.
 
         Each is (L*D, T, B, H), time first whatever `batch_first` says; at skipped steps 0.
         """
-        call = self._layout.enter(x, h0, lengths, mask, resets)
+        call = self._layout.enter(x, h0, lengths, mask, resets, start)
         stack = self._stack(self._runner)
         unmasked, given = self._inputs(stack, call, NO_MASKS)
         _, residuals = stack.forward(unmasked, True, None, True, given)
@@ -492,11 +518,12 @@ class GRU(Layer):
             self.num_layers,
             tuple(suffix == "_reverse" for suffix in self.suffixes),
             self.merge,
+            self.outputs == "all",
         )
 
     @property
     def _runner(self) -> Runner:
-        return runner(self.backend, self.precision, self.dtype, self.layer_norm)
+        return runner(self.backend, self.precision, self.dtype)
 
     @cached_property
     def _stacks(self) -> dict[tuple[Runner, Variant], Stack]:
@@ -536,6 +563,7 @@ class GRU(Layer):
             self.backend.dtype(self.dtype),
             self.merge or "concat",
             self.layer_norm,
+            self.outputs == "all",
         )
 
     def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
@@ -568,8 +596,9 @@ class GRU(Layer):
         arrays = self._arrays()
         if masks.weights:
             arrays |= {name: arrays[name] * kept for name, kept in masks.weights.items()}
-        cuts, (_, steps, between) = restarts.cuts, masks
-        return unmasked, ForwardInputs(x, h0, arrays, alive, cuts, between, steps)
+        (cuts, _, start, _), (_, steps, between) = restarts, masks
+        start = start if cuts else None
+        return unmasked, ForwardInputs(x, h0, arrays, alive, cuts, between, steps, start)
 
     def _arrays(self) -> Any:
         """Return the parameters as the stack reads them, a mapping."""

@@ -39,6 +39,7 @@ class SequenceLayout(NamedTuple):
     layers: int
     reverses: tuple[bool, ...]  # of each direction, whether it reads from the end
     merge: str | None = "concat"  # how y has the directions; None: as a pair
+    every: bool = False  # whether y is a tuple of the outputs of all layers
 
     @property
     def directions(self) -> int:
@@ -52,6 +53,7 @@ class SequenceLayout(NamedTuple):
         lengths: Lengths | None,
         mask: Array | None = None,
         resets: Array | None = None,
+        start: Array | None = None,
         skipped: str = "zero",
     ) -> Call:
         """Check the inputs of a forward pass, and make them time-major."""
@@ -74,6 +76,11 @@ class SequenceLayout(NamedTuple):
             self._check_states("h0", h0, B, unbatched)
             h0 = backend.xp.reshape(h0, (states, B, H))
             h0 = backend.xp.astype(h0, backend.dtype(self.arithmetic), copy=True)
+        if start is not None and resets is None:
+            raise ValueError(
+                "start was given without resets, of which it is the state: give resets too; the "
+                "state before the first step is h0"
+            )
         if lengths is not None and unbatched:
             raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
         repeat = skipped != "zero" and arguments.choice("skipped", skipped, SKIPPED) == "repeat"
@@ -91,8 +98,29 @@ class SequenceLayout(NamedTuple):
         if resets is not None:
             at = self._flags("resets", resets, T, B, unbatched)
             found = restarts(at, alive, backend, self.reverses, self.layers)
-        call = Call(x, h0, self._mask(alive), found, repeat, unbatched)
-        return call._replace(h0=self.without_fresh(call, h0))
+            found = self._started(found, start, B, unbatched)
+        h0 = self._with_start(found, h0)
+        return Call(x, h0, self._mask(alive), found, repeat, unbatched)
+
+    def _started(self, found: Restarts, start: Array | None, B: int, unbatched: bool) -> Restarts:
+        """Return restarts with the state given for them."""
+        if start is None:
+            return found
+        xp, shared = self.backend.xp, start.ndim == 2 and not unbatched
+        self._check_states("start", start, B, unbatched or shared)
+        start = xp.astype(start, self.backend.dtype(self.arithmetic), copy=True)
+        if start.ndim == 2:
+            shape = start.shape[0], B, start.shape[1]
+            start = xp.broadcast_to(xp.expand_dims(start, axis=1), shape)
+        return found._replace(start=start, shared=shared)
+
+    def _with_start(self, found: Restarts, states: Array) -> Array:
+        """Return h0 (L*D, B, H), in its place the start where a reset comes before all steps."""
+        _, fresh, start, _ = found
+        if fresh is None:
+            return states
+        xp = self.backend.xp
+        return xp.where(fresh, xp.zeros_like(states) if start is None else start, states)
 
     def _traced(
         self,
@@ -112,36 +140,47 @@ class SequenceLayout(NamedTuple):
         T, B, _ = x.shape
         return Call(x, h0, self._traced_mask(lengths, T, B), NO_RESTARTS, repeat, False)
 
-    def without_fresh(self, call: Call, states: Array) -> Array:
-        """Return states (L*D, B, H) with zeros where a reset came before the first step."""
-        fresh, xp = call.restarts.fresh, self.backend.xp
-        return states if fresh is None else xp.where(fresh, xp.zeros_like(states), states)
+    def of_states(
+        self, call: Call, dh0: Array, dstart: Array | None, by_row: bool
+    ) -> tuple[Array, ...]:
+        """Return dh0, and where a start was given its gradient, as the user has them.
+
+        dh0: what reaches the state before all steps; dstart: what reaches the start after that.
+        by_row: of a start for all rows, the gradient of each, (B, L*D, H).
+        """
+        xp, (_, fresh, start, shared) = self.backend.xp, call.restarts
+        zero = xp.zeros_like(dh0)
+        first = zero if fresh is None else xp.where(fresh, dh0, zero)
+        dh0 = dh0 if fresh is None else xp.where(fresh, zero, dh0)
+        if start is None:
+            return (self._of_states(call, dh0),)
+        dstart = first if dstart is None else first + dstart
+        if shared:
+            dstart = xp.permute_dims(dstart, (1, 0, 2)) if by_row else self._summed(dstart)
+            return self._of_states(call, dh0), dstart
+        return self._of_states(call, dh0), self._of_states(call, dstart)
+
+    def _summed(self, v: Array) -> Array:
+        """Return the sum of v (L*D, B, H) over the rows, of halves in the dtype of arithmetic."""
+        xp, home = self.backend.xp, self.backend
+        v = xp.astype(v, home.dtype(self.arithmetic), copy=False)
+        return xp.astype(xp.sum(v, axis=1), home.dtype(self.dtype), copy=False)
+
+    def _of_states(self, call: Call, states: Array) -> Array:
+        return states[:, 0, :] if call.unbatched else states
 
     def enter_cotangents(
         self, call: Call, dy: Array | None, dh_n: Array | None
-    ) -> tuple[Array | None, Array]:
+    ) -> tuple[Any, Array]:
         """Check the inputs of a backward pass; return dy time-major, dh_n (L*D, B, H)."""
         backend, H, states = self.backend, self.hidden_size, self.layers * self.directions
-        T, B, _ = call.x.shape
+        B = call.x.shape[1]
+        if self.every and dy is not None:
+            dy = self._of_layers(call, dy)
+        elif dy is not None:
+            dy = self._enter_dy(call, dy)
         if dy is None and dh_n is None:
             raise ValueError("pullback got neither dy nor dh_n; one of them must be given")
-        if dy is not None and self.merge is None:
-            dy = self._of_pair(dy)
-        if dy is not None:
-            backend.check("dy", dy, self.dtype)
-            width = self.directions * H if self.merge in ("concat", None) else H
-            shape = (
-                (T, width)
-                if call.unbatched
-                else (B, T, width)
-                if self.batch_first
-                else (T, B, width)
-            )
-            if dy.shape != shape:
-                letters = "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
-                sizes = {"T": T, "B": B, "D*H": width}
-                check_shape("dy", dy, "(T, D*H)" if call.unbatched else letters, sizes)
-            dy = self._repeat(gathered, call, self._time_major(dy, call.unbatched))
         if dh_n is None:
             return dy, backend.zeros((states, B, H), self.arithmetic)
         self._check_states("dh_n", dh_n, B, call.unbatched)
@@ -150,13 +189,43 @@ class SequenceLayout(NamedTuple):
 
     def outputs(self, call: Call, y: Array | None, h_n: Array) -> tuple[Any, Array]:
         """Return y (T, B, D*H) and h_n (L*D, B, H) as the user has x and h0."""
-        if call.repeat and y is not None:
-            y = self._repeat(repeated, call, y)
-        y, h_n = self.leave(call, y, h_n)
-        if self.merge is None and y is not None:
+        h_n = self._of_states(call, h_n)
+        if y is None:
+            return y, h_n
+        if self.every:
+            return tuple(self._leave_y(call, v) for v in y), h_n
+        return self._leave_y(call, y), h_n
+
+    def _leave_y(self, call: Call, y: Array) -> Any:
+        """Return the outputs of a layer as the user has x."""
+        y = self.leave(call, self._repeat(repeated, call, y) if call.repeat else y)
+        if self.merge is None:
             own = self.backend.xp.astype  # a copy: neither is to keep the other in memory
-            return tuple(own(v, v.dtype, copy=True) for v in part("concat", y)), h_n
-        return y, h_n
+            return tuple(own(v, v.dtype, copy=True) for v in part("concat", y))
+        return y
+
+    def _of_layers(self, call: Call, dy: Sequence[Array | None]) -> tuple[Array | None, ...] | None:
+        """Return the gradients of the outputs of all layers, time-major; None where all are."""
+        if not isinstance(dy, (tuple, list)) or len(dy) != self.layers:
+            count = f" of {len(dy)}" if isinstance(dy, (tuple, list)) else ""
+            raise TypeError(
+                f"dy is a {type(dy).__name__}{count}, expected a tuple of {self.layers}, one for "
+                'each layer, as y is one with outputs="all"'
+            )
+        found = tuple(None if v is None else self._enter_dy(call, v) for v in dy)
+        return None if all(v is None for v in found) else found
+
+    def _enter_dy(self, call: Call, dy: Any) -> Array:
+        """Check the gradient of the outputs of a layer, and make it time-major."""
+        dy = self._of_pair(dy) if self.merge is None else dy
+        self.backend.check("dy", dy, self.dtype)
+        width = self.hidden_size * (self.directions if self.merge in ("concat", None) else 1)
+        (T, B, _), letters = call.x.shape, "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
+        rows = (T,) if call.unbatched else (B, T) if self.batch_first else (T, B)
+        if dy.shape != (*rows, width):
+            sizes = {"T": T, "B": B, "D*H": width}
+            check_shape("dy", dy, "(T, D*H)" if call.unbatched else letters, sizes)
+        return self._repeat(gathered, call, self._time_major(dy, call.unbatched))
 
     def _of_pair(self, dy: Sequence[Array]) -> Array:
         """Return the gradients of both outputs side by side."""
@@ -170,13 +239,11 @@ class SequenceLayout(NamedTuple):
                 raise ShapeError(f"dy holds {tuple(dy[0].shape)} and {tuple(v.shape)}")
         return self.backend.xp.concat(list(dy), axis=-1)
 
-    def leave(self, call: Call, y: Array | None, states: Array) -> tuple[Array | None, Array]:
-        """Return v (T, B, .) and the states (L*D, B, H) as the user has x and h0."""
+    def leave(self, call: Call, v: Array) -> Array:
+        """Return v (T, B, .) as the user has x."""
         if call.unbatched:
-            return (None if y is None else y[:, 0, :]), states[:, 0, :]
-        if self.batch_first and y is not None:
-            y = self.backend.xp.permute_dims(y, (1, 0, 2))
-        return y, states
+            return v[:, 0, :]
+        return self.backend.xp.permute_dims(v, (1, 0, 2)) if self.batch_first else v
 
     def _time_major(self, v: Array, unbatched: bool) -> Array:
         if unbatched:

@@ -1,4 +1,4 @@
-"""What a GRU's arguments `activation`, `gate_activation`, `clip`, `merge`, `layer_norm` mean."""
+"""What a GRU's arguments `activation`, `gate_activation`, `clip`, `merge` and others mean."""
 
 import math
 from typing import TypeAlias
@@ -12,6 +12,7 @@ Named: TypeAlias = str | tuple[str | float, ...]  # "relu", ("leaky_relu", 0.1)
 RISING = "leaky_relu", "thresholded_relu", "elu"
 DEFAULTS = {"activation": "tanh", "gate_activation": "sigmoid", "clip": None}
 MERGE = {"merge": "concat"}
+OUTPUTS = {"outputs": "top"}
 
 
 def activation(name: str, value: object) -> Named:

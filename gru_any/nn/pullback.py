@@ -1,7 +1,7 @@
 """The backward pass through the layers of a GRU."""
 
 from ..backend.contract import Output
-from ..typing import Array, Gradients
+from ..typing import Array, Derivatives
 from .layout import Call, SequenceLayout
 from .masks import Masks
 from .params import Params, refuse_stale
@@ -9,7 +9,7 @@ from .stack import BackwardInputs, LayerResiduals, Stack
 
 
 class Pullback:
-    """From dL/dy and dL/dh_n to dL/d of the parameters, x and h0. See `GRU.vjp`."""
+    """From dL/dy and dL/dh_n to dL/d of the parameters, x, h0 and start. See `GRU.vjp`."""
 
     def __init__(
         self,
@@ -25,10 +25,8 @@ class Pullback:
         self._residuals = residuals  # or what the runner returned in their place
         self._masks = masks
 
-    def __call__(
-        self, dy: Array | None, dh_n: Array | None = None
-    ) -> tuple[Gradients, Array, Array]:
-        """Return grads (a dict named like the parameters), dx, dh0."""
+    def __call__(self, dy: Array | None, dh_n: Array | None = None) -> Derivatives:
+        """Return grads (a dict named like the parameters), dx, dh0; dstart if there is a start."""
         return self._back(dy, dh_n, None)
 
     def taps(self, dy: Array | None, dh_n: Array | None = None) -> Array:
@@ -39,11 +37,10 @@ class Pullback:
         self._back(dy, dh_n, taps)
         return stack.to_storage(stack.run.xp.stack([tap.array() for tap in taps]))
 
-    def per_example(
-        self, dy: Array | None, dh_n: Array | None = None
-    ) -> tuple[Gradients, Array, Array]:
+    def per_example(self, dy: Array | None, dh_n: Array | None = None) -> Derivatives:
         """Return grads, dx and dh0 as a call does, but grads of each row of the batch, (B, ...).
 
+        So is dstart, (B, L*D, H), where one start serves all rows.
         Row b holds what b's own part of dy and dh_n gives; the sum over the rows is the gradient.
 
         Raises
@@ -61,7 +58,7 @@ class Pullback:
         dh_n: Array | None,
         taps: list[Output] | None,
         by_row: bool = False,
-    ) -> tuple[Gradients, Array, Array]:
+    ) -> Derivatives:
         refuse_stale(self._params, self._version)
         stack, call, layout = self._stack, self._call, self._layout
         given = BackwardInputs(*layout.enter_cotangents(call, dy, dh_n))
@@ -69,8 +66,8 @@ class Pullback:
         found, _ = stack.run.run_graph(
             Stack.backward, stack, (taps, by_row), given, steps, self._residuals
         )
-        grads, dx, dh0 = found
+        grads, dx, dh0, dstart = found
         if dropped := self._masks.weights:
             grads = {**grads, **{name: grads[name] * kept for name, kept in dropped.items()}}
-        dx, dh0 = layout.leave(call, dx, layout.without_fresh(call, dh0))
-        return {name: grads[name] for name in self._params}, dx, dh0
+        states = layout.of_states(call, dh0, dstart, by_row)
+        return {name: grads[name] for name in self._params}, layout.leave(call, dx), *states

@@ -28,12 +28,13 @@ class ForwardInputs(NamedTuple):
     dropout: tuple[Array | None, ...] | None  # of the input of each layer; None: there is none
     # of each layer and direction, the first two of `StepMasks`; None: there are none
     steps: tuple[tuple[Array | None, Array | None], ...] | None = None
+    start: Array | None = None  # (L*D, B, H), from which states start anew; None: from 0
 
 
 class BackwardInputs(NamedTuple):
     """The arrays of a backward pass."""
 
-    dy: Array | None  # (T, B, D*H)
+    dy: Any  # (T, B, D*H) or None; of all layers a tuple of such, or None
     dh_n: Array  # (L*D, B, H), in the dtype of the arithmetic
 
 
@@ -59,6 +60,7 @@ class Stack(NamedTuple):
     storage: DType  # of inputs, outputs and gradients
     merge: str = "concat"  # how the outputs of two directions become one; see merge.py
     layer_norm: bool = False  # whether there are gains; see normalisation.py
+    every: bool = False  # whether y has the outputs of all layers
 
     def on(self, run: Runner) -> Stack:
         """Return the layers on another runner."""
@@ -71,17 +73,19 @@ class Stack(NamedTuple):
         segment: int | None,
         outputs: bool,
         given: ForwardInputs,
-    ) -> tuple[tuple[Array | None, Array], list[LayerResiduals]]:
+    ) -> tuple[tuple[Any, Array], list[LayerResiduals]]:
         """Run all layers; return y (T, B, D*H) and h_n (L*D, B, H), and the residuals.
 
+        y is a tuple of such where all layers put out, and None without `outputs`.
         unmasked: as of `SequenceMask`; the rest is that of `Sweep.forward`. There are no residuals
         without `keep`: they would hold the outputs of all layers at once.
         """
-        x, h0, params, alive, cuts, dropout, of_steps = given
+        x, h0, params, alive, cuts, dropout, of_steps, start = given
         mask = None if alive is None else SequenceMask(alive, unmasked)
         D = len(self.suffixes)
         states: list[Array] = []
         residuals: list[LayerResiduals] = []
+        every: list[Array] = []
 
         def run_layer(layer: int, run: Runner, x: Array) -> Array:
             wanted = outputs or layer + 1 < self.layers
@@ -89,7 +93,7 @@ class Stack(NamedTuple):
             x = x if dropped is None else x * dropped
             masks: Sequence[StepMasks | None] = (None,) * D
             if cuts or of_steps:
-                masks = _step_masks(cuts, of_steps, layer, D)
+                masks = _step_masks(cuts, start, of_steps, layer, D)
             if D == 1:  # in short, since small calls are many
                 sweep = self.sweep(params, layer, self.suffixes[0], mask, masks[0])
                 h = h0[layer, :, :]
@@ -113,10 +117,17 @@ class Stack(NamedTuple):
                 residuals.append(LayerResiduals(x, dropped, kept, parts))
             return merge(run.xp, self.merge, ys) if wanted else None
 
+        def run_and_keep(layer: int, run: Runner, x: Array) -> Array:
+            every.append(run_layer(layer, run, x))
+            return every[-1]
+
         if self.layers == 1:
             y = run_layer(0, self.run, x)
         else:
-            y = self._pipeline(run_layer, range(self.layers), x, h0, dropout)
+            run = run_and_keep if self.every and outputs else run_layer
+            y = self._pipeline(run, range(self.layers), x, h0, dropout)
+        if self.every and outputs:
+            y = tuple(every) or (y,)
         return (y, self.run.stacked(states, self.storage)), residuals
 
     def backward(
@@ -125,17 +136,22 @@ class Stack(NamedTuple):
         by_row: bool,
         given: BackwardInputs,
         residuals: list[LayerResiduals],
-    ) -> tuple[tuple[Gradients, Array, Array], None]:
-        """Run the backward pass of all layers; return the gradients, dx and dh0, no residuals.
+    ) -> tuple[tuple[Gradients, Array, Array, Array | None], None]:
+        """Run the backward pass of all layers; return the gradients, dx, dh0, and no residuals.
+
+        After dh0 comes that of the start, or None where no step starts from it.
 
         taps: None, or an output for each state, which `Sweep.backward` fills. by_row: as there.
         """
         D = len(self.suffixes)
         grads: Gradients = {}
         states: list[Array] = []
+        starts: list[Array] = []
 
         def run_layer(layer: int, run: Runner, dy: Array | None) -> Array:
             x, dropped, sweeps, outputs = residuals[layer]
+            if self.every and given.dy is not None:
+                dy = _added(dy, given.dy[layer])
             dys = [dy] * D if D == 1 or dy is None else part(self.merge, dy, outputs)
 
             def run_sweep(d: int, run: Runner) -> tuple[Array, Array, list[Array]]:
@@ -145,19 +161,23 @@ class Stack(NamedTuple):
                 return sweep.on(run).backward(x, segments, dys[d], dh, tap, by_row)
 
             total, found = None, _concurrent(run_sweep, D, run)
+            of_start: list[Array] = []
             for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):
                 names = self._names(layer, suffix)
                 if self.dtype != self.storage:
                     of_weights = list(map(self.to_storage, of_weights))
                 grads.update(zip(names, of_weights, strict=False))
+                of_start += of_weights[len(names) :]
                 total = dx if total is None else total + dx
-            states[:0] = [dh for _, dh, _ in found]
+            states[:0], starts[:0] = [dh for _, dh, _ in found], of_start
             return total if dropped is None else total * dropped
 
         layers = range(self.layers - 1, -1, -1)
         dropout = residuals[-1].dropout  # which acts on all layers but the first
-        dx = self._pipeline(run_layer, layers, given.dy, given.dh_n, dropout)
-        return (grads, dx, self.run.stacked(states, self.storage)), None
+        top = None if self.every else given.dy
+        dx = self._pipeline(run_layer, layers, top, given.dh_n, dropout)
+        dstart = self.run.stacked(starts, self.storage) if starts else None
+        return (grads, dx, self.run.stacked(states, self.storage), dstart), None
 
     def steps(self, x: Array) -> int:
         """Return how many steps x (T, B, I) takes, all layers and directions together."""
@@ -197,14 +217,19 @@ class Stack(NamedTuple):
         dropout: object,
     ) -> Array:
         """Run layers one after the other, each on the result of the one before."""
-        # in two directions, or with dropout, a layer needs all of another at once
-        alone = len(self.suffixes) == 2 or dropout is not None
+        # in two directions, or with dropout, a layer needs all of another at once, as a user does
+        alone = len(self.suffixes) == 2 or dropout is not None or self.every
         overlap = None if alone else states.shape[1] * states.shape[2]
         return self.run.pipeline([partial(run_layer, layer) for layer in layers], x, overlap)
 
     def to_storage(self, v: Array) -> Array:
         """Cast to the dtype of outputs and gradients."""
         return v if v.dtype == self.storage else self.run.xp.astype(v, self.storage)
+
+
+def _added(a: Array | None, b: Array | None) -> Array | None:
+    """Return the sum of two gradients, of which None is 0."""
+    return a if b is None else b if a is None else a + b
 
 
 def _concurrent(
@@ -218,11 +243,15 @@ def _concurrent(
 
 def _step_masks(
     cuts: tuple[Array, ...] | None,
+    start: Array | None,
     steps: tuple[tuple[Array | None, Array | None], ...] | None,
     layer: int,
     D: int,
 ) -> list[StepMasks]:
     """Return the masks of a layer's steps, of each direction."""
     of_layer = ((None, None),) * D if steps is None else steps[layer * D : (layer + 1) * D]
-    pairs = zip(of_layer, cuts or (None,) * D, strict=True)
-    return [StepMasks(*own, cut) for own, cut in pairs]
+    starts: Sequence[Array | None] = (None,) * D
+    if cuts and start is not None:
+        starts = [start[layer * D + d, :, :] for d in range(D)]
+    found = zip(of_layer, cuts or (None,) * D, starts, strict=True)
+    return [StepMasks(*own, cut, begin) for own, cut, begin in found]

@@ -18,6 +18,8 @@ class Restarts(NamedTuple):
 
     cuts: tuple[Array, ...] | None  # of each direction, as of `Sweep`
     fresh: Array | None  # (L*D, B, 1) of bool: which initial states are not read
+    start: Array | None = None  # (L*D, B, H), from which states start anew; None: from 0
+    shared: bool = False  # the user has one for all rows
 
 
 def flags(name: str, value: Array, shape: Shape, letters: str) -> HostArray:

@@ -6,7 +6,7 @@ with T, and recomputing a block gives the same bits.
 
 A sequence that has finished keeps its state and gives the output 0, and so does one whose step is
 skipped. So the last state is each row's own last state, and a sweep from the other end starts at
-each row's own end. Where the state is cut after a step, the row's next step starts from 0.
+each row's own end. Where the state is cut after a step, the row's next step starts anew.
 """
 
 import math
@@ -68,12 +68,14 @@ class StepMasks(NamedTuple):
     dropout: Array | None  # (B, H), by which what the products with U read is multiplied
     zoneout: Array | None  # (T, B, H), 1 where a unit keeps its state, else 0
     cut: Array | None  # (T, B, 1) of bool: the steps after which a state starts anew
+    start: Array | None = None  # (B, H), from which it does, with a cut alone; None: from 0
 
     def steps(self, block: slice) -> Extra:
         """Return those of a block."""
-        d, k, cut = self
+        d, k, cut, start = self
         given = [(Kind.BATCH, d)] if d is not None else []
         given += [(Kind.STEPS, k[block, :, :])] if k is not None else []
+        given += [(Kind.START, start)] if start is not None else []
         given += [(Kind.ROWS, cut[block, :, :])] if cut is not None else []
         kinds, arrays = zip(*given, strict=True)
         return Extra(kinds, arrays)
@@ -155,8 +157,8 @@ class Sweep(NamedTuple):
     ) -> tuple[Array, Array, list[Array]]:
         """Return dx (T, B, I), dh0 (B, H) and [dW, dU, db, ...] of dy (T, B, H) and dh (B, H).
 
-        taps: an output to be filled with dL/dh' (T, B, H) of every step. by_row: [dW, ...] of each
-        row of the batch, (B, ...).
+        With a start, the last of the list is its gradient (B, H). taps: an output to be filled with
+        dL/dh' (T, B, H) of every step. by_row: [dW, ...] of each row of the batch, (B, ...).
         """
         run, weights = self.run, self._packed(x)
         output = run.output(x.shape, x.dtype)
@@ -250,23 +252,28 @@ class Sweep(NamedTuple):
             arrays = (*vectors[-gains:], *(() if extra is None else extra.arrays))
             extra = Extra((*[Kind.VECTOR] * gains, *kinds_of(extra)), arrays)
         back = dy, dh, previous, saved, U, mask, self.reverse, taps, extra
+        parts: Sequence[Array]
         parts, dh, g = run.backward(self.variant.backward, *back)
+        dstart: list[Array] = []
+        if extra is not None and extra.start:
+            *parts, reached = parts
+            dstart = [run.row_sum(reached)]
         if mask is not None:
-            parts = tuple(run.zero_skipped(part, mask, own=True) for part in parts)
+            parts = [run.zero_skipped(part, mask, own=True) for part in parts]
             g = None if g is None else run.zero_skipped(g, mask, own=True)
         if self.masks is not None and self.masks.dropout is not None:
             previous, saved = self._operands(self.masks.dropout, previous, saved)
         x = self._read(x, block, mask)
         if by_row:
             dx = run.as_steps(run.product(run.as_matrix(parts[0]), W), previous.shape[0])
-            return dx, dh, g, self._by_row(x, previous, saved, parts)
+            return dx, dh, g, [*self._by_row(x, previous, saved, parts), *dstart]
         rows, product = run.as_matrix, run.product
         matrices = [rows(part) for part in parts]
         da = matrices[0]
         dx = product(da, W)
         dW, db = product(da.T, rows(x)), run.row_sum(da)
         dU, *dc = run.weight_gradients(self.variant.weights, previous, saved, matrices)
-        grads = [dW, dU, *dc] if gains else [dW, dU, db, *dc]
+        grads = [dW, dU, *([] if gains else [db]), *dc, *dstart]
         return run.as_steps(dx, previous.shape[0]), dh, g, grads
 
     def _by_row(

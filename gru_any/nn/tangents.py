@@ -12,7 +12,7 @@ from ..backend.bridge import Views
 from ..backend.dual import Dual, dot_of, value_of
 from ..backend.dual_backend import DualBackend, dual
 from ..errors import ShapeError
-from ..typing import Array, Arrays, Gradients, Loss, Pytree
+from ..typing import Array, Arrays, Derivatives, Gradients, Loss, Pytree
 from .params import Layer, Parametrised
 
 States: TypeAlias = Sequence[Array | None]  # of the GRUs of a Chain
@@ -39,6 +39,8 @@ def lift(backend: Backend, dtype: str, name: str, value: Array, dot: Array | Non
     """Return an argument with its derivative, which must be given in the form of the argument."""
     if dot is None:
         return None if value is None else dual(backend).lift(value, None)
+    if value is None:
+        raise ValueError(f"{name}_dot was given without {name}, of which it is the derivative")
     if backend.xp.isdtype(value.dtype, "integral"):
         raise TypeError(f"{name} holds integers, which have no derivative: leave {name}_dot out")
     backend.check(name, value, dtype)
@@ -109,14 +111,12 @@ class DualPullback:
         dh_n: Array | None = None,
         dy_dot: Array | None = None,
         dh_n_dot: Array | None = None,
-    ) -> tuple[tuple[Gradients, Array, Array], tuple[Gradients, Array, Array]]:
-        """Return (grads, dx, dh0) and (grads_dot, dx_dot, dh0_dot)."""
+    ) -> tuple[Derivatives, Derivatives]:
+        """Return (grads, dx, dh0[, dstart]) and (grads_dot, dx_dot, dh0_dot[, dstart_dot])."""
         dy, dh_n = self._lift("dy", dy, dy_dot), self._lift("dh_n", dh_n, dh_n_dot)
         return parted(self._backend, self._pullback(dy, dh_n))
 
     def _lift(self, name: str, value: Array | None, dot: Array | None) -> Array | None:
-        if value is None and dot is not None:
-            raise ValueError(f"{name}_dot was given without {name}, of which it is the derivative")
         return lift(self._backend.constants, self._dtype, name, value, dot)
 
 

@@ -25,13 +25,13 @@ class Row(NamedTuple):
     """An option.
 
     settings: of the GRU; bar: the ratio that it may cost; call: what `vjp` takes beside x, made of
-    a generator and (T, B); plain: settings that the GRU has which it is compared with; after: it
+    a generator and T, B, H; plain: settings that the GRU has which it is compared with; after: it
     needs the reset gate after the product.
     """
 
     settings: Mapping[str, Any]
     bar: float
-    call: Callable[[Any, int, int], dict[str, Any]] = lambda rng, T, B: {}
+    call: Callable[[Any, int, int, int], dict[str, Any]] = lambda rng, T, B, H: {}
     plain: Mapping[str, Any] = {}
     after: bool = False
 
@@ -52,9 +52,17 @@ ROWS = {
     "weight_dropout": Row({"weight_dropout": 0.3}, 1.15),
     "recurrent_dropout": Row({"recurrent_dropout": 0.3}, 1.15),
     "zoneout": Row({"zoneout": 0.1}, 1.15),
-    "resets": Row({}, 1.05, lambda rng, T, B: {"resets": rng.random((T, B)) < 0.02}),
+    "resets": Row({}, 1.05, lambda rng, T, B, H: {"resets": rng.random((T, B)) < 0.02}),
+    "resets to a start": Row(
+        {},
+        1.05,
+        lambda rng, T, B, H: {
+            "resets": rng.random((T, B)) < 0.05,
+            "start": np.ones((1, H), "float32"),
+        },
+    ),
     "layer_norm": Row({"layer_norm": True}, 1.35, after=True),
-    "mask": Row({}, 1.05, lambda rng, T, B: {"mask": rng.random((T, B)) < 0.9}),
+    "mask": Row({}, 1.05, lambda rng, T, B, H: {"mask": rng.random((T, B)) < 0.9}),
 }
 
 
@@ -64,7 +72,7 @@ def training(
     """Return a function that trains one step, with the option or without, and its seconds."""
     T, B, I, H = cell
     rng = np.random.default_rng(0)
-    settings, options = (row.plain, {}) if plain else (row.settings, row.call(rng, T, B))
+    settings, options = (row.plain, {}) if plain else (row.settings, row.call(rng, T, B, H))
     gru: Any = GRU(I, H, reset_after=after, seed=0, **settings)
     x = rng.standard_normal((T, B, I)).astype("float32")
     dy = rng.standard_normal((T, B, gru.output_size)).astype("float32")

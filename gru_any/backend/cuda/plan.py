@@ -74,7 +74,7 @@ class Plan:
         """Launch everything, step after step; nothing here allocates memory."""
         B, H = self.sizes
         threads = min(tuning.current.block_threads, -(-H // 32) * 32)
-        grid = (-(-H // threads), min(B, 65535))
+        rows, number = min(B, 65535), self.buffers[STATE.name].itemsize
         table, stages = self.ops.pointer(self.table), self.scan.schedule.stages
         owned = {
             n: [self.pointers[name] for name in k.buffers] for n, k in self.scan.kernels.items()
@@ -85,7 +85,11 @@ class Plan:
                     self._multiply(stage)
                 else:
                     numbers = [table, t, t + self.shift, B, H, *owned[n]]
-                    self.ops.launch(self.scan.kernels[n], grid, threads, numbers)
+                    kernel = self.scan.kernels[n]
+                    # a row whose threads wait for each other is that of one block
+                    grid = (1 if kernel.barrier else -(-H // threads), rows)
+                    shared = threads * number if kernel.barrier else 0
+                    self.ops.launch(kernel, grid, threads, numbers, shared)
 
     def _multiply(self, gemm: Gemm) -> None:
         """Out (B, N) = left (B, k) @ M, where M is U[rows]^T or U[rows], all row by row.

@@ -34,22 +34,28 @@ class CUDA(Calls):
     precision: of float32 products, "full" or "tf32".
     """
 
-    def path(self, hidden_size: int, dtype: str) -> tuple[str, str]:
-        """Return the path that a block of this size takes, and why it takes no faster one."""
+    def path(self, hidden_size: int, dtype: str, means: bool) -> tuple[str, str]:
+        """Return the path that a block of this size takes, and why it takes no faster one.
+
+        means: whether the steps take means over rows.
+        """
         if self.way == "eager":
             return "eager", "GRU_ANY_CUDA is set to eager"
         if not self.ops.captures:
             return "eager", "CUDA refused to record a graph in this process"
         if self.way == "blocks":
             return "blocks", "GRU_ANY_CUDA is set to blocks"
-        if self.way == "whole":
+        if self.way == "whole" and not means:
             return "whole", "GRU_ANY_CUDA asks for it, where the device's memory holds the weights"
-        if self.way == "persistent" and hidden_size <= LARGEST.get(dtype, LARGEST["float32"]):
+        few = hidden_size <= LARGEST.get(dtype, LARGEST["float32"])
+        if self.way == "persistent" and few and not means:
             return "persistent", "this is the fastest way on CUDA"
         if not self.whole_calls:
             return "blocks", "CUDA refused to record a whole call in this process"
         if self.way == "graph":
             return "graph", "GRU_ANY_CUDA is set to graph"
+        if means:
+            return "graph", "no kernel of many steps takes the means over rows of layer_norm"
         return "graph", f"a block's registers cannot hold the weights of {hidden_size} units"
 
     def as_contiguous(self, v: Array) -> Array:

@@ -86,6 +86,8 @@ class GRU(torch.nn.RNNBase):
         made = template(self._settings())
         if made.merge != "concat":
             raise ValueError(f"merge={made.merge!r} is none of a module: merge its y yourself")
+        if made.outputs != "top":
+            raise ValueError('outputs="all" is none of a module: make one of each layer')
         self._of_torch = is_of_torch(made)
         if list(made.params) != self._flat_weights_names:
             self._rename(made.params, next(self.parameters()))
