@@ -61,7 +61,7 @@ class Backend:
         return select, (self.name, _portable(self.name, self.device))
 
     def __hash__(self) -> int:
-        return hash(self.name)  # of few at a time, and asked for in each call
+        return hash(self.name)  # of few at a time
 
     @property
     def constants(self) -> "Backend":
@@ -87,6 +87,11 @@ class Backend:
     def traced(self) -> bool:
         """Whether arrays stand for others, inside of a function that JAX transforms."""
         return self.traceable and self.device is None
+
+    @cached_property
+    def runners(self) -> dict[Any, Any]:
+        """What runs its blocks of steps; see `modes.runner`, which is asked in each call."""
+        return {}
 
     @cached_property
     def _dtypes(self) -> dict[str, DType]:
@@ -139,7 +144,7 @@ class Backend:
     def zeros(self, shape: Shape, dtype: str) -> Array:
         """Return zeros of this shape and dtype on the device."""
         if self.host:
-            return np.zeros(shape, self.dtype(dtype))
+            return np.zeros(shape, self._dtypes.get(dtype) or self.dtype(dtype))
         with cuda.current(self):
             return self.xp.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 

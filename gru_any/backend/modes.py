@@ -94,7 +94,11 @@ def runner(
     mode = Mode.PLAIN if plain else _allowed(backend)
     if mode == Mode.COMPILED and problem():
         mode = Mode.TRACED
-    return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
+    kind = mode, precision if backend.cuda or backend.traced else "full"
+    found: Runner | None = backend.runners.get(kind)
+    if found is None:
+        found = backend.runners[kind] = _runner(backend, *kind)
+    return found
 
 
 @cache

@@ -55,7 +55,7 @@ class SequenceLayout(NamedTuple):
         skipped: str = "zero",
     ) -> Call:
         """Check the inputs of a forward pass, and make them time-major."""
-        backend, H, states = self.backend, self.hidden_size, self.layers * self.directions
+        backend, H, states = self.backend, self.hidden_size, self.layers * len(self.reverses)
         backend.check("x", x, self.dtype)
         unbatched = x.ndim == 2
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
@@ -121,7 +121,7 @@ class SequenceLayout(NamedTuple):
         self, call: Call, dy: Array | None, dh_n: Array | None
     ) -> tuple[Array | None, Array]:
         """Check the inputs of a backward pass; return dy time-major, dh_n (L*D, B, H)."""
-        backend, H, states = self.backend, self.hidden_size, self.layers * self.directions
+        backend, H, states = self.backend, self.hidden_size, self.layers * len(self.reverses)
         T, B, _ = call.x.shape
         if dy is None and dh_n is None:
             raise ValueError("pullback got neither dy nor dh_n; one of them must be given")
@@ -129,7 +129,7 @@ class SequenceLayout(NamedTuple):
             dy = self._of_pair(dy)
         if dy is not None:
             backend.check("dy", dy, self.dtype)
-            width = self.directions * H if self.merge in ("concat", None) else H
+            width = len(self.reverses) * H if self.merge in ("concat", None) else H
             shape = (
                 (T, width)
                 if call.unbatched
@@ -141,7 +141,9 @@ class SequenceLayout(NamedTuple):
                 letters = "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
                 sizes = {"T": T, "B": B, "D*H": width}
                 check_shape("dy", dy, "(T, D*H)" if call.unbatched else letters, sizes)
-            dy = self._repeat(gathered, call, self._time_major(dy, call.unbatched))
+            if call.unbatched or self.batch_first:
+                dy = self._time_major(dy, call.unbatched)
+            dy = self._repeat(gathered, call, dy) if call.repeat else dy
         if dh_n is None:
             return dy, backend.zeros((states, B, H), self.arithmetic)
         self._check_states("dh_n", dh_n, B, call.unbatched)
@@ -204,7 +206,7 @@ class SequenceLayout(NamedTuple):
 
     def _repeat(self, function: Repetition, call: Call, v: Array) -> Array:
         """Apply a function of skipped steps to v (T, B, D*H), each direction in its own order."""
-        if not call.repeat or call.mask is None or not v.shape[0]:
+        if call.mask is None or not v.shape[0]:
             return v
         xp, H, alive = self.backend.xp, self.hidden_size, call.mask.alive
         parts = [v[:, :, d * H : (d + 1) * H] for d in range(self.directions)]

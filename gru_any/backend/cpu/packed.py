@@ -1,6 +1,7 @@
 """Matrices of weights packed into panels for the compiled products, and a product of such."""
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -163,6 +164,11 @@ def ascarray(v: HostArray) -> HostArray:
     if v.nbytes > COPIED and flags.c_contiguous and flags.aligned:
         return np.asarray(_Alias(v))
     return np.array(v, order="C")
+
+
+def ascarrays(arrays: Iterable[HostArray]) -> list[HostArray]:
+    """Return several in this layout, which most have."""
+    return [v if v.flags.carray and type(v) is np.ndarray else ascarray(v) for v in arrays]
 
 
 class _Alias:
