@@ -61,7 +61,7 @@ class Backend:
         return select, (self.name, _portable(self.name, self.device))
 
     def __hash__(self) -> int:
-        return hash(self.name)  # of few at a time
+        return hash(self.name)  # of few at a time, and asked for in each call
 
     @property
     def constants(self) -> "Backend":
@@ -87,11 +87,6 @@ class Backend:
     def traced(self) -> bool:
         """Whether arrays stand for others, inside of a function that JAX transforms."""
         return self.traceable and self.device is None
-
-    @cached_property
-    def runners(self) -> dict[Any, Any]:
-        """What runs its blocks of steps; see `modes.runner`, which is asked in each call."""
-        return {}
 
     @cached_property
     def _dtypes(self) -> dict[str, DType]:

@@ -94,11 +94,7 @@ def runner(
     mode = Mode.PLAIN if plain else _allowed(backend)
     if mode == Mode.COMPILED and problem():
         mode = Mode.TRACED
-    kind = mode, precision if backend.cuda or backend.traced else "full"
-    found: Runner | None = backend.runners.get(kind)
-    if found is None:
-        found = backend.runners[kind] = _runner(backend, *kind)
-    return found
+    return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
 
 
 @cache
