@@ -5,14 +5,16 @@ on the host it is NumPy's, on a CUDA device CuPy's. `by_place` marks the public 
 stands in for itself: a twin over the other backend reads its parameters in place, each time anew.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial, wraps
 from inspect import signature
+from operator import is_
 from types import CodeType
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ..typing import Array, Arrays, Pytree
 from .cpu.openmp import lent
+from .cpu.packed import writable
 from .cuda import device as cuda
 from .libraries import Backend, is_traced, of, of_traced
 from .modes import COMPLEX, serves
@@ -43,7 +45,7 @@ class Model(Protocol):
     def twin(self, backend: Backend, dtype: str) -> Any:
         """Return the same model for another backend, without parameters."""
 
-    def follow(self, twin: Any, views: Callable[[Any], Any]) -> None:
+    def follow(self, twin: Any, views: Callable[[Any, Any], Any]) -> None:
         """Give a twin the settings and parameters as they are now."""
 
 
@@ -56,9 +58,12 @@ def by_place(method: Method) -> Method:
         backend = model.backend
         if backend.host or backend.traced:
             return method(model, *args, **options)
-        if backend.traceable and any(map(is_traced, leaves((args, options)))):
-            return method(_traced(model), *args, **options)
         bridge = _bridge(backend, model.dtype)
+        if backend.traceable:
+            kind = None if bridge is None else bridge.kind  # of arrays with values
+            others = [v for v in (*args, *options.values()) if type(v) is not kind]
+            if any(map(is_traced, leaves(others))):
+                return method(_traced(model), *args, **options)
         if bridge is None or not serves(bridge.inner):
             return method(model, *args, **options)
         try:
@@ -83,7 +88,7 @@ def leaves(tree: Pytree) -> Iterator[Any]:
 def _traced(model: Model) -> Any:
     """Return the model for arrays that stand for others; its own parameters are constants there."""
     twin = model.twin(of_traced(model.backend), model.dtype)
-    model.follow(twin, lambda part: Views(part, part.params))
+    model.follow(twin, lambda part, _: Views(part, part.params))
     return twin
 
 
@@ -99,7 +104,7 @@ class Bridge(NamedTuple):
     inner: Backend  # of the call
     inner_dtype: str
     read: Callable[[Array], Array]  # an array of the user's -> the same memory for the call
-    adopt: Callable[[Array], Array]  # and back
+    adopt: Callable[[list[Array]], list[Array]]  # and back, several at once
     kind: type  # of the user's arrays
     inner_kind: type  # of those of the call
 
@@ -111,10 +116,16 @@ class Bridge(NamedTuple):
         model.follow(twin, self.views)
         return twin
 
-    def views(self, model: Model) -> "Views":
-        """Return the parameters as the inner backend reads them."""
-        export = self.export
-        return Views(model, {name: export(v) for name, v in model.params.items()})
+    def views(self, model: Model, last: Any) -> "Views":
+        """Return the parameters as the inner backend reads them; last: those of the call before."""
+        arrays = list(model.params.values())
+        lasting = self.inner.host and self.home.lasting(arrays)
+        if lasting and isinstance(last, Views) and last.of(model, arrays):
+            return last
+        inner = list(map(self.export, arrays))
+        if lasting:
+            inner = [v if v.flags.carray else writable(v) for v in inner]
+        return Views(model, dict(zip(model.params, inner, strict=True)), arrays)
 
     def run(
         self,
@@ -185,31 +196,60 @@ class Bridge(NamedTuple):
                 f"an array of {self.home.name} cannot be read where it is ({e}): pass a plain copy"
             ) from e
 
-    def leave(self, v: Pytree, seen: Mapping[int, Array]) -> Any:
-        """Return results as the user has arrays; a function becomes one of the user's arrays."""
+    def leave(self, results: Pytree, seen: dict[int, Array]) -> Any:
+        """Return results as the user has arrays; a function becomes one of the user's arrays.
+
+        seen: of the arguments, which may be among the results.
+        """
+        inner = list[Array]()
+        self._collect(results, seen, inner)
+        arrays = self.adopt(inner) if inner else inner
+        if self.inner_dtype != self.dtype:
+            arrays = [self._as_stored(v) for v in arrays]
+        return self._replaced(results, seen | dict(zip(map(id, inner), arrays, strict=True)))
+
+    def _collect(self, v: Pytree, seen: Mapping[int, Array], inner: list[Array]) -> None:
+        """Append the arrays among results that are not yet the user's."""
         if type(v) is not self.inner_kind:
-            if v is None:
-                return None
-            if isinstance(v, (tuple, list)):
-                return type(v)([self.leave(w, seen) for w in v])
             if isinstance(v, dict):
-                return {name: self.leave(w, seen) for name, w in v.items()}
-            if callable(v):
-                return Outside(self, v)
-        if id(v) in seen:  # an argument, returned as it is
-            return seen[id(v)]
-        array = self.adopt(v)
-        if self.inner_dtype != self.dtype and array.dtype == self.home.dtype(self.inner_dtype):
-            array = self.home.xp.astype(array, self.home.dtype(self.dtype))
-        return array
+                v = v.values()
+            elif not isinstance(v, (tuple, list)):
+                if v is not None and not callable(v):
+                    inner.append(v)
+                return
+            for w in v:
+                self._collect(w, seen, inner)
+        elif id(v) not in seen:
+            inner.append(v)
+
+    def _as_stored(self, v: Array) -> Array:
+        """Cast a result that is in the inner dtype for want of the model's."""
+        if v.dtype != self.home.dtype(self.inner_dtype):
+            return v
+        return self.home.xp.astype(v, self.home.dtype(self.dtype))
+
+    def _replaced(self, v: Pytree, arrays: Mapping[int, Array]) -> Any:
+        """Return results with the user's arrays in their places."""
+        if id(v) in arrays:
+            return arrays[id(v)]
+        if isinstance(v, (tuple, list)):
+            return type(v)([self._replaced(w, arrays) for w in v])
+        if isinstance(v, dict):
+            return {name: self._replaced(w, arrays) for name, w in v.items()}
+        return None if v is None else Outside(self, v)
 
 
 class Views(dict[str, Array]):
     """The parameters of a model at a call, as the inner backend reads them in place."""
 
-    def __init__(self, model: Model, arrays: Arrays) -> None:
-        super().__init__(arrays)
-        self._model = model
+    def __init__(self, model: Model, views: Arrays, arrays: Sequence[Array] = ()) -> None:
+        super().__init__(views)
+        self._model, self._arrays = model, arrays
+
+    def of(self, model: Model, arrays: Sequence[Array]) -> bool:
+        """Return whether these are views of the same arrays."""
+        same = model is self._model and len(arrays) == len(self._arrays)
+        return same and all(map(is_, arrays, self._arrays))
 
     @property
     def version(self) -> int:

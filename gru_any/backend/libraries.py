@@ -7,7 +7,7 @@ namespace `xp` of one, and asks no questions.
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -220,16 +220,20 @@ class Backend:
         return host.astype(np.float32) if host.dtype.kind == "V" else host
 
     @cached_property
-    def adopt(self) -> Callable[[Array], Array]:
-        """What makes an array of NumPy or CuPy one of this library, in place where possible."""
-        make: Callable[[Array], Array] = self.xp.from_dlpack
+    def adopt(self) -> Callable[[list[Array]], list[Array]]:
+        """What makes arrays of NumPy or CuPy ones of this library, in place where possible."""
         if self.name == "jax.numpy" and self.device.platform == "cpu":
             from .jax_arrays import Adopter
 
-            make = Adopter(self.device)
-        elif self.name == "torch" and self.device.type == "cpu":
+            return Adopter(self.device)
+        make: Callable[[Array], Array] = self.xp.from_dlpack
+        if self.name == "torch" and self.device.type == "cpu":
             make = importlib.import_module("torch").from_numpy  # in half the time of from_dlpack
-        return make
+        return lambda arrays: list(map(make, arrays))
+
+    def lasting(self, arrays: Iterable[Array]) -> bool:
+        """Return whether these arrays of the library hold the same numbers as long as they live."""
+        return self.name == "jax.numpy" and not any([v.is_deleted() for v in arrays])
 
     def scatter_add(self, indices: Array, rows: Array, n: int) -> Array:
         """Return (n, size), the sum of the rows (N, size) of each index; indices: (N,).

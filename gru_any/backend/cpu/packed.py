@@ -162,8 +162,13 @@ def ascarray(v: HostArray) -> HostArray:
     if flags.carray:
         return v if type(v) is np.ndarray else v.view(np.ndarray)
     if v.nbytes > COPIED and flags.c_contiguous and flags.aligned:
-        return np.asarray(_Alias(v))
+        return writable(v)
     return np.array(v, order="C")
+
+
+def writable(v: HostArray) -> HostArray:
+    """Return an array over the same memory that compiled code takes, and must not write into."""
+    return np.asarray(_Alias(v))
 
 
 def ascarrays(arrays: Iterable[HostArray]) -> list[HostArray]:
