@@ -369,7 +369,7 @@ def test_in_jax_a_result_of_a_shape_that_comes_often_takes_another_way():
     require("jax")
     ours, theirs = pair(select("jax.numpy"), 3, 4)
     x = numbers(2, 1, 3)
-    adopt = _bridge(ours.backend, "float32").adopt
+    adopt = _bridge(ours.backend, "float32").home.adopt_together
     adopt.seen.clear()
     for _ in range(40):
         same(ours.backend, ours(ours.backend.put(x)), theirs(x))
@@ -382,7 +382,7 @@ def test_in_jax_a_result_of_a_shape_that_comes_often_takes_another_way():
 
 def test_results_are_adopted_at_once_whatever_their_sizes():
     require("jax")
-    adopt = select("jax.numpy").adopt
+    adopt = select("jax.numpy").adopt_together
     adopt.seen.clear()
     arrays = [numbers(2, 3), numbers(200, 300), np.asfortranarray(numbers(3, 2)), numbers(1)]
     expected = [v.copy() for v in arrays]
@@ -402,7 +402,7 @@ def test_parameters_of_jax_are_read_once_and_replaced_ones_anew(monkeypatch):
     before, read = gru(x)[0], []
     bridge = type(_bridge(gru.backend, "float32"))
     export = bridge.export
-    monkeypatch.setattr(bridge, "export", lambda self, v: (read.append(v), export(self, v))[1])
+    monkeypatch.setattr(bridge, "export", lambda self, v: (read.extend(v), export(self, v))[1])
     assert np.array_equal(gru(x)[0], before)
     assert [id(v) for v in read] == [id(x)]
     gru.params["bias_ih_l0"] = gru.params["bias_ih_l0"] + 1

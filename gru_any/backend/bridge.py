@@ -104,7 +104,7 @@ class Bridge(NamedTuple):
     inner: Backend  # of the call
     inner_dtype: str
     read: Callable[[Array], Array]  # an array of the user's -> the same memory for the call
-    adopt: Callable[[list[Array]], list[Array]]  # and back, several at once
+    adopt: Callable[[Array], Array]  # and back
     kind: type  # of the user's arrays
     inner_kind: type  # of those of the call
 
@@ -122,7 +122,7 @@ class Bridge(NamedTuple):
         lasting = self.inner.host and self.home.lasting(arrays)
         if lasting and isinstance(last, Views) and last.of(model, arrays):
             return last
-        inner = list(map(self.export, arrays))
+        inner = self.export(arrays)
         if lasting:
             inner = [v if v.flags.carray else writable(v) for v in inner]
         return Views(model, dict(zip(model.params, inner, strict=True)), arrays)
@@ -169,7 +169,7 @@ class Bridge(NamedTuple):
         if self.inner_dtype != self.dtype and self.home.xp.isdtype(v.dtype, "real floating"):
             self.home.check(name, v, self.dtype)
         try:
-            inner = self.export(v)
+            (inner,) = self.export((v,))
         except UnreadableError:
             self.home.check(name, v, self.dtype)  # such as a tensor that requires grad
             raise
@@ -185,58 +185,60 @@ class Bridge(NamedTuple):
         except TypeError:
             return False
 
-    def export(self, v: Array) -> Array:
-        """Return the inner backend's array over the memory of v, or over that of a cast copy."""
+    def export(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return the inner backend's arrays over the memory of these, or of cast copies."""
         try:
-            if self.inner_dtype != self.dtype and v.dtype == self.home.dtype(self.dtype):
-                v = self.home.xp.astype(v, self.home.dtype(self.inner_dtype))
-            return self.read(v)
+            if self.inner_dtype != self.dtype:
+                arrays = list(map(self._to_inner, arrays))
+            return list(map(self.read, arrays))
         except FAILURES as e:
             raise UnreadableError(
                 f"an array of {self.home.name} cannot be read where it is ({e}): pass a plain copy"
             ) from e
 
+    def _to_inner(self, v: Array) -> Array:
+        """Cast an array of the model's dtype to the inner one."""
+        if v.dtype != self.home.dtype(self.dtype):
+            return v
+        return self.home.xp.astype(v, self.home.dtype(self.inner_dtype))
+
     def leave(self, results: Pytree, seen: dict[int, Array]) -> Any:
         """Return results as the user has arrays; a function becomes one of the user's arrays.
 
-        seen: of the arguments, which may be among the results.
+        seen: the user's arrays of those of the call that are known, the arguments among them.
         """
-        inner = list[Array]()
-        self._collect(results, seen, inner)
-        arrays = self.adopt(inner) if inner else inner
-        if self.inner_dtype != self.dtype:
-            arrays = [self._as_stored(v) for v in arrays]
-        return self._replaced(results, seen | dict(zip(map(id, inner), arrays, strict=True)))
+        if together := self.home.adopt_together:
+            inner = list[Array]()
+            self._collect(results, seen, inner)
+            seen.update(zip(map(id, inner), map(self._stored, together(inner)), strict=True))
+        return self._left(results, seen)
 
     def _collect(self, v: Pytree, seen: Mapping[int, Array], inner: list[Array]) -> None:
-        """Append the arrays among results that are not yet the user's."""
-        if type(v) is not self.inner_kind:
-            if isinstance(v, dict):
-                v = v.values()
-            elif not isinstance(v, (tuple, list)):
-                if v is not None and not callable(v):
-                    inner.append(v)
-                return
-            for w in v:
+        """Append the arrays among results that are not known."""
+        if type(v) is self.inner_kind:
+            if id(v) not in seen:
+                inner.append(v)
+        elif isinstance(v, (tuple, list, dict)):
+            for w in v.values() if isinstance(v, dict) else v:
                 self._collect(w, seen, inner)
-        elif id(v) not in seen:
-            inner.append(v)
 
-    def _as_stored(self, v: Array) -> Array:
-        """Cast a result that is in the inner dtype for want of the model's."""
-        if v.dtype != self.home.dtype(self.inner_dtype):
+    def _left(self, v: Pytree, seen: Mapping[int, Array]) -> Any:
+        if type(v) is not self.inner_kind:
+            if v is None:
+                return None
+            if isinstance(v, (tuple, list)):
+                return type(v)([self._left(w, seen) for w in v])
+            if isinstance(v, dict):
+                return {name: self._left(w, seen) for name, w in v.items()}
+            if callable(v):
+                return Outside(self, v)
+        return seen[id(v)] if id(v) in seen else self._stored(self.adopt(v))
+
+    def _stored(self, v: Array) -> Array:
+        """Cast a result of the inner dtype to the model's."""
+        if self.inner_dtype == self.dtype or v.dtype != self.home.dtype(self.inner_dtype):
             return v
         return self.home.xp.astype(v, self.home.dtype(self.dtype))
-
-    def _replaced(self, v: Pytree, arrays: Mapping[int, Array]) -> Any:
-        """Return results with the user's arrays in their places."""
-        if id(v) in arrays:
-            return arrays[id(v)]
-        if isinstance(v, (tuple, list)):
-            return type(v)([self._replaced(w, arrays) for w in v])
-        if isinstance(v, dict):
-            return {name: self._replaced(w, arrays) for name, w in v.items()}
-        return None if v is None else Outside(self, v)
 
 
 class Views(dict[str, Array]):

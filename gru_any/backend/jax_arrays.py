@@ -34,13 +34,14 @@ class Adopter:
         """Return arrays of JAX, in place where one is large and its address suits JAX."""
         key = tuple([(v.shape, v.dtype) for v in arrays if v.nbytes <= SMALL])
         if not (self.seen[key] > OFTEN or self._often(key)):
-            return [self._one(v) for v in arrays]
+            return [self.one(v) for v in arrays]
         if len(key) == len(arrays):
             return self.same(arrays)
         small = iter(self.same([v for v in arrays if v.nbytes <= SMALL]))
-        return [next(small) if v.nbytes <= SMALL else self._one(v) for v in arrays]
+        return [next(small) if v.nbytes <= SMALL else self.one(v) for v in arrays]
 
-    def _one(self, v: HostArray) -> Array:
+    def one(self, v: HostArray) -> Array:
+        """Return a single one."""
         return self.from_dlpack(np.ascontiguousarray(v), device=self.device)
 
     def _often(self, key: tuple[tuple[Shape, DType], ...]) -> bool:

@@ -220,16 +220,23 @@ class Backend:
         return host.astype(np.float32) if host.dtype.kind == "V" else host
 
     @cached_property
-    def adopt(self) -> Callable[[list[Array]], list[Array]]:
-        """What makes arrays of NumPy or CuPy ones of this library, in place where possible."""
-        if self.name == "jax.numpy" and self.device.platform == "cpu":
-            from .jax_arrays import Adopter
-
-            return Adopter(self.device)
+    def adopt(self) -> Callable[[Array], Array]:
+        """What makes an array of NumPy or CuPy one of this library, in place where possible."""
         make: Callable[[Array], Array] = self.xp.from_dlpack
-        if self.name == "torch" and self.device.type == "cpu":
+        if self.adopt_together:
+            make = self.adopt_together.one
+        elif self.name == "torch" and self.device.type == "cpu":
             make = importlib.import_module("torch").from_numpy  # in half the time of from_dlpack
-        return lambda arrays: list(map(make, arrays))
+        return make
+
+    @cached_property
+    def adopt_together(self) -> Any:
+        """What makes several of them, where that costs less than one by one; else None."""
+        if self.name != "jax.numpy" or self.device.platform != "cpu":
+            return None
+        from .jax_arrays import Adopter
+
+        return Adopter(self.device)
 
     def lasting(self, arrays: Iterable[Array]) -> bool:
         """Return whether these arrays of the library hold the same numbers as long as they live."""
