@@ -369,14 +369,49 @@ def test_in_jax_a_result_of_a_shape_that_comes_often_takes_another_way():
     require("jax")
     ours, theirs = pair(select("jax.numpy"), 3, 4)
     x = numbers(2, 1, 3)
-    adopt = _bridge(ours.backend, "float32").adopt
+    adopt = _bridge(ours.backend, "float32").home.adopt_together
     adopt.seen.clear()
     for _ in range(40):
         same(ours.backend, ours(ours.backend.put(x)), theirs(x))
-    assert adopt.seen[(2, 1, 4), np.dtype("float32")] > 32
+    kind = np.dtype("float32")
+    assert adopt.seen[((2, 1, 4), kind), ((1, 1, 4), kind)] > 32
     for n in range(600):
-        adopt(np.zeros(n % 600, bool))
+        adopt([np.zeros(n % 600, bool)])
     assert len(adopt.seen) <= 512
+
+
+def test_results_are_adopted_at_once_whatever_their_sizes():
+    require("jax")
+    adopt = select("jax.numpy").adopt_together
+    adopt.seen.clear()
+    arrays = [numbers(2, 3), numbers(200, 300), np.asfortranarray(numbers(3, 2)), numbers(1)]
+    expected = [v.copy() for v in arrays]
+    for _ in range(40):
+        found = adopt(arrays)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert np.array_equal(a, b)
+    for n in (0, 2, 3):
+        arrays[n][...] = 0
+        assert np.array_equal(found[n], expected[n]), "what is small is a copy"
+
+
+def test_parameters_of_jax_are_read_once_and_replaced_ones_anew(monkeypatch):
+    jax = require("jax")
+    gru, x = GRU(3, 4, backend="jax.numpy", seed=0), jax.numpy.ones((2, 1, 3), "float32")
+    before, read = gru(x)[0], []
+    bridge = type(_bridge(gru.backend, "float32"))
+    export = bridge.export
+    monkeypatch.setattr(bridge, "export", lambda self, v: (read.extend(v), export(self, v))[1])
+    assert np.array_equal(gru(x)[0], before)
+    assert [id(v) for v in read] == [id(x)]
+    gru.params["bias_ih_l0"] = gru.params["bias_ih_l0"] + 1
+    after = gru(x)[0]
+    assert np.array_equal(after, GRU.of(gru.settings, gru.params, gru.backend, gru.dtype)(x)[0])
+    assert not np.array_equal(after, before)
+    gru.params["weight_hh_l0"].delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        gru(x)
 
 
 # a CUDA device that the host plays ---------------------------------------------------------------

@@ -175,7 +175,8 @@ def test_numba_does_what_the_step_does(step):
     none = np.zeros((0, 0), bool), np.zeros((1, B, 0)), np.zeros((3 * H, 0)), np.zeros(3 * H)
     few = compiled(NumbaSource(schedule, "float64").stored()).few
     functions = unpacked.addresses(np.dtype("float64"))
-    path, *kept = few(functions, *steps, none[0], h, U, a[None], c, *none[1:])
+    path, kept = np.stack((h, h)), [np.empty((1, *v.shape)) for v in extras]
+    few(functions, *steps, none[0], U, a[None], c, *none[1:], path, *kept)
     for ours, value in zip((path[1], *(v[0] for v in kept)), (result, *extras), strict=True):
         np.testing.assert_allclose(ours, np.broadcast_to(value, (B, H)), rtol=1e-12)
 

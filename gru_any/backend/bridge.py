@@ -5,14 +5,16 @@ on the host it is NumPy's, on a CUDA device CuPy's. `by_place` marks the public 
 stands in for itself: a twin over the other backend reads its parameters in place, each time anew.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial, wraps
 from inspect import signature
+from operator import is_
 from types import CodeType
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ..typing import Array, Arrays, Pytree
 from .cpu.openmp import lent
+from .cpu.packed import writable
 from .cuda import device as cuda
 from .libraries import Backend, is_traced, of, of_traced
 from .modes import COMPLEX, serves
@@ -44,7 +46,7 @@ class Model(Protocol):
     def twin(self, backend: Backend, dtype: str) -> Any:
         """Return the same model for another backend, without parameters."""
 
-    def follow(self, twin: Any, views: Callable[[Any], Any]) -> None:
+    def follow(self, twin: Any, views: Callable[[Any, Any], Any]) -> None:
         """Give a twin the settings and parameters as they are now."""
 
 
@@ -57,9 +59,12 @@ def by_place(method: Method) -> Method:
         backend = model.backend
         if backend.host or backend.traced:
             return method(model, *args, **options)
-        if backend.traceable and any(map(is_traced, leaves((args, options)))):
-            return method(_traced(model), *args, **options)
         bridge = _bridge(backend, model.dtype)
+        if backend.traceable:
+            kind = None if bridge is None else bridge.kind  # of arrays with values
+            others = [v for v in (*args, *options.values()) if type(v) is not kind]
+            if any(map(is_traced, leaves(others))):
+                return method(_traced(model), *args, **options)
         if bridge is None or not serves(bridge.inner):
             return method(model, *args, **options)
         try:
@@ -84,7 +89,7 @@ def leaves(tree: Pytree) -> Iterator[Any]:
 def _traced(model: Model) -> Any:
     """Return the model for arrays that stand for others; its own parameters are constants there."""
     twin = model.twin(of_traced(model.backend), model.dtype)
-    model.follow(twin, lambda part: Views(part, part.params))
+    model.follow(twin, lambda part, _: Views(part, part.params))
     return twin
 
 
@@ -112,10 +117,16 @@ class Bridge(NamedTuple):
         model.follow(twin, self.views)
         return twin
 
-    def views(self, model: Model) -> "Views":
-        """Return the parameters as the inner backend reads them."""
-        export = self.export
-        return Views(model, {name: export(v) for name, v in model.params.items()})
+    def views(self, model: Model, last: Any) -> "Views":
+        """Return the parameters as the inner backend reads them; last: those of the call before."""
+        arrays = list(model.params.values())
+        lasting = self.inner.host and self.home.lasting(arrays)
+        if lasting and isinstance(last, Views) and last.of(model, arrays):
+            return last
+        inner = self.export(arrays)
+        if lasting:
+            inner = [v if v.flags.carray else writable(v) for v in inner]
+        return Views(model, dict(zip(model.params, inner, strict=True)), arrays)
 
     def run(
         self,
@@ -159,7 +170,7 @@ class Bridge(NamedTuple):
         if self.inner_dtype != self.dtype and self.home.xp.isdtype(v.dtype, "real floating"):
             self.home.check(name, v, self.dtype)
         try:
-            inner = self.export(v)
+            (inner,) = self.export((v,))
         except UnreadableError:
             self.home.check(name, v, self.dtype)  # such as a tensor that requires grad
             raise
@@ -175,42 +186,73 @@ class Bridge(NamedTuple):
         except TypeError:
             return False
 
-    def export(self, v: Array) -> Array:
-        """Return the inner backend's array over the memory of v, or over that of a cast copy."""
+    def export(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return the inner backend's arrays over the memory of these, or of cast copies."""
         try:
-            if self.inner_dtype != self.dtype and v.dtype == self.home.dtype(self.dtype):
-                v = self.home.xp.astype(v, self.home.dtype(self.inner_dtype))
-            return self.read(v)
+            if self.inner_dtype != self.dtype:
+                arrays = list(map(self._to_inner, arrays))
+            return list(map(self.read, arrays))
         except FAILURES as e:
             raise UnreadableError(
                 f"an array of {self.home.name} cannot be read where it is ({e}): pass a plain copy"
             ) from e
 
-    def leave(self, v: Pytree, seen: Mapping[int, Array]) -> Any:
-        """Return results as the user has arrays; a function becomes one of the user's arrays."""
+    def _to_inner(self, v: Array) -> Array:
+        """Cast an array of the model's dtype to the inner one."""
+        if v.dtype != self.home.dtype(self.dtype):
+            return v
+        return self.home.xp.astype(v, self.home.dtype(self.inner_dtype))
+
+    def leave(self, results: Pytree, seen: dict[int, Array]) -> Any:
+        """Return results as the user has arrays; a function becomes one of the user's arrays.
+
+        seen: the user's arrays of those of the call that are known, the arguments among them.
+        """
+        if together := self.home.adopt_together:
+            inner = list[Array]()
+            self._collect(results, seen, inner)
+            seen.update(zip(map(id, inner), map(self._stored, together(inner)), strict=True))
+        return self._left(results, seen)
+
+    def _collect(self, v: Pytree, seen: Mapping[int, Array], inner: list[Array]) -> None:
+        """Append the arrays among results that are not known."""
+        if type(v) is self.inner_kind:
+            if id(v) not in seen:
+                inner.append(v)
+        elif isinstance(v, (tuple, list, dict)):
+            for w in v.values() if isinstance(v, dict) else v:
+                self._collect(w, seen, inner)
+
+    def _left(self, v: Pytree, seen: Mapping[int, Array]) -> Any:
         if type(v) is not self.inner_kind:
             if v is None:
                 return None
             if isinstance(v, (tuple, list)):
-                return type(v)([self.leave(w, seen) for w in v])
+                return type(v)([self._left(w, seen) for w in v])
             if isinstance(v, dict):
-                return {name: self.leave(w, seen) for name, w in v.items()}
+                return {name: self._left(w, seen) for name, w in v.items()}
             if callable(v):
                 return Outside(self, v)
-        if id(v) in seen:  # an argument, returned as it is
-            return seen[id(v)]
-        array = self.adopt(v)
-        if self.inner_dtype != self.dtype and array.dtype == self.home.dtype(self.inner_dtype):
-            array = self.home.xp.astype(array, self.home.dtype(self.dtype))
-        return array
+        return seen[id(v)] if id(v) in seen else self._stored(self.adopt(v))
+
+    def _stored(self, v: Array) -> Array:
+        """Cast a result of the inner dtype to the model's."""
+        if self.inner_dtype == self.dtype or v.dtype != self.home.dtype(self.inner_dtype):
+            return v
+        return self.home.xp.astype(v, self.home.dtype(self.dtype))
 
 
 class Views(dict[str, Array]):
     """The parameters of a model at a call, as the inner backend reads them in place."""
 
-    def __init__(self, model: Model, arrays: Arrays) -> None:
-        super().__init__(arrays)
-        self._model = model
+    def __init__(self, model: Model, views: Arrays, arrays: Sequence[Array] = ()) -> None:
+        super().__init__(views)
+        self._model, self._arrays = model, arrays
+
+    def of(self, model: Model, arrays: Sequence[Array]) -> bool:
+        """Return whether these are views of the same arrays."""
+        same = model is self._model and len(arrays) == len(self._arrays)
+        return same and all(map(is_, arrays, self._arrays))
 
     @property
     def version(self) -> int:

@@ -260,7 +260,7 @@ class Memory(Protocol):
         """Return `v` in the dtype of the arithmetic, which is float32 for half precision."""
 
     def as_contiguous(self, v: Array) -> Array:
-        """Return `v` without a reference to the larger array that it is a view of."""
+        """Return a copy of `v`, which may be a view of a larger array."""
 
     def zero_skipped(self, v: Array, alive: StepMask, own: bool = False) -> Array:
         """Return v (K, B, .) with zeros at skipped steps, whatever v holds there.

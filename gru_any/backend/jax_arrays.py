@@ -1,18 +1,19 @@
 """Results of NumPy as arrays of JAX.
 
 JAX takes 30 microseconds and more to accept an array, which is longer than a small step of a GRU. A
-compiled function takes its arguments in a third of that, but has to be compiled for each shape,
-which pays off for shapes that come often.
+compiled function takes all results of a call at once in less, but has to be compiled for their
+shapes, which pays off for shapes that come often.
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
 from ..typing import Array, Device, DType, HostArray, Shape
 
 SMALL = 1 << 17  # bytes that are copied rather than taken in place
-OFTEN = 32  # results of a shape before a function is compiled for it
+OFTEN = 32  # results of the same shapes before a function is compiled for them
 SHAPES = 512  # that are counted at most
 
 
@@ -24,20 +25,26 @@ class Adopter:
 
         there = jax.sharding.SingleDeviceSharding(device)
         self.device, self.from_dlpack = device, jax.numpy.from_dlpack
-        self.same = jax.jit(
-            lambda v: v, in_shardings=there, out_shardings=there, donate_argnums=0
+        self.same: Callable[[list[HostArray]], list[Array]] = jax.jit(
+            lambda several: several, in_shardings=there, out_shardings=there, donate_argnums=0
         )  # a donated copy is the result, and not copied once more
-        self.seen: Counter[tuple[Shape, DType]] = Counter()
+        self.seen: Counter[tuple[tuple[Shape, DType], ...]] = Counter()
 
-    def __call__(self, v: HostArray) -> Array:
-        """Return v as an array of JAX, in place where it is large and its address suits JAX."""
-        if v.nbytes <= SMALL:
-            key = v.shape, v.dtype
-            if self.seen[key] > OFTEN or self._often(key):
-                return self.same(v)
+    def __call__(self, arrays: list[HostArray]) -> list[Array]:
+        """Return arrays of JAX, in place where one is large and its address suits JAX."""
+        key = tuple([(v.shape, v.dtype) for v in arrays if v.nbytes <= SMALL])
+        if not (self.seen[key] > OFTEN or self._often(key)):
+            return [self.one(v) for v in arrays]
+        if len(key) == len(arrays):
+            return self.same(arrays)
+        small = iter(self.same([v for v in arrays if v.nbytes <= SMALL]))
+        return [next(small) if v.nbytes <= SMALL else self.one(v) for v in arrays]
+
+    def one(self, v: HostArray) -> Array:
+        """Return a single one."""
         return self.from_dlpack(np.ascontiguousarray(v), device=self.device)
 
-    def _often(self, key: tuple[Shape, DType]) -> bool:
+    def _often(self, key: tuple[tuple[Shape, DType], ...]) -> bool:
         self.seen[key] += 1
         if len(self.seen) > SHAPES:
             self.seen.clear()

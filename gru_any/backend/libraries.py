@@ -7,7 +7,7 @@ namespace `xp` of one, and asks no questions.
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -139,7 +139,7 @@ class Backend:
     def zeros(self, shape: Shape, dtype: str) -> Array:
         """Return zeros of this shape and dtype on the device."""
         if self.host:
-            return np.zeros(shape, self.dtype(dtype))
+            return np.zeros(shape, self._dtypes.get(dtype) or self.dtype(dtype))
         with cuda.current(self):
             return self.xp.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 
@@ -223,13 +223,24 @@ class Backend:
     def adopt(self) -> Callable[[Array], Array]:
         """What makes an array of NumPy or CuPy one of this library, in place where possible."""
         make: Callable[[Array], Array] = self.xp.from_dlpack
-        if self.name == "jax.numpy" and self.device.platform == "cpu":
-            from .jax_arrays import Adopter
-
-            make = Adopter(self.device)
+        if self.adopt_together:
+            make = self.adopt_together.one
         elif self.name == "torch" and self.device.type == "cpu":
             make = importlib.import_module("torch").from_numpy  # in half the time of from_dlpack
         return make
+
+    @cached_property
+    def adopt_together(self) -> Any:
+        """What makes several of them, where that costs less than one by one; else None."""
+        if self.name != "jax.numpy" or self.device.platform != "cpu":
+            return None
+        from .jax_arrays import Adopter
+
+        return Adopter(self.device)
+
+    def lasting(self, arrays: Iterable[Array]) -> bool:
+        """Return whether these arrays of the library hold the same numbers as long as they live."""
+        return self.name == "jax.numpy" and not any([v.is_deleted() for v in arrays])
 
     def scatter_add(self, indices: Array, rows: Array, n: int) -> Array:
         """Return (n, size), the sum of the rows (N, size) of each index; indices: (N,).

@@ -108,7 +108,8 @@ def reduced(
     dtype = arrays[-1].dtype
 
     def matrix(columns: Columns) -> Array:
-        v = run.as_matrix(arrays[columns.array])
+        v = arrays[columns.array]
+        v = v if v.ndim == 2 else run.as_matrix(v)
         return v if columns.part is None else v[:, columns.part]
 
     for result in plan(weights, len(saved), tuple([v.shape[-1] for v in parts]), h.shape[-1]):

@@ -196,21 +196,22 @@ class NumbaSource:
     def stored(self) -> str:
         """A module with `few`, a scan for so few rows that no matrix is worth packing.
 
-        In one thread; it returns the results. functions: as of `stored.multiply`. h: the state
-        before the first step. `shared` is the same for a team, as of `scan`, which fills the arrays
-        that it is given.
+        In one thread. functions: as of `stored.multiply`. It fills the results, of which the state
+        holds that before the first step. `shared` is the same for a team, as of `scan`, and is
+        given the buffers too.
         """
         given = [array for array in self.arrays if array not in self.results]
         axes = {array.name: AXES.get(array.kind, ":, :, ::1") for array in given}
         if self.schedule.forward:
             axes |= {"x": ":, :, ::1", "W": ":, ::1", "bias": "::1"}
         kinds = ["int64[::1]"] * 4 + ["boolean[:, ::1]"]
-        kinds += [f"{self.dtype}[:, ::1]"] * 2
+        axes |= {array.name: ":, :, ::1" for array in self.results}
+        kinds += [f"{self.dtype}[:, ::1]"]
         kinds += [f"{_number(name, self.dtype)}[{of}]" for name, of in axes.items()]
         rows = [gemm.product.rows for gemm in self.schedule.gemms]
         parts = [f"U[{of.start} * H : {of.stop} * H]" for of in rows]
-        made = [array.name for array in (*self.results, *self.schedule.buffers)]
-        all_given = f"functions, ts, ins, outs, ended, U, {', '.join([*axes, *made])}"
+        given_alone = f"functions, ts, ins, outs, ended, U, {', '.join(axes)}"
+        all_given = ", ".join([given_alone, *(array.name for array in self.schedule.buffers)])
         return "\n".join([
             *self._head(),
             *self._scan_begins(all_given),
@@ -220,12 +221,10 @@ class NumbaSource:
             "scan_entry = entry_of(scan)",
             "",
             f"@njit('({', '.join(kinds)})', cache=CACHE, **flags)",
-            f"def few(functions, ts, ins, outs, ended, h, U, {', '.join(axes)}):",
-            "    K, (B, H) = len(ts), h.shape",
-            *self._made(),
-            *self._begun("ins[0]"),
+            f"def few({given_alone}):",
+            f"    B, H = {self.state.name}.shape[1:]",
+            *self._made(self.schedule.buffers),
             f"    scan(np.intp(0), np.intp(B), np.intp(0), np.empty(0, np.int64), {all_given})",
-            f"    return {', '.join(array.name for array in self.results)},",
             "",
             "@njit(cache=CACHE, **flags)",
             f"def shared(boxes, hired, edges, sync, polls, {all_given}):",
@@ -251,11 +250,13 @@ class NumbaSource:
             f"@njit('void(int64[::1], {', '.join([matrix] * 4)}, {self.dtype}[::1])', "
             "cache=CACHE, **flags)",
             "def step(functions, x, h, y, new, weights):",
-            "    K, (B, H), end = 1, h.shape, 0",
+            "    (B, H), end = h.shape, 0",
             *(f"    {name}, end = part(weights, end, {shape})" for name, shape in shapes.items()),
-            *self._made(),
+            *self._made([*self.schedule.buffers, *self.results]),
             "    a = np.empty((1, B, 3 * H), f)",
-            *self._begun("0"),
+            "    for b in range(B):",
+            "        for j in range(H):",
+            f"            {self.state.name}[0, b, j] = h[b, j]",
             "    affine(functions, False, x, W, bias, a[0], H, 0, H)",
             *(f"    {line}" for line in self._stages(ONCE)),
             "    for b in range(B):",
@@ -285,20 +286,12 @@ class NumbaSource:
             found += _fused(n, stage) if isinstance(stage, Group) else []
         return found
 
-    def _made(self) -> list[str]:
-        """The lines that make the buffers and the results."""
+    def _made(self, arrays: Iterable[ArrayRef]) -> list[str]:
+        """The lines that make buffers, and results of a single step."""
         shapes = {array: f"(B, {array.columns} * H)" for array in self.schedule.buffers}
-        shapes |= {self.state: "(K + 1, B, H)" if self.schedule.forward else "(2, B, H)"}
-        shapes |= {array: f"(K, B, {array.columns} * H)" for array in self.schedule.extras}
-        return [f"    {array.name} = np.empty({shape}, f)" for array, shape in shapes.items()]
-
-    def _begun(self, entry: str) -> list[str]:
-        """The lines that put h into the state before the first step."""
-        return [
-            "    for b in range(B):",
-            "        for j in range(H):",
-            f"            {self.state.name}[{entry}, b, j] = h[b, j]",
-        ]
+        shapes |= {self.state: "(2, B, H)"}
+        shapes |= {array: f"(1, B, {array.columns} * H)" for array in self.schedule.extras}
+        return [f"    {array.name} = np.empty({shapes[array]}, f)" for array in arrays]
 
     def _steps(self, scope: Scope) -> list[str]:
         """The loop over all steps."""

@@ -10,10 +10,9 @@ from ..backend.rounding import SMALL, RoundedTable, restore, round_weights
 from ..equations import Variant
 from ..nn.gru import GRU, LayerStep
 from ..nn.layers import Embedding, Linear
-from ..nn.merge import merge
 from ..nn.params import BackendLike, Layer
 from ..nn.stack import Stack
-from ..nn.sweep import ROWS, STEPS, Weights
+from ..nn.sweep import Weights
 from ..typing import Array, Arrays, Device, Namespace
 
 REFUSAL = (
@@ -176,44 +175,8 @@ class FrozenGRU(Frozen, GRU):
         found: Mapping[Any, Any] = self._form()
         return found
 
-    def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
-        *options, skipped = steps
-        usual = all(v is None for v in options) and skipped == "zero"
-        found = self._by_block(x, h0) if usual else None
-        return super()._forward(outputs, x, h0, *steps) if found is None else found
-
-    def _by_block(self, x: Array, h0: Array | None) -> tuple[Array, Array] | None:
-        """Return y and h_n where each sweep is one block of arrays as they stand, else None.
-
-        All that depends on the weights alone is decided before, once, since small calls are many.
-        """
-        home, states = self.backend, self.num_layers * len(self.suffixes)
-        if self.merge is None or self.outputs == "all":
-            return None
-        if self.arithmetic != self.dtype or not home.plain(x, self.dtype):
-            return None
-        y = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
-        T, B, I = y.shape if y.ndim == 3 else (0, 0, 0)
-        if self.input_size != I or not T or not B or max(STEPS, ROWS // B) < T:
-            return None
-        shape = states, B, self.hidden_size
-        if h0 is None:
-            h0 = home.zeros(shape, self.dtype)
-        elif not home.plain(h0, self.dtype) or h0.shape != shape:
-            return None
-        found: list[Array] = []
-        for layer in self._blocks():
-            ys = []
-            for block in layer:
-                outputs, h = block(y, h0[len(found)])
-                ys.append(outputs)
-                found.append(h)
-            y = ys[0] if len(ys) == 1 else merge(home.xp, self.merge, ys)
-        h_n = found[0][None] if states == 1 else home.xp.stack(found)
-        return (y.swapaxes(0, 1) if self.batch_first else y), h_n
-
     def _blocks(self) -> list[list[OneBlock]]:
-        """Return the functions of each layer, one for each direction."""
+        """Return those that read the form, made once and for all: small calls are many."""
         (made_for, layers), run = self._layer_blocks, self._runner
         if made_for is not run:
             layers = [

@@ -380,8 +380,8 @@ class Chain:
         twin.backend, twin.dtype = backend, dtype
         return twin
 
-    def follow(self, twin: "Chain", views: Callable[[object], Any]) -> None:
-        """Give a twin the settings and parameters as they are now; views: makes the latter."""
+    def follow(self, twin: "Chain", views: Callable[[object, object], Any]) -> None:
+        """Give a twin the settings and parameters as they are now; views: as of `Layer.follow`."""
         for own, other in zip(self.layers, twin.layers, strict=True):
             own.follow(other, views)
         twin.params = self.params

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from .. import arguments, equations
 from ..backend import by_place, runner
-from ..backend.contract import Runner
+from ..backend.contract import OneBlock, Runner
 from ..equations import Variant
 from ..errors import check_shape
 from ..normalisation import with_layer_norm
@@ -15,11 +15,13 @@ from ..regularisation import expected_zoneout, recurrent_dropout, zoneout
 from ..typing import Array, Arrays, Device, Lengths, Rng, Shape
 from . import options
 from .init import initial
-from .layout import Call, SequenceLayout
+from .layout import NO_RESTARTS, Call, SequenceLayout
 from .masks import NO_MASKS, Masks, draw
+from .merge import merge
 from .params import BackendLike, Layer
-from .pullback import Pullback
+from .pullback import BlockPullback, Pullback
 from .stack import ForwardInputs, Stack
+from .sweep import ROWS, STEPS
 from .tangents import DualPullback, along, check_params_dot, lift, parted, refuse_nothing
 from .weights import parameter_shapes, variant_advice
 
@@ -303,8 +305,13 @@ class GRU(Layer):
             again. Where `start` is given, it returns (grads, dx, dh0, dstart).
             `pullback.taps(dy, dh_n)` returns dL/dh (L*D, T, B, H) of every step.
         """
-        arguments.generator("rng", rng)
         self._refuse_complex()
+        if rng is not None:
+            arguments.generator("rng", rng)
+        elif self.num_layers == len(self.suffixes) == 1 and self.recompute is None:
+            block = self._one_block(x, h0, lengths, mask, resets, start, skipped)
+            if block is not None:
+                return self._vjp_of_block(*block)
         call = self._layout.enter(x, h0, lengths, mask, resets, start, skipped)
         stack = self._stack(self._runner)
         masks = NO_MASKS if rng is None else draw(self, rng, *call.x.shape[:2])
@@ -568,9 +575,81 @@ class GRU(Layer):
 
     def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
         """Run a call as a user gives it, `steps` being `lengths` and what follows."""
+        block = self._one_block(x, h0, *steps)
+        if block is not None:
+            return self._by_block(outputs, *block)
         call = self._layout.enter(x, h0, *steps)
         (y, h_n), _ = self._run(self._stack(self._runner), call, keep=False, outputs=outputs)
         return self._layout.outputs(call, y, h_n)
+
+    # calls of a single block, many of which are small --------------------------------------------
+
+    def _one_block(
+        self,
+        x: Array,
+        h0: Array | None,
+        lengths: Lengths | None,
+        mask: Array | None,
+        resets: Array | None,
+        start: Array | None,
+        skipped: str,
+    ) -> tuple[Array, Array] | None:
+        """Return x (T, B, I) and h0 (L*D, B, H) where they are NumPy's, and need no more than that.
+
+        All steps are then one block of which none is skipped. None: the call is not of this kind,
+        or it is wrong.
+        """
+        home, states = self.backend, self.num_layers * len(self.suffixes)
+        if not (lengths is mask is resets is start is None and skipped == "zero"):
+            return None
+        if self.merge is None or self.outputs == "all":
+            return None
+        if self.arithmetic != self.dtype or not home.plain(x, self.dtype):
+            return None
+        x = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
+        T, B, I = x.shape if x.ndim == 3 else (0, 0, 0)
+        if self.input_size != I or not T or not B or max(STEPS, ROWS // B) < T:
+            return None
+        shape = states, B, self.hidden_size
+        if h0 is None:
+            return x, home.zeros(shape, self.dtype)
+        return (x, h0) if home.plain(h0, self.dtype) and h0.shape == shape else None
+
+    def _by_block(self, outputs: bool, x: Array, h0: Array) -> tuple[Any, Array]:
+        """Return y and h_n of a call of one block, of any number of layers."""
+        xp, states = self.backend.xp, list[Array]()
+        for layer in self._blocks():
+            ys = []
+            for block in layer:
+                y, h = block(x, h0[len(states)])
+                ys.append(y)
+                states.append(h)
+            x = ys[0] if len(ys) == 1 else merge(xp, self.merge or "concat", ys)
+        h_n = states[0][None] if len(states) == 1 else xp.stack(states)
+        y = x.swapaxes(0, 1) if self.batch_first else x
+        return (y if outputs else None), h_n
+
+    def _blocks(self) -> list[list[OneBlock]]:
+        """Return the functions of each layer, one for each direction."""
+        stack = self._stack(self._runner)
+        if stack.layers == len(stack.suffixes) == 1:  # in short
+            return [[stack.sweep(self.params, 0, stack.suffixes[0]).one_block]]
+        return [
+            [stack.sweep(self.params, n, suffix).one_block for suffix in stack.suffixes]
+            for n in range(stack.layers)
+        ]
+
+    def _vjp_of_block(self, x: Array, h0: Array) -> tuple[tuple[Array, Array], Pullback]:
+        """Return what `vjp` does, of a call of one block through one layer in one direction."""
+        stack = self._stack(self._runner)
+        sweep = stack.sweep(self.params, 0, stack.suffixes[0])
+        found, h = sweep.one_block_kept(x, h0[0])
+        call = Call(x, h0, None, NO_RESTARTS, False, False)
+        pullback = BlockPullback(self.params, self._layout, stack, call, sweep, found)
+        y = stack.run.as_contiguous(found.outputs)
+        return (y.swapaxes(0, 1) if self.batch_first else y, h[None]), pullback
+
+    # calls of any kind ---------------------------------------------------------------------------
 
     def _run(
         self,

@@ -57,7 +57,7 @@ class SequenceLayout(NamedTuple):
         skipped: str = "zero",
     ) -> Call:
         """Check the inputs of a forward pass, and make them time-major."""
-        backend, H, states = self.backend, self.hidden_size, self.layers * self.directions
+        backend, H, states = self.backend, self.hidden_size, self.layers * len(self.reverses)
         backend.check("x", x, self.dtype)
         unbatched = x.ndim == 2
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
@@ -173,7 +173,7 @@ class SequenceLayout(NamedTuple):
         self, call: Call, dy: Array | None, dh_n: Array | None
     ) -> tuple[Any, Array]:
         """Check the inputs of a backward pass; return dy time-major, dh_n (L*D, B, H)."""
-        backend, H, states = self.backend, self.hidden_size, self.layers * self.directions
+        backend, H, states = self.backend, self.hidden_size, self.layers * len(self.reverses)
         B = call.x.shape[1]
         if self.every and dy is not None:
             dy = self._of_layers(call, dy)
@@ -219,13 +219,15 @@ class SequenceLayout(NamedTuple):
         """Check the gradient of the outputs of a layer, and make it time-major."""
         dy = self._of_pair(dy) if self.merge is None else dy
         self.backend.check("dy", dy, self.dtype)
-        width = self.hidden_size * (self.directions if self.merge in ("concat", None) else 1)
+        width = self.hidden_size * (len(self.reverses) if self.merge in ("concat", None) else 1)
         (T, B, _), letters = call.x.shape, "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
         rows = (T,) if call.unbatched else (B, T) if self.batch_first else (T, B)
         if dy.shape != (*rows, width):
             sizes = {"T": T, "B": B, "D*H": width}
             check_shape("dy", dy, "(T, D*H)" if call.unbatched else letters, sizes)
-        return self._repeat(gathered, call, self._time_major(dy, call.unbatched))
+        if call.unbatched or self.batch_first:
+            dy = self._time_major(dy, call.unbatched)
+        return self._repeat(gathered, call, dy) if call.repeat else dy
 
     def _of_pair(self, dy: Sequence[Array]) -> Array:
         """Return the gradients of both outputs side by side."""
@@ -271,7 +273,7 @@ class SequenceLayout(NamedTuple):
 
     def _repeat(self, function: Repetition, call: Call, v: Array) -> Array:
         """Apply a function of skipped steps to v (T, B, D*H), each direction in its own order."""
-        if not call.repeat or call.mask is None or not v.shape[0]:
+        if call.mask is None or not v.shape[0]:
             return v
         xp, H, alive = self.backend.xp, self.hidden_size, call.mask.alive
         parts = [v[:, :, d * H : (d + 1) * H] for d in range(self.directions)]

@@ -286,10 +286,14 @@ class Layer:
         """Return this layer for another backend, without parameters."""
         return self.over(backend, dtype, ())
 
-    def follow(self, twin: Self, views: Callable[[object], Any]) -> None:
-        """Give a twin the settings and parameters as they are now; views: makes the latter."""
-        own = vars(self)
-        vars(twin).update({name: own[name] for name in self.settings}, params=views(self))
+    def follow(self, twin: Self, views: Callable[[object, object], Any]) -> None:
+        """Give a twin the settings and parameters as they are now.
+
+        views: makes the latter of the layer, given those that the twin has.
+        """
+        own, there = vars(self), vars(twin)
+        there.update({name: own[name] for name in self.settings})
+        there["params"] = views(self, there["params"])
 
     # the dtype of the arithmetic, and of what is stored ------------------------------------------
 

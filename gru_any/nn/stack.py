@@ -185,7 +185,7 @@ class Stack(NamedTuple):
 
     def weights(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Weights:
         """Return the weights of one layer in one direction, in the dtype of the arithmetic."""
-        own = [params[name] for name in self._names(layer, suffix)]
+        own = list(map(params.__getitem__, self._names(layer, suffix)))
         if self.dtype != self.storage:
             own = [self.run.upcast(v, self.dtype) for v in own]
         if self.layer_norm:
@@ -197,8 +197,8 @@ class Stack(NamedTuple):
         params: Mapping[Any, Any],
         layer: int,
         suffix: str,
-        mask: SequenceMask | None,
-        masks: StepMasks | None,
+        mask: SequenceMask | None = None,
+        masks: StepMasks | None = None,
     ) -> Sweep:
         """Return one layer in one direction."""
         own, reverse = self.weights(params, layer, suffix), suffix == "_reverse"

@@ -186,6 +186,26 @@ class Sweep(NamedTuple):
         shapes = [(*rows, *v.shape) for v in like]
         return [run.xp.zeros(shape, dtype=W.dtype, device=run.device) for shape in shapes]
 
+    def one_block(self, x: Array, h: Array) -> tuple[Array, Array]:
+        """Run x (T, B, I) from h (B, H) as one block; return the states after each step, the last.
+
+        They are in memory of their own.
+        """
+        found, h = self._block(self._packed(x), x, h, slice(0, x.shape[0]), None, False)
+        return self.run.as_contiguous(found.outputs), h
+
+    def one_block_kept(self, x: Array, h: Array) -> tuple[Residuals, Array]:
+        """Run the same for a backward pass; return what it needs, and the last state."""
+        return self._block(self._packed(x), x, h, slice(0, x.shape[0]), None, True)
+
+    def one_block_back(
+        self, x: Array, kept: Residuals, dy: Array | None, dh: Array
+    ) -> tuple[Array, Array, list[Array]]:
+        """Run the backward pass of one block, as `backward` does."""
+        whole, weights = slice(0, x.shape[0]), self._packed(x)
+        dx, dh, _, grads = self._block_back(weights, x, whole, kept, dy, dh, False, False)
+        return dx, self.run.as_contiguous(dh), grads
+
     def gates(self, x: Array, segments: list[Segment]) -> list[Array]:
         """Return r, z, n and h', each (T, B, H), of a forward pass that kept all residuals."""
         shape = (*x.shape[:2], self.weights.recurrent[0].shape[-1])
@@ -223,12 +243,16 @@ class Sweep(NamedTuple):
     ) -> tuple[Residuals, Array]:
         """Run one block forward; return what it leaves, and the state after it."""
         run, (W, b, recurrent) = self.run, weights
-        a, extra = run.affine(self._read(x, block, mask), W, b), self._extra(block)
+        extra = None if self.masks is None else self.masks.steps(block)
+        a = run.affine(self._read(x, block, mask), W, b)
         step, reverse = self.variant.step, self.reverse
         states, found = run.forward(step, a, h, recurrent, mask, reverse, keep, extra)
         saved = list(found or ())
-        outputs = saved.pop() if extra is not None and extra.cut else self._after(states)
-        h = run.as_contiguous(states[0 if self.reverse else -1, :, :])
+        if extra is not None and extra.cut:
+            outputs = saved.pop()
+        else:
+            outputs = states[:-1, :, :] if reverse else states[1:, :, :]
+        h = run.as_contiguous(states[0 if reverse else -1, :, :])
         return Residuals(states, saved, outputs), h
 
     def _block_back(
@@ -246,8 +270,8 @@ class Sweep(NamedTuple):
         run, (W, _, (U, *vectors)), (states, saved, _) = self.run, weights, kept
         mask = None if self.mask is None else self.mask.steps(block)
         dy = None if dy is None else self._read(dy, block, mask)
-        previous = self._before(states)
-        extra = self._extra(block)
+        previous = states[1:, :, :] if self.reverse else states[:-1, :, :]
+        extra = None if self.masks is None else self.masks.steps(block)
         if gains := self.variant.gains:
             arrays = (*vectors[-gains:], *(() if extra is None else extra.arrays))
             extra = Extra((*[Kind.VECTOR] * gains, *kinds_of(extra)), arrays)
@@ -268,7 +292,7 @@ class Sweep(NamedTuple):
             dx = run.as_steps(run.product(run.as_matrix(parts[0]), W), previous.shape[0])
             return dx, dh, g, [*self._by_row(x, previous, saved, parts), *dstart]
         rows, product = run.as_matrix, run.product
-        matrices = [rows(part) for part in parts]
+        matrices = list(map(rows, parts))
         da = matrices[0]
         dx = product(da, W)
         dW, db = product(da.T, rows(x)), run.row_sum(da)
@@ -289,23 +313,12 @@ class Sweep(NamedTuple):
         db = [] if self.variant.gains else [outer(xp, parts[0], None)]
         return [outer(xp, parts[0], x), dU, *db, *dc]
 
-    def _extra(self, block: slice) -> Extra | None:
-        return None if self.masks is None else self.masks.steps(block)
-
     def _operands(
         self, d: Array, h: Array, saved: Sequence[Array]
     ) -> tuple[Array, Sequence[Array]]:
         """Return h and what the steps saved, as the products with U diag(d) read them."""
         reads = self.variant.reads
         return h * d, [v * d if n in reads else v for n, v in enumerate(saved)]
-
-    def _before(self, states: Array) -> Array:
-        """The state before each step of a block."""
-        return states[1:, :, :] if self.reverse else states[:-1, :, :]
-
-    def _after(self, states: Array) -> Array:
-        """The state after each step of a block."""
-        return states[:-1, :, :] if self.reverse else states[1:, :, :]
 
     def _read(self, v: Array, block: slice, mask: StepMask | None) -> Array:
         """Return the steps of a block of v (T, B, .), upcast, with zeros at padded steps."""

@@ -15,13 +15,13 @@ from ...codegen.numba_source import NumbaSource
 from ...codegen.schedule import HOST, Kinds, Schedule, backward_schedule, forward_schedule
 from ...codegen.trace import Product
 from ...typing import DType, HostArray, Step
-from ..contract import Extra, OneBlock, OneStep, kinds_of
+from ..contract import Extra, OneBlock, OneStep
 from ..reference import as_step
 from . import tuning, unpacked
 from .buffers import Scratch, empty, result
 from .jit_cache import compiled
 from .numpy_runner import NumPy
-from .packed import PackedMatrix, ascarray, gemm, kernel_addresses
+from .packed import PackedMatrix, ascarray, ascarrays, gemm, kernel_addresses
 from .small import SmallMatrix
 from .threads import Hands, count, parallel_for, run_team
 
@@ -114,8 +114,8 @@ class Numba(NumPy):
         extra: Extra | None = None,
     ) -> tuple[Any, Any]:
         U, *vectors = recurrent
-        scan, H = forward_scan(step, len(vectors), keep, h.dtype, kinds_of(extra)), len(U) // 3
-        further = () if extra is None else extra.arrays
+        kinds, further = ((), ()) if extra is None else extra
+        scan, H = forward_scan(step, len(vectors), keep, h.dtype, kinds), len(U) // 3
         stored = not isinstance(U, PackedMatrix)
         if isinstance(a, Input):
             (x, W, b), (K, B, _) = a, a.x.shape
@@ -123,22 +123,18 @@ class Numba(NumPy):
         else:
             x, W, b, (K, B, _) = a[..., :0], U, None, a.shape
         b = np.zeros(3 * H, h.dtype) if b is None else b
-        steps, ended = _forwards(K, reverse), _ended(alive)
+        steps, ended = _forwards(K, reverse), NONE_ENDED if alive is None else _ended(alive)
         others = [a, *vectors, *further]
-        if stored and (members := tuning.team_in_place(K, B, H, W.size + U.size, count)) < 2:
-            given = map(ascarray, (h, U, *others, x, W, b))
-            path, *saved = scan.few(scan.functions, *steps, ended, *given)
-            return path, saved
         path = empty((K + 1, B, H), h.dtype)
         path[K if reverse else 0] = h
-        saved = [empty((K, B, H), h.dtype) for _ in scan.widths]
+        saved = list(empty((len(scan.widths), K, B, H), h.dtype))
         if stored:
-            given = map(ascarray, (U, *others, x, W, b, path, *saved))
-            scan.share(members, steps, ended, list(given))
+            given = [*ascarrays((U, *others, x, W, b)), path, *saved]
+            scan.stored(tuning.team_in_place(K, B, H, W.size + U.size, count), steps, ended, given)
             return path, saved
         W = W if isinstance(W, PackedMatrix) else PackedMatrix(W)
         arrays = [path, *others, *saved, x, b]
-        scan(steps, ended, list(map(ascarray, arrays)), U, W)
+        scan(steps, ended, ascarrays(arrays), U, W)
         return path, saved
 
     def backward(
@@ -155,23 +151,18 @@ class Numba(NumPy):
         extra: Extra | None = None,
     ) -> tuple[Any, Any, Any]:
         K, B, H = previous.shape
-        scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype, kinds_of(extra))
-        steps, ended, given = _backwards(K, reverse), _ended(alive), [previous, *saved]
-        given += [] if extra is None else map(ascarray, extra.arrays)
-        if dy is not None:
-            given.insert(0, ascarray(dy))  # the others are ours
-        packed = isinstance(U, PackedMatrix)
-        if not packed and (members := tuning.team_in_place(K, B, H, U.size, count)) < 2:
-            own = ascarray(dh), ascarray(U)
-            pair, *parts = scan.few(scan.functions, *steps, ended, *own, *given)
+        kinds, further = ((), ()) if extra is None else extra
+        scan = backward_scan(step, len(saved), dy is not None, taps, dh.dtype, kinds)
+        steps, ended = _backwards(K, reverse), NONE_ENDED if alive is None else _ended(alive)
+        given = [*([] if dy is None else [dy]), previous, *saved, *further]
+        parts = [empty((K, B, n * H), dh.dtype) for n in scan.widths]
+        pair = np.empty((2, B, H), dh.dtype)
+        pair[0] = dh
+        if isinstance(U, PackedMatrix):
+            scan(steps, ended, ascarrays([pair, *given, *parts]), U)
         else:
-            parts = [empty((K, B, n * H), dh.dtype) for n in scan.widths]
-            pair = np.empty((2, B, H), dh.dtype)
-            pair[0] = dh
-            if packed:
-                scan(steps, ended, list(map(ascarray, [pair, *given, *parts])), U)
-            else:
-                scan.share(members, steps, ended, [ascarray(U), *given, pair, *parts])
+            arrays = ascarrays([U, *given, pair, *parts])
+            scan.stored(tuning.team_in_place(K, B, H, U.size, count), steps, ended, arrays)
         g = parts.pop() if taps else None
         return tuple(parts), pair[K % 2], g
 
@@ -243,9 +234,9 @@ class Scan:
         return compiled(self.source.stored())
 
     @cached_property
-    def few(self) -> Callable[..., tuple[HostArray, ...]]:
+    def few(self) -> Callable[..., None]:
         """That for so few rows and steps that the matrices are not worth packing; one thread."""
-        function: Callable[..., tuple[HostArray, ...]] = self._stored.few
+        function: Callable[..., None] = self._stored.few
         return function
 
     @cached_property
@@ -332,13 +323,11 @@ class Scan:
         def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             K, B, _ = x.shape
             a = empty((K, B, 3 * H), dtype)
-            steps, given = _forwards(K, reverse), (U, a, *vectors, ascarray(x), W, b)
-            if (members := tuning.team_in_place(K, B, H, size, count)) > 1:
-                path = result((K + 1, B, H), dtype)
-                path[K if reverse else 0] = h
-                self.share(members, steps, NONE_ENDED, [*given, path])
-            else:
-                path, *_ = self.few(self.functions, *steps, NONE_ENDED, ascarray(h), *given)
+            path = result((K + 1, B, H), dtype)
+            path[K if reverse else 0] = h
+            arrays = [U, a, *vectors, ascarray(x), W, b, path]
+            members = tuning.team_in_place(K, B, H, size, count)
+            self.stored(members, _forwards(K, reverse), NONE_ENDED, arrays)
             return _after(path, reverse)
 
         return block
@@ -361,14 +350,20 @@ class Scan:
 
         return one
 
-    def share(
+    def stored(
         self,
         members: int,
         steps: tuple[HostArray, HostArray, HostArray],
         ended: HostArray,
         arrays: list[HostArray],
     ) -> None:
-        """Fill what `few` returns, in a team. arrays: U, what `few` takes after it, the results."""
+        """Fill the results by matrices as they are stored, in a team where there is one.
+
+        arrays: U, then what `few` takes after it, the results at the end.
+        """
+        if members < 2:
+            self.few(self.functions, *steps, ended, *arrays)
+            return
         B, H = arrays[-1].shape[1], arrays[0].shape[1]
         buffers = [np.empty((B, v.columns * H), arrays[0].dtype) for v in self.schedule.buffers]
         shared, given = self._stored.shared, (*steps, ended, *arrays, *buffers)
@@ -431,5 +426,5 @@ def _after(path: HostArray, reverse: bool) -> tuple[HostArray, HostArray]:
 
 
 def _ended(alive: Any) -> Any:
-    """Which rows have ended at which step, (K, B); empty where none has."""
-    return NONE_ENDED if alive is None else ~alive.block[:, :, 0]
+    """Which rows have ended at which step, (K, B)."""
+    return ~alive.block[:, :, 0]

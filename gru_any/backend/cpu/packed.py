@@ -1,6 +1,7 @@
 """Matrices of weights packed into panels for the compiled products, and a product of such."""
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -161,8 +162,18 @@ def ascarray(v: HostArray) -> HostArray:
     if flags.carray:
         return v if type(v) is np.ndarray else v.view(np.ndarray)
     if v.nbytes > COPIED and flags.c_contiguous and flags.aligned:
-        return np.asarray(_Alias(v))
+        return writable(v)
     return np.array(v, order="C")
+
+
+def writable(v: HostArray) -> HostArray:
+    """Return an array over the same memory that compiled code takes, and must not write into."""
+    return np.asarray(_Alias(v))
+
+
+def ascarrays(arrays: Iterable[HostArray]) -> list[HostArray]:
+    """Return several in this layout, which most have."""
+    return [v if v.flags.carray and type(v) is np.ndarray else ascarray(v) for v in arrays]
 
 
 class _Alias:

@@ -68,7 +68,7 @@ def frozen_packed(rows: int, elements: int) -> bool:
 
 def in_place(rows: int, K: int, N: int) -> bool:
     """Decide whether rows are multiplied by a matrix (K, N) as it is stored."""
-    return not packed(rows) or current.stored_elements >= K * N
+    return rows <= current.packed_rows or current.stored_elements >= K * N
 
 
 def inputs_at_once(rows: int) -> bool:

@@ -78,7 +78,8 @@ def gemm(x: HostArray, M: HostArray, y: HostArray) -> None:
     """Fill y (R, N) with x (R, K) M (K, N), of which x and M may be transposes."""
     (R, K), N, (code, functions) = x.shape, y.shape[1], _compiled(y.dtype)
     transposed = not M.flags.c_contiguous
-    M = ascarray(M.T if transposed else M)
+    M = M.T if transposed else M
+    M = M if M.flags.carray else ascarray(M)
     x = ascarray(x) if transposed or not x.flags.behaved else x  # dots read rows of x
     given = functions, transposed, x, M, y
     if tuning.shared(R * K * N):
