@@ -15,6 +15,7 @@ from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
 OPTIONS = {
+    "no biases": {"bias": False},
     "zoneout": {"zoneout": 0.3},
     "recurrent dropout": {"recurrent_dropout": 0.3},
     "all": {"zoneout": 0.2, "recurrent_dropout": 0.3, "weight_dropout": 0.3, "dropout": 0.3},

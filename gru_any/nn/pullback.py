@@ -91,9 +91,7 @@ class BlockPullback(Pullback):
         super().__init__(params, layout, stack, call, [], NO_MASKS)
         self._sweep, self._kept = sweep, kept
 
-    def __call__(
-        self, dy: Array | None, dh_n: Array | None = None
-    ) -> Derivatives:
+    def __call__(self, dy: Array | None, dh_n: Array | None = None) -> Derivatives:
         """Return grads, dx and dh0 without the layers between."""
         refuse_stale(self._params, self._version)
         dy, dh_n = self._layout.enter_cotangents(self._call, dy, dh_n)

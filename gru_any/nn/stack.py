@@ -161,13 +161,15 @@ class Stack(NamedTuple):
                 return sweep.on(run).backward(x, segments, dys[d], dh, tap, by_row)
 
             total, found = None, _concurrent(run_sweep, D, run)
-            of_start: list[Array] = []
+            masks, of_start = sweeps[0][0].masks, list[Array]()
+            started = masks is not None and masks.start is not None and x.shape[0] > 0
             for suffix, (dx, _, of_weights) in zip(self.suffixes, found, strict=True):
                 names = self._names(layer, suffix)
                 if self.dtype != self.storage:
                     of_weights = list(map(self.to_storage, of_weights))
                 grads.update(zip(names, of_weights, strict=False))
-                of_start += of_weights[len(names) :]
+                if started:
+                    of_start.append(of_weights[-1])
                 total = dx if total is None else total + dx
             states[:0], starts[:0] = [dh for _, dh, _ in found], of_start
             return total if dropped is None else total * dropped
