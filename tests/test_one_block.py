@@ -7,6 +7,7 @@ import pytest
 from conftest import PATHS, at_once, running
 
 from gru_any import GRU
+from gru_any.nn import sweep
 from gru_any.nn.pullback import BlockPullback
 
 EVERY = pytest.mark.parametrize("path", PATHS)
@@ -57,6 +58,15 @@ def test_it_has_the_bits_of_the_general_way(path, reset_after, T, B, settings):
     assert type(general) is not BlockPullback
     assert all(map(np.array_equal, found, expected))
     assert all(v.flags.c_contiguous or gru.batch_first for v in found[:2])
+
+
+def test_what_is_a_block_is_decided_in_one_place(monkeypatch):
+    gru, x = GRU(I, H, seed=0), np.ones((3, 1, I), "float32")
+    assert type(gru.vjp(x)[1]) is BlockPullback
+    monkeypatch.setattr(sweep, "STEPS", 2)
+    monkeypatch.setattr(sweep, "ROWS", 1)
+    assert type(gru.vjp(x)[1]) is not BlockPullback
+    assert type(gru.vjp(x[:2])[1]) is BlockPullback
 
 
 @EVERY

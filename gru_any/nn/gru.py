@@ -577,7 +577,7 @@ class GRU(Layer):
             return None
         x = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
         T, B, I = x.shape if x.ndim == 3 else (0, 0, 0)
-        if self.input_size != I or not T or not B or (T > 1 and T > steps_of_block(B)):
+        if self.input_size != I or not T or not B or (T > 1 and steps_of_block(B) < T):
             return None
         shape = states, B, self.hidden_size
         if h0 is None:
