@@ -2,7 +2,8 @@
 
 Which runner serves a call follows from where the memory is, not from which library made the arrays:
 on the host it is NumPy's, on a CUDA device CuPy's. `by_place` marks the public calls. The model
-stands in for itself: a twin over the other backend reads its parameters in place, each time anew.
+stands in for itself: a twin over the other backend reads its parameters in place, each time anew,
+but for those that never change (`Backend.lasting`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,7 +212,8 @@ class Bridge(NamedTuple):
         if together := self.home.adopt_together:
             inner = list[Array]()
             self._collect(results, seen, inner)
-            seen.update(zip(map(id, inner), map(self._stored, together(inner)), strict=True))
+            arrays = map(self._stored, together(inner) if inner else inner)
+            seen.update(zip(map(id, inner), arrays, strict=True))
         return self._left(results, seen)
 
     def _collect(self, v: Pytree, seen: Mapping[int, Array], inner: list[Array]) -> None:
@@ -224,6 +226,7 @@ class Bridge(NamedTuple):
                 self._collect(w, seen, inner)
 
     def _left(self, v: Pytree, seen: Mapping[int, Array]) -> Any:
+        """Return results with the user's arrays in their places."""
         if type(v) is not self.inner_kind:
             if v is None:
                 return None

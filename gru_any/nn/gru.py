@@ -21,7 +21,7 @@ from .merge import merge
 from .params import BackendLike, Layer
 from .pullback import BlockPullback, Pullback
 from .stack import ForwardInputs, Stack
-from .sweep import ROWS, STEPS
+from .sweep import steps_of_block
 from .tangents import DualPullback, along, check_params_dot, lift, parted, refuse_nothing
 from .weights import parameter_shapes, variant_advice
 
@@ -608,7 +608,7 @@ class GRU(Layer):
             return None
         x = x.swapaxes(0, 1) if self.batch_first and x.ndim == 3 else x
         T, B, I = x.shape if x.ndim == 3 else (0, 0, 0)
-        if self.input_size != I or not T or not B or max(STEPS, ROWS // B) < T:
+        if self.input_size != I or not T or not B or (T > 1 and steps_of_block(B) < T):
             return None
         shape = states, B, self.hidden_size
         if h0 is None:

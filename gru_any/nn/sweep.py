@@ -130,8 +130,8 @@ class Sweep(NamedTuple):
         y = run.output((T, B, h.shape[-1]), x.dtype) if outputs else None
         weights = self._packed(x)
         segments: list[Segment] = []
-        least = T if run.whole else STEPS
-        for blocks in _segments(T, B, segment, self.reverse, least, ROWS):
+        K = max(T, 1) if run.whole else steps_of_block(B)
+        for blocks in _segments(T, K, segment, self.reverse):
             residuals: list[Residuals] | None = [] if keep and segment is None else None
             if keep:
                 segments.append(Segment(blocks, h, residuals))
@@ -328,12 +328,14 @@ class Sweep(NamedTuple):
         return v if mask is None else self.run.zero_skipped(v, mask)
 
 
+def steps_of_block(B: int) -> int:
+    """Return K, how many steps of B rows are one block."""
+    return max(STEPS, ROWS // max(B, 1))
+
+
 @lru_cache(maxsize=16)
-def _segments(
-    T: int, B: int, length: int | None, reverse: bool, steps: int, rows: int
-) -> tuple[tuple[slice, ...], ...]:
-    """Cut T steps into blocks, grouped by about `length` steps, in the order of the sweep."""
-    K = max(steps, rows // max(B, 1))
+def _segments(T: int, K: int, length: int | None, reverse: bool) -> tuple[tuple[slice, ...], ...]:
+    """Cut T steps into blocks of K, grouped by about `length` steps, in the order of the sweep."""
     n = 1 if length is None else math.ceil(length / K)
     starts = range(0, T, K)[::-1] if reverse else range(0, T, K)
     return tuple(
