@@ -283,7 +283,7 @@ class Sweep(NamedTuple):
             *parts, reached = parts
             dstart = [run.row_sum(reached)]
         if mask is not None:
-            parts = [run.zero_skipped(part, mask, own=True) for part in parts]
+            parts = tuple(run.zero_skipped(part, mask, own=True) for part in parts)
             g = None if g is None else run.zero_skipped(g, mask, own=True)
         if self.masks is not None and self.masks.dropout is not None:
             previous, saved = self._operands(self.masks.dropout, previous, saved)
