@@ -44,7 +44,8 @@ def running(path: str) -> Iterator[None]:
     """Run blocks in this way, inside of the context; "packed": compiled, with copies of weights."""
     from gru_any.backend import modes as run
 
-    never = dict.fromkeys(("packed_rows", "stored_elements", "frozen_rows", "frozen_work"), 0)
+    names = "packed_rows", "stored_elements", "frozen_rows", "frozen_work", "narrow_work"
+    never = dict.fromkeys(names, 0)
     always = never if path == "packed" else {}
     with pytest.MonkeyPatch.context() as patch, tuned(**always):
         patch.setattr(run, "chosen", Mode.COMPILED if path == "packed" else Mode(path))

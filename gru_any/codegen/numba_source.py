@@ -86,7 +86,7 @@ def lines(ops: Iterable[Op]) -> list[str]:
 class Matrices(Enum):
     """The form in which a function gets the matrix of each product."""
 
-    PACKED = auto()  # panels; the threads wait for each other before each product
+    PACKED = auto()  # panels
     STORED = auto()  # rows of U
     CONTIGUOUS = auto()  # what the operand is multiplied by, transposed in memory where need be
 
@@ -95,13 +95,14 @@ class Scope(NamedTuple):
     """How a printed function names what its lines share.
 
     rows, units: the first and the one after the last that it does; entries: the index of this
-    step's entry in an array of each kind.
+    step's entry in an array of each kind. shared: whether a team may share the units.
     """
 
     rows: tuple[str, str]
     units: tuple[str, str]
     entries: dict[Kind, str]
     matrices: Matrices
+    shared: bool = True
 
     def entry(self, array: ArrayRef) -> str:
         """What a step sees of an array: rows (B, .), or a vector."""
@@ -119,8 +120,9 @@ SCAN = Scope(("first", "last"), ("left", "right"), STEP | {Kind.PROJECTION: "s"}
 BARRIER = "times = barrier_wait(sync, me, count, times)"
 STORED = SCAN._replace(entries=STEP, matrices=Matrices.STORED)
 ONCE = Scope(
-    ("0", "B"), ("0", "H"), dict.fromkeys(STEP, "0") | {Kind.AFTER: "1"}, Matrices.CONTIGUOUS
+    ("0", "B"), ("0", "H"), dict.fromkeys(STEP, "0") | {Kind.AFTER: "1"}, Matrices.CONTIGUOUS, False
 )
+PACKED_ONCE = ONCE._replace(matrices=Matrices.PACKED)
 
 
 class NumbaSource:
@@ -252,18 +254,38 @@ class NumbaSource:
             "def step(functions, x, h, y, new, weights):",
             "    (B, H), end = h.shape, 0",
             *(f"    {name}, end = part(weights, end, {shape})" for name, shape in shapes.items()),
+            *self._single(ONCE, "affine(functions, False, x, W, bias, a[0], H, 0, H)"),
+        ])  # fmt: skip
+
+    def packed_step(self) -> str:
+        """A module with the same of matrices in panels: those of the products, then W."""
+        vectors = [array.name for array in self.arrays if array.kind is Kind.VECTOR]
+        given = ", ".join([*self.matrices, "W", "bias", *vectors])
+        x = "gemm(functions[2], np.intp(3), x, np.intp(0), W, bias, a[0], 0, B, 0, H)"
+        return "\n".join([
+            *self._head(),
+            "@njit(cache=CACHE, **flags)",
+            f"def step(functions, x, h, y, new, {given}):",
+            "    B, H = h.shape",
+            "    zeros = np.zeros(3 * H, f)",
+            *self._single(PACKED_ONCE, x),
+        ])  # fmt: skip
+
+    def _single(self, scope: Scope, projection: str) -> list[str]:
+        """The lines of a function `step`, whose matrices are there."""
+        return [
             *self._made([*self.schedule.buffers, *self.results]),
             "    a = np.empty((1, B, 3 * H), f)",
             "    for b in range(B):",
             "        for j in range(H):",
             f"            {self.state.name}[0, b, j] = h[b, j]",
-            "    affine(functions, False, x, W, bias, a[0], H, 0, H)",
-            *(f"    {line}" for line in self._stages(ONCE)),
+            f"    {projection}",
+            *(f"    {line}" for line in self._stages(scope)),
             "    for b in range(B):",
             "        for j in range(H):",
             f"            y[b, j] = new[b, j] = {self.state.name}[1, b, j]",
             "",
-        ])  # fmt: skip
+        ]
 
     def _scan_begins(self, given: str) -> list[str]:
         """The first lines of a function `scan`, in which members of a team share the units."""
@@ -340,14 +362,13 @@ class NumbaSource:
         for n, stage in enumerate(self.schedule.stages):
             if isinstance(stage, Gemm):
                 found += _product(stage, next(matrices), scope)
-                if scope.matrices is not Matrices.CONTIGUOUS and self._reads_one_buffer:
+                if scope.shared and self._reads_one_buffer:
                     found.append(BARRIER)
             else:
                 arrays = map(scope.entry, _arrays(stage))
                 call = f"fused{n}({', '.join([*scope.rows, *scope.units, 'H', *arrays])})"
                 # a mean reads all of a row, which no other thread may still write, or write anew
-                shared = stage.means and scope.matrices is not Matrices.CONTIGUOUS
-                found += [BARRIER, call, BARRIER] if shared else [call]
+                found += [BARRIER, call, BARRIER] if stage.means and scope.shared else [call]
         return found
 
 
@@ -355,16 +376,17 @@ def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
     """The lines that do one product."""
     (array, first), out, gates = gemm.operand, gemm.out.name, gemm.out.columns
     x, (b, end), units = scope.entry(array), scope.rows, ", ".join(scope.units)
+    before = [BARRIER] if scope.shared else []
     if scope.matrices is Matrices.PACKED:
         return [
-            BARRIER,
+            *before,
             f"gemm(functions[{gates - 1}], np.intp({gates}), {x}, {first} * H, {matrix}, "
             f"zeros, {out}, {b}, {end}, {units})",
         ]
     stored = scope.matrices is Matrices.STORED
     of = f"{x}, {first} * H, {matrix}, {out}, {b}, {end}, {gates}, H, {units}"
     transposed = stored and gemm.product.transposed
-    return [*([BARRIER] if stored else []), f"of_units(functions, {transposed}, {of})"]
+    return [*before, f"of_units(functions, {transposed}, {of})"]
 
 
 def _number(name: str, dtype: str) -> str:

@@ -24,7 +24,9 @@ on the other rows nor on the threads. LLVM does not find this form in loops over
 micro-kernel is written in its intermediate language.
 
 Panels may hold small weights, which become float32 as they are loaded: bfloat16, as uint16; or int8
-with a float32 scale for each column of M, in the first SCALE_ROWS rows of its panel.
+with a float32 scale for each column of M, in the first SCALE_ROWS rows of its panel. Where GROUP
+says so, rows of bfloat16 stand side by side in pairs, an element of each in 32 bits: AVX2 takes
+these apart in less time than it widens 16 bits.
 """
 
 from collections.abc import Callable
@@ -53,6 +55,7 @@ LINE_BYTES = 64  # of a line of the cache
 MC = 64  # rows of x
 KC_BYTES = 48 * 1024  # of KC rows of a panel
 BITS = {"float32": 32, "float64": 64, "uint16": 32, "int8": 32}  # of sums, by dtype of panels
+GROUP = {} if AVX512 else {"uint16": 2}  # rows side by side, by dtype of panels; others 1
 SCALE_ROWS = 4  # rows of int8 that are as long as a row of float32
 AHEAD_BYTES = 2048  # from where a single row reads small weights to what it prefetches
 
@@ -99,6 +102,13 @@ def scale_rows(stored: str) -> int:
     return SCALE_ROWS if stored == "int8" else 0
 
 
+def shapes(gates: int, stored: str) -> list[tuple[int, int]]:
+    """Return the rows and panels of each tile."""
+    *more, (one, panels) = SHAPES
+    # a pair of rows needs more registers
+    return [*more, (one, 8 // (gates * VECTORS[gates]) if stored in GROUP else panels)]
+
+
 class Emitter:
     """Writes LLVM's instructions for one element type."""
 
@@ -111,6 +121,7 @@ class Emitter:
         self.weight_size = np.dtype(self.stored).itemsize
         self.line = LINE_BYTES // self.weight_size
         self.head = scale_rows(self.stored)  # rows of a panel before its weights
+        self.group = GROUP.get(self.stored, 1)
 
     def address(self, start: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
         """Return a pointer to a value of this type, so many elements after an address."""
@@ -154,6 +165,14 @@ class Emitter:
             return b.sitofp(b.sext(v, wide), self.vector)
         sixteen = ir.Constant(wide, [16] * lanes)
         return b.bitcast(b.shl(b.zext(v, wide), sixteen), self.vector)
+
+    def pair_of_weights(self, start: ir.Value, offset: ir.Value) -> list[ir.Value]:
+        """Load a vector of bfloat16 from each of two rows side by side."""
+        b, wide = self.builder, ir.VectorType(INDEX32, self.lanes)
+        place = b.add(start, b.mul(offset, INDEX(self.weight_size)))
+        v = b.load(b.inttoptr(place, wide.as_pointer()), align=self.weight_size)
+        sixteen, high = (ir.Constant(wide, [n] * self.lanes) for n in (16, -1 << 16))
+        return [b.bitcast(each, self.vector) for each in (b.shl(v, sixteen), b.and_(v, high))]
 
     def prefetch(self, start: ir.Value, offset: ir.Value) -> None:
         """Prefetch the line of a weight into the L2 cache."""
@@ -231,23 +250,45 @@ def micro_kernel(rows: int, panels: int, gates: int, stored: str) -> Function:
             ahead = None  # tiles of fewer sums have no time for it
             if gates == 3 and rows == MR:
                 ahead = _next_panel(emit, gates * width, of, r, p, start, stop)
-            with cgutils.for_range(builder, stop, start, INDEX) as loop:
-                vectors = [
-                    emit.weights(of.panels, add(mul(add(row, loop.index), INDEX(gates * width)), c))
+
+            def entry(i: int, k: ir.Value) -> ir.Value:
+                offset = add(mul(r, of.tile_stride), mul(INDEX(i), of.row_stride))
+                return emit.broadcast(of.x, add(offset, mul(k, of.k_stride)))
+
+            def add_rows(k: ir.Value, load: Callable[..., list[ir.Value]], group: int) -> None:
+                ks = [add(k, INDEX(n)) for n in range(group)]
+                places = [
+                    add(mul(add(row, k), INDEX(gates * width)), mul(c, INDEX(group)))
                     for row, c in factors
                 ]
-                if rows == 1 and emit.weight_size < emit.size:
-                    for row, c in factors[:: gates * V]:
-                        place = add(mul(add(row, loop.index), INDEX(gates * width)), c)
-                        far = INDEX(AHEAD_BYTES // emit.weight_size)
-                        emit.prefetch(of.panels, add(place, far))
-                if ahead is not None:
-                    emit.prefetch(ahead, mul(builder.sub(loop.index, start), INDEX(emit.line)))
-                for i, row in enumerate(sums):
-                    offset = add(mul(r, of.tile_stride), mul(INDEX(i), of.row_stride))
-                    entry = emit.broadcast(of.x, add(offset, mul(loop.index, of.k_stride)))
-                    for total, vector in zip(row, vectors, strict=True):
-                        emit.accumulate(total, entry, vector)
+                if rows == 1:
+                    if emit.weight_size < emit.size:
+                        for place in places[:: gates * V]:
+                            for n in range(group):
+                                far = AHEAD_BYTES // emit.weight_size + n * gates * width
+                                emit.prefetch(of.panels, add(place, INDEX(far)))
+                    entries = [entry(0, k) for k in ks]
+                    for total, place in zip(sums[0], places, strict=True):
+                        for x, vector in zip(entries, load(of.panels, place), strict=True):
+                            emit.accumulate(total, x, vector)
+                    return
+                groups = zip(*(load(of.panels, place) for place in places), strict=True)
+                for k, vectors in zip(ks, groups, strict=True):
+                    if ahead is not None:
+                        emit.prefetch(ahead, mul(builder.sub(k, start), INDEX(emit.line)))
+                    for i, row in enumerate(sums):
+                        x = entry(i, k)
+                        for total, vector in zip(row, vectors, strict=True):
+                            emit.accumulate(total, x, vector)
+
+            rest = start
+            if emit.group > 1:
+                pairs = builder.sdiv(builder.sub(stop, start), INDEX(2))
+                with cgutils.for_range(builder, pairs, INDEX(0), INDEX) as loop:
+                    add_rows(add(start, mul(loop.index, INDEX(2))), emit.pair_of_weights, 2)
+                rest = add(start, mul(pairs, INDEX(2)))
+            with cgutils.for_range(builder, stop, rest, INDEX) as loop:
+                add_rows(loop.index, lambda *place: [emit.weights(*place)], 1)
             for i, row in zip(lines, sums, strict=True):
                 offset = mul(i, mul(of.H, INDEX(gates)))
                 for n, (total, (c, mask)) in enumerate(zip(row, columns, strict=True)):
@@ -321,7 +362,7 @@ def macro_kernel(gates: int, stored: str) -> Function:
     stored: the dtype of the panels.
     """
     bits = BITS[stored]
-    many, some, one = (tiles(*shape, gates, stored) for shape in SHAPES)
+    many, some, one = (tiles(*shape, gates, stored) for shape in shapes(gates, stored))
     NR = VECTORS[gates] * VECTOR_BYTES * 8 // bits  # units of a panel
     size, element = bits // 8, {32: np.float32, 64: np.float64}[bits]
     gap = LINE_BYTES // size // MR  # keeps rows off one set

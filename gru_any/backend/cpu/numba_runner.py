@@ -33,7 +33,8 @@ class Numba(NumPy):
 
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, PackedMatrix):  # of a frozen model
-            panels = isinstance(U, SmallMatrix) or tuning.frozen_packed(rows, W.size + U.size)
+            size = W.size + U.size
+            panels = isinstance(U, SmallMatrix) or tuning.frozen_packed(rows, size)
             return (W, U) if panels else (W.matrix, U.matrix)
         if tuning.packed(rows):
             return PackedMatrix(W), PackedMatrix(U)
@@ -63,7 +64,8 @@ class Numba(NumPy):
         stored = cache(lambda: scan.stored_step(W.matrix, b, U.matrix, vectors))
 
         def one(x: Any, h: Any) -> Any:
-            return (packed if tuning.frozen_packed(len(x), elements) else stored)()(x, h)
+            panels = tuning.frozen_packed(len(x), elements, not wide())
+            return (packed if panels else stored)()(x, h)
 
         return one
 
@@ -79,7 +81,8 @@ class Numba(NumPy):
         elements = W.size + U.size
 
         def block(x: Any, h: Any) -> tuple[Any, Any]:
-            panels = tuning.frozen_packed(x.shape[0] * x.shape[1], elements)
+            K, B, _ = x.shape
+            panels = tuning.frozen_packed(K * B, elements, K == 1 and not wide())
             return (packed if panels else stored)(x, h)
 
         return block
@@ -167,6 +170,14 @@ class Numba(NumPy):
         return tuple(parts), pair[K % 2], g
 
 
+@cache
+def wide() -> bool:
+    """Return whether vectors have 512 bits."""
+    from .gemm import AVX512  # which needs Numba
+
+    return AVX512
+
+
 def _frozen(M: Any, small: str, parts: Any) -> PackedMatrix:
     """Return a matrix with its panels; parts: as of `SmallMatrix`."""
     if small:
@@ -250,6 +261,12 @@ class Scan:
         function: Callable[..., None] = compiled(self.source.step()).step
         return function
 
+    @cached_property
+    def step_of_panels(self) -> Callable[..., None]:
+        """The same with the matrices packed, whatever the rows; see `NumbaSource.packed_step`."""
+        function: Callable[..., None] = compiled(self.source.packed_step()).step
+        return function
+
     def products(self, H: int) -> list[tuple[slice, Product]]:
         """Each product, with the rows of U in it."""
         found = [gemm.product for gemm in self.schedule.gemms]
@@ -272,13 +289,11 @@ class Scan:
 
         It gives the states and a copy of the last. W (3H, I); U (3H, H); b: (3H,) or None.
         """
-        H, dtype = U.shape[1], U.dtype
-        parts = self._parts(U, W)
-        panels = [M.panels(rows, transposed, gates) for M, rows, transposed, gates in parts]
+        H, dtype, parts, panels = U.shape[1], U.dtype, self._parts(U, W), self._panels(U, W)
         sources = [M.source(rows, transposed) for M, rows, transposed, _ in parts]
         zeros, functions = np.zeros(3 * H, dtype), kernel_addresses(panels[0].dtype)
         bias, vectors = ascarray(zeros if b is None else b), [ascarray(v) for v in vectors]
-        widths = [v.columns * H for v in self.schedule.buffers]
+        widths, given = [v.columns * H for v in self.schedule.buffers], [*panels, bias, *vectors]
         size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in parts)
 
         def made(K: int, B: int) -> list[HostArray]:
@@ -289,6 +304,10 @@ class Scan:
 
         def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             K, B, _ = x.shape
+            if K == 1 and not tuning.step_shared(B * size, wide(), count):
+                y, new = np.empty((B, H), dtype), np.empty((B, H), dtype)
+                self.step_of_panels(functions, ascarray(x[0]), ascarray(h), y, new, *given)
+                return y[None], new
             scan, path = self.scan, result((K + 1, B, H), dtype)
             path[K if reverse else 0] = h
             a, *buffers = scratch.arrays(K if tuning.inputs_at_once(B) else 1, B)
@@ -376,6 +395,11 @@ class Scan:
         H = U.shape[1]
         parts = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
         return parts if W is None else [*parts, (W, slice(0, 3 * H), True, 3)]
+
+    def _panels(self, U: PackedMatrix, W: PackedMatrix) -> list[HostArray]:
+        """The panels of each product, then those of W."""
+        parts = self._parts(U, W)
+        return [M.panels(rows, transposed, gates) for M, rows, transposed, gates in parts]
 
     def __call__(
         self,

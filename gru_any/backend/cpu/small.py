@@ -61,14 +61,26 @@ def _arranged(v: HostArray, gates: int) -> HostArray:
     room = np.zeros((gates, count * units, K), v.dtype)
     room[:, :H] = v.reshape(gates, H, K)
     by_panel = room.reshape(gates, count, units, K).transpose(1, 3, 0, 2)
-    return by_panel.reshape(count, K, gates * units)
+    return _grouped(by_panel.reshape(count, K, gates * units))
 
 
 def _rearranged(panels: HostArray, N: int, gates: int) -> HostArray:
     """Return v (N, K) of its panels."""
-    count, K, width = panels.shape
+    panels, (count, K, width) = _grouped(panels, back=True), panels.shape
     by_gate = panels.reshape(count, K, gates, width // gates).transpose(2, 0, 3, 1)
     return by_gate.reshape(gates, -1, K)[:, : N // gates].reshape(N, K)
+
+
+def _grouped(panels: HostArray, back: bool = False) -> HostArray:
+    """Copy panels (P, K, width) with the rows of each whole group side by side, or back."""
+    from .gemm import GROUP
+
+    (count, K, width), group = panels.shape, GROUP.get(panels.dtype.name, 1)
+    found, whole = np.array(panels, order="C"), K - K % group
+    apart = (width, group) if back else (group, width)
+    of_groups = found[:, :whole].reshape(count, -1, *apart).swapaxes(2, 3)
+    found[:, :whole] = of_groups.reshape(count, whole, width)
+    return found
 
 
 def _from_line(v: HostArray) -> HostArray:

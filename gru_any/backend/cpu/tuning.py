@@ -32,6 +32,9 @@ class Tuning(NamedTuple):
     team_work: int = 1_000_000  # of a block, at least; loop
     team_steps: int = 4  # of a block, at most, where more than few rows are shared; loop
     team_rows: int = 64  # of the batch, at most, in such a block; loop
+    narrow_shared: int = (
+        4_000_000  # of a frozen single step, at least, with vectors of 256 bits; loop
+    )
 
     # products of weights as they are stored, or packed first
     few_rows: int = 8  # at most, that are multiplied one by one; loop
@@ -39,6 +42,9 @@ class Tuning(NamedTuple):
     frozen_work: int = 500_000  # at most, for which not even weights that are packed pay; loop
     frozen_rows: int = 8  # at most, likewise; loop
     frozen_elements: int = 1_500_000  # of weights, more than which pay whatever the rows are; loop
+    narrow_work: int = (
+        100_000  # at most, for which panels do not pay in a single step, with 256 bits; loop
+    )
     copy_work: int = 8  # in the time that it takes to pack one element; loop
     stored_elements: int = 2**16  # of a matrix that stays in the cache, for any rows; loop
 
@@ -59,11 +65,15 @@ def packed(rows: int) -> bool:
     return rows > current.packed_rows
 
 
-def frozen_packed(rows: int, elements: int) -> bool:
-    """Decide whether rows are multiplied by the panels of frozen weights of so many elements."""
-    v = current
-    many = rows > v.frozen_rows or elements > v.frozen_elements
-    return many and rows * elements > v.frozen_work
+def frozen_packed(rows: int, elements: int, narrow_step: bool = False) -> bool:
+    """Decide whether rows are multiplied by the panels of frozen weights of so many elements.
+
+    narrow_step: in a single step, by vectors of 256 bits.
+    """
+    v, work = current, rows * elements
+    if narrow_step:
+        return work > v.narrow_work
+    return (rows > v.frozen_rows or elements > v.frozen_elements) and work > v.frozen_work
 
 
 def in_place(rows: int, K: int, N: int) -> bool:
@@ -79,6 +89,13 @@ def inputs_at_once(rows: int) -> bool:
 def shared(work: int) -> bool:
     """Decide whether work may be worth more than one thread, before these are counted."""
     return work >= 2 * current.thread_work
+
+
+def step_shared(work: int, wide: bool, threads: Callable[[], int]) -> bool:
+    """Decide whether a single step may be worth more than one thread. threads: counts them."""
+    v = current
+    least = min(v.team_work, 2 * v.thread_work) if wide else v.narrow_shared
+    return work >= least and threads() > 1
 
 
 def pieces(rows: int, work: int, threads: int) -> int:
