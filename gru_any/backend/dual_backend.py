@@ -24,6 +24,9 @@ class DualBackend(Backend):
     def dtype(self, name: str) -> DType:
         return self.constants.dtype(name)
 
+    def plain(self, array: Array, dtype: str) -> bool:
+        return False  # parameters beside it may be dual
+
     def put(self, host: HostArray, dtype: str | None = None) -> Array:
         return self.constants.put(host, dtype)
 
