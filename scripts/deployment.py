@@ -42,7 +42,7 @@ def work(name: str, folder: str) -> None:
     """First the seconds of import and first answer and the memory; then calls on demand."""
     start = time.perf_counter()
     try:
-        __import__(LIBRARIES.get(name, "gru_any"))
+        __import__(LIBRARIES.get(name, "gru_any.stream"))
         imported = time.perf_counter()
         step = MAKERS[name](folder, FIRST).step
         first = step()

@@ -195,9 +195,9 @@ MAKERS: dict[str, Callable[[str, int], Deployed]] = {
     "onnxruntime": onnxruntime,
     "OpenVINO": openvino,
 }
-# what each imports first, and what pip installs for it; ours needs the first three
+# what each imports first, where it is not ours, whose names are imported at their first use
 LIBRARIES = {"PyTorch": "torch", "PyTorch int8": "torch", "onnxruntime": "onnxruntime",
-             "OpenVINO": "openvino"}  # fmt: skip
+             "OpenVINO": "openvino", "C": "gru_any.deploy.c", "C int8": "gru_any.deploy.c"}  # fmt: skip
 NEEDS = ["numpy", "array-api-compat", "safetensors"]
 COMPILED = ("Numba", "frozen", "frozen bfloat16", "frozen int8")  # with Numba
 
