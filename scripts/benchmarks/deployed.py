@@ -196,8 +196,10 @@ MAKERS: dict[str, Callable[[str, int], Deployed]] = {
     "OpenVINO": openvino,
 }
 # what each imports first, where it is not ours, whose names are imported at their first use
-LIBRARIES = {"PyTorch": "torch", "PyTorch int8": "torch", "onnxruntime": "onnxruntime",
-             "OpenVINO": "openvino", "C": "gru_any.deploy.c", "C int8": "gru_any.deploy.c"}  # fmt: skip
+LIBRARIES = {
+    "C": "gru_any.deploy.c", "C int8": "gru_any.deploy.c", "PyTorch": "torch",
+    "PyTorch int8": "torch", "onnxruntime": "onnxruntime", "OpenVINO": "openvino",
+}  # fmt: skip
 NEEDS = ["numpy", "array-api-compat", "safetensors"]
 COMPILED = ("Numba", "frozen", "frozen bfloat16", "frozen int8")  # with Numba
 
