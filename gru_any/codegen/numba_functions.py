@@ -81,8 +81,8 @@ def expm1(x):
 {INLINED}
 def log1p(x):
     w = f(1.0) + x
-    turned = f(1.0) / w
-    m = turned if w < f(1.0) else w
+    inverse = f(1.0) / w
+    m = inverse if w < f(1.0) else w
     k = f(0.0)
 {_each_power("m >= f({q!r})", "m", "k", POWERS[1:])}\
     s, of_x = (m - f(1.0)) / (m + f(1.0)), x / (f(2.0) + x)

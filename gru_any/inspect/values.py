@@ -163,7 +163,7 @@ def fading(gru: GRU, x: Array, seed: int = 0) -> HostArray:
     direction = np.zeros((L, B, H))
     direction[-1] = arguments.seed(seed).standard_normal((B, H))
     taps = to_numpy(pullback.taps(None, gru.backend.put(direction, gru.dtype)))
-    taps = taps if "_reverse" in gru.suffixes else taps[:, ::-1]  # the last step walked first
+    taps = taps if "_reverse" in gru.suffixes else taps[:, ::-1]  # the last step that it read first
     squares = np.square(taps, dtype=np.float64).sum(axis=-1).mean(axis=-1)
     left: HostArray = np.sqrt(squares / squares[-1, 0])
     return left

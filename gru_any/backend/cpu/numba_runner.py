@@ -198,14 +198,14 @@ class Input(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _forwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
-    """For each step walked: its number, and where the state before and after it stands."""
+    """Return each step of a forward scan, and the indices of the states before and after it."""
     t = np.arange(K)[::-1].copy() if reverse else np.arange(K)
     return t, t + reverse, t + (not reverse)
 
 
 @lru_cache(maxsize=64)
 def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
-    """For each step walked back: its number, and which of the pair is dh before and after it."""
+    """Return each step of a backward scan, and which of the pair is dh before and after it."""
     t, turn = np.arange(K) if reverse else np.arange(K)[::-1].copy(), np.arange(K) % 2
     return t, turn, 1 - turn
 

@@ -37,7 +37,7 @@ class NumPy(Plain):
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         K, B, N = shape
-        return turned(empty((K, N, B), dtype))
+        return transposed(empty((K, N, B), dtype))
 
     def as_contiguous(self, v: Any) -> Any:
         if v.nbytes < LARGE:
@@ -52,9 +52,9 @@ class NumPy(Plain):
         a = self._empty((K, B, N), x.dtype)
         if I == 1 or (b is not None and K * B > I):  # BLAS adds b at less cost, and is slow at 1
             x, W, b = _wider(x, 1), _wider(W, 0 if b is None else b), None
-        np.matmul(W, turned(x), out=turned(a))
+        np.matmul(W, transposed(x), out=transposed(a))
         if b is not None:
-            columns = turned(a)
+            columns = transposed(a)
             columns += b[:, None]
         return a
 
@@ -117,9 +117,9 @@ class NumPy(Plain):
         path[K if reverse else 0] = h
         saved = tuple(self._empty((K, B, H), a.dtype) for _ in program.extras)
         ends = (path[1:], path[:-1]) if reverse else (path[:-1], path[1:])
-        pair = turned(a)[:, : 2 * H]
-        wide = [*map(turned, ends), *further(extra, K), *map(turned, saved)]
-        over = steps_over([*columns_of(a, 3), pair, *wide], alive, reverse)
+        pair = transposed(a)[:, : 2 * H]
+        matrices = [*map(transposed, ends), *further(extra, K), *map(transposed, saved)]
+        over = steps_over([*columns_of(a, 3), pair, *matrices], alive, reverse)
         vectors = spread((*recurrent[1:], *vectors_of(extra)), B)
         scan(over, recurrent[0], vectors, (H, B), a.dtype)
         return path, saved or None
@@ -143,15 +143,15 @@ class NumPy(Plain):
         parts = [self._empty((K, B, len(e) * H), dh.dtype) for e in program.extras]
         columns = [column for part in parts for column in columns_of(part, part.shape[2] // H)]
         given = [] if dy is None else [dy]
-        wide = [*map(turned, (*given, previous, *saved)), *further(extra, K)]
-        over = steps_over([*wide, *columns, *map(turned, parts)], alive, not reverse)
+        matrices = [*map(transposed, (*given, previous, *saved)), *further(extra, K)]
+        over = steps_over([*matrices, *columns, *map(transposed, parts)], alive, not reverse)
         dh = scan(over, U, spread(vectors_of(extra), B), (H, B), dh.dtype, dh.T)
         g = parts.pop() if taps else None
         return tuple(parts), dh.T, g
 
 
-def turned(v: Any) -> Any:
-    """(K, B, N) -> (K, N, B) or back, over the same memory."""
+def transposed(v: Any) -> Any:
+    """Return a view (K, N, B) of v (K, B, N), or back."""
     return v.swapaxes(1, 2)
 
 
@@ -172,8 +172,8 @@ def further(extra: Extra | None, K: int) -> list[Any]:
     if extra is None:
         return []
     # transposed in memory, as the loops of a step want it
-    wide = [np.ascontiguousarray(v.swapaxes(-1, -2)) for v in extra.arrays if v.ndim > 1]
-    return [[v] * K if v.ndim == 2 else v for v in wide]
+    matrices = [np.ascontiguousarray(v.swapaxes(-1, -2)) for v in extra.arrays if v.ndim > 1]
+    return [[v] * K if v.ndim == 2 else v for v in matrices]
 
 
 def vectors_of(extra: Extra | None) -> list[Any]:
@@ -219,7 +219,7 @@ def _wider(v: Any, last: Any) -> Any:
 def columns_of(v: Any, n: int) -> list[Any]:
     """(K, B, nH) -> n arrays (K, H, B) over the same memory."""
     H = v.shape[-1] // n
-    return [turned(v)[:, i * H : (i + 1) * H] for i in range(n)]
+    return [transposed(v)[:, i * H : (i + 1) * H] for i in range(n)]
 
 
 def steps_over(arrays: list[Any], alive: Any, backwards: bool) -> Any:

@@ -105,10 +105,10 @@ def multiply(ops: Operations, blas: Blas, left: Array, right: Array, out: Array)
     out is contiguous, and float32 for halves.
     """
     (m, k), n, dtype = left.shape, right.shape[1], str(left.dtype)
-    left, l_turned, l_apart = _as_stored(ops, left)
-    right, r_turned, r_apart = _as_stored(ops, right)
+    left, l_transposed, l_apart = _as_stored(ops, left)
+    right, r_transposed, r_apart = _as_stored(ops, right)
     pointers = (ops.pointer(right), r_apart, ops.pointer(left), l_apart)
-    blas(r_turned, l_turned, n, m, k, *pointers, 0.0, ops.pointer(out), n, dtype)
+    blas(r_transposed, l_transposed, n, m, k, *pointers, 0.0, ops.pointer(out), n, dtype)
 
 
 def _as_stored(ops: Operations, v: Array) -> tuple[Array, bool, int]:

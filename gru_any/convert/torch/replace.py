@@ -99,7 +99,7 @@ def _why_not(module: torch.nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced"
     if module.proj_size:
-        return "it has a projection, which gru_any has not"
+        return "it has a projection, which gru_any lacks"
     return _why_not_these(module)
 
 
