@@ -164,10 +164,10 @@ class GRU(torch.nn.RNNBase):
     def _is_for_torch(self, x: torch.Tensor, T: int) -> bool:
         """Whether PyTorch's own operator serves a call: it can, and is as fast or does more."""
         return self._of_torch and (
-            x.device.type != "cpu"
+            (T < FEW and not torch.compiler.is_compiling() and not _transformed())
+            or x.device.type != "cpu"
             or torch.autograd.forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None
-            or (not torch.compiler.is_compiling() and T < FEW and not _transformed())
         )
 
     def _run(
