@@ -8,7 +8,7 @@ from conftest import PATHS
 from replaced import replaced
 
 from gru_any import equations
-from gru_any.backend.cpu.numpy_runner import columns_of, executed, steps_over, turned
+from gru_any.backend.cpu.numpy_runner import columns_of, executed, steps_over, transposed
 from gru_any.codegen import (
     c_source,
     cuda_source,
@@ -148,7 +148,8 @@ def run_on_numpy(source, schedule):
     path[0] = h
     extras = [np.empty((1, H, B)).swapaxes(1, 2) for _ in schedule.extras]
     a = np.ascontiguousarray(a[None].swapaxes(1, 2)).swapaxes(1, 2)
-    arrays = [*columns_of(a, 3), turned(a)[:, : 2 * H], *map(turned, (path[:1], path[1:], *extras))]
+    arrays = [*columns_of(a, 3), transposed(a)[:, : 2 * H]]
+    arrays += map(transposed, (path[:1], path[1:], *extras))
     scan = executed(source)
     scan(steps_over(arrays, None, False), U, [c[:, None].repeat(B, axis=1)], (H, B), a.dtype)
     return path[1], *(v[0] for v in extras)
