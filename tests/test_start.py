@@ -3,9 +3,11 @@
 `test_rows_are_their_episodes` of test_steps.py compares each path with a loop over the episodes.
 """
 
+import os
+
 import numpy as np
 import pytest
-from conftest import HOST, require, running
+from conftest import HOST, PATHS, require, running
 from test_steps import DIRECTIONS, EVERY, VARIANTS, flags, make
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
@@ -14,6 +16,7 @@ from gru_any.backend import modes
 from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
+THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # with all that must be compiled for it
 OPTIONS = {
     "no biases": {"bias": False},
     "zoneout": {"zoneout": 0.3},
@@ -73,7 +76,7 @@ def test_gradients_are_slopes(path, after, shared):
     gradcheck(Started(gru), x, h0, start, method="complex", directions=1, **options)
 
 
-@EVERY
+@pytest.mark.parametrize("path", PATHS if THOROUGH else ["plain", "traced"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_with_other_options(path, name):
     gru = make(**OPTIONS[name])
