@@ -7,12 +7,11 @@ import os
 
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, require, running
-from test_steps import DIRECTIONS, EVERY, VARIANTS, flags, make
+from conftest import PATHS, require, running
+from test_steps import DIRECTIONS, EVERY, ON_CUDA, VARIANTS, check_on_cuda, flags, make
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
 from gru_any import GRU, Chain, Last, Linear, gradcheck, hvp, squared_error
-from gru_any.backend import modes
 from gru_any.deploy import freeze
 from gru_any.stream import Stream
 
@@ -170,30 +169,11 @@ def test_at_the_ends(path):
 
 @pytest.mark.usefixtures("compiler")
 @VARIANTS
-@pytest.mark.parametrize(
-    ("way", "dtype"),
-    [
-        *((way, "float64") for way in ("eager", "blocks", "graph", "persistent", "whole")),
-        *((way, dtype) for way in ("graph", "persistent") for dtype in ("float32", "float16")),
-    ],
-)
+@ON_CUDA
 def test_cuda(after, way, dtype, monkeypatch):
     """Thrice, so that the call is compiled, recorded and replayed, on another start each time."""
-    monkeypatch.setattr(modes, "chosen_on_cuda", way)
-    modes._runner.cache_clear()
-    modes._on_cuda.cache_clear()
     gru = make(after, direction="both", dtype=dtype)
-    there, exact = gru.to(HOST), gru.to(dtype="float64")
-    limit = {"float64": 1e-13, "float32": 2e-6, "float16": 6e-3}[dtype]
-    for seed in range(3):
-        arrays, options = case(gru, 6, seed=seed)
-        given = {**options, "start": there.backend.put(options["start"])}
-        options["start"] = options["start"].astype("float64")
-        with running("plain"):
-            expected = results(exact, *(v.astype("float64") for v in arrays), **options)
-        assert_same(results(there, *arrays, **given), expected, limit)
-    modes._runner.cache_clear()
-    modes._on_cuda.cache_clear()
+    check_on_cuda(gru, way, monkeypatch, [case(gru, 6, seed=seed) for seed in range(3)])
 
 
 @pytest.mark.usefixtures("traced")

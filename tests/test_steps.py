@@ -233,32 +233,45 @@ def test_taps(path, after):
             assert np.allclose(found[name][:, at], v, rtol=0, atol=1e-13)
 
 
-@pytest.mark.usefixtures("compiler")
-@VARIANTS
-@pytest.mark.parametrize(
+ON_CUDA = pytest.mark.parametrize(
     ("way", "dtype"),
     [
         *((way, "float64") for way in ("eager", "blocks", "graph", "persistent", "whole")),
         *((way, dtype) for way in ("graph", "persistent") for dtype in ("float32", "float16")),
     ],
 )
-def test_cuda(after, way, dtype, monkeypatch):
-    """Thrice, so that the call is compiled, recorded and replayed, on other flags each time."""
+
+
+def check_on_cuda(gru, way, monkeypatch, cases):
+    """Compare the emulated device with the plain path in float64. cases: arrays and options."""
     monkeypatch.setattr(modes, "chosen_on_cuda", way)
     modes._runner.cache_clear()
     modes._on_cuda.cache_clear()
-    gru = make(after, direction="both", dtype=dtype)
     there, exact = gru.to(HOST), gru.to(dtype="float64")
-    limit = {"float64": 1e-13, "float32": 2e-6, "float16": 6e-3}[dtype]
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        arrays = drawn(gru, 6, 3, seed)
-        options = {"mask": ~flags(rng, 6, 3, 0.3), "resets": flags(rng, 6, 3, 0.4)}
+    limit = {"float64": 1e-13, "float32": 2e-6, "float16": 6e-3}[gru.dtype]
+    for arrays, options in cases:
+        given = dict(options)
+        if "start" in options:
+            given["start"] = there.backend.put(options["start"])
+            options = {**options, "start": options["start"].astype("float64")}
         with running("plain"):
             expected = results(exact, *(v.astype("float64") for v in arrays), **options)
-        assert_same(results(there, *arrays, **options), expected, limit)
+        assert_same(results(there, *arrays, **given), expected, limit)
     modes._runner.cache_clear()
     modes._on_cuda.cache_clear()
+
+
+@pytest.mark.usefixtures("compiler")
+@VARIANTS
+@ON_CUDA
+def test_cuda(after, way, dtype, monkeypatch):
+    """Thrice, so that the call is compiled, recorded and replayed, on other flags each time."""
+    gru, cases = make(after, direction="both", dtype=dtype), []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        options = {"mask": ~flags(rng, 6, 3, 0.3), "resets": flags(rng, 6, 3, 0.4)}
+        cases.append((drawn(gru, 6, 3, seed), options))
+    check_on_cuda(gru, way, monkeypatch, cases)
 
 
 def test_every_library(backend):

@@ -20,8 +20,8 @@ from .masks import NO_MASKS, Masks, draw
 from .merge import merge
 from .params import BackendLike, Layer
 from .pullback import BlockPullback, Pullback
-from .stack import ForwardInputs, Stack
-from .sweep import steps_of_block
+from .stack import ForwardInputs, LayerResiduals, Stack
+from .sweep import Segment, steps_of_block
 from .tangents import DualPullback, along, check_params_dot, lift, parted, refuse_nothing
 from .weights import parameter_shapes, variant_advice
 
@@ -645,7 +645,9 @@ class GRU(Layer):
         sweep = stack.sweep(self.params, 0, stack.suffixes[0])
         found, h = sweep.one_block_kept(x, h0[0])
         call = Call(x, h0, None, NO_RESTARTS, False, False)
-        pullback = BlockPullback(self.params, self._layout, stack, call, sweep, found)
+        block = Segment((slice(0, x.shape[0]),), h0[0], [found])
+        kept = [LayerResiduals(x, None, [(sweep, [block])])]
+        pullback = BlockPullback(self.params, self._layout, stack, call, kept, NO_MASKS)
         y = stack.run.as_contiguous(found.outputs)
         return (y.swapaxes(0, 1) if self.batch_first else y, h[None]), pullback
 

@@ -41,11 +41,6 @@ class SequenceLayout(NamedTuple):
     merge: str | None = "concat"  # how y has the directions; None: as a pair
     every: bool = False  # whether y is a tuple of the outputs of all layers
 
-    @property
-    def directions(self) -> int:
-        """D."""
-        return len(self.reverses)
-
     def enter(
         self,
         x: Array,
@@ -254,7 +249,7 @@ class SequenceLayout(NamedTuple):
 
     def _check_states(self, name: str, states: Array, B: int, unbatched: bool) -> None:
         self.backend.check(name, states, self.dtype)
-        sizes = {"L*D": self.layers * self.directions, "B": B, "H": self.hidden_size}
+        sizes = {"L*D": self.layers * len(self.reverses), "B": B, "H": self.hidden_size}
         check_shape(name, states, "(L*D, H)" if unbatched else "(L*D, B, H)", sizes)
 
     def _flags(self, name: str, v: Array, T: int, B: int, unbatched: bool) -> HostArray:
@@ -276,7 +271,7 @@ class SequenceLayout(NamedTuple):
         if call.mask is None or not v.shape[0]:
             return v
         xp, H, alive = self.backend.xp, self.hidden_size, call.mask.alive
-        parts = [v[:, :, d * H : (d + 1) * H] for d in range(self.directions)]
+        parts = [v[:, :, d * H : (d + 1) * H] for d in range(len(self.reverses))]
         pairs = zip(parts, self.reverses, strict=True)
         return xp.concat([function(xp, part, alive, way) for part, way in pairs], axis=-1)
 

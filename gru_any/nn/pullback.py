@@ -1,14 +1,11 @@
 """The backward pass through the layers of a GRU."""
 
-from typing import Any
-
 from ..backend.contract import Output
 from ..typing import Array, Derivatives
 from .layout import Call, SequenceLayout
-from .masks import NO_MASKS, Masks
+from .masks import Masks
 from .params import Params, refuse_stale
 from .stack import BackwardInputs, LayerResiduals, Stack
-from .sweep import Residuals, Segment, Sweep
 
 
 class Pullback:
@@ -79,28 +76,13 @@ class Pullback:
 class BlockPullback(Pullback):
     """That of a call of one block through one layer in one direction, without masks."""
 
-    def __init__(
-        self,
-        params: Params,
-        layout: SequenceLayout,
-        stack: Stack,
-        call: Call,
-        sweep: Sweep,
-        kept: Residuals,
-    ) -> None:
-        super().__init__(params, layout, stack, call, [], NO_MASKS)
-        self._sweep, self._kept = sweep, kept
-
     def __call__(self, dy: Array | None, dh_n: Array | None = None) -> Derivatives:
         """Return grads, dx and dh0 without the layers between."""
         refuse_stale(self._params, self._version)
         dy, dh_n = self._layout.enter_cotangents(self._call, dy, dh_n)
-        dx, dh, grads = self._sweep.one_block_back(self._call.x, self._kept, dy, dh_n[0])
+        ((sweep, (segment,)),) = self._residuals[0].sweeps
+        assert segment.residuals  # a block is not recomputed
+        (kept,) = segment.residuals
+        dx, dh, grads = sweep.one_block_back(self._call.x, kept, dy, dh_n[0])
         dx = dx.swapaxes(0, 1) if self._layout.batch_first else dx
         return dict(zip(self._params, grads, strict=False)), dx, dh[None]
-
-    def _back(self, *given: Any) -> Derivatives:
-        x = self._call.x
-        block = Segment((slice(0, x.shape[0]),), self._call.h0[0], [self._kept])
-        self._residuals = [LayerResiduals(x, None, [(self._sweep, [block])])]
-        return super()._back(*given)

@@ -33,8 +33,7 @@ class Numba(NumPy):
 
     def pack_weights(self, W: Any, U: Any, rows: int) -> tuple[Any, Any]:
         if isinstance(U, PackedMatrix):  # of a frozen model
-            size = W.size + U.size
-            panels = isinstance(U, SmallMatrix) or tuning.frozen_packed(rows, size)
+            panels = isinstance(U, SmallMatrix) or tuning.frozen_packed(rows, W.size + U.size)
             return (W, U) if panels else (W.matrix, U.matrix)
         if tuning.packed(rows):
             return PackedMatrix(W), PackedMatrix(U)
