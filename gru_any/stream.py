@@ -1,6 +1,6 @@
 """A model that reads a sequence piece by piece and keeps the state between the pieces."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,12 +95,22 @@ class Stream:
         self._states = [*states]
         return y
 
-    def step(self, x_t: Array) -> Array:
-        """Read one step: x_t (B, I) or (I,), integers (B,) in front of an Embedding -> y_t."""
-        y, states, new = x_t, iter(self._states), []
+    def step(
+        self,
+        x_t: Array,
+        *,
+        resets: Array | Sequence[bool] | bool | None = None,
+        start: Array | Sequence[Array | None] | None = None,
+    ) -> Array:
+        """Read one step: x_t (B, I) or (I,), integers (B,) in front of an Embedding -> y_t.
+
+        resets: B booleans, or one without a batch: where an episode begins at this step. start: as
+        in a call.
+        """
+        y, states, starts, new = x_t, iter(self._states), self._starts(start), []
         for step, recurrent in self._steps:
             if recurrent:
-                y, h = step(y, next(states))
+                y, h = step(y, next(states), resets, next(starts))
                 new.append(h)
             else:
                 y = step(y)
@@ -143,9 +153,18 @@ class Stream:
             check_shape("state", h, "(L, H)" if h.ndim == 2 else "(L, B, H)", sizes)
         self._states = [self._copy(h) for h in states]
 
-    def reset(self, rows: Sequence[bool] | Array | None = None) -> None:
-        """Set the state to zeros: of all rows, or of those where `rows`, B booleans, is true."""
+    def reset(
+        self,
+        rows: Sequence[bool] | Array | None = None,
+        start: Array | Sequence[Array | None] | None = None,
+    ) -> None:
+        """Set the state to zeros: of all rows, or of those where `rows`, B booleans, is true.
+
+        start: what it is set to in place of zeros, as in a call; it needs rows.
+        """
         if rows is None:
+            if start is not None:
+                raise ValueError("start was given without rows, expected B booleans: which to set")
             self._states = [None] * len(self._grus)
             return
         chosen = np.asarray(rows) if isinstance(rows, list) else to_numpy(rows, "rows")
@@ -154,15 +173,26 @@ class Stream:
                 f"rows is {chosen.dtype} {chosen.shape}, expected B booleans, True to reset"
             )
         if all(h is not None for h in self._states):
-            self._states = [self._without(h, chosen) for h in self._states]
+            triples = zip(self._grus, self._states, self._starts(start), strict=True)
+            self._states = [self._restarted(gru, h, chosen, own) for gru, h, own in triples]
+        elif start is not None:
+            raise ValueError(
+                "start was given before anything was read, when the batch is not known: assign "
+                "`state`, or give the first call resets and start"
+            )
 
-    def _without(self, h: Array, chosen: HostArray) -> Array:
-        """Return h (L, B, H) with zeros in these rows of the batch."""
+    def _starts(self, start: Array | Sequence[Array | None] | None) -> Iterator[Array | None]:
+        """Return the start of each GRU."""
+        if start is not None and isinstance(self.model, Chain):
+            return self.model._states(start, "start")
+        return iter([start] * len(self._grus))
+
+    def _restarted(self, gru: GRU, h: Array, chosen: HostArray, start: Array | None) -> Array:
+        """Return h (L, B, H) with zeros, or the start, in these rows of the batch."""
         if h.ndim != 3 or chosen.shape != h.shape[1:2]:
             wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"
             raise ValueError(f"rows is {chosen.dtype} {chosen.shape}, expected booleans {wanted}")
-        xp, there = self.model.backend.xp, self.model.backend.put(chosen[None, :, None], "bool")
-        return xp.where(there, xp.zeros_like(h), h)
+        return gru._layout.restart(h, chosen, start, False, "rows")
 
     def __reduce__(self) -> tuple[Callable[..., "Stream"], tuple[GRU | Chain, Any]]:
         """A copy has the state of this moment, and the model's parameters as they are."""

@@ -331,6 +331,114 @@ def test_a_stream_in_chunks():
 
 
 @pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("kind", ["float64", "float16", "frozen", "outputs of all layers"])
+@pytest.mark.parametrize("shared", [None, True, False], ids=["zeros", "shared", "own"])
+def test_steps_one_by_one(kind, shared):
+    """As the whole in one call: `step` of a GRU, with a batch and without, and of a Stream."""
+    dtype = kind if kind == "float16" else "float64"
+    others = {"outputs": "all"} if kind.startswith("outputs") else {}
+    gru = make(direction="forward", dtype=dtype, **others)
+    gru = freeze(gru) if kind == "frozen" else gru
+    (x, h0, *_), options = case(gru, shared=bool(shared))
+    del options["mask"]
+    if shared is None:
+        del options["start"]
+    whole, h_n = gru(x, h0, **options)
+    stream, state, given = Stream(gru), h0.copy(), h0.copy()
+    stream.state = h0
+    near = {"rtol": 0, "atol": 2e-3 if dtype == "float16" else 1e-14}
+    for t, resets in enumerate(options.pop("resets")):
+        y, state = gru.step(x[t], state, resets=resets, **options)
+        assert np.array_equal(stream.step(x[t], resets=list(resets), **options)[0], y[0])
+        if not others:
+            assert y.dtype == state.dtype == dtype
+            assert np.allclose(y, whole[t], **near)
+            assert np.array_equal(stream.state, state)
+    assert np.allclose(state, h_n, **near)
+    assert np.array_equal(given, h0)
+    own = {"start": options["start"] if shared else options["start"][:, 1]} if options else {}
+    row = gru.step(x[0], h0, resets=[False, True, False, True], **options)[1]
+    for reset in (True, np.True_, np.array(True)):
+        one = gru.step(x[0, 1], h0[:, 1], resets=reset, **own)[1]
+        assert np.allclose(one, row[:, 1], **near)
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_a_step_resets_reaches_nothing():
+    """NaN in a state that is reset, and in a start that no row reads."""
+    gru = make(direction="forward")
+    (x, h0, *_), options = case(gru, shared=False)
+    resets, start = np.array([True, False, False, True]), options["start"]
+    expected = gru.step(x[0], h0, resets=resets, start=start)[1]
+    h0[:, resets], start[:, ~resets] = np.nan, np.nan
+    assert np.array_equal(gru.step(x[0], h0, resets=resets, start=start)[1], expected)
+
+
+@pytest.mark.usefixtures("traced")
+def test_rows_of_a_stream_are_set():
+    starts = np.random.default_rng(0).standard_normal((2, 2, 4))
+    gru, other = make(direction="forward"), make(True, direction="forward")
+    chain = Chain(gru, Linear(4, 3, dtype="float64", seed=0), other)
+    x = case(gru)[0][0]
+    for model, start in ((gru, starts[0]), (chain, [None, starts[1]]), (chain, list(starts))):
+        stream = Stream(model)
+        with pytest.raises(ValueError, match="start was given before anything was read"):
+            stream.reset([True, False, True, False], start)
+        stream(x)
+        before = stream.state if model is chain else [stream.state]
+        stream.reset([True, False, True, False], start)
+        after = stream.state if model is chain else [stream.state]
+        given = start if model is chain else [start]
+        for old, new, own in zip(before, after, given, strict=True):
+            assert np.array_equal(new[:, 1::2], old[:, 1::2])
+            assert np.array_equal(new[:, 0], np.zeros((2, 4)) if own is None else own)
+        with pytest.raises(ValueError, match="start was given without rows"):
+            stream.reset(start=start)
+        with pytest.raises(ValueError, match="start"):
+            stream.reset([True] * 4, starts[0, :, :3] if model is gru else [starts[0]])
+
+
+@pytest.mark.usefixtures("traced")
+def test_steps_on_every_library(backend):
+    gru = make(direction="forward")
+    there = gru.to(backend.name, backend.device)
+    (x, h0, *_), options = case(gru)
+    step = {"resets": options["resets"][1], "start": options["start"]}
+    expected = gru.step(x[0], h0, **step)
+    x, h0, start = map(backend.put, (x[0], h0, step["start"]))
+    for resets in (backend.put(step["resets"]), step["resets"], step["resets"].tolist()):
+        found = there.step(x, h0, resets=resets, start=start)
+        assert_same(dict(enumerate(map(backend.host, found))), dict(enumerate(expected)), 1e-12)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_step_inside_of_jax():
+    """In `lax.scan`, where resets and start have no values."""
+    jax = require("jax")
+    gru = make(direction="forward")
+    (x, h0, *_), options = case(gru)
+    del options["mask"]
+    expected, last = gru(x, h0, **options)
+    there = gru.to("jax.numpy")
+
+    def run(x, h0, resets, start):
+        def step(h, given):
+            return there.step(given[0], h, resets=given[1], start=start)[::-1]
+
+        return jax.lax.scan(step, h0, (x, resets))
+
+    h, y = jax.jit(run)(x, h0, options["resets"], options["start"])
+    assert np.allclose(y, expected, rtol=0, atol=1e-13)
+    assert np.allclose(h, last, rtol=0, atol=1e-13)
+    for wrong, told in (
+        (np.ones(3, bool), r"resets is \(3,\), expected \(B,\) = \(4,\)"),
+        (np.ones(4), "resets has dtype float64, expected booleans"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=told):
+            jax.jit(lambda r: there.step(jax.numpy.asarray(x[0]), resets=r))(wrong)
+
+
+@pytest.mark.usefixtures("traced")
 def test_inside_of_jax():
     """A start may be traced, and JAX's own gradient to it is ours."""
     jax = require("jax")
@@ -386,6 +494,26 @@ def test_refusals(start, resets, told):
     resets = resets and np.ones((5, 2), bool)
     with pytest.raises(ValueError, match=told):
         make()(np.zeros((5, 2, 3)), resets=resets, start=np.zeros(start))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(
+    ("rows", "options", "told"),
+    [
+        ((2,), {"start": np.zeros((4, 4))}, "start was given without resets"),
+        ((2,), {"resets": [True]}, r"resets is \(1,\), expected \(B,\) = \(2,\)"),
+        ((2,), {"resets": True}, r"resets is \(\), expected \(B,\) = \(2,\)"),
+        ((), {"resets": [True]}, r"resets is \(1,\), expected one boolean, since there is no"),
+        ((2,), {"resets": [1, 0]}, "resets has dtype int64, expected booleans"),
+        ((2,), {"resets": [True] * 2, "start": np.zeros((2, 3))}, "axis 1 is 3, H is 4"),
+        ((2,), {"resets": [True] * 2, "start": np.zeros((2, 3, 4))}, "axis 1 is 3, B is 2"),
+    ],
+)
+def test_refusals_of_steps(rows, options, told):
+    gru = make(direction="forward")
+    for step in (gru.step, Stream(gru).step, freeze(gru).step):
+        with pytest.raises((TypeError, ValueError), match=told):
+            step(np.zeros((*rows, 3)), **options)
 
 
 @pytest.mark.usefixtures("traced")

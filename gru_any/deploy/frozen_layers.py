@@ -190,14 +190,21 @@ class FrozenGRU(Frozen, GRU):
         return run.prepare_block(self.variant.step, W, b, recurrent, suffix == "_reverse")
 
     @by_place
-    def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
+    def step(
+        self,
+        x_t: Array,
+        state: Array | None = None,
+        *,
+        resets: Array | bool | None = None,
+        start: Array | None = None,
+    ) -> tuple[Array, Array]:
         """Advance by one step, as `GRU.step` does."""
         if state is not None:
             self.backend.check("state", state, self.dtype)
-        return self._prepared_step()(x_t, state)
+        return self._prepared_step()(x_t, state, resets, start)
 
     @by_place
-    def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
+    def _prepared_step(self) -> Callable[..., tuple[Array, Array]]:
         made_for, steps = self._layer_steps
         if made_for is not self._runner:
             steps = self._steps(self._runner.prepare_step)

@@ -420,19 +420,30 @@ class GRU(Layer):
         return along(self, check_params_dot(self, params_dot)), x, h0, start
 
     @by_place
-    def step(self, x_t: Array, state: Array | None = None) -> tuple[Array, Array]:
+    def step(
+        self,
+        x_t: Array,
+        state: Array | None = None,
+        *,
+        resets: Array | bool | None = None,
+        start: Array | None = None,
+    ) -> tuple[Array, Array]:
         """Advance by one step, for streams.
 
         x_t (B, I) or (I,), state (L, B, H) or (L, H), zeros if None -> y_t (B, H) or (H,), and the
-        new state; the one given is not written. y_t is a tuple of such with outputs="all". A
-        `Stream` can reset single rows.
+        new state; the one given is not written. y_t is a tuple of such with outputs="all".
+
+        resets : B booleans, or one without a batch
+            Where it is true, the row's state is set to 0, or to `start`, before the step.
+        start : array (L, H), the same for all rows, or (L, B, H)
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)
-        return self._step(self._steps(self._runner.single_step), x_t, state)
+        steps = self._steps(self._runner.single_step)
+        return self._step(steps, x_t, state, resets, start)
 
     @by_place
-    def _prepared_step(self) -> Callable[[Array, Array | None], tuple[Array, Array]]:
+    def _prepared_step(self) -> Callable[..., tuple[Array, Array]]:
         """Return `step` with the parameters as they are now, perhaps copies: cheaper to call."""
         return partial(self._step, self._steps(self._runner.prepare_step))
 
@@ -462,7 +473,12 @@ class GRU(Layer):
         return half
 
     def _step(
-        self, steps: list[LayerStep], x_t: Array, state: Array | None = None
+        self,
+        steps: list[LayerStep],
+        x_t: Array,
+        state: Array | None = None,
+        resets: Array | bool | None = None,
+        start: Array | None = None,
     ) -> tuple[Any, Array]:
         self.backend.check("x_t", x_t, self.dtype)
         rows = x_t.shape[:-1]
@@ -475,6 +491,8 @@ class GRU(Layer):
             sizes = {"L": shape[0], "B": rows[0] if rows else 1, "H": shape[-1]}
             check_shape("state", state, "(L, B, H)" if rows else "(L, H)", sizes)
         y, state = (x_t, state) if rows else (x_t[None, :], state[:, None, :])
+        if resets is not None or start is not None:
+            state = self._layout.restart(state, resets, start, not rows)
         states, ys = [], []
         for layer, step in enumerate(steps):
             y, h = step(y, state[layer, ...])

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple, TypeAlias
 from .. import arguments
 from ..backend import Backend, is_traced
 from ..errors import ShapeError, check_shape
-from ..typing import Array, HostArray, Lengths
+from ..typing import Array, HostArray, Lengths, Namespace, Shape
 from .merge import part
 from .steps import Restarts, flags, gathered, repeated, restarts, running
 from .sweep import SequenceMask
 
 SKIPPED = "zero", "repeat"
 NO_RESTARTS = Restarts(None, None)
+LONE_START = "start was given without resets, of which it is the state: give resets too; the state"
+ONE_FLAG = "one boolean, since there is no batch: shape"
 Repetition: TypeAlias = Callable[..., Array]  # xp, v, alive, reverse -> v
 
 
@@ -72,10 +74,7 @@ class SequenceLayout(NamedTuple):
             h0 = backend.xp.reshape(h0, (states, B, H))
             h0 = backend.xp.astype(h0, backend.dtype(self.arithmetic), copy=True)
         if start is not None and resets is None:
-            raise ValueError(
-                "start was given without resets, of which it is the state: give resets too; the "
-                "state before the first step is h0"
-            )
+            raise ValueError(f"{LONE_START} before the first step is h0")
         if lengths is not None and unbatched:
             raise ValueError("lengths were given, but x (T, I) has no batch; cut x instead")
         repeat = skipped != "zero" and arguments.choice("skipped", skipped, SKIPPED) == "repeat"
@@ -96,6 +95,30 @@ class SequenceLayout(NamedTuple):
             found = self._started(found, start, B, unbatched)
         h0 = self._with_start(found, h0)
         return Call(x, h0, self._mask(alive), found, repeat, unbatched)
+
+    def restart(
+        self,
+        state: Array,
+        resets: Array | None,
+        start: Array | None,
+        unbatched: bool,
+        name: str = "resets",
+    ) -> Array:
+        """Return the state (L, B, H) before a single step, set anew where `resets` says so.
+
+        name: of resets in errors.
+        """
+        if resets is None:
+            raise ValueError(f"{LONE_START} before the step is `state`")
+        home, xp, B = self.backend, self.backend.xp, state.shape[1]
+        shape, letters = ((), ONE_FLAG) if unbatched else ((B,), "(B,)")
+        if is_traced(resets):
+            _check_traced_flags(xp, name, resets, shape, letters)
+        else:
+            resets = home.put(flags(name, resets, shape, letters), "bool")
+        fresh = xp.reshape(resets, (1, B, 1))
+        found = self._started(Restarts(None, fresh), start, B, unbatched)
+        return xp.astype(self._with_start(found, state), state.dtype, copy=False)
 
     def _started(self, found: Restarts, start: Array | None, B: int, unbatched: bool) -> Restarts:
         """Return restarts with the state given for them."""
@@ -284,3 +307,11 @@ class SequenceLayout(NamedTuple):
             raise TypeError(f"lengths has dtype {lengths.dtype}, expected integers")
         steps = xp.arange(T, dtype=lengths.dtype)[:, None, None]
         return SequenceMask(steps < lengths[None, :, None], 0)
+
+
+def _check_traced_flags(xp: Namespace, name: str, v: Array, shape: Shape, letters: str) -> None:
+    """Check shape and dtype of flags without values."""
+    if tuple(v.shape) != shape:
+        raise ShapeError(f"{name} is {tuple(v.shape)}, expected {letters} = {shape}")
+    if not xp.isdtype(v.dtype, "bool"):
+        raise TypeError(f"{name} has dtype {v.dtype}, expected booleans, such as {name} != 0")
