@@ -41,14 +41,14 @@ def chain(batch_first=False, last=False, seed=0, **more):
 
 
 def ragged(epoch):
-    """Batches of five rows, of one and of two, with lengths and a mask."""
+    """Batches of five rows, of one and of two, with lengths, a mask and resets."""
     rng = np.random.default_rng(epoch)
     for B in (5, 1, 2):
         lengths = rng.integers(0, 10, B)
         lengths[0] = 9
         mask = rng.random((9, B)) < 0.7
         x, target = rng.standard_normal((9, B, 3)), rng.integers(0, 4, (9, B))
-        yield Batch(x, target, mask, lengths)
+        yield Batch(x, target, mask, lengths, resets=rng.random((9, B)) < 0.2)
 
 
 def labelled(epoch):

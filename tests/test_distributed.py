@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import on_ranks
 import pytest
-from conftest import finished, refuse, require, started
+from conftest import finished, refuse, require, running, started
 
 from gru_any import Chain, Linear, softmax_cross_entropy
 from gru_any.train import compress, distributed, fit, sentinel
 from gru_any.train.data import Batch, Piece
 from gru_any.train.shard import Sharded
-from gru_any.train.share import SharedGenerator, rows_of, take
+from gru_any.train.share import SharedGenerator, digest, rows_of, take
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent / "scripts"
@@ -53,8 +53,9 @@ def run(size, *command, code=0, **environment):
 
 @pytest.fixture(scope="module")
 def whole():
-    """The runs in this process alone."""
-    return {name: on_ranks.train(name) for name in on_ranks.RECIPES}
+    """The runs in this process alone, on the path that the ranks take."""
+    with running("traced"):
+        return {name: on_ranks.train(name) for name in on_ranks.RECIPES}
 
 
 @pytest.fixture(scope="module")
@@ -459,10 +460,14 @@ def test_shares_are_all_rows_once_and_even(size, rows):
 def test_a_share_of_a_piece():
     x, target = np.arange(24.0).reshape(2, 4, 3), np.zeros((2, 4))
     mask = np.array([[1, 1, 0, 1], [0, 1, 0, 1]], bool)
-    piece = Piece(Batch(x, target, mask, np.array([1, 2, 0, 2])), True, 2, 5.0)
+    resets = np.arange(8).reshape(2, 4) % 3 == 0
+    batch = Batch(x, target, mask, np.array([1, 2, 0, 2]), False, resets)
+    piece = Piece(batch, True, 2, 5.0)
     own, share = take(piece, lambda rows: slice(1, rows - 1), True, "targets")
     assert own.batch.x.tolist() == x[:, 1:3].tolist()
     assert own.batch.lengths.tolist() == [2, 0]
+    assert own.batch.resets.tolist() == resets[:, 1:3].tolist()
+    assert digest(batch) != digest(batch._replace(resets=~resets))  # which ranks would not share
     assert (own.counted, share.weight, share.of) == (5.0, 2 / 5, 4)
 
 

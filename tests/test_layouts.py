@@ -204,7 +204,7 @@ def test_stream_and_inspect_in_both_layouts():
 
 def test_lists_tuples_and_tensors_are_batches():
     torch = require("torch")
-    x, target, mask, lengths, _ = data(masked=True, lengths=True)
+    x, target, mask, lengths, *_ = data(masked=True, lengths=True)
     expected = train(regression(), Batch(x, target, mask, lengths))
     for batch in (
         (x, target, mask, lengths),
@@ -243,6 +243,10 @@ def test_lengths_near_their_ends():
         ({"lengths": [1, 2, 3, 9]}, "lengths holds 9, expected 0 to T = 8"),
         ({"x": [[1, 2], [3]]}, "x of a batch is no array"),
         ({"x": np.full((8, 4, 3), "a")}, "x of a batch is no array"),
+        ({"resets": np.ones((4, 8), bool)}, r"resets is \(4, 8\), expected \(T, B\) = \(8, 4\)"),
+        ({"resets": np.ones((8, 4, 1), bool)}, r"resets is \(8, 4, 1\), expected \(T, B\)"),
+        ({"resets": np.ones((8, 4))}, "resets has dtype float64, expected bool: resets != 0"),
+        ({"resets": [[1, 2], [3]]}, "resets of a batch is no array"),
         ({"batch_first": "yes"}, "batch_first is 'yes', expected True or False"),
     ],
 )

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import finished, require, started
+from conftest import finished, require, running, started
 
 from gru_any import (
     GRU,
@@ -28,6 +28,13 @@ from gru_any import (
 from gru_any.train.data import Batch, ahead, buckets, cut, side_by_side, streams, waste
 from gru_any.train.loop import evaluate, fit
 from gru_any.train.schedules import constant, cosine, plateau, stepwise, warm_up
+
+
+@pytest.fixture
+def traced():
+    """Without a compiler, for what does not depend on the path."""
+    with running("traced"):
+        yield
 
 
 def chain(seed=0, p=0.0):
@@ -53,6 +60,114 @@ def same(a, b):
 
 
 # the data ----------------------------------------------------------------------------------------
+
+
+def packed(episodes, rows, batch_first):
+    """Pack episodes (x, target) one after the other into rows of the same length."""
+
+    def row(i):
+        return [np.concatenate([episodes[k][i] for k in some]) for some in rows]
+
+    x, target = (np.stack(row(i), axis=0 if batch_first else 1) for i in (0, 1))
+    begins = [np.concatenate([np.arange(len(episodes[k][0])) == 0 for k in some]) for some in rows]
+    return Batch(x, target, resets=np.stack(begins, axis=0 if batch_first else 1))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_episodes_in_a_row_train_as_rows_of_their_own(batch_first, bidirectional):
+    rng = np.random.default_rng(0)
+    lengths = [5, 7, 3, 4, 5]
+    episodes = [[rng.standard_normal((n, k)) for k in (3, 2)] for n in lengths]
+    in_rows = packed(episodes, [[0, 1], [2, 3, 4]], batch_first)
+    assert in_rows.resets.sum() == 5
+    x, target = (side_by_side([e[i] for e in episodes], batch_first=batch_first)[0] for i in (0, 1))
+    results = []
+    for given in (in_rows, Batch(x, target, lengths=lengths), in_rows._replace(resets=None)):
+        options = {"bidirectional": bidirectional, "batch_first": batch_first, "dtype": "float64"}
+        model = Chain(
+            GRU(3, 5, seed=0, **options),
+            Linear(10 if bidirectional else 5, 2, dtype="float64", seed=1),
+        )
+        optimiser = SGD(model.params, lr=0.1, momentum=0.9)
+        fit(model, error, lambda epoch, b=given: [b], optimiser, steps=8, bar=False)
+        found = [evaluate(model, error, [given])]
+        if not bidirectional:  # which reads from the end of each chunk
+            found.append(evaluate(model, error, [given], chunk=4))
+        results.append([*model.params.values(), *found])
+    for own, apart, joined in zip(*results, strict=True):
+        assert np.allclose(own, apart, rtol=0, atol=1e-12)
+        assert not np.allclose(own, joined, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("mixed", [None, "float16"])
+@pytest.mark.parametrize(("k1", "k2"), [(4, 4), (3, 8)])
+def test_resets_are_cut_in_time(k1, k2, mixed):
+    """As a loop by hand, with `vjp` and a state carried over."""
+    T, dtype = 14, "float32" if mixed else "float64"
+    x, target = (v.astype(dtype) for v in batch(T)[:2])
+    resets = np.random.default_rng(1).random((T, 4)) < 0.3
+
+    def model():
+        home = {"dtype": dtype, "seed": 0}
+        return Chain(GRU(3, 5, **home), Linear(5, 2, **home))
+
+    trained = model()
+    given = Batch(x, target, resets=resets)
+    fit(trained, error, lambda epoch: [given], SGD(trained.params, lr=0.1), epochs=2,
+        tbptt=(k1, k2), mixed=mixed, bar=False)  # fmt: skip
+    expected = model()
+    optimiser = SGD(expected.params, lr=0.1)
+    for _ in range(2):
+        state, start = None, 0
+        for at in range(0, T, k1):
+            part = slice(start, min(at + k1, T))
+            (y, _), pullback = expected.vjp(x[part], state, resets=resets[part])
+            counts = np.broadcast_to((np.arange(start, part.stop) >= at)[:, None], y.shape[:2])
+            grads, *_ = pullback(error(y, target[part], counts)[1])
+            following = max(0, at + 2 * k1 - k2)
+            begun = slice(start, min(following, T))
+            _, state = expected(x[begun], state, resets=resets[begun])
+            start = following
+            optimiser.step(expected.params, grads)
+    near = 2e-3 if mixed else 1e-12
+    for name, w in expected.params.items():
+        assert np.allclose(trained.params[name], w, rtol=0, atol=near)
+
+
+@pytest.mark.usefixtures("traced")
+def test_nan_before_a_reset_reaches_nothing_after_it():
+    model = chain()
+    x, target, *_ = batch(T=9)
+    resets, counts = np.zeros((9, 4), bool), np.ones((9, 4), bool)
+    resets[6, 1], counts[:6, 1] = True, False
+    given = Batch(x, target, counts, resets=resets)
+    for chunk in (None, 2, 5):  # a state that is not a number is carried over
+        expected = evaluate(model, error, [given], chunk)
+        spoiled = x.copy()
+        spoiled[2, 1] = np.nan
+        assert evaluate(model, error, [given._replace(x=spoiled)], chunk) == expected
+        joined = given._replace(x=spoiled, resets=None)
+        assert math.isnan(evaluate(model, error, [joined], chunk))
+
+
+@pytest.mark.usefixtures("traced")
+def test_episodes_are_resumed_bit_for_bit(tmp_path):
+    resets = np.random.default_rng(0).random((12, 4)) < 0.2
+
+    def run(steps, out, resets=resets):
+        model = chain(p=0.2)
+        fit(model, error, lambda epoch: [b._replace(resets=resets) for b in batches(epoch)],
+            Adam(model.params), steps=steps, tbptt=(3, 5), accumulate=2, out=out, save_every=2,
+            bar=False)  # fmt: skip
+        return model.params
+
+    run(3, tmp_path / "parts")
+    whole = run(7, tmp_path / "whole")
+    assert same(run(7, tmp_path / "parts"), whole)
+    assert not same(run(7, tmp_path / "none", None), whole)
 
 
 @pytest.mark.parametrize("tbptt", [None, (1, 1), (4, 4), (5, 5), (2, 6), (3, 4), (20, 30)])
@@ -86,11 +201,11 @@ def test_impossible_cuts_are_refused(tbptt):
 
 
 def test_streams_predict_their_next():
-    x, target, mask, lengths, batch_first = streams(np.arange(21), 4)
+    x, target, mask, lengths, batch_first, resets = streams(np.arange(21), 4)
     assert x.shape == (5, 4)
     assert np.array_equal(x + 1, target)
     assert np.array_equal(x[:, 1], np.arange(5, 10))
-    assert mask is lengths is None
+    assert mask is lengths is resets is None
     assert batch_first is False
     with pytest.raises(ValueError, match="4 rows are too many for a sequence of 4"):
         streams(np.arange(4), 4)

@@ -32,6 +32,9 @@ class Batch(NamedTuple):
         Of the sequences; None if padding at the end does no harm.
     batch_first : bool or None
         None means the layout of the model, or (T, B, ...) where there is no model.
+    resets : array of bool or None
+        Of the shape of the first two axes of x: True where an episode begins, so that the states of
+        the GRUs are set to 0 before that step, as in a call of a GRU.
     """
 
     x: Array
@@ -39,6 +42,7 @@ class Batch(NamedTuple):
     mask: Array | None = None
     lengths: Array | None = None
     batch_first: bool | None = None
+    resets: Array | None = None
 
 
 class Piece(NamedTuple):
@@ -57,7 +61,7 @@ def arranged(
 
     Parameters
     ----------
-    batch : Batch, or a tuple or list (x, target[, mask[, lengths]])
+    batch : Batch, or a tuple or list of its fields, of which all but x and target may be missing
     batch_first : bool or None
         The layout wanted; a batch that states the other one is transposed. None keeps its layout.
     rank : int or None
@@ -68,14 +72,14 @@ def arranged(
     Raises
     ------
     ValueError, TypeError
-        It is not a batch, or the shapes of x, target, mask and lengths do not match.
+        It is not a batch, or the shapes of its arrays do not match.
     """
     if not isinstance(batch, tuple | list) or not 2 <= len(batch) <= len(Batch._fields):
         raise TypeError(
             f"a batch is {type(batch).__name__}, expected a Batch or (x, target[, mask[, "
             "lengths]]); batches are a list of these"
         )
-    x, target, mask, lengths, given = Batch(*batch)
+    x, target, mask, lengths, given, resets = Batch(*batch)
     x, target = _array("x", x), _array("target", target)
     given = None if given is None else arguments.flag("batch_first", given)
     wanted = bool(given) if batch_first is None else batch_first
@@ -88,6 +92,9 @@ def arranged(
     if transpose:
         x = np.swapaxes(x, 0, 1)
     B, T = x.shape[:2] if wanted else x.shape[1::-1]
+    if resets is not None:
+        resets = _resets(resets, leading, axes)
+        resets = resets.T if transpose else resets
     leading = leading if each_step else (B,)
     _check_target(target, leading, axes)
     if mask is not None:
@@ -100,7 +107,7 @@ def arranged(
     if lengths is not None and mask is None and each_step:
         mask = np.arange(T)[:, None] < lengths
         mask = mask.T if wanted else mask
-    return Batch(x, target, mask, lengths, wanted)
+    return Batch(x, target, mask, lengths, wanted, resets)
 
 
 def _check_target(target: HostArray, leading: Shape, axes: str) -> None:
@@ -114,10 +121,24 @@ def _check_target(target: HostArray, leading: Shape, axes: str) -> None:
     )
 
 
-def _mask(mask: Array, target: Shape, leading: Shape) -> HostArray:
-    array = _array("mask", mask)
+def _resets(resets: Array, leading: Shape, axes: str) -> HostArray:
+    array = _flags("resets", resets)
+    if array.shape != leading:
+        raise ShapeError(
+            f"resets is {array.shape}, expected {axes}) = {leading}, the first axes of x"
+        )
+    return array
+
+
+def _flags(name: str, value: Array) -> HostArray:
+    array = _array(name, value)
     if array.dtype != bool:
-        raise TypeError(f"mask has dtype {array.dtype}, expected bool: mask != 0")
+        raise TypeError(f"{name} has dtype {array.dtype}, expected bool: {name} != 0")
+    return array
+
+
+def _mask(mask: Array, target: Shape, leading: Shape) -> HostArray:
+    array = _flags("mask", mask)
     if array.shape not in (leading, target):
         raise ShapeError(
             f"mask is {array.shape}, expected {leading}, the first axes of target, or {target}, "
@@ -162,7 +183,7 @@ def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
     the steps before them let the gradient flow further back. With tbptt None the batch is one
     piece. Time is the first axis, or the second where the batch says batch_first.
     """
-    x, target, mask, lengths, batch_first = arranged(batch)
+    x, target, mask, lengths, batch_first, resets = arranged(batch)
     T = x.shape[1 if batch_first else 0]
     k1, k2 = pair(tbptt) or (max(T, 1), max(T, 1))
     for at in range(0, T, k1):
@@ -175,7 +196,8 @@ def cut(batch: Batch, tbptt: tuple[int, int] | None) -> Iterator[Piece]:
             counts[in_time(slice(at - start), batch_first)] = False
         within = None if lengths is None else np.clip(lengths - start, 0, stop - start)
         advance = max(0, at + 2 * k1 - k2) - start
-        piece = Batch(x[part], target[part], counts, within, batch_first)
+        begins = None if resets is None else resets[part]
+        piece = Batch(x[part], target[part], counts, within, batch_first, begins)
         count = counted(piece.target, counts, 2)
         yield Piece(piece, start == 0 and at == 0, advance, count)
 

@@ -72,7 +72,7 @@ def fit(
     batches : callable
         `batches(epoch)` returns the batches of an epoch, on the host; the same ones for the same
         epoch. Each is a `data.Batch`, or a tuple (x, target[, mask[, lengths]]) in the layout of
-        the model.
+        the model. `Batch(..., resets=...)` packs episodes into rows.
     optimiser : Optimizer
         Of `model.params`, or of a part of them: the others are frozen, which is reported on stderr.
         Only its own are clipped, averaged and updated.
@@ -339,8 +339,8 @@ def evaluate(
                 continue
             parts = own[number] = []
             for piece in _cut(model, batch, tbptt):
-                x, target, mask, lengths, _ = _put(model, piece).batch
-                y, state = model(x, None if piece.first else state, lengths)
+                x, target, mask, lengths, _, resets = _put(model, piece).batch
+                y, state = model(x, None if piece.first else state, lengths, resets=resets)
                 if piece.counted:
                     parts.append((float(loss(y, target, mask=mask)[0]), piece.counted))
         found = {number: parts for each in ranks.every(own) for number, parts in each.items()}
@@ -435,8 +435,11 @@ def _each_step(model: Chain) -> bool:
 
 
 def _put(model: Chain, piece: Piece) -> Piece:
-    """Copy a piece to the model's device; indices are checked while they are on the host."""
-    x, target, mask, lengths, batch_first = piece.batch
+    """Copy a piece to the model's device; indices are checked while they are on the host.
+
+    Lengths and resets stay there: calls read them on the host.
+    """
+    x, target, mask, lengths, batch_first, resets = piece.batch
     put, first = model.backend.put, model.layers[0]
     if isinstance(first, Embedding):
         first.check_range(x)
@@ -447,6 +450,7 @@ def _put(model: Chain, piece: Piece) -> Piece:
         None if mask is None else put(mask),
         lengths,
         batch_first,
+        resets,
     )
     return piece._replace(batch=on_device)
 

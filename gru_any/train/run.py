@@ -100,10 +100,10 @@ class Run:
 
         share : which rows of the whole piece these are; None for all
         """
-        x, target, mask, lengths, batch_first = piece.batch
+        x, target, mask, lengths, batch_first, resets = piece.batch
         state = None if piece.first else self.state
         rng = self.rng if share is None else SharedGenerator(self.rng, share, self.working)
-        (y, after), pullback = self.working.vjp(x, state, lengths, rng=rng)
+        (y, after), pullback = self.working.vjp(x, state, lengths, rng=rng, resets=resets)
         if share is not None:
             self._check_share(loss, piece, share, y)
             loss = weighted(loss, share, self.model.backend.xp)
@@ -125,8 +125,9 @@ class Run:
             grads, _, _ = pullback(dy, ready=ready)
         if piece.advance < x.shape[1 if batch_first else 0]:
             shorter = None if lengths is None else np.minimum(lengths, piece.advance)
-            begun = x[in_time(slice(piece.advance), batch_first)]
-            _, after = self.working(begun, state, shorter)
+            part = in_time(slice(piece.advance), batch_first)
+            begins = None if resets is None else resets[part]
+            _, after = self.working(x[part], state, shorter, resets=begins)
         self.state = after
         self.grads = mean(grads)
         self.pending += 1

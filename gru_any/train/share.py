@@ -52,7 +52,7 @@ def take(
 
     share : returns which of so many rows are this rank's
     """
-    x, target, mask, lengths, batch_first = whole = piece.batch
+    x, target, mask, lengths, batch_first, resets = whole = piece.batch
     axis = 0 if batch_first else 1
     B = x.shape[axis]
     rows = share(B)
@@ -64,6 +64,7 @@ def take(
         None if mask is None else mask[per_target],
         None if lengths is None else lengths[rows],
         batch_first,
+        None if resets is None else resets[across],
     )
     counts = float(rows.stop - rows.start)
     if reduction == "targets":
@@ -169,6 +170,6 @@ def checksum(array: HostArray, start: int = 0) -> int:
 
 def digest(batch: Batch, start: int = 0) -> int:
     """Return the CRC-32 of all arrays of a batch on the host."""
-    for array in batch[:4]:
+    for array in (*batch[:4], batch.resets):
         start = start if array is None else checksum(np.asarray(array), start)
     return start
