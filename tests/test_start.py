@@ -13,6 +13,7 @@ from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
 from gru_any import GRU, Chain, Last, Linear, gradcheck, hvp, squared_error
 from gru_any.deploy import freeze
+from gru_any.inspect.gradcheck import GradientError
 from gru_any.stream import Stream
 
 THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # with all that must be compiled for it
@@ -68,11 +69,34 @@ class Started:
 def test_gradients_are_slopes(path, after, shared):
     gru = make(after)
     (x, h0, *_), options = case(gru, shared=shared)
-    start = options.pop("start")
     with running(path):
-        errors = gradcheck(Started(gru), x, h0, start, directions=1, **options)
-    assert "input2" in errors
-    gradcheck(Started(gru), x, h0, start, method="complex", directions=1, **options)
+        errors = gradcheck(gru, x, h0, directions=1, **options)
+    assert "start" in errors
+    gradcheck(gru, x, h0, method="complex", directions=1, **options)
+
+
+@pytest.mark.usefixtures("traced")
+def test_gradcheck_finds_a_wrong_gradient_to_a_start():
+    class Wrong(GRU):
+        def vjp(self, *inputs, **options):
+            outputs, pullback = super().vjp(*inputs, **options)
+            return outputs, lambda *given: (*(found := pullback(*given))[:-1], 2 * found[-1])
+
+    (x, h0, *_), options = case(make())
+    wrong = Wrong(3, 4, 2, bidirectional=True, seed=1)  # float32, checked in float64
+    options["start"] = options["start"].astype("float32")
+    with pytest.raises(GradientError, match="the gradient to start is off by"):
+        gradcheck(wrong, x, h0, directions=1, **options)
+    chain = Chain(GRU(3, 4, seed=0), Linear(4, 3, seed=0), GRU(3, 4, seed=1))
+    options["start"] = [None, options["start"][:1]]
+    for method in ("central", "complex"):
+        errors = gradcheck(chain, x, directions=1, method=method, **options)
+        assert "start.1" in errors
+        assert "start.0" not in errors
+    options["resets"] = np.zeros((9, 4), bool)
+    with pytest.raises(GradientError, match=r"the gradient to start.1 is exactly 0"):
+        gradcheck(chain, x, directions=1, **options)
+    gradcheck(chain, x, directions=1, vanishing=["start.1"], **options)
 
 
 @pytest.mark.parametrize("path", PATHS if THOROUGH else ["plain", "traced"])

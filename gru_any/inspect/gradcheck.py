@@ -53,6 +53,7 @@ def gradcheck(
     directions: int = 2,
     seed: int = 0,
     vanishing: Iterable[str] = (),
+    start: Tree = None,
     **options: object,
 ) -> dict[str, float]:
     """Compare each gradient of `layer` with the slope of its forward call along random directions.
@@ -75,13 +76,16 @@ def gradcheck(
         The number of directions for each array, and the seed they are drawn with.
     vanishing : names
         Gradients that must be exactly 0; no other may be.
+    start : array, list of arrays or None
+        The argument of this name of a GRU or Chain, whose gradient is checked too.
     **options
-        Keyword arguments for `vjp` and the plain call, such as `lengths`.
+        Other keyword arguments for `vjp` and the plain call, such as `lengths` and `resets`.
 
     Returns
     -------
     dict
-        The largest error of each parameter and input; inputs are named `input0`, `input1`...
+        The largest error of each parameter and input; inputs are named `input0`, `input1`... and
+        `start`; what a list holds has a number more, as in `start.0`.
 
     Raises
     ------
@@ -104,16 +108,20 @@ def gradcheck(
         raise TypeError(f"layer is a {kind}, expected a layer or Chain: gradcheck(model, x)")
     rng = arguments.seed(seed)
     twin = layer.to(dtype="float64")
-    points = {f"{k}": to_numpy(v) for k, v in twin.params.items()} | _flat("input", inputs)
+    given = {**_numbered(inputs), **({} if start is None else {"start": start})}
+    points = {f"{k}": to_numpy(v) for k, v in twin.params.items()} | _flat(given)
     points = {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in points.items()}
-    outputs, pullback = twin.vjp(*_filled(twin, inputs, points, "float64"), **options)
+    outputs, pullback = _call(twin.vjp, _filled(twin, given, points, "float64"), options)
     cotangents = {
-        k: rng.standard_normal(tuple(v.shape)) for k, v in _flat("output", (outputs,)).items()
+        k: rng.standard_normal(tuple(v.shape)) for k, v in _flat({"output": outputs}).items()
     }
-    filled = _filled(twin, (outputs,), cotangents, "float64", "output")[0]
+    filled = _filled(twin, {"output": outputs}, cotangents, "float64")["output"]
     grads, *dinputs = pullback(*filled) if isinstance(filled, tuple) else pullback(filled)
-    found = {k: to_numpy(v) for k, v in grads.items()} | _flat("input", tuple(dinputs))
-    slope = _slope(layer, inputs, points, cotangents, options, method)
+    found = {k: to_numpy(v) for k, v in grads.items()}
+    if start is not None:
+        found |= _flat({"start": dinputs.pop()})
+    found |= _flat(_numbered(dinputs))
+    slope = _slope(layer, given, points, cotangents, options, method)
     errors = {
         name: max(_error(found[name], slope, name, rng) for _ in range(directions))
         for name in points
@@ -133,7 +141,7 @@ def _error(grad: HostArray, slope: Slope, name: str, rng: Rng) -> float:
 
 def _slope(
     layer: Differentiable,
-    inputs: tuple[Tree, ...],
+    given: Mapping[str, Tree],
     points: HostArrays,
     cotangents: HostArrays,
     options: Mapping[str, object],
@@ -146,7 +154,8 @@ def _slope(
         values = {**points, name: moved}
         for k in twin.params:
             twin.params[k] = twin.backend.put(values[k], twin.dtype)
-        outputs = _flat("output", (twin(*_filled(twin, inputs, values, twin.dtype), **options),))
+        found = _call(twin, _filled(twin, given, values, twin.dtype), options)
+        outputs = _flat({"output": found})
         return sum(np.sum(cotangents[k] * outputs[k]) for k in outputs)
 
     def slope(name: str, v: HostArray) -> float:
@@ -174,32 +183,40 @@ def _judge(
             )
 
 
-def _flat(name: str, values: Iterable[Tree]) -> dict[str, HostArray]:
-    """Flatten nested tuples and lists of arrays to host arrays by names such as output0.1."""
+def _numbered(inputs: Iterable[Tree]) -> dict[str, Tree]:
+    """Name the arguments that have a place and no name."""
+    return {f"input{i}": value for i, value in enumerate(inputs)}
+
+
+def _call(
+    function: Callable[..., Any], given: Mapping[str, Tree], options: Mapping[str, object]
+) -> Any:
+    """Call a function with its inputs in their places, and a start by its name."""
+    start = {name: v for name, v in given.items() if name == "start"}
+    return function(*(v for name, v in given.items() if name not in start), **start, **options)
+
+
+def _flat(values: Mapping[str, Tree]) -> dict[str, HostArray]:
+    """Flatten nested tuples and lists of arrays to host arrays by names such as output.1."""
     flat: dict[str, HostArray] = {}
-    for i, value in enumerate(values):
+    for name, value in values.items():
         if isinstance(value, (tuple, list)):
-            flat |= {f"{name}{i}.{k}": v for k, v in _flat("", value).items()}
+            flat |= _flat({f"{name}.{i}": v for i, v in enumerate(value)})
         elif value is not None:
-            flat[f"{name}{i}"] = to_numpy(value)
+            flat[name] = to_numpy(value)
     return flat
 
 
 def _filled(
-    layer: Differentiable,
-    values: Iterable[Tree],
-    arrays: HostArrays,
-    dtype: str,
-    name: str = "input",
-) -> tuple[Tree, ...]:
+    layer: Differentiable, values: Mapping[str, Tree], arrays: HostArrays, dtype: str
+) -> dict[str, Tree]:
     """Rebuild the structure of `values` from `arrays`, on the layer's backend."""
 
     def fill(value: Tree, key: str) -> Tree:
         if isinstance(value, (tuple, list)):
-            start = key + "."
-            return type(value)(fill(v, f"{start}{i}") for i, v in enumerate(value))
+            return type(value)(fill(v, f"{key}.{i}") for i, v in enumerate(value))
         if value is None or arrays[key].dtype.kind not in "fc":
             return value
         return layer.backend.put(arrays[key], dtype)
 
-    return tuple(fill(value, f"{name}{i}") for i, value in enumerate(values))
+    return {name: fill(value, name) for name, value in values.items()}
