@@ -52,12 +52,13 @@ CONVERT = {
     "keras/hdf5": {"h5py"},
     **{name: {"torch"} for name in TORCH},
     "onnx/check": {"onnx"},
+    "onnx/graph": {"onnx"},
     "onnx/part": {"onnx"},
     "onnx/read": {"onnx"},
     "onnx/reshape": {"onnx"},
+    "onnx/scan": {"onnx"},
     "onnx/walk": {"onnx"},
     "onnx/wire": {"google"},
-    "onnx/write": {"onnx"},
     "onnx/prove": {"onnxruntime"},
 }
 IMPORT = re.compile(r"from gru_any[\w.]* import [\w, ]+")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import require, running
 
-from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear
+from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Last, Linear
 from gru_any.convert import onnx as convert
 
 onnx, ort = require("onnx"), require("onnxruntime")
@@ -97,14 +97,113 @@ def test_from_another_backend(tmp_path):
     assert convert.load(tmp_path / "a", backend="torch").backend.name == "torch"
 
 
+SEQUENCES = [
+    {},
+    {"reset_after": True, "bias": False, "num_layers": 2},
+    {"reverse": True, "batch_first": True, "activation": "relu", "clip": 0.7},
+    {"bidirectional": True, "num_layers": 2, "reset_after": True},
+    {"bidirectional": True, "batch_first": True},
+]
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["zeros", "start"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "lengths"])
+@pytest.mark.parametrize("settings", SEQUENCES, ids=str)
+def test_resets_written(tmp_path, settings, ragged, started):
+    """Also of rows without a step, at the first and beyond the last one; twice, as a stream."""
+    gru, path = GRU(3, 4, **settings, seed=1), str(tmp_path / "gru.onnx")
+    with running("traced"):
+        convert.save(path, gru, lengths=ragged, resets=True, start=started)
+    rng, run = np.random.default_rng(0), session(path)
+    T, B, first = 7, 5, gru.batch_first
+    resets = rng.random((T, B)) < 0.4
+    resets[0] = [True, False, True, False, True]
+    h = rng.standard_normal((gru.num_layers * len(gru.suffixes), B, 4)).astype("float32")
+    start = {"start": rng.standard_normal(h.shape).astype("float32")} if started else {}
+    lengths = np.array([7, 4, 0, 1, 5], np.int32)
+    lengths[0] = 0  # no row has all steps
+    assert resets[lengths[lengths < T], np.arange(B)[lengths < T]].any()
+    given = {"lengths": lengths} if ragged else {}
+    x = rng.standard_normal((T, B, 3)).astype("float32")
+    if first:
+        x, resets = x.swapaxes(0, 1).copy(), resets.T.copy()
+    with running("traced"):
+        for _ in range(2):
+            y, h_n = run.run(["y", "h_n"], {"x": x, "h0": h, "resets": resets, **given, **start})
+            ours = gru(x, h, **given, resets=resets, **start)
+            close(ours[0], y)
+            close(ours[1], h_n)
+            h = h_n
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_resets_written_in_other_dtypes(tmp_path, dtype):
+    """On the reference evaluator of onnx: onnxruntime's GRU has no float64."""
+    from onnx.reference import ReferenceEvaluator
+
+    gru, path = GRU(3, 4, 2, reset_after=True, dtype=dtype, seed=1), str(tmp_path / "gru.onnx")
+    rng = np.random.default_rng(0)
+    x, h0, start = (rng.standard_normal(s).astype(dtype) for s in ((6, 3, 3), *[(2, 3, 4)] * 2))
+    resets, lengths = rng.random((6, 3)) < 0.4, np.array([6, 0, 3], np.int32)
+    with running("traced"):
+        convert.save(path, gru, resets=True, start=True)
+        expected = gru(x, h0, lengths, resets=resets, start=start)
+    given = {"x": x, "h0": h0, "lengths": lengths, "resets": resets, "start": start}
+    near = 1e-14 if dtype == "float64" else 2e-3
+    for ours, theirs in zip(expected, ReferenceEvaluator(path).run(None, given), strict=True):
+        assert theirs.dtype == dtype
+        close(ours.astype("float64"), theirs.astype("float64"), near)
+
+
+def test_resets_of_a_chain_written(tmp_path):
+    """Each GRU has a state and a start of its own; the result is one a row."""
+    chain = Chain(
+        Embedding(11, 3, seed=1), GRU(3, 4, 2, seed=2), Linear(4, 6, seed=3),
+        GRU(6, 5, bidirectional=True, seed=4), Last(), Linear(10, 2, seed=5),
+    )  # fmt: skip
+    path, rng = str(tmp_path / "chain.onnx"), np.random.default_rng(0)
+    x, resets = rng.integers(0, 11, (9, 3)), rng.random((9, 3)) < 0.3
+    shapes = (2, 3, 4), (2, 3, 5)
+    states, starts = ([rng.standard_normal(s).astype("float32") for s in shapes] for _ in range(2))
+    with running("traced"):
+        convert.save(path, chain, resets=True, start=True)
+        y, last = chain(x, states, [9, 2, 0], resets=resets, start=starts)
+    run = session(path)
+    assert [i.name for i in run.get_inputs()] == [
+        "x", "lengths", "resets", "start_0", "h0_0", "start_1", "h0_1"
+    ]  # fmt: skip
+    feed = {"x": x, "lengths": np.array([9, 2, 0], np.int32), "resets": resets}
+    feed |= {f"h0_{i}": h for i, h in enumerate(states)}
+    feed |= {f"start_{i}": h for i, h in enumerate(starts)}
+    for ours, theirs in zip([y, *last], run.run(None, feed), strict=True):
+        close(ours, theirs)
+
+
+def test_resets_are_not_read_back(tmp_path):
+    path = tmp_path / "gru.onnx"
+    with running("traced"):
+        convert.save(path, GRU(3, 4, seed=0), resets=True)
+    with pytest.raises(ValueError, match=r"step by step, by a Scan, as save.*gru_any.save"):
+        convert.load(path)
+    with pytest.raises(ValueError, match="GRU"):
+        convert.load(path, node="GRU")
+    for wrong, told in (
+        ({"start": True}, "start is True without resets"),
+        ({"resets": 1}, "resets is 1, expected True or False"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=told):
+            convert.save(tmp_path / "other", GRU(3, 4, seed=0), **wrong)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_writer_that_errs_writes_nothing(tmp_path, monkeypatch):
     """A wrong variant, swapped gates or wrong weights are found before the file is there."""
-    from gru_any.convert.onnx import prove, write
+    from gru_any.convert.onnx import graph, prove
 
-    monkeypatch.setattr(write, "swap_gates", lambda v: v)
+    monkeypatch.setattr(graph, "swap_gates", lambda v: v)
     with pytest.raises(RuntimeError, match=r"differs by .* from this library's own reader"):
         convert.save(tmp_path / "m", GRU(3, 4, seed=0))
-    monkeypatch.setattr(prove, "_read_back", lambda content, x, lengths, state: None)
+    monkeypatch.setattr(prove, "_read_back", lambda content, given: None)
     compare = prove._compare
 
     def of_onnxruntime(who, ours, theirs, tolerance):

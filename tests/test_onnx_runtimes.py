@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import require
+from conftest import require, running
 
 from gru_any import GRU, Chain, Embedding, Last, Linear
 from gru_any.convert import onnx
@@ -46,10 +46,10 @@ def reference(path, feed):
 RUNTIMES = {"onnxruntime": onnxruntime, "OpenVINO": openvino, "onnx.reference": reference}
 
 
-def difference(run, model, path, lengths, given):
+def difference(run, model, path, lengths, given, reset=False):
     """The largest difference of any output from the model's; lengths None: no such input."""
     require("onnx")
-    onnx.save(path, model, lengths=lengths is not None)
+    onnx.save(path, model, lengths=lengths is not None, resets=reset)
     rng, chain = np.random.default_rng(0), isinstance(model, Chain)
     gru = model.layers[1] if chain else model
     shape = (B, T) if gru.batch_first else (T, B)
@@ -58,7 +58,9 @@ def difference(run, model, path, lengths, given):
     h0 = rng.standard_normal((rows, B, 4)).astype("float32")
     feed = {"x": x, "h0_0" if chain else "h0": h0}
     feed |= {} if lengths is None else {"lengths": np.array(lengths, np.int32)}
-    y, h_n = model(x, [h0] if chain else h0, given)
+    options = {"resets": rng.random(shape) < 0.3} if reset else {}
+    feed |= options
+    y, h_n = model(x, [h0] if chain else h0, given, **options)
     expected = [y, h_n[0] if chain else h_n]
     return max(np.abs(a - b).max() for a, b in zip(run(path, feed), expected, strict=True))
 
@@ -111,3 +113,15 @@ def test_one_result_a_row(tmp_path, runtime, with_lengths, settings):
     assert np.abs(RUNTIMES[runtime](path, feed)[0] - y).max() < 2e-6
     again = onnx.load(path)
     assert [type(layer) for layer in again.layers] == [GRU, Last, Linear]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_files_with_resets_heed_lengths_everywhere(tmp_path, runtime, name):
+    given = RUNTIMES[runtime], MODELS[name](), str(tmp_path / "model.onnx"), RAGGED, RAGGED, True
+    with running("traced"):
+        if runtime == "onnx.reference" and name in ("reverse", "both"):
+            with pytest.raises(RuntimeError, match="Scan is not implemented for other"):
+                difference(*given)
+        else:
+            assert difference(*given) < 2e-6

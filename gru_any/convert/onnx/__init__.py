@@ -71,7 +71,14 @@ def load(
         return read(path, backend, device, node)
 
 
-def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
+def save(
+    path: Path,
+    model: GRU | Chain,
+    *,
+    lengths: bool = True,
+    resets: bool = False,
+    start: bool = False,
+) -> None:
     """Write a GRU or a Chain to an ONNX file, for any T and B.
 
     Inputs are `x`, `lengths` (B,) int32, and the initial state; outputs `y` and the last state. The
@@ -84,6 +91,9 @@ def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
     and give other results where a length is below T. With `lengths=False` the file has no such
     input, and gives the same results in all of them.
 
+    With `resets=True` each GRU is a Scan over its steps, whose body sets the state anew and runs
+    the operator GRU on one step. Lengths are heeded by all three then. `load` does not read it.
+
     Before the file is written, the model is run: read back by `load` it must give the same results,
     and on onnxruntime, where that is installed and the dtype is float32, results close to them.
 
@@ -95,13 +105,19 @@ def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
         float32, float64 or float16, on any backend.
     lengths : bool
         Whether the file has the input `lengths`.
+    resets : bool
+        Whether it has the input `resets`, (T, B) or (B, T) of bool, as of a call.
+    start : bool
+        Whether it has the inputs that resets set the states to: `start` (L*D, B, H) of a GRU,
+        `start_0`, `start_1`... of the GRUs of a Chain.
 
     Raises
     ------
     TypeError
         The model is something else, or bfloat16.
     ValueError
-        A chain without a GRU, or with GRUs of which only some are `batch_first`; or more than 2 GB.
+        A chain without a GRU, or with GRUs of which only some are `batch_first`; or more than 2 GB;
+        or start without resets.
     RuntimeError
         The results do not agree; nothing is written.
     ImportError
@@ -109,4 +125,4 @@ def save(path: Path, model: GRU | Chain, *, lengths: bool = True) -> None:
     """
     from .write import write
 
-    write(path, model, lengths)
+    write(path, model, lengths, resets, start)

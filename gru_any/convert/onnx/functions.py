@@ -53,12 +53,12 @@ def _read(node: Node, name: str, lists: Mapping[str, list[float]]) -> object:
     return [ours, *numbers]
 
 
-def write_functions(gru: GRU) -> dict[str, Any]:
+def write_functions(gru: GRU, directions: int) -> dict[str, Any]:
     """Return the attributes of a GRU node, as far as they are not the usual ones."""
     written: dict[str, Any] = {}
     if {"activation", "gate_activation"} & set(gru.settings):
         names = {ours: theirs for theirs, ours in NAMES.items()}
-        for f in gru.functions * len(gru.suffixes):
+        for f in gru.functions * directions:
             written.setdefault("activations", []).append(names[f.name])
             for number, value in zip(DEFINITIONS[f.name].numbers, f.numbers, strict=True):
                 written.setdefault(LISTS[number], []).append(value)

@@ -3,7 +3,7 @@
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,15 @@ CLOSE = 1e-4  # relative to the norm, of float32 on onnxruntime
 
 
 class Inputs(NamedTuple):
-    """What a model is run on; a first state for each GRU."""
+    """What a model is run on; a first state, and perhaps a start, for each GRU."""
 
     x: HostArray
-    lengths: HostArray | None
     states: list[HostArray]
+    steps: dict[str, Any]  # lengths and resets, if the file has them
+    starts: list[HostArray]
 
 
-def prove(content: bytes, model: GRU | Chain, with_lengths: bool = True) -> None:
+def prove(content: bytes, model: GRU | Chain, lengths: bool, resets: bool, start: bool) -> None:
     """Run the file and the model on the same inputs.
 
     Raises
@@ -34,19 +35,21 @@ def prove(content: bytes, model: GRU | Chain, with_lengths: bool = True) -> None
         They differ.
     """
     host = model.to(np)
-    x, lengths, states = _inputs(host, with_lengths)
-    ours = _outputs(host, x, lengths, states)
-    _compare("this library's own reader", ours, _read_back(content, x, lengths, states), 0.0)
+    given = _inputs(host, lengths, resets, start)
+    ours = _outputs(host, given)
+    if not resets:  # else there is a Scan, which `load` does not read
+        _compare("this library's own reader", ours, _read_back(content, given), 0.0)
     if model.dtype == "float32":
-        feed = {"x": x} if lengths is None else {"x": x, "lengths": lengths}
-        for i, h in enumerate(states):
-            feed[f"h0_{i}" if isinstance(model, Chain) else "h0"] = h
+        feed = {"x": given.x, **given.steps}
+        for name, arrays in (("h0", given.states), ("start", given.starts)):
+            for i, array in enumerate(arrays):
+                feed[f"{name}_{i}" if isinstance(model, Chain) else name] = array
         theirs = _onnxruntime(content, feed)
         if theirs is not None:
             _compare("onnxruntime", ours, theirs, CLOSE)
 
 
-def _inputs(model: GRU | Chain, with_lengths: bool) -> Inputs:
+def _inputs(model: GRU | Chain, lengths: bool, resets: bool, start: bool) -> Inputs:
     """Draw inputs for a model; one sequence has no steps."""
     rng = np.random.default_rng(0)
     layers = model.layers if isinstance(model, Chain) else (model,)
@@ -62,27 +65,27 @@ def _inputs(model: GRU | Chain, with_lengths: bool) -> Inputs:
     else:
         width = head.input_size if isinstance(head, GRU) else head.in_features
         x = rng.standard_normal((*shape, width)).astype(model.dtype)
-    return Inputs(x, np.array([T, 2, 0], np.int32) if with_lengths else None, states)
+    steps: dict[str, Any] = {"lengths": np.array([T, 2, 0], np.int32)} if lengths else {}
+    steps |= {"resets": rng.random(shape) < 0.4} if resets else {}
+    starts = [rng.standard_normal(h.shape).astype(h.dtype) for h in states] if start else []
+    return Inputs(x, states, steps, starts)
 
 
-def _outputs(
-    model: GRU | Chain, x: HostArray, lengths: HostArray | None, states: list[HostArray]
-) -> list[Array]:
+def _outputs(model: GRU | Chain, given: Inputs) -> list[Array]:
+    x, states, steps, starts = given
     if isinstance(model, Chain):
-        y, last = model(x, states, lengths)
+        y, last = model(x, states, **steps, start=starts or None)
         return [y, *last]
-    return list(model(x, states[0], lengths))
+    return list(model(x, states[0], **steps, start=starts[0] if starts else None))
 
 
-def _read_back(
-    content: bytes, x: HostArray, lengths: HostArray | None, states: list[HostArray]
-) -> list[Array]:
+def _read_back(content: bytes, given: Inputs) -> list[Array]:
     from .read import read
 
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "written.onnx"
         path.write_bytes(content)
-        return _outputs(read(path, np), x, lengths, states)
+        return _outputs(read(path, np), given)
 
 
 def _onnxruntime(content: bytes, feed: dict[str, HostArray]) -> list[Array] | None:

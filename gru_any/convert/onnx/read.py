@@ -28,7 +28,13 @@ def read(
     if node is not None:
         return assemble(_read_part(path, node), [], backend, device)
     graph = parse(path)
-    if not {"GRU", "Loop"} & {n.op_type for n in graph.node}:
+    operators = {n.op_type for n in graph.node}
+    if "Scan" in operators:
+        raise ValueError(
+            f"{path} runs a graph step by step, by a Scan, as save(..., resets=True) writes it, "
+            "which is not read: keep the model by gru_any.save, or in a file without resets"
+        )
+    if not {"GRU", "Loop"} & operators:
         raise ValueError(
             f"{path} holds no GRU; where an exporter writes its steps one by one, take the weights "
             "from the library's own file"
