@@ -78,6 +78,16 @@ def test_activity_of_each_gru_of_a_chain():
     y, state = model(x)
     assert np.array_equal(two["h"][-1], y)
     assert np.array_equal(one["h"][:, -1], state[0])
+    options = {"lengths": [3, 2], "mask": x != 1, "resets": (x == 8) | (x == 4)}
+    options["start"] = [np.ones((1, 5), "float32"), np.full((2, 2), 0.5, "float32")]
+    y, state = model(x, **options)
+    one, two = activity(model, x, **options)
+    assert np.array_equal(two["h"][-1], y)
+    assert np.array_equal(one["h"][:, -1, 0], state[0][:, 0])  # of the row that is read to its end
+    alone = activity(
+        model.layers[1], model.layers[0](x), **options | {"start": options["start"][0]}
+    )
+    assert np.array_equal(alone[0]["z"], one["z"])
 
 
 def test_spectrum_of_known_matrices():

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from conftest import require
+from conftest import require, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear, convert
 
@@ -64,6 +64,73 @@ def test_it_computes_what_torch_does():
         (y.pow(2).sum() + h_n.pow(3).sum()).backward()
     for (name, p), q in zip(module.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-10, atol=1e-12), name
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_resets_as_in_a_loop_over_a_cell(compiled, monkeypatch):
+    """Also where PyTorch sees an operator alone, and of so few steps that it would run its own."""
+    monkeypatch.setattr(ours, "FEW", 8)
+    gru, module = made(reset_after=True)
+    cell = torch.nn.GRUCell(I, H).double()
+    cell.load_state_dict({name[:-3]: w for name, w in module.state_dict().items()})
+    x, h0 = inputs(gru)
+    resets = torch.rand(T, B) < 0.5
+    h, ys = h0[0], []
+    for x_t, at in zip(x, resets, strict=True):
+        h = cell(x_t, torch.where(at[:, None], 0.0, h))
+        ys.append(h)
+    function = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    with running("traced"):
+        y, h_n = function(x, h0, resets=resets)
+        found = torch.autograd.grad(
+            y.pow(2).sum() + h_n.pow(3).sum(), [x, h0, *module.parameters()]
+        )
+    loss = torch.stack(ys).pow(2).sum() + h.pow(3).sum()
+    expected = torch.autograd.grad(loss, [x, h0, *cell.parameters()])
+    assert torch.allclose(y, torch.stack(ys), rtol=0, atol=1e-14)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_resets_in_every_layout(batch_first):
+    gru, module = made(batch_first=batch_first, num_layers=2, bidirectional=True)
+    x, h0 = inputs(gru, grad=False)
+    resets = torch.rand(x.shape[:2]) < 0.5
+    with running("traced"):
+        for lengths in (None, [4, 0, 2]):
+            expected = gru(x.numpy(), h0.numpy(), lengths, resets=resets.numpy())
+            for given in (resets, resets.numpy(), resets.tolist()):
+                found = module(x, h0, lengths, given)
+                for a, b in zip(found, expected, strict=True):
+                    assert np.allclose(a.detach(), b, rtol=0, atol=1e-14)
+        row = (1, slice(None)) if batch_first else (slice(None), 1)
+        y, h_n = module(x[row], h0[:, 1], resets=resets[row])
+        alone, last = gru(x[row].numpy(), h0[:, 1].numpy(), resets=resets[row].numpy())
+        assert np.allclose(y.detach(), alone, rtol=0, atol=1e-14)
+        assert np.allclose(h_n.detach(), last, rtol=0, atol=1e-14)
+        for wrong, told in (
+            (resets[:, :1], r"resets is .*, expected \((T, B|B, T)\)"),
+            (resets.double(), "resets has dtype float64, expected booleans"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=told):
+                module(x, h0, resets=wrong)
+        with pytest.raises(ValueError, match=r"resets is .*, expected \(T,\)"):
+            module(x[row], resets=resets)
+        packed = torch.nn.utils.rnn.pack_sequence([x[0]])
+        with pytest.raises(ValueError, match="resets were given beside a PackedSequence"):
+            module(packed, resets=resets)
+
+
+def test_resets_have_first_derivatives_alone():
+    gru, module = made(reset_after=True)
+    x, h0 = inputs(gru)
+    with running("traced"):
+        y, _ = module(x, h0, resets=torch.rand(T, B) < 0.5)
+        (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives in reverse mode alone"):
+            dx.sum().backward()
 
 
 def test_an_optimiser_changes_the_gru_it_was_made_of():
@@ -528,6 +595,11 @@ def test_a_chain_runs_as_a_module():
     assert not torch.equal(module(x)[0], module(x)[0])
     with pytest.raises(ValueError, match="state holds 1, expected 2"):
         module(x, state[:1])
+    resets = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]], dtype=torch.bool)
+    with running("traced"):
+        y, _ = module.eval()(x, state, resets=resets)
+        expected, _ = model(x.numpy(), host, resets=resets.numpy())
+    assert np.allclose(y.detach().numpy(), expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("model", [None, GRU, torch.nn.GRU(I, H), Linear(2, 3), {"a": 1}])

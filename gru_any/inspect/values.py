@@ -6,7 +6,7 @@ D directions.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,7 +22,15 @@ from ..typing import Array, HostArray
 Lengths: TypeAlias = Sequence[int] | Array | None
 
 
-def activity(model: GRU | Chain, x: Array, lengths: Lengths = None) -> list[dict[str, HostArray]]:
+def activity(
+    model: GRU | Chain,
+    x: Array,
+    lengths: Lengths = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    start: Array | Sequence[Array | None] | None = None,
+) -> list[dict[str, HostArray]]:
     """Return the gates r and z, candidate n and state h of every step, for each GRU of a model.
 
     Parameters
@@ -30,7 +38,8 @@ def activity(model: GRU | Chain, x: Array, lengths: Lengths = None) -> list[dict
     model : GRU or Chain
     x : array
         The input of the model; the initial states are zeros.
-    lengths : B integers or None
+    lengths, mask, resets, start
+        As in a call of the model.
 
     Returns
     -------
@@ -47,12 +56,15 @@ def activity(model: GRU | Chain, x: Array, lengths: Lengths = None) -> list[dict
     >>> seen[0]["z"].shape
     (2, 5, 1, 4)
     """
-    found = []
+    found: list[dict[str, HostArray]] = []
+    options: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
+    starts = model._states(start, "start") if isinstance(model, Chain) else iter((start,))
     for layer in model.layers if isinstance(model, Chain) else (model,):
         if isinstance(layer, GRU):
-            taps = layer.taps(x, lengths=lengths)
+            options["start"] = next(starts)
+            taps = layer.taps(x, **options)
             found.append({name: to_numpy(array) for name, array in taps.items()})
-            x, _ = layer(x, lengths=lengths)
+            x, _ = layer(x, **options)
         elif isinstance(layer, Last):
             break  # no GRU comes after it
         else:

@@ -67,12 +67,12 @@ def finish(
 def gru(
     x: torch.Tensor, h0: torch.Tensor | None, weights: Sequence[torch.Tensor],
     lengths: torch.Tensor | None, batch_sizes: torch.Tensor | None, seed: torch.Tensor | None,
-    keep: bool, dropout: float, settings: str,
+    keep: bool, dropout: float, settings: str, resets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return y, h_n and the handle; settings: those of a gru_any.GRU, as the text of a dict."""
     made = template(settings, dropout)
     check(made.params, weights, x, h0)
-    call = Call(over(made, weights), lengths, batch_sizes, seed)
+    call = Call(over(made, weights), lengths, batch_sizes, seed, resets)
     y, h_n, handle = start(call, x, h0, keep)
     return y, h_n, handle
 
@@ -81,7 +81,7 @@ def gru(
 def _(
     x: torch.Tensor, h0: torch.Tensor | None, weights: Sequence[torch.Tensor],
     lengths: torch.Tensor | None, batch_sizes: torch.Tensor | None, seed: torch.Tensor | None,
-    keep: bool, dropout: float, settings: str,
+    keep: bool, dropout: float, settings: str, resets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     made = template(settings, dropout)
     check(made.params, weights, x, h0)
@@ -100,12 +100,13 @@ def gru_backward(
     handle: torch.Tensor, dy: torch.Tensor | None, dh_n: torch.Tensor | None,
     x: torch.Tensor, h0: torch.Tensor | None, weights: Sequence[torch.Tensor],
     lengths: torch.Tensor | None, batch_sizes: torch.Tensor | None, seed: torch.Tensor | None,
-    dropout: float, settings: str,
+    dropout: float, settings: str, resets: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Return dL/d of x, of h0 where one was given, and of the weights."""
 
     def again() -> Call:
-        return Call(over(template(settings, dropout), weights), lengths, batch_sizes, seed)
+        made = over(template(settings, dropout), weights)
+        return Call(made, lengths, batch_sizes, seed, resets)
 
     return finish(handle, dy, dh_n, again, x, h0)
 
@@ -115,7 +116,7 @@ def _(
     handle: torch.Tensor, dy: torch.Tensor | None, dh_n: torch.Tensor | None,
     x: torch.Tensor, h0: torch.Tensor | None, weights: Sequence[torch.Tensor],
     lengths: torch.Tensor | None, batch_sizes: torch.Tensor | None, seed: torch.Tensor | None,
-    dropout: float, settings: str,
+    dropout: float, settings: str, resets: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t in (x, h0, *weights) if t is not None]
 
@@ -148,13 +149,14 @@ class Run(torch.autograd.Function):
     def forward(
         gru: GRU | None, settings: str, dropout: float, keep: bool,
         lengths: torch.Tensor | None, batch_sizes: torch.Tensor | None, seed: torch.Tensor | None,
+        resets: torch.Tensor | None,
         x: torch.Tensor, h0: torch.Tensor | None, *weights: torch.Tensor,
     ) -> Tensors:  # fmt: skip
         """Return y, h_n and the handle."""
         if gru is not None:
-            return start(Call(gru, lengths, batch_sizes, seed), x, h0, keep)
+            return start(Call(gru, lengths, batch_sizes, seed, resets), x, h0, keep)
         made: Tensors = torch.ops.gru_any.gru(
-            x, h0, weights, lengths, batch_sizes, seed, keep, dropout, settings
+            x, h0, weights, lengths, batch_sizes, seed, keep, dropout, settings, resets
         )
         return made
 
@@ -178,9 +180,9 @@ class Run(torch.autograd.Function):
         kind = Back if torch.compiler.is_compiling() else BackTransformed
         call: Callable[..., Tensors] = kind.apply if torch.is_grad_enabled() else kind.forward
         found: list[torch.Tensor | None] = list(call(*given))
-        if tensors[4] is None:
+        if tensors[5] is None:
             found.insert(1, None)
-        return *(None,) * 7, *found
+        return *(None,) * 8, *found
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensors, Any]:
@@ -196,15 +198,27 @@ class Back(torch.autograd.Function):
         gru: GRU | None, settings: str, dropout: float, handle: torch.Tensor,
         dy: torch.Tensor | None, dh_n: torch.Tensor | None,
         lengths: torch.Tensor | None, batch_sizes: torch.Tensor | None, seed: torch.Tensor | None,
+        resets: torch.Tensor | None,
         x: torch.Tensor, h0: torch.Tensor | None, *weights: torch.Tensor,
     ) -> Tensors:  # fmt: skip
         """Return dL/d of x, of h0 where one was given, and of the weights."""
         if gru is not None:
-            again = partial(Call, gru, lengths, batch_sizes, seed)
+            again = partial(Call, gru, lengths, batch_sizes, seed, resets)
             return tuple(finish(handle, dy, dh_n, again, x, h0))
         return tuple(
             torch.ops.gru_any.gru_backward(
-                handle, dy, dh_n, x, h0, weights, lengths, batch_sizes, seed, dropout, settings
+                handle,
+                dy,
+                dh_n,
+                x,
+                h0,
+                weights,
+                lengths,
+                batch_sizes,
+                seed,
+                dropout,
+                settings,
+                resets,
             )
         )
 
@@ -217,8 +231,8 @@ class Back(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *cotangents: torch.Tensor) -> Some:
         """Return the derivatives of the pullback, as PyTorch's operator has them."""
-        dy, dh_n, lengths, batch_sizes, seed, *given = ctx.saved_tensors
-        call = by_torch(ctx.settings, lengths, batch_sizes, seed)
+        dy, dh_n, lengths, batch_sizes, seed, resets, *given = ctx.saved_tensors
+        call = by_torch(ctx.settings, lengths, batch_sizes, seed, resets)
         if call is None:
             raise RuntimeError(ONLY_FIRST.format("second derivatives"))
         of_call = [t for t in given if t is not None]
@@ -233,7 +247,7 @@ class Back(torch.autograd.Function):
             ))  # fmt: skip
 
         found = iter(torch.func.vjp(pullback, *of_results, *of_call)[1](cotangents))
-        places = (None, None, None, None, dy, dh_n, None, None, None, *given)
+        places = (None, None, None, None, dy, dh_n, None, None, None, None, *given)
         return tuple(None if place is None else next(found) for place in places)
 
     @staticmethod

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from inspect import signature
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -61,11 +61,12 @@ def by_torch(
     lengths: torch.Tensor | None,
     batch_sizes: torch.Tensor | None,
     seed: torch.Tensor | None,
+    resets: torch.Tensor | None,
 ) -> Callable[..., Tensors] | None:
     """Return f(x, [h0,] *weights) -> y, h_n by PyTorch's own operator; None where it has none."""
     gru = template(settings)
     # PyTorch's operator for packed sequences fails under torch.func
-    if not is_of_torch(gru) or any(t is not None for t in (lengths, batch_sizes, seed)):
+    if not is_of_torch(gru) or any(t is not None for t in (lengths, batch_sizes, seed, resets)):
         return None
 
     def call(x: torch.Tensor, *rest: torch.Tensor) -> Tensors:
@@ -89,11 +90,13 @@ class Call:
         lengths: torch.Tensor | None = None,
         batch_sizes: torch.Tensor | None = None,
         seed: torch.Tensor | None = None,
+        resets: torch.Tensor | None = None,
     ) -> None:
         self.gru = gru
         self.lengths = None if lengths is None else lengths.cpu().numpy()
         self.batch_sizes = batch_sizes
         self.seed = seed
+        self.options: dict[str, Any] = {} if resets is None else {"resets": resets.cpu().numpy()}
 
     def run(self, x: torch.Tensor, h0: torch.Tensor | None, keep: bool) -> Tensors:
         """Return y and h_n; x and y are the data of PackedSequences where there are batch sizes."""
@@ -106,9 +109,9 @@ class Call:
         with lent, no_autocast(x.device.type):
             if keep or self.seed is not None:
                 rng = None if self.seed is None else np.random.default_rng(int(self.seed.item()))
-                (y, h_n), self.pullback = gru.vjp(*arguments, rng)
+                (y, h_n), self.pullback = gru.vjp(*arguments, rng, **self.options)
             else:
-                y, h_n = gru(*arguments)
+                y, h_n = gru(*arguments, **self.options)
         return self._packed(self._tensor(y)), self._tensor(h_n)
 
     def back(self, dy: torch.Tensor | None, dh_n: torch.Tensor | None) -> list[torch.Tensor]:

@@ -47,11 +47,12 @@ def _recurrent(layer: gru.GRU | cell.GRUCell) -> GRU | GRUCell:
 
 
 class ChainModule(torch.nn.ModuleList):
-    """A `torch.nn.Module` over a Chain: `y, state = module(x, state=None, lengths=None)`.
+    """A `torch.nn.Module` over a Chain.
 
-    Its parts are a `GRU` of gru_any.convert.torch for each GRU and PyTorch's own Linear, Embedding
-    and Dropout, over the memory of the Chain's parameters; the names in its state_dict are the
-    Chain's. Dropout acts in training mode.
+    `y, state = module(x, state=None, lengths=None, resets=None)`. Its parts are a `GRU` of
+    gru_any.convert.torch for each GRU and PyTorch's own Linear, Embedding and Dropout, over the
+    memory of the Chain's parameters; the names in its state_dict are the Chain's. Dropout acts in
+    training mode.
     """
 
     def __init__(self, chain: Chain) -> None:
@@ -67,6 +68,7 @@ class ChainModule(torch.nn.ModuleList):
         x: torch.Tensor,
         state: Iterable[torch.Tensor | None] | None = None,
         lengths: Lengths | None = None,
+        resets: Array | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Tensors shaped as in `gru_any.Chain` -> y, the new state of each GRU."""
         count = sum(isinstance(part, GRU) for part in self)
@@ -76,7 +78,7 @@ class ChainModule(torch.nn.ModuleList):
         new: list[torch.Tensor] = []
         for part in self:
             if isinstance(part, GRU):
-                x, h = part(x, states[len(new)], lengths)
+                x, h = part(x, states[len(new)], lengths, resets)
                 new.append(h)
             else:
                 x = part(x)

@@ -26,6 +26,7 @@ def evaluate(
     lengths: torch.Tensor | None = None,
     batch_sizes: torch.Tensor | None = None,
     dropout: float = 0.0,
+    resets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y and h_n of the GRU that has these parameters of a module; dropout acts."""
     if torch._C._get_tracing_state() is not None:
@@ -53,11 +54,11 @@ def evaluate(
     gru = None if opaque else _over(module, settings, dropout, named, x, h0)
     watched = keep or transformed or torch.autograd.forward_ad._current_level >= 0
     if gru is not None and not watched:
-        y, h_n = Call(gru, lengths, batch_sizes, seed).run(x, h0, keep)
+        y, h_n = Call(gru, lengths, batch_sizes, seed, resets).run(x, h0, keep)
     else:
         function = Run if compiled else RunTransformed if transformed else RunEager
         call: Callable[..., Tensors] = function.apply if watched else Run.forward
-        rest = lengths, batch_sizes, seed, x, h0, *weights
+        rest = lengths, batch_sizes, seed, resets, x, h0, *weights
         y, h_n, _ = call(gru, settings, dropout, keep, *rest)
     if low is None:
         return y, h_n

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ... import arguments
 from ...errors import check_shape
 from ...nn import cell, gru
-from ...typing import Arrays, Lengths
+from ...typing import Array, Arrays, Lengths
 from .call import is_of_torch, over, template
 from .check import check, check_tensor
 from .evaluate import evaluate
@@ -119,6 +119,7 @@ class GRU(torch.nn.RNNBase):
         input: torch.Tensor | PackedSequence,
         hx: torch.Tensor | None = None,
         lengths: Lengths | None = None,
+        resets: Array | None = None,
     ) -> tuple[torch.Tensor | PackedSequence, torch.Tensor]:
         """Return output and h_n, as `torch.nn.GRU` does.
 
@@ -127,25 +128,37 @@ class GRU(torch.nn.RNNBase):
         input : tensor (T, B, I), (B, T, I) with batch_first, or (T, I); or a PackedSequence
         hx : tensor (L*D, B, H), or (L*D, H) without a batch; zeros if None
         lengths : B integers, as of `gru_any.GRU`; another way to say what a PackedSequence does
+        resets : (T, B) of bool, (B, T) with batch_first, or (T,), as of `gru_any.GRU`
+            Where it is true, an episode begins: the row's state is set to 0 before the step.
         """
         if isinstance(input, PackedSequence):
+            if resets is not None:
+                raise ValueError(
+                    "resets were given beside a PackedSequence, whose steps have no (T, B): give "
+                    "the padded sequences with lengths"
+                )
             return self._run_packed(input, hx, lengths)
         check_tensor("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
         first = self.batch_first and batched
-        if lengths is None and self._is_for_torch(input, input.shape[first]):
+        if lengths is resets is None and self._is_for_torch(input, input.shape[first]):
             return _forward_of_torch(self, input, hx)  # type: ignore[no-any-return]
         if hx is not None and hx.dim() != input.dim():
             shapes = "(L*D, B, H) of input (T, B, I)" if batched else "(L*D, H) of input (T, I)"
             raise RuntimeError(f"hx is {tuple(hx.shape)}, expected {shapes}")
         if batched:
-            return self._run(input, hx, _as_tensor(lengths))
+            return self._run(input, hx, _as_tensor(lengths), resets=_as_tensor(resets))
         if lengths is not None:
             raise ValueError("lengths were given, but input (T, I) has no batch; cut it instead")
         axis = 0 if self.batch_first else 1
-        y, h_n = self._run(input.unsqueeze(axis), None if hx is None else hx.unsqueeze(1))
+        at = _as_tensor(resets)
+        if at is not None:
+            check_shape("resets", at, "(T,)", {"T": input.shape[0]})
+            at = at.unsqueeze(axis)
+        hx = None if hx is None else hx.unsqueeze(1)
+        y, h_n = self._run(input.unsqueeze(axis), hx, resets=at)
         return y.squeeze(axis), h_n.squeeze(1)
 
     def _run_packed(
@@ -176,6 +189,7 @@ class GRU(torch.nn.RNNBase):
         hx: torch.Tensor | None,
         lengths: torch.Tensor | None = None,
         batch_sizes: torch.Tensor | None = None,
+        resets: torch.Tensor | None = None,
     ) -> Pair:
         if not torch.compiler.is_compiling():
             if self._flat_weights[0] is not self._parameters.get(self._flat_weights_names[0]):
@@ -185,7 +199,7 @@ class GRU(torch.nn.RNNBase):
             self.check_hidden_size(hx, self.get_expected_hidden_size(x, batch_sizes))
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         settings, names = self._settings(), self._flat_weights_names
-        return evaluate(self, settings, names, x, hx, lengths, batch_sizes, dropout)
+        return evaluate(self, settings, names, x, hx, lengths, batch_sizes, dropout, resets)
 
     def gru(self) -> gru.GRU:
         """Return a gru_any.GRU over the parameters as they are now; memory is shared if it can."""
@@ -304,5 +318,5 @@ def scriptable(
     return twin
 
 
-def _as_tensor(lengths: Lengths | None) -> torch.Tensor | None:
-    return None if lengths is None else torch.as_tensor(lengths)
+def _as_tensor(values: Lengths | Array | None) -> torch.Tensor | None:
+    return None if values is None else torch.as_tensor(values)
