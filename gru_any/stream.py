@@ -1,6 +1,7 @@
 """A model that reads a sequence piece by piece and keeps the state between the pieces."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,8 @@ class Stream:
         resets: B booleans, or one without a batch: where an episode begins at this step. start: as
         in a call.
         """
-        y, states, starts, new = x_t, iter(self._states), self._starts(start), []
+        starts = repeat(None) if start is None else self._starts(start)
+        y, states, new = x_t, iter(self._states), []
         for step, recurrent in self._steps:
             if recurrent:
                 y, h = step(y, next(states), resets, next(starts))

@@ -84,9 +84,8 @@ def test_activity_of_each_gru_of_a_chain():
     one, two = activity(model, x, **options)
     assert np.array_equal(two["h"][-1], y)
     assert np.array_equal(one["h"][:, -1, 0], state[0][:, 0])  # of the row that is read to its end
-    alone = activity(
-        model.layers[1], model.layers[0](x), **options | {"start": options["start"][0]}
-    )
+    options["start"] = options["start"][0]
+    alone = activity(model.layers[1], model.layers[0](x), **options)
     assert np.array_equal(alone[0]["z"], one["z"])
 
 

@@ -90,8 +90,7 @@ class Graph:
         self.grus.append(gru)
         y, states = self.node("Transpose", [x], perm=[1, 0, 2]) if self.batch_first else x, []
         for i in range(L):
-            ends = [self.numbers(i * D), self.numbers(i * D + D), self.numbers(0)]
-            h = self.node("Slice", [h0, *ends]) if L > 1 else h0
+            h = self.rows(h0, i * D, i * D + D) if L > 1 else h0
             last = f"{h_n}.{i}" if L > 1 or self.lengths else h_n
             y = self.layer(gru, i, [y, h], last, prefix)
             states.append(last)
@@ -106,11 +105,12 @@ class Graph:
         gru = self.grus[-1]
         D, H, end = len(gru.suffixes), gru.hidden_size, gru.num_layers * len(gru.suffixes)
         h_n = self.outputs[-1].name
-        top = self.node("Slice", [h_n, *(self.numbers(n) for n in (end - D, end, 0))])
-        return self.node(
-            "Reshape",
-            [self.node("Transpose", [top], perm=[1, 0, 2]), self.numbers(0, D * H)],
-        )
+        top = self.node("Transpose", [self.rows(h_n, end - D, end)], perm=[1, 0, 2])
+        return self.node("Reshape", [top, self.numbers(0, D * H)])
+
+    def rows(self, states: str, start: int, stop: int) -> str:
+        """Add the states of some layers and directions, out of (L*D, B, H)."""
+        return self.node("Slice", [states, *(self.numbers(n) for n in (start, stop, 0))])
 
     def layer(self, gru: GRU, i: int, inputs: list[str], last: str, prefix: str) -> str:
         """Add one layer of a GRU; return its output (T, B, D*H)."""

@@ -33,8 +33,10 @@ class ScanGraph(Graph):
         self.zero = self.weight("zero", np.zeros((1, 1, 1), dtype))
         resets = self.node("Transpose", ["resets"], perm=[1, 0]) if self.batch_first else "resets"
         self.alive = self._alive(resets) if lengths else ""
-        # (T, B, 1), for steps read forward, and from the end
-        self.resets = {"": self._column(resets), "_reverse": self._column(self._before(resets))}
+        # (T, B, 1), of steps that are read forward, and from the end
+        self.resets = {"": self._column(resets)}
+        if any("_reverse" in layer.suffixes for layer in layers if isinstance(layer, GRU)):
+            self.resets["_reverse"] = self._column(self._before(resets))
 
     def _column(self, flags: str) -> str:
         return self.node("Unsqueeze", [flags, self.numbers(2)])
@@ -75,16 +77,13 @@ class ScanGraph(Graph):
         ys, states = [], []
         for d, suffix in enumerate(gru.suffixes):
             name = f"{prefix}l{i}{suffix}"
-            h = self._row(h0, d) if D > 1 else h0
-            start = self._row(self.start, i * D + d) if self.start else self.zero
+            h = self.rows(h0, d, d + 1) if D > 1 else h0
+            k = i * D + d
+            start = self.rows(self.start, k, k + 1) if self.start else self.zero
             ys.append(self._direction(gru, i, suffix, x, h, start, name, prefix))
             states.append(f"{name}.last")
         self.node("Concat", states, last, axis=0)
         return ys[0] if D == 1 else self.node("Concat", ys, axis=2)
-
-    def _row(self, states: str, n: int) -> str:
-        """Add one of the states (L*D, B, H), as (1, B, H)."""
-        return self.node("Slice", [states, *(self.numbers(v) for v in (n, n + 1, 0))])
 
     def _direction(
         self, gru: GRU, i: int, suffix: str, x: str, h: str, start: str, name: str, prefix: str
