@@ -247,6 +247,7 @@ def test_lengths_near_their_ends():
         ({"resets": np.ones((8, 4, 1), bool)}, r"resets is \(8, 4, 1\), expected \(T, B\)"),
         ({"resets": np.ones((8, 4))}, "resets has dtype float64, expected bool: resets != 0"),
         ({"resets": [[1, 2], [3]]}, "resets of a batch is no array"),
+        ({"batch_first": np.ones((8, 4), bool)}, "batch_first, the fifth .* resets are the sixth"),
         ({"batch_first": "yes"}, "batch_first is 'yes', expected True or False"),
     ],
 )

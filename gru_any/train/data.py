@@ -81,6 +81,11 @@ def arranged(
         )
     x, target, mask, lengths, given, resets = Batch(*batch)
     x, target = _array("x", x), _array("target", target)
+    if isinstance(given, np.ndarray | list):
+        raise TypeError(
+            "batch_first, the fifth of a batch, is an array; resets are the sixth: give "
+            "Batch(x, target, resets=resets)"
+        )
     given = None if given is None else arguments.flag("batch_first", given)
     wanted = bool(given) if batch_first is None else batch_first
     transpose = given is not None and given != wanted

@@ -42,7 +42,7 @@ class GRU(torch.nn.RNNBase):
     Notes
     -----
     Derivatives beyond the first, and those of forward mode, are PyTorch's where it has the same
-    equations; with packed sequences, `lengths`, dropout or other equations they raise.
+    equations; with packed sequences, `lengths`, `resets`, dropout or other equations they raise.
     `torch.jit.script` takes PyTorch's GRU in place of this one.
 
     Examples
