@@ -111,8 +111,7 @@ def collect(run: Run, rng: Any, args: argparse.Namespace) -> Rollout:
     put, h0, found = stream.model.backend.put, to_numpy(stream.state[0]), []
     for _ in range(args.length):
         x, begins = envs.look()
-        stream.reset(begins)
-        y = to_numpy(stream.step(put(x)))  # (N, A + 1)
+        y = to_numpy(stream.step(put(x), resets=begins))  # (N, A + 1)
         logp = log_softmax(y[:, :-1])
         noise = rng.gumbel(size=(args.envs, envs.choices))[rows]  # the same however many ranks
         actions = (logp + noise).argmax(axis=1)
