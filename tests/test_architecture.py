@@ -65,7 +65,7 @@ IMPORT = re.compile(r"from gru_any[\w.]* import [\w, ]+")
 # source for a compiler that imports what is compiled with it
 PRINTED = {
     "codegen/numba_source": {f"backend/cpu/{n}" for n in ("barrier", "gemm", "handoff", "stored")},
-    "backend/cpu/packed": {"backend/cpu/barrier", "backend/cpu/gemm", "backend/cpu/handoff"},
+    "backend/cpu/packed": {f"backend/cpu/{n}" for n in ("barrier", "gemm", "handoff", "integers")},
     "backend/cpu/unpacked": {f"backend/cpu/{n}" for n in ("barrier", "gemm", "handoff", "stored")},
     "backend/cpu/threads": {"backend/cpu/barrier", "backend/cpu/handoff"},
 }

@@ -240,3 +240,85 @@ def test_other_dtypes_and_names_are_refused():
         ValueError, match="weights is 'int4', expected one of 'float32', 'bfloat16'"
     ):
         freeze(GRU(3, 4), "int4")
+
+
+# products of integers -----------------------------------------------------------------------------
+
+
+def in_integers(x, M, base):
+    """base + x M^T as the integers of a row and of weights give it, by hand."""
+    values, c = round_weights("M", M, "int8")
+    s = np.abs(x).max() / np.float32(32767)
+    q = np.floor(x.astype("float64") / s + 0.5)
+    return base + (values.astype("float64") @ q) * c * s
+
+
+def of_integers(monkeypatch, least=0):
+    from gru_any.backend.cpu import tuning
+
+    monkeypatch.setattr(tuning, "current", tuning.current._replace(integer_elements=least))
+
+
+@COMPILED
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (37, 50), (513, 24), (1026, 17)])
+def test_a_single_row_is_multiplied_in_integers(K, N, monkeypatch):
+    of_integers(monkeypatch)
+    x = RNG.standard_normal((3, K)).astype("float32")
+    linear = Linear(K, N, seed=0)
+    b, M = (linear.params[name] for name in ("bias", "weight"))
+    with running("compiled"):
+        frozen = freeze(Chain(linear), "int8")
+        exact = x.astype("float64") @ restore(*round_weights("M", M, "int8")).T + b
+        for row, right in zip(x, exact, strict=True):
+            found = frozen(row[None, None])[0][0, 0]
+            size = np.abs(row).max() * np.abs(M).sum(axis=1)
+            assert np.allclose(found, in_integers(row, M, b), rtol=0, atol=3e-6 * K**0.5)
+            assert np.all(np.abs(found - right) <= size / 65534 + 3e-6 * K**0.5)
+        assert np.allclose(
+            frozen(x[None])[0][0], exact, rtol=0, atol=3e-6 * K**0.5
+        )  # of several, in float32
+
+
+@COMPILED
+@VARIANTS
+def test_a_step_of_a_single_row_in_integers(reset_after, monkeypatch):
+    gru = GRU(33, 53, reset_after=reset_after, seed=0)
+    x = RNG.standard_normal((4, 1, 33)).astype("float32")
+    h0 = RNG.standard_normal((1, 1, 53)).astype("float32")
+    with running("compiled"):
+        frozen = freeze(gru, "int8")
+        in_floats = frozen(x, h0)[0]
+        of_integers(monkeypatch)
+        y, _ = frozen(x, h0)
+        assert 1e-7 < np.abs(y - in_floats).max() < 3e-4
+        lengths, _ = frozen(x, h0, [4])
+        state = h0
+        for t in range(4):
+            y_t, state = frozen.step(x[t], state)
+            assert np.allclose(y_t, y[t], rtol=0, atol=3e-4)  # here x is rounded too
+        assert np.array_equal(lengths, y)
+        assert np.array_equal(frozen(x, h0, mask=np.ones((4, 1), bool))[0], y)
+
+
+@COMPILED
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, 1e-35, 0.0])
+def test_a_row_without_integers_is_multiplied_in_floats(bad, monkeypatch):
+    of_integers(monkeypatch)
+    frozen = freeze(Chain(Linear(40, 30, seed=0)), "int8")
+    x = RNG.standard_normal((1, 2, 40)).astype("float32")
+    x[0, 0] = 0 if abs(bad) < 1 else x[0, 0]
+    x[0, 0, 7] = bad
+    with running("compiled"):
+        assert np.array_equal(frozen(x[:, :1])[0], frozen(x)[0][:, :1], equal_nan=True)
+
+
+@COMPILED
+def test_integers_are_for_large_matrices(monkeypatch):
+    from gru_any.backend.cpu import tuning
+
+    size = tuning.current.integer_elements
+    assert [tuning.integers(*v) for v in ((1, size), (1, size - 1), (2, size))] == [
+        True,
+        False,
+        False,
+    ]

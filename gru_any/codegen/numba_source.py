@@ -261,7 +261,7 @@ class NumbaSource:
         """A module with the same of matrices in panels: those of the products, then W."""
         vectors = [array.name for array in self.arrays if array.kind is Kind.VECTOR]
         given = ", ".join([*self.matrices, "W", "bias", *vectors])
-        x = "gemm(functions[2], np.intp(3), x, np.intp(0), W, bias, a[0], 0, B, 0, H)"
+        x = "gemm(functions[3], np.intp(3), x, np.intp(0), W, bias, a[0], 0, B, 0, H)"
         return "\n".join([
             *self._head(),
             "@njit(cache=CACHE, **flags)",
@@ -342,7 +342,7 @@ class NumbaSource:
                 "if I and rows:",
                 f"    affine(functions, True, {flat}, H, {units})",
             ], []
-        fill = "gemm(functions[2], np.intp(3), {}, np.intp(0), W, bias, {}, {}, {}, " + units + ")"
+        fill = "gemm(functions[3], np.intp(3), {}, np.intp(0), W, bias, {}, {}, {}, " + units + ")"
         whole = "x.reshape(K * B, I)", "a.reshape(K * B, 3 * H)", f"{first} * K", f"{last} * K"
         s = scope.entries[Kind.PROJECTION]
         return [

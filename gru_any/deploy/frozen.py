@@ -29,11 +29,13 @@ def freeze(model: GRU | Chain, weights: str = "float32") -> Any:
     weights : str
         "float32": as they are, in the model's own dtype, whichever that is. "bfloat16" rounds each
         matrix of a float32 model to 8 significant bits, and "int8" each of its rows to 127 steps on
-        either side of zero, with a scale of its own. Biases, states and arithmetic stay float32.
-        With Numba only the small weights are stored, so that a model takes a half or a quarter of
-        the memory, and steps of few rows of a large model take less time. Without Numba, and on
-        other backends, the rounded weights are stored in float32: the results are the same up to
-        rounding, without these savings.
+        either side of zero, with a scale of its own. Biases, states and sums stay float32. With
+        Numba only the small weights are stored, so that a model takes a half or a quarter of the
+        memory, and steps of few rows of a large model take less time. There a single row is
+        multiplied by int8 in integers: it is rounded to 16 bits first, for this product alone,
+        which changes less than the rounding of the weights. Without Numba, and on other backends,
+        the rounded weights are stored in float32: the results are the same up to rounding, without
+        these savings.
 
     Returns
     -------

@@ -25,8 +25,8 @@ micro-kernel is written in its intermediate language.
 
 Panels may hold small weights, which become float32 as they are loaded: bfloat16, as uint16; or int8
 with a float32 scale for each column of M, in the first SCALE_ROWS rows of its panel. Where GROUP
-says so, rows of bfloat16 stand side by side in pairs, an element of each in 32 bits: AVX2 takes
-these apart in less time than it widens 16 bits.
+says so, rows stand side by side in pairs, an element of each together: AVX2 takes pairs of bfloat16
+apart in less time than it widens 16 bits, and `integers.py` multiplies pairs of int8.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ LINE_BYTES = 64  # of a line of the cache
 MC = 64  # rows of x
 KC_BYTES = 48 * 1024  # of KC rows of a panel
 BITS = {"float32": 32, "float64": 64, "uint16": 32, "int8": 32}  # of sums, by dtype of panels
-GROUP = {} if AVX512 else {"uint16": 2}  # rows side by side, by dtype of panels; others 1
+GROUP = {"int8": 2} | ({} if AVX512 else {"uint16": 2})  # rows side by side, by dtype; others 1
 SCALE_ROWS = 4  # rows of int8 that are as long as a row of float32
 AHEAD_BYTES = 2048  # from where a single row reads small weights to what it prefetches
 
@@ -132,7 +132,7 @@ class Emitter:
         """Return a mask of the first `count` lanes."""
         kind = ir.VectorType(INDEX, self.lanes)
         lanes = ir.Constant(kind, list(range(self.lanes)))
-        return self.builder.icmp_signed("<", lanes, self._spread(count, kind))
+        return self.builder.icmp_signed("<", lanes, self.spread(count, kind))
 
     def load(self, start: ir.Value, offset: ir.Value, mask: ir.Value | None = None) -> ir.Value:
         """Load a vector, with zeros in the lanes that are masked."""
@@ -167,11 +167,16 @@ class Emitter:
         return b.bitcast(b.shl(b.zext(v, wide), sixteen), self.vector)
 
     def pair_of_weights(self, start: ir.Value, offset: ir.Value) -> list[ir.Value]:
-        """Load a vector of bfloat16 from each of two rows side by side."""
-        b, wide = self.builder, ir.VectorType(INDEX32, self.lanes)
-        place = b.add(start, b.mul(offset, INDEX(self.weight_size)))
-        v = b.load(b.inttoptr(place, wide.as_pointer()), align=self.weight_size)
-        sixteen, high = (ir.Constant(wide, [n] * self.lanes) for n in (16, -1 << 16))
+        """Load a vector of weights from each of two rows side by side."""
+        b, lanes, size = self.builder, self.lanes, self.weight_size
+        pair, wide = ir.VectorType(ir.IntType(16 * size), lanes), ir.VectorType(INDEX32, lanes)
+        place = b.add(start, b.mul(offset, INDEX(size)))
+        v = b.load(b.inttoptr(place, pair.as_pointer()), align=size)
+        if self.stored == "int8":
+            v, (eight, high) = b.sext(v, wide), (ir.Constant(wide, [n] * lanes) for n in (8, 24))
+            both = b.ashr(b.shl(v, high), high), b.ashr(v, eight)
+            return [b.sitofp(each, self.vector) for each in both]
+        sixteen, high = (ir.Constant(wide, [n] * lanes) for n in (16, -1 << 16))
         return [b.bitcast(each, self.vector) for each in (b.shl(v, sixteen), b.and_(v, high))]
 
     def prefetch(self, start: ir.Value, offset: ir.Value) -> None:
@@ -186,7 +191,7 @@ class Emitter:
     def broadcast(self, start: ir.Value, offset: ir.Value) -> ir.Value:
         """Load one element into every lane."""
         element = self.builder.load(self.address(start, offset, self.element))
-        return self._spread(element, self.vector)
+        return self.spread(element, self.vector)
 
     def accumulate(self, place: ir.Value, left: ir.Value, right: ir.Value) -> None:
         """Add a product of two vectors to the sum at a place."""
@@ -194,7 +199,7 @@ class Emitter:
         total = self.builder.fadd(self.builder.load(place), term, flags=("contract",))
         self.builder.store(total, place)
 
-    def _spread(self, value: ir.Value, kind: ir.Type) -> ir.Value:
+    def spread(self, value: ir.Value, kind: ir.Type) -> ir.Value:
         nothing, first = ir.Constant(kind, ir.Undefined), ir.IntType(32)(0)
         pattern = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
         return self.builder.shuffle_vector(
@@ -231,20 +236,9 @@ def micro_kernel(rows: int, panels: int, gates: int, stored: str) -> Function:
             add, mul, width = builder.add, builder.mul, V * emit.lanes
             whole = isinstance(signature.args[3], types.NoneType)
             lines = [add(r, INDEX(i)) for i in range(rows)]
-            columns, factors = [], []  # of y with their masks, and of the panels
-            places: list[tuple[ir.Value, ir.Value]] = []  # of the scales
-            for q in range(panels):
-                panel = add(p, INDEX(q))
-                start_of = mul(panel, add(of.K, INDEX(emit.head)))
-                for v in range(gates * V):
-                    unit = INDEX(v % V * emit.lanes)
-                    mask = None if whole else emit.mask(builder.sub(units, unit))
-                    gate = mul(of.H, INDEX(v // V))
-                    columns.append((add(mul(panel, INDEX(width)), add(gate, unit)), mask))
-                    factors.append((add(start_of, INDEX(emit.head)), INDEX(v * emit.lanes)))
-                    if emit.head:
-                        bytes_before = mul(start_of, INDEX(gates * width))
-                        places.append((add(of.panels, bytes_before), INDEX(v * emit.lanes)))
+            columns, factors, places = columns_of(
+                emit, of, p, panels, gates, None if whole else units
+            )
             zeros = ir.Constant(emit.vector, None)
             sums = [[cgutils.alloca_once_value(builder, zeros) for _ in columns] for _ in lines]
             ahead = None  # tiles of fewer sums have no time for it
@@ -303,6 +297,34 @@ def micro_kernel(rows: int, panels: int, gates: int, stored: str) -> Function:
         return types.void(operands, r, p, units, start, stop), generate
 
     return kernel
+
+
+class Columns(NamedTuple):
+    """The vectors of columns of a tile of y."""
+
+    of_y: list[tuple[ir.Value, ir.Value | None]]  # the first element of a row, and the mask
+    of_panels: list[tuple[ir.Value, ir.Value]]  # the row where weights begin, and the column
+    of_scales: list[tuple[ir.Value, ir.Value]]  # address, and element from there
+
+
+def columns_of(
+    emit: Emitter, of: Operands, p: ir.Value, panels: int, gates: int, units: ir.Value | None
+) -> Columns:
+    """Return where the columns of some panels from p on stand; units: that are left, to mask."""
+    add, mul, V = emit.builder.add, emit.builder.mul, VECTORS[gates]
+    found, width = Columns([], [], []), V * emit.lanes
+    for q in range(panels):
+        panel = add(p, INDEX(q))
+        start = mul(panel, add(of.K, INDEX(emit.head)))
+        for v in range(gates * V):
+            unit, gate = INDEX(v % V * emit.lanes), mul(of.H, INDEX(v // V))
+            mask = None if units is None else emit.mask(emit.builder.sub(units, unit))
+            found.of_y.append((add(mul(panel, INDEX(width)), add(gate, unit)), mask))
+            found.of_panels.append((add(start, INDEX(emit.head)), INDEX(v * emit.lanes)))
+            if emit.head:
+                bytes_before = mul(start, INDEX(gates * width))
+                found.of_scales.append((add(of.panels, bytes_before), INDEX(v * emit.lanes)))
+    return found
 
 
 def _next_panel(

@@ -290,7 +290,7 @@ class Scan:
         """
         H, dtype, parts, panels = U.shape[1], U.dtype, self._parts(U, W), self._panels(U, W)
         sources = [M.source(rows, transposed) for M, rows, transposed, _ in parts]
-        zeros, functions = np.zeros(3 * H, dtype), kernel_addresses(panels[0].dtype)
+        zeros, stored = np.zeros(3 * H, dtype), panels[0].dtype
         bias, vectors = ascarray(zeros if b is None else b), [ascarray(v) for v in vectors]
         widths, given = [v.columns * H for v in self.schedule.buffers], [*panels, bias, *vectors]
         size = sum((rows.stop - rows.start) * M.shape[1] for M, rows, *_ in parts)
@@ -303,6 +303,7 @@ class Scan:
 
         def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             K, B, _ = x.shape
+            functions = _kernels(stored, K, B, size)
             if K == 1 and not tuning.step_shared(B * size, wide(), count):
                 y, new = np.empty((B, H), dtype), np.empty((B, H), dtype)
                 self.step_of_panels(functions, ascarray(x[0]), ascarray(h), y, new, *given)
@@ -425,11 +426,8 @@ class Scan:
         sources = [M.source(part, transposed) for M, part, transposed, _ in wanted]
         buffers = [np.empty((B, v.columns * H), dtype) for v in self.schedule.buffers]
         arrays = [*panels, *arrays, *buffers, *sources]
-        zeros, scan, functions = (
-            np.zeros(3 * H, dtype),
-            self.scan,
-            kernel_addresses(panels[0].dtype),
-        )
+        zeros, scan = np.zeros(3 * H, dtype), self.scan
+        functions = _kernels(panels[0].dtype, K, B, size)
 
         def call(hands: Hands) -> tuple[int, int]:
             return scan(*hands, *steps, ended, zeros, fresh, functions, *arrays)
@@ -441,6 +439,12 @@ class Scan:
             parallel_for(call, B, K * B * size + packing)
         for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
             M.packed[part.start, part.stop, transposed, gates] = P  # now that it is filled
+
+
+def _kernels(stored: DType, K: int, B: int, size: int) -> HostArray:
+    """Return the macro-kernels for K steps of B rows; size: elements of the weights."""
+    single, single_input = (tuning.integers(rows, size) for rows in (B, K * B))
+    return kernel_addresses(stored, single, single_input)
 
 
 def _after(path: HostArray, reverse: bool) -> tuple[HostArray, HostArray]:

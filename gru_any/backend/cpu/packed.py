@@ -57,6 +57,14 @@ KERNEL = """
 def product{gates}({names}):
     kernel{gates}(gemm.Gemm({names}))
 """
+SINGLE = """
+from gru_any.backend.cpu import integers
+
+single1 = integers.single_row(1, kernel1)
+single2 = integers.single_row(2, kernel2)
+single3 = integers.single_row(3, kernel3)
+"""
+SINGLE_KERNEL = KERNEL.replace("product", "row").replace("kernel", "single")
 
 
 @lru_cache(maxsize=8)
@@ -67,14 +75,35 @@ def _compiled(stored: DType) -> Any:
     fields = {"names": ", ".join(Gemm._fields), "types": ", ".join(["intp"] * len(Gemm._fields))}
     integers = ", ".join(["intp"] * 5)
     source = SOURCE.format(bits=BITS[stored.name], stored=stored.name, integers=integers)
-    return compiled(source + "".join(KERNEL.format(gates=gates, **fields) for gates in (1, 2, 3)))
+    kernels = [KERNEL, SINGLE_KERNEL] if _has_single(stored) else [KERNEL]
+    source += SINGLE if len(kernels) == 2 else ""
+    return compiled(
+        source + "".join(k.format(gates=g, **fields) for k in kernels for g in (1, 2, 3))
+    )
+
+
+def _has_single(stored: DType) -> bool:
+    """Whether there are products of a single row in integers."""
+    from .integers import SUPPORTED
+
+    return stored == np.int8 and SUPPORTED
 
 
 @lru_cache(maxsize=8)
-def kernel_addresses(stored: DType) -> HostArray:
+def _addresses(stored: DType, single: bool) -> list[int]:
     """Return the addresses of the macro-kernels for 1, 2 and 3 gates; stored: dtype of panels."""
-    code = _compiled(stored)
-    return np.array([code.product1.address, code.product2.address, code.product3.address])
+    name = "row" if single and _has_single(stored) else "product"
+    return [getattr(_compiled(stored), f"{name}{gates}").address for gates in (1, 2, 3)]
+
+
+@lru_cache(maxsize=8)
+def kernel_addresses(stored: DType, single: bool, single_input: bool) -> HostArray:
+    """Return the macro-kernels for 1, 2 and 3 gates, and for the product of x with 3.
+
+    stored: dtype of panels. single, single_input: these products have one row, and may be of
+    integers; see `tuning.integers`.
+    """
+    return np.array([*_addresses(stored, single), _addresses(stored, single_input)[2]])
 
 
 COPIED = 1 << 16  # bytes of a read-only array, up to which a copy is quicker than an alias
@@ -145,8 +174,11 @@ def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> No
     base = np.zeros(N, y.dtype) if base is None else ascarray(base)
     if any(stride % x.itemsize for stride in x.strides):  # a field of records
         x = x.copy()
+    integers = tuning.integers(R, P.size)
+    if integers:
+        x = ascarray(x)
     x_row, x_column = (stride // x.itemsize for stride in x.strides)
-    left, function = (x.ctypes.data, x_row, x_column, K), kernel_addresses(P.dtype)[0]
+    left, function = (x.ctypes.data, x_row, x_column, K), _addresses(P.dtype, integers)[0]
 
     parallel_for(lambda hands: code.product(*hands, function, *left, P, base, y), R, R * K * N)
 

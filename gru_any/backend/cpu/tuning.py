@@ -45,6 +45,7 @@ class Tuning(NamedTuple):
     narrow_work: int = (
         100_000  # at most, for which panels do not pay in a single step, with 256 bits; loop
     )
+    integer_elements: int = 2**17  # of int8, from which one row is rounded to integers; chosen
     copy_work: int = 8  # in the time that it takes to pack one element; loop
     stored_elements: int = 2**16  # of a matrix that stays in the cache, for any rows; loop
 
@@ -74,6 +75,11 @@ def frozen_packed(rows: int, elements: int, narrow_step: bool = False) -> bool:
     if narrow_step:
         return work > v.narrow_work
     return (rows > v.frozen_rows or elements > v.frozen_elements) and work > v.frozen_work
+
+
+def integers(rows: int, elements: int) -> bool:
+    """Decide whether rows are multiplied in integers by weights of int8, so many in all."""
+    return rows == 1 and elements >= current.integer_elements
 
 
 def in_place(rows: int, K: int, N: int) -> bool:
