@@ -36,24 +36,108 @@ def few_steps_too(monkeypatch):
     monkeypatch.setattr(ours, "FEW", 0)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_few_steps_are_left_to_pytorch(packed, monkeypatch):
-    """Up to seven, with the same bits in training or not."""
+@pytest.fixture
+def left(monkeypatch):
+    """How many steps are left to PyTorch's operator, by a call of it or of its module."""
     monkeypatch.undo()
-    left, module = [], convert.torch.GRU(I, H, batch_first=True)
+    found = {"operator": [], "module": []}
+
+    def operator(x, *rest, original=ours._operator):
+        found["operator"].append(x.shape[1 if rest[-1] else 0])
+        return original(x, *rest)
 
     def forward(self, input, hx=None, original=ours._forward_of_torch):
-        left.append(len(input.batch_sizes) if packed else input.shape[1])
+        packed = isinstance(input, RNN.PackedSequence)
+        T = len(input.batch_sizes) if packed else input.shape[self.batch_first]
+        found["module"].append(T)
         return original(self, input, hx)
 
+    monkeypatch.setattr(ours, "_operator", operator)
     monkeypatch.setattr(ours, "_forward_of_torch", forward)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_steps_are_left_to_pytorch(packed, left):
+    """Up to seven, with the same bits in training or not."""
+    module = convert.torch.GRU(I, H, batch_first=True)
     for steps in (1, 7, 8):
         x = torch.randn(2, steps, I)
         x = RNN.pack_padded_sequence(x, [steps] * 2, True) if packed else x
         y = module(x)[1]
         with torch.no_grad():
             assert torch.equal(module(x)[1], y)
-    assert left == [1, 1, 7, 7]
+    assert left["module" if packed else "operator"] == [1, 1, 7, 7]
+    assert left["operator" if packed else "module"] == []
+
+
+@EACH
+def test_few_steps_have_the_bits_of_pytorch(kind, left):
+    theirs, module = pair(torch.float32, **kind)
+    shape = (2, 3, I) if module.batch_first else (3, 2, I)
+    states = module.num_layers * (1 + module.bidirectional)
+    for hx in (None, torch.randn(states, 2, H)):
+        found = []
+        for model in (theirs, module):
+            x = torch.ones(shape, requires_grad=True)
+            torch.manual_seed(0)
+            y, h_n = model(x, hx)
+            found.append((y, h_n, *torch.autograd.grad((y * y).sum(), (x, *model.parameters()))))
+        assert all(map(torch.equal, *found))
+    assert left == {"operator": [3, 3], "module": []}
+
+
+def test_few_steps_see_what_becomes_of_the_weights(left):
+    theirs, module = pair(torch.float32)
+    x = torch.randn(2, 3, I)
+
+    def same():
+        return torch.equal(module(x)[0], theirs(x)[0])
+
+    assert same()
+    with torch.no_grad():
+        for model in (theirs, module):
+            model.weight_hh_l0.mul_(2)
+    assert same()
+    for model in (theirs, module):
+        model.weight_hh_l0.data = torch.ones(3 * H, H)
+    assert same()
+    for model in (theirs, module):
+        model.weight_hh_l0 = torch.nn.Parameter(torch.zeros(3 * H, H))
+    assert same()
+    for model in (theirs, module):
+        model._parameters["bias_hh_l0"] = torch.nn.Parameter(torch.ones(3 * H))
+    assert same()
+    new = {"weight_ih_l0": torch.ones(3 * H, I)}
+    given = [torch.func.functional_call(model, new, x)[0] for model in (theirs, module)]
+    assert torch.equal(*given)
+    assert not torch.equal(given[0], module(x)[0])
+    for model in (theirs, module):
+        torch.nn.utils.parametrizations.weight_norm(model, "weight_ih_l0")
+        model.parametrizations.weight_ih_l0.original0.data.mul_(3)
+    assert same()
+    assert left["module"], "what is not a parameter as it was is PyTorch's affair"
+
+
+def test_few_steps_that_are_wrong_are_refused_in_the_same_words(left):
+    theirs, module = pair(torch.float32)
+    wrong = [
+        (torch.ones(2, 3, I + 1), None),
+        (torch.ones(2, 3, I), torch.ones(1, 2, H)),
+        (torch.ones(2, 3, I), torch.ones(3, H)),
+        (torch.ones(2, 3, I, dtype=torch.float64), None),
+    ]
+    for given in wrong:
+        said = []
+        for model in (theirs, module):
+            with pytest.raises((ValueError, RuntimeError)) as e:
+                model(*given)
+            said.append(str(e.value))
+        assert said[0] == said[1]
+    for x in (torch.ones(2, 3, I, device="meta"), torch.ones(2, 3, I).to_sparse()):
+        with pytest.raises(TypeError, match="input is"):
+            module(x)
+    assert left["operator"] == []
 
 
 def pair(dtype=torch.float64, **kind):
