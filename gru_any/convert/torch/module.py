@@ -170,7 +170,7 @@ class GRU(torch.nn.RNNBase):
 
         The forward call of torch.nn.GRU looks at all parameters and sizes in more time.
         """
-        weights = self._flat_weights
+        weights: list[Any] = self._flat_weights
         if not (self._of_torch and type(x) is torch.Tensor and x.dim() == 3):
             return None
         B, T, I = x.shape if self.batch_first else (x.shape[1], x.shape[0], x.shape[2])
