@@ -18,7 +18,9 @@ import gru_any
 from gru_any import convert
 
 torch = require("torch")
+from gru_any.convert.torch import call as calls  # noqa: E402
 from gru_any.convert.torch import module as ours  # noqa: E402
+from gru_any.convert.torch import pieces  # noqa: E402
 
 NN, FUNC, RNN = torch.nn, torch.func, torch.nn.utils.rnn
 T, B, I, H = 5, 3, 2, 4
@@ -36,24 +38,179 @@ def few_steps_too(monkeypatch):
     monkeypatch.setattr(ours, "FEW", 0)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_few_steps_are_left_to_pytorch(packed, monkeypatch):
-    """Up to seven, with the same bits in training or not."""
+@pytest.fixture
+def left(monkeypatch):
+    """How many steps are left to PyTorch's operator, by a call of it or of its module."""
     monkeypatch.undo()
-    left, module = [], convert.torch.GRU(I, H, batch_first=True)
+    found = {"operator": [], "module": []}
+
+    def operator(x, *rest, original=ours._operator):
+        found["operator"].append(x.shape[1 if rest[-1] else 0])
+        return original(x, *rest)
 
     def forward(self, input, hx=None, original=ours._forward_of_torch):
-        left.append(len(input.batch_sizes) if packed else input.shape[1])
+        packed = isinstance(input, RNN.PackedSequence)
+        T = len(input.batch_sizes) if packed else input.shape[self.batch_first]
+        found["module"].append(T)
         return original(self, input, hx)
 
+    monkeypatch.setattr(ours, "_operator", operator)
     monkeypatch.setattr(ours, "_forward_of_torch", forward)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_steps_are_left_to_pytorch(packed, left):
+    """Up to seven, with the same bits in training or not."""
+    module = convert.torch.GRU(I, H, batch_first=True)
     for steps in (1, 7, 8):
         x = torch.randn(2, steps, I)
         x = RNN.pack_padded_sequence(x, [steps] * 2, True) if packed else x
         y = module(x)[1]
         with torch.no_grad():
             assert torch.equal(module(x)[1], y)
-    assert left == [1, 1, 7, 7]
+    assert left["module" if packed else "operator"] == [1, 1, 7, 7]
+    assert left["operator" if packed else "module"] == []
+
+
+@EACH
+def test_few_steps_have_the_bits_of_pytorch(kind, left):
+    theirs, module = pair(torch.float32, **kind)
+    shape = (2, 3, I) if module.batch_first else (3, 2, I)
+    states = module.num_layers * (1 + module.bidirectional)
+    for hx in (None, torch.randn(states, 2, H)):
+        found = []
+        for model in (theirs, module):
+            x = torch.ones(shape, requires_grad=True)
+            torch.manual_seed(0)
+            y, h_n = model(x, hx)
+            found.append((y, h_n, *torch.autograd.grad((y * y).sum(), (x, *model.parameters()))))
+        assert all(map(torch.equal, *found))
+    assert left == {"operator": [3, 3], "module": []}
+
+
+def test_few_steps_see_what_becomes_of_the_weights(left):
+    theirs, module = pair(torch.float32)
+    x = torch.randn(2, 3, I)
+
+    def same():
+        return torch.equal(module(x)[0], theirs(x)[0])
+
+    assert same()
+    with torch.no_grad():
+        for model in (theirs, module):
+            model.weight_hh_l0.mul_(2)
+    assert same()
+    for model in (theirs, module):
+        model.weight_hh_l0.data = torch.ones(3 * H, H)
+    assert same()
+    for model in (theirs, module):
+        model.weight_hh_l0 = torch.nn.Parameter(torch.zeros(3 * H, H))
+    assert same()
+    for model in (theirs, module):
+        model._parameters["bias_hh_l0"] = torch.nn.Parameter(torch.ones(3 * H))
+    assert same()
+    new = {"weight_ih_l0": torch.ones(3 * H, I)}
+    given = [torch.func.functional_call(model, new, x)[0] for model in (theirs, module)]
+    assert torch.equal(*given)
+    assert not torch.equal(given[0], module(x)[0])
+    for model in (theirs, module):
+        torch.nn.utils.parametrizations.weight_norm(model, "weight_ih_l0")
+        model.parametrizations.weight_ih_l0.original0.data.mul_(3)
+    assert same()
+    assert left["module"], "what is not a parameter as it was is PyTorch's affair"
+
+
+def test_few_steps_that_are_wrong_are_refused_in_the_same_words(left):
+    theirs, module = pair(torch.float32)
+    wrong = [
+        (torch.ones(2, 3, I + 1), None),
+        (torch.ones(2, 3, I), torch.ones(1, 2, H)),
+        (torch.ones(2, 3, I), torch.ones(3, H)),
+        (torch.ones(2, 3, I, dtype=torch.float64), None),
+    ]
+    for given in wrong:
+        said = []
+        for model in (theirs, module):
+            with pytest.raises((ValueError, RuntimeError)) as e:
+                model(*given)
+            said.append(str(e.value))
+        assert said[0] == said[1]
+    for x in (torch.ones(2, 3, I, device="meta"), torch.ones(2, 3, I).to_sparse()):
+        with pytest.raises(TypeError, match="input is"):
+            module(x)
+    assert left["operator"] == []
+
+
+def test_rows_are_cut_where_that_leaves_out_most():
+    lengths = np.array([9] * 20 + [5] * 20 + [2] * 20)
+    cut = pieces.pieces(lengths)
+    assert [(p.rows.start, p.rows.stop, p.steps) for p in cut] == [
+        (0, 20, 9),
+        (20, 40, 5),
+        (40, 60, 2),
+    ]
+    for few in (lengths[:25], np.full(99, 7), np.array([3]), np.array([9] * 40 + [8] * 20)):
+        assert pieces.pieces(few) == [(slice(0, len(few)), few[0])]
+    random = np.sort(np.random.default_rng(0).integers(1, 90, 200))[::-1]
+    cut = pieces.pieces(random)
+    assert [i for p in cut for i in range(p.rows.start, p.rows.stop)] == list(range(200))
+    assert all(p.steps == random[p.rows].max() for p in cut)
+    assert sum(p.steps * len(random[p.rows]) for p in cut) < 0.7 * random.max() * 200
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Packed sequences are run in pieces, however few they are; how many pieces there were."""
+    monkeypatch.setattr(pieces, "ROWS", 1)
+    found = []
+
+    def count(lengths, original=pieces.pieces):
+        found.append(len(original(lengths)))
+        return original(lengths)
+
+    monkeypatch.setattr(calls, "pieces", count)
+    return found
+
+
+@EACH
+@pytest.mark.parametrize("with_h0", [False, True])
+def test_pieces_of_packed_sequences_give_what_pytorch_does(kind, with_h0, cut):
+    theirs, module = pair(**kind)
+    first, states = module.batch_first, module.num_layers * (1 + module.bidirectional)
+    x = torch.randn((7, 6, I) if first else (6, 7, I), dtype=torch.float64)
+    h0 = torch.randn(states, 7, H, dtype=torch.float64) if with_h0 else None
+    for used in ("both", "y", "h_n"):
+        found = []
+        for model in (theirs, module):
+            given = [v.clone().requires_grad_() for v in (x, h0) if v is not None]
+            packed = RNN.pack_padded_sequence(given[0], [2, 6, 1, 3, 6, 2, 4], first, False)
+            y, h_n = model(packed, *given[1:])
+            loss = {"y": y.data.pow(2).sum(), "h_n": h_n.pow(3).sum()}
+            loss["both"] = loss["y"] + loss["h_n"]
+            grads = torch.autograd.grad(loss[used], (*given, *model.parameters()))
+            with torch.no_grad():
+                assert torch.equal(model(packed, *given[1:])[0].data, y.data)
+            found.append((y.data, h_n, *grads))
+        for ours_, theirs_ in zip(*found, strict=True):
+            torch.testing.assert_close(ours_, theirs_, rtol=1e-10, atol=1e-12)
+    assert min(cut) > 2
+
+
+def test_pieces_drop_the_same_in_both_directions_of_a_call(cut):
+    _, module = pair(num_layers=2, dropout=0.5)
+    x = torch.randn(5, 4, I, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        torch.manual_seed(3)
+        y, h_n = module(RNN.pack_padded_sequence(x, [5, 3, 2, 1]))
+        return y.data, h_n
+
+    assert torch.autograd.gradcheck(run, x)
+    assert not torch.equal(
+        run(x)[0], module.eval()(RNN.pack_padded_sequence(x, [5, 3, 2, 1]))[0].data
+    )
+    assert min(cut) > 1
 
 
 def pair(dtype=torch.float64, **kind):

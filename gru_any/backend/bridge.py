@@ -6,12 +6,13 @@ stands in for itself: a twin over the other backend reads its parameters in plac
 but for those that never change (`Backend.lasting`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial, wraps
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial, wraps
 from inspect import signature
 from operator import is_
 from types import CodeType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from ..typing import Array, Arrays, Pytree
 from .cpu.openmp import lent
@@ -58,18 +59,18 @@ def by_place(method: Method) -> Method:
     @wraps(method)
     def call(model: Model, *args: Any, **options: Any) -> Any:
         backend = model.backend
-        if backend.host or backend.traced:
+        if backend.alone:
             return method(model, *args, **options)
-        bridge = _bridge(backend, model.dtype)
+        bridge = backend.bridges.get(model.dtype) or _bridge(backend, model.dtype)
         if backend.traceable:
             kind = None if bridge is None else bridge.kind  # of arrays with values
             others = [v for v in (*args, *options.values()) if type(v) is not kind]
-            if any(map(is_traced, leaves(others))):
+            if others and any(map(is_traced, leaves(others))):
                 return method(_traced(model), *args, **options)
         if bridge is None or not serves(bridge.inner):
             return method(model, *args, **options)
         try:
-            return bridge.run(partial(method, bridge.twin(model)), names, args, options)
+            return bridge.run(method, names, (bridge.twin(model),), args, options)
         except UnreadableError:
             return method(model, *args, **options)
 
@@ -90,7 +91,7 @@ def leaves(tree: Pytree) -> Iterator[Any]:
 def _traced(model: Model) -> Any:
     """Return the model for arrays that stand for others; its own parameters are constants there."""
     twin = model.twin(of_traced(model.backend), model.dtype)
-    model.follow(twin, lambda part, _: Views(part, part.params))
+    model.follow(twin, lambda part, _: views_of(part, part.params))
     return twin
 
 
@@ -98,7 +99,8 @@ class UnreadableError(TypeError):
     """An array of the user's library cannot be read where it is, from outside of the library."""
 
 
-class Bridge(NamedTuple):
+@dataclass(frozen=True)
+class Bridge:
     """The way of arrays from the user's library to the backend that runs a call, and back."""
 
     home: Backend  # of the user's arrays
@@ -106,9 +108,31 @@ class Bridge(NamedTuple):
     inner: Backend  # of the call
     inner_dtype: str
     read: Callable[[Array], Array]  # an array of the user's -> the same memory for the call
-    adopt: Callable[[Array], Array]  # and back
     kind: type  # of the user's arrays
     inner_kind: type  # of those of the call
+
+    @cached_property
+    def casts(self) -> bool:
+        """Whether arrays are cast on the way."""
+        return self.inner_dtype != self.dtype
+
+    @cached_property
+    def lasting(self) -> bool:
+        """Whether views of parameters are kept, since these never change."""
+        return self.home.lasting and self.inner.host
+
+    @cached_property
+    def together(self) -> Any:
+        """What makes several arrays of the call the user's at once; None: one by one."""
+        return self.home.adopt_together
+
+    @cached_property
+    def adopt(self) -> Callable[[Array], Array]:
+        """What makes an array of the call one of the user's."""
+        return self._cast_back if self.casts else self.home.adopt
+
+    def _cast_back(self, v: Array) -> Array:
+        return self._stored(self.home.adopt(v))
 
     def twin(self, model: Model) -> Any:
         """Return the model over the inner backend; it follows the parameters and settings."""
@@ -120,25 +144,32 @@ class Bridge(NamedTuple):
 
     def views(self, model: Model, last: Any) -> "Views":
         """Return the parameters as the inner backend reads them; last: those of the call before."""
-        arrays = list(model.params.values())
-        lasting = self.inner.host and self.home.lasting(arrays)
-        if lasting and isinstance(last, Views) and last.of(model, arrays):
+        params = model.params
+        arrays = list(params.values())
+        lasting = self.lasting and not self.home.deleted(arrays)
+        if lasting and type(last) is Views and last.of(model, arrays):
             return last
-        inner = self.export(arrays)
+        try:
+            inner = list(map(self.read, map(self._to_inner, arrays) if self.casts else arrays))
+        except FAILURES as e:
+            raise self._unreadable(e) from e
         if lasting:
             inner = [v if v.flags.carray else writable(v) for v in inner]
-        return Views(model, dict(zip(model.params, inner, strict=True)), arrays)
+        views = Views(zip(params, inner, strict=True))
+        views.model, views.arrays = model, arrays
+        return views
 
     def run(
         self,
         function: Callable[..., Any],
         names: tuple[str, ...],
+        twin: tuple[Any, ...],
         args: tuple[Any, ...],
         options: Mapping[str, Any],
     ) -> Any:
         """Call a function of the inner backend on the user's arrays.
 
-        names: of its positional arguments.
+        names: of its positional arguments. twin: the first one, where it is a method.
 
         Raises
         ------
@@ -148,55 +179,60 @@ class Bridge(NamedTuple):
             An array must be of the user's library and is not.
         """
         seen: dict[int, Array] = {}
-        entered = [self.enter(name, v, seen) for name, v in zip(names, args, strict=False)]
+        enter, entered = self.enter, [*twin]
+        for name, v in zip(names, args, strict=False):
+            entered.append(enter(name, v, seen))
         entered.extend(args[len(names) :])
         if options:
-            options = {name: self.enter(name, v, seen) for name, v in options.items()}
+            options = {name: enter(name, v, seen) for name, v in options.items()}
         with lent if self.inner.host else cuda.current(self.inner):
-            return self.leave(function(*entered, **options), seen)
+            results = function(*entered, **options)
+            several = type(results) is tuple  # as most are
+            results = results if several else (results,)
+            if self.together is not None:
+                self._adopt_together(results, seen)
+            left = self.leave(results, seen)
+            return tuple(left) if several else left[0]
 
     def enter(self, name: str, v: Any, seen: dict[int, Array]) -> Any:
         """Return an argument over the inner backend. seen: by their ids, whose arrays these are."""
         if v is None:
             return None
-        if name in LISTS:
-            if isinstance(v, (list, tuple)):
-                return [self.enter(name, w, seen) for w in v]
-            if isinstance(v, Mapping):
-                return {key: self.enter(name, w, seen) for key, w in v.items()}
-        if not self._at_home(v):
+        kind: type[Any] = type(v)
+        if kind is self.kind:
+            at_home = v.device == self.home.device
+        else:
+            if name in LISTS:
+                if isinstance(v, (list, tuple)):
+                    return [self.enter(name, w, seen) for w in v]
+                if isinstance(v, Mapping):
+                    return {key: self.enter(name, w, seen) for key, w in v.items()}
+            at_home = self._at_home(v)
+        if not at_home:
             if name in OURS:
                 self.home.check(name, v, self.dtype)
             return v
-        if self.inner_dtype != self.dtype and self.home.xp.isdtype(v.dtype, "real floating"):
+        if self.casts and self.home.xp.isdtype(v.dtype, "real floating"):
             self.home.check(name, v, self.dtype)
         try:
-            (inner,) = self.export((v,))
-        except UnreadableError:
+            inner = self.read(self._to_inner(v) if self.casts else v)
+        except FAILURES as e:
             self.home.check(name, v, self.dtype)  # such as a tensor that requires grad
-            raise
+            raise self._unreadable(e) from e
         seen[id(inner)] = v
         return inner
 
     def _at_home(self, v: Any) -> bool:
-        if type(v) is self.kind:
-            array: Array = v
-            return bool(array.device == self.home.device)
+        """Return whether it is an array where the model is, of whichever type."""
         try:
             return hasattr(v, "dtype") and of(v) == self.home
         except TypeError:
             return False
 
-    def export(self, arrays: Sequence[Array]) -> list[Array]:
-        """Return the inner backend's arrays over the memory of these, or of cast copies."""
-        try:
-            if self.inner_dtype != self.dtype:
-                arrays = list(map(self._to_inner, arrays))
-            return list(map(self.read, arrays))
-        except FAILURES as e:
-            raise UnreadableError(
-                f"an array of {self.home.name} cannot be read where it is ({e}): pass a plain copy"
-            ) from e
+    def _unreadable(self, e: Exception) -> UnreadableError:
+        return UnreadableError(
+            f"an array of {self.home.name} cannot be read where it is ({e}): pass a plain copy"
+        )
 
     def _to_inner(self, v: Array) -> Array:
         """Cast an array of the model's dtype to the inner one."""
@@ -204,43 +240,48 @@ class Bridge(NamedTuple):
             return v
         return self.home.xp.astype(v, self.home.dtype(self.inner_dtype))
 
-    def leave(self, results: Pytree, seen: dict[int, Array]) -> Any:
+    def leave(self, results: Iterable[Pytree], seen: Mapping[int, Array]) -> list[Any]:
         """Return results as the user has arrays; a function becomes one of the user's arrays.
 
         seen: the user's arrays of those of the call that are known, the arguments among them.
         """
-        if together := self.home.adopt_together:
-            inner = list[Array]()
-            self._collect(results, seen, inner)
-            arrays = map(self._stored, together(inner) if inner else inner)
+        left = list[Any]()
+        for v in results:
+            if type(v) is self.inner_kind:
+                left.append(seen[id(v)] if id(v) in seen else self.adopt(v))
+            elif isinstance(v, (tuple, list)):
+                left.append(type(v)(self.leave(v, seen)))
+            elif isinstance(v, dict):
+                left.append(dict(zip(v, self.leave(v.values(), seen), strict=True)))
+            else:
+                left.append(Outside(self, v) if callable(v) else v)
+        return left
+
+    def _adopt_together(self, results: Iterable[Pytree], seen: dict[int, Array]) -> None:
+        """Make all arrays among results that are not known the user's, at once."""
+        inner = list[Array]()
+        self._collect(results, seen, inner)
+        if inner:
+            found = self.together(inner)
+            arrays = map(self._stored, found) if self.casts else found
             seen.update(zip(map(id, inner), arrays, strict=True))
-        return self._left(results, seen)
 
-    def _collect(self, v: Pytree, seen: Mapping[int, Array], inner: list[Array]) -> None:
+    def _collect(
+        self, results: Iterable[Pytree], seen: Mapping[int, Array], inner: list[Array]
+    ) -> None:
         """Append the arrays among results that are not known."""
-        if type(v) is self.inner_kind:
-            if id(v) not in seen:
-                inner.append(v)
-        elif isinstance(v, (tuple, list, dict)):
-            for w in v.values() if isinstance(v, dict) else v:
-                self._collect(w, seen, inner)
-
-    def _left(self, v: Pytree, seen: Mapping[int, Array]) -> Any:
-        """Return results with the user's arrays in their places."""
-        if type(v) is not self.inner_kind:
-            if v is None:
-                return None
-            if isinstance(v, (tuple, list)):
-                return type(v)([self._left(w, seen) for w in v])
-            if isinstance(v, dict):
-                return {name: self._left(w, seen) for name, w in v.items()}
-            if callable(v):
-                return Outside(self, v)
-        return seen[id(v)] if id(v) in seen else self._stored(self.adopt(v))
+        for v in results:
+            if type(v) is self.inner_kind:
+                if id(v) not in seen:
+                    inner.append(v)
+            elif isinstance(v, (tuple, list)):
+                self._collect(v, seen, inner)
+            elif isinstance(v, dict):
+                self._collect(v.values(), seen, inner)
 
     def _stored(self, v: Array) -> Array:
         """Cast a result of the inner dtype to the model's."""
-        if self.inner_dtype == self.dtype or v.dtype != self.home.dtype(self.inner_dtype):
+        if v.dtype != self.home.dtype(self.inner_dtype):
             return v
         return self.home.xp.astype(v, self.home.dtype(self.dtype))
 
@@ -248,23 +289,28 @@ class Bridge(NamedTuple):
 class Views(dict[str, Array]):
     """The parameters of a model at a call, as the inner backend reads them in place."""
 
-    def __init__(self, model: Model, views: Arrays, arrays: Sequence[Array] = ()) -> None:
-        super().__init__(views)
-        self._model, self._arrays = model, arrays
+    model: Model
+    arrays: Sequence[Array]  # the user's
 
     def of(self, model: Model, arrays: Sequence[Array]) -> bool:
         """Return whether these are views of the same arrays."""
-        same = model is self._model and len(arrays) == len(self._arrays)
-        return same and all(map(is_, arrays, self._arrays))
+        return model is self.model and all(map(is_, arrays, self.arrays))
 
     @property
     def version(self) -> int:
         """How many of the user's parameters were replaced by now."""
-        return int(self._model.params.version)
+        return int(self.model.params.version)
 
     def refuse_untied(self) -> None:
         """Raise where parameters of a Chain that are tied differ."""
-        self._model.params.refuse_untied()
+        self.model.params.refuse_untied()
+
+
+def views_of(model: Model, arrays: Arrays) -> Views:
+    """Return arrays in the place of the parameters of a model."""
+    views = Views(arrays)
+    views.model = model
+    return views
 
 
 class Outside:
@@ -275,7 +321,9 @@ class Outside:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call it."""
-        return self._bridge.run(self._function, _names(self._function), args, options)
+        function = self._function
+        names = _of_instances(cast(Any, type(function))) or _names(function)
+        return self._bridge.run(function, names, (), args, options)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._function, name)
@@ -286,21 +334,32 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names of the positional arguments of a function."""
     if isinstance(function, partial):
         return _names(function.func)[len(function.args) :]
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        return _of_code(code)[1 if hasattr(function, "__self__") else 0 :]
-    return _names(function.__call__)  # type: ignore[operator]
+    code: CodeType = function.__code__
+    return _of_code(code)[1 if hasattr(function, "__self__") else 0 :]
 
 
 @lru_cache(maxsize=64)
+def _of_instances(kind: Any) -> tuple[str, ...]:
+    """Return them of the instances of a class; none for functions and methods, which differ."""
+    code = getattr(getattr(kind, "__call__"), "__code__", None)  # noqa: B004, B009
+    return () if code is None else _of_code(code)[1:]
+
+
 def _bridge(home: Backend, dtype: str) -> Bridge | None:
     """Return the bridge for models of this backend; None where there is none."""
+    if dtype not in home.bridges:
+        home.bridges[dtype] = _find(home, dtype)
+    found: Bridge | None = home.bridges[dtype]
+    return found
+
+
+def _find(home: Backend, dtype: str) -> Bridge | None:
     found, _ = neighbour(home, dtype)
     if found is None or dtype == COMPLEX:
         return None
-    inner, read = found.backend, found.read
-    kinds = found.kind, type(inner.zeros((1,), found.dtype))
-    return Bridge(home, dtype, inner, found.dtype, read, home.adopt, *kinds)
+    inner = found.backend
+    inner_kind = type(inner.zeros((1,), found.dtype))
+    return Bridge(home, dtype, inner, found.dtype, found.read, found.kind, inner_kind)
 
 
 @lru_cache

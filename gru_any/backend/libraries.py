@@ -89,6 +89,11 @@ class Backend:
         return self.traceable and self.device is None
 
     @cached_property
+    def alone(self) -> bool:
+        """Whether no other backend can run what lives in this one."""
+        return self.host or self.traced
+
+    @cached_property
     def _dtypes(self) -> dict[str, DType]:
         return {}
 
@@ -238,9 +243,19 @@ class Backend:
 
         return Adopter(self.device)
 
-    def lasting(self, arrays: Iterable[Array]) -> bool:
-        """Return whether these arrays of the library hold the same numbers as long as they live."""
-        return self.name == "jax.numpy" and not any([v.is_deleted() for v in arrays])
+    @cached_property
+    def lasting(self) -> bool:
+        """Whether arrays of the library hold the same numbers as long as they live."""
+        return self.name == "jax.numpy"
+
+    def deleted(self, arrays: Iterable[Array]) -> bool:
+        """Return whether one of these arrays, which are lasting, lives no more."""
+        return any([v.is_deleted() for v in arrays])
+
+    @cached_property
+    def bridges(self) -> dict[str, Any]:
+        """What runs the calls of models in another backend, by their dtypes; see `bridge`."""
+        return {}
 
     def scatter_add(self, indices: Array, rows: Array, n: int) -> Array:
         """Return (n, size), the sum of the rows (N, size) of each index; indices: (N,).

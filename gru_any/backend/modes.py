@@ -69,6 +69,8 @@ def _allowed(backend: Backend) -> Mode:
 
 def serves(backend: Backend) -> bool:
     """Return whether NumPy or CuPy may run the calls of other libraries in its memory."""
+    if backend.host:  # in short, as each call asks
+        return (chosen or _asked_once()) != Mode.PLAIN
     return _allowed(backend) != Mode.PLAIN
 
 

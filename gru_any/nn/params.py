@@ -97,6 +97,7 @@ class Layer:
     """A layer is its settings and its parameters."""
 
     settings: dict[str, Any]  # the arguments that make it again
+    _followed: tuple[str, ...]  # the names of all settings, those left out among them
     params: Params
     backend: Backend  # where the parameters are
     dtype: str  # of the parameters
@@ -117,7 +118,8 @@ class Layer:
         parameter, by name. draw: its initial value.
         """
         _refuse_dtype(dtype)
-        self.settings = {name: getattr(self, name) for name in _settings(kind)}
+        self._followed = _settings(kind)
+        self.settings = {name: getattr(self, name) for name in self._followed}
         self.backend = select(backend, device)
         self.dtype = dtype
         self.backend.dtype(dtype)
@@ -292,8 +294,14 @@ class Layer:
         views: makes the latter of the layer, given those that the twin has.
         """
         own, there = vars(self), vars(twin)
-        there.update({name: own[name] for name in self.settings})
+        if own["_changed"] is not there["_changed"]:
+            names = ("_changed", *self._followed)
+            there.update(zip(names, map(own.__getitem__, names), strict=True))
         there["params"] = views(self, there["params"])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        vars(self)["_changed"] = object()  # which twins look at
 
     # the dtype of the arithmetic, and of what is stored ------------------------------------------
 

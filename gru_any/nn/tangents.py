@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from ..backend import Backend
-from ..backend.bridge import Views
+from ..backend.bridge import views_of
 from ..backend.dual import Dual, dot_of, value_of
 from ..backend.dual_backend import DualBackend, dual
 from ..errors import ShapeError
@@ -31,7 +31,7 @@ def along(layer: Layer, params_dot: Mapping[str, Array | None]) -> Any:
     home = dual(layer.backend)
     twin = layer.over(home, layer.dtype, ())
     arrays = {name: home.lift(v, params_dot.get(name)) for name, v in layer.params.items()}
-    twin.params = Views(layer, arrays)  # type: ignore[assignment]
+    twin.params = views_of(layer, arrays)  # type: ignore[assignment]
     return twin
 
 

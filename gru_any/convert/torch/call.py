@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from inspect import signature
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ...backend.cpu.openmp import lent
 from ...nn.cell import GRUCell
 from ...nn.gru import GRU
 from ...typing import Array
+from .pieces import InPieces, pieces
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 Recurrent = TypeVar("Recurrent", bound=GRU | GRUCell)
@@ -100,18 +101,22 @@ class Call:
 
     def run(self, x: torch.Tensor, h0: torch.Tensor | None, keep: bool) -> Tensors:
         """Return y and h_n; x and y are the data of PackedSequences where there are batch sizes."""
-        gru, given = self.gru, h0 is not None
-        self.dtype, self.given = x.dtype, given
+        gru: GRU | InPieces = self.gru
+        self.dtype, self.given = x.dtype, h0 is not None
         if self.batch_sizes is not None:
-            x, packed = _padded(x, self.batch_sizes, gru.batch_first)
+            x, packed = _padded(x, self.batch_sizes, self.gru.batch_first)
             self.lengths = packed.numpy()
-        arguments = self._array(x), self._array(h0), self.lengths
+            alike = self.seed is None  # what is dropped is drawn for the whole batch
+            if alike and self.gru.backend.host and len(cut := pieces(self.lengths)) > 1:
+                gru = InPieces(self.gru, cut)
+        X, H0, lengths = self._array(x), self._array(h0), cast(Any, self.lengths)
         with lent, no_autocast(x.device.type):
             if keep or self.seed is not None:
                 rng = None if self.seed is None else np.random.default_rng(int(self.seed.item()))
-                (y, h_n), self.pullback = gru.vjp(*arguments, rng, **self.options)
+                found: tuple[Any, Any] = gru.vjp(X, H0, lengths, rng, **self.options)
+                (y, h_n), self.pullback = found
             else:
-                y, h_n = gru(*arguments, **self.options)
+                y, h_n = gru(X, H0, lengths, **self.options)
         return self._packed(self._tensor(y)), self._tensor(h_n)
 
     def back(self, dy: torch.Tensor | None, dh_n: torch.Tensor | None) -> list[torch.Tensor]:

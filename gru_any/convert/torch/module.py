@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import copy
+from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -12,11 +13,12 @@ from ...errors import check_shape
 from ...nn import cell, gru
 from ...typing import Array, Arrays, Lengths
 from .call import is_of_torch, over, template
-from .check import check, check_tensor
+from .check import DTYPES, check, check_tensor
 from .evaluate import evaluate
 
 FEW = 8  # below so many steps PyTorch's own operator is as fast, for large batches in training too
 _forward_of_torch: Callable[..., Any] = torch.nn.GRU.forward
+_operator: Callable[..., Any] = torch._VF.gru  # which is what takes the time in it
 _transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
@@ -138,6 +140,8 @@ class GRU(torch.nn.RNNBase):
                     "the padded sequences with lengths"
                 )
             return self._run_packed(input, hx, lengths)
+        if lengths is None and (found := self._run_few(input, hx)) is not None:
+            return found
         check_tensor("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -173,6 +177,31 @@ class GRU(torch.nn.RNNBase):
             hx = self.permute_hidden(hx, sort)
         y, h_n = self._run(data, hx, batch_sizes=batch_sizes)
         return PackedSequence(y, batch_sizes, sort, unsort), self.permute_hidden(h_n, unsort)
+
+    def _run_few(self, x: torch.Tensor, hx: torch.Tensor | None) -> Pair | None:
+        """Return the results of PyTorch's operator; None: the call is another kind, or is wrong.
+
+        The forward call of torch.nn.GRU looks at all parameters and sizes in more time.
+        """
+        weights: list[Any] = self._flat_weights
+        if not (self._of_torch and type(x) is torch.Tensor and x.dim() == 3):
+            return None
+        B, T, I = x.shape if self.batch_first else (x.shape[1], x.shape[0], x.shape[2])
+        if T >= FEW or torch.compiler.is_compiling() or _transformed():
+            return None
+        if self.input_size != I or x.dtype not in DTYPES or x.dtype != weights[0].dtype:
+            return None
+        if x.layout is not torch.strided or x.is_meta or torch._C._get_tracing_state() is not None:
+            return None
+        if not all(map(is_, weights, map(self._parameters.get, self._flat_weights_names))):
+            return None
+        shape = self.num_layers * (1 + self.bidirectional), B, self.hidden_size
+        if hx is None:
+            hx = x.new_zeros(shape)
+        elif type(hx) is not torch.Tensor or hx.shape != shape:
+            return None
+        kind = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional
+        return _operator(x, hx, weights, *kind, self.batch_first)  # type: ignore[no-any-return]
 
     def _is_for_torch(self, x: torch.Tensor, T: int) -> bool:
         """Whether PyTorch's own operator serves a call: it can, and is as fast or does more."""
