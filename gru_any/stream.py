@@ -192,8 +192,9 @@ class Stream:
     def _restarted(self, gru: GRU, h: Array, chosen: HostArray, start: Array | None) -> Array:
         """Return h (L, B, H) with zeros, or the start, in these rows of the batch."""
         if h.ndim != 3 or chosen.shape != h.shape[1:2]:
-            wanted = f"(B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else "none, without a batch"
-            raise ValueError(f"rows is {chosen.dtype} {chosen.shape}, expected booleans {wanted}")
+            wanted = "none, since there is no batch: reset(), or resets=True in the next step"
+            wanted = f"booleans (B,) = {tuple(h.shape[1:2])}" if h.ndim == 3 else wanted
+            raise ValueError(f"rows is {chosen.dtype} {chosen.shape}, expected {wanted}")
         return gru._layout.restart(h, chosen, start, False, "rows")
 
     def __reduce__(self) -> tuple[Callable[..., "Stream"], tuple[GRU | Chain, Any]]:

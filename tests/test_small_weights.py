@@ -4,11 +4,12 @@ import copy
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, at_once, require, running
+from conftest import PATHS, at_once, finished, require, running
 
 from gru_any import GRU, Chain, Embedding, Linear
 from gru_any.backend.rounding import restore, round_weights
@@ -310,6 +311,23 @@ def test_a_row_without_integers_is_multiplied_in_floats(bad, monkeypatch):
     x[0, 0, 7] = bad
     with running("compiled"):
         assert np.array_equal(frozen(x[:, :1])[0], frozen(x)[0][:, :1], equal_nan=True)
+
+
+FREED = """
+import numpy as np
+from gru_any import Chain, Linear
+from gru_any.deploy import freeze
+frozen, x = freeze(Chain(Linear(2001, 70, seed=0)), "int8"), np.ones((1, 2, 2001), "float32")
+assert np.allclose(frozen(x[:, :1])[0], frozen(x)[0][:, :1], rtol=0, atol=1e-5)
+"""
+
+
+@COMPILED
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library: only glibc fills freed memory")
+def test_a_row_of_integers_is_freed_after_its_product():
+    """In a process where what is freed is filled at once."""
+    environment = {**os.environ, "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1"}
+    finished([sys.executable, "-c", FREED], code=0, env=environment)
 
 
 @COMPILED

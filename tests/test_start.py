@@ -531,6 +531,8 @@ def test_refusals(start, resets, told):
         ((2,), {"resets": [1, 0]}, "resets has dtype int64, expected booleans"),
         ((2,), {"resets": [True] * 2, "start": np.zeros((2, 3))}, "axis 1 is 3, H is 4"),
         ((2,), {"resets": [True] * 2, "start": np.zeros((2, 3, 4))}, "axis 1 is 3, B is 2"),
+        ((2,), {"resets": [True] * 2, "start": [np.zeros((2, 4))]}, "start is a list"),
+        ((2,), {"resets": [True] * 2, "start": 0.0}, "start is a float"),
     ],
 )
 def test_refusals_of_steps(rows, options, told):

@@ -132,7 +132,7 @@ def test_one_stream_without_a_batch():
     whole, _ = model(x[:, None])
     y = np.concatenate([stream(x[:10]), stream.step(x[10, ...])[None], stream(x[11:])])
     assert np.allclose(y, whole[:, 0], rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="expected booleans none, without a batch"):
+    with pytest.raises(ValueError, match="expected none, since there is no batch: reset"):
         stream.reset([True])
 
 

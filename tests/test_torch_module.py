@@ -9,6 +9,7 @@ from conftest import require, running
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear, convert
 
 torch = require("torch")
+from gru_any.convert.torch import autograd  # noqa: E402
 from gru_any.convert.torch import module as ours  # noqa: E402
 
 require("torch.nn.utils.prune")
@@ -83,9 +84,11 @@ def test_resets_as_in_a_loop_over_a_cell(compiled, monkeypatch):
     function = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
     with running("traced"):
         y, h_n = function(x, h0, resets=resets)
-        found = torch.autograd.grad(
-            y.pow(2).sum() + h_n.pow(3).sum(), [x, h0, *module.parameters()]
-        )
+        of, to = y.pow(2).sum() + h_n.pow(3).sum(), [x, h0, *module.parameters()]
+        found = torch.autograd.grad(of, to, retain_graph=True)
+        monkeypatch.setattr(autograd, "_handles", {})  # so that the call is run again
+        again = torch.autograd.grad(of, to)
+    assert all(map(torch.equal, found, again))
     loss = torch.stack(ys).pow(2).sum() + h.pow(3).sum()
     expected = torch.autograd.grad(loss, [x, h0, *cell.parameters()])
     assert torch.allclose(y, torch.stack(ys), rtol=0, atol=1e-14)

@@ -124,6 +124,7 @@ class SequenceLayout(NamedTuple):
         """Return restarts with the state given for them."""
         if start is None:
             return found
+        self.backend.check("start", start, self.dtype)
         xp, shared = self.backend.xp, start.ndim == 2 and not unbatched
         self._check_states("start", start, B, unbatched or shared)
         start = xp.astype(start, self.backend.dtype(self.arithmetic), copy=True)

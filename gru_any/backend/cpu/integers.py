@@ -157,9 +157,10 @@ def single_row(gates: int, usual: Function) -> Function:
             return
         low, high, before = left // NR, -(-right // NR), base
         far = low + max(0, min(high, H // NR) - low) // PANELS * PANELS
-        q, unused = intp(room.ctypes.data), intp(0)
+        unused = intp(0)
         for start in range(0, K, DEPTH):
             stop = min(start + DEPTH, K)
+            q = intp(room.ctypes.data)  # here: Numba frees it after the last use
             of = Operands(q, unused, unused, unused, P, K, before, unused, y, H)
             for p in range(low, far, PANELS):
                 whole(of, s, p, None, start, stop)
