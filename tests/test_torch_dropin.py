@@ -213,6 +213,15 @@ def test_pieces_drop_the_same_in_both_directions_of_a_call(cut):
     assert min(cut) > 1
 
 
+def test_there_are_no_pieces_where_weights_are_dropped_for_the_whole_batch(cut):
+    module = convert.torch.GRU(I, H, weight_dropout=0.5)
+    packed = RNN.pack_padded_sequence(torch.randn(5, 4, I), [5, 3, 2, 1])
+    module(packed)
+    assert not cut
+    module.eval()(packed)
+    assert min(cut) > 1
+
+
 def pair(dtype=torch.float64, **kind):
     """torch.nn.GRU and ours, of the same seed."""
     made = []

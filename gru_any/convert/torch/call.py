@@ -101,13 +101,14 @@ class Call:
 
     def run(self, x: torch.Tensor, h0: torch.Tensor | None, keep: bool) -> Tensors:
         """Return y and h_n; x and y are the data of PackedSequences where there are batch sizes."""
-        gru: GRU | InPieces = self.gru
+        gru: Any = self.gru
         self.dtype, self.given = x.dtype, h0 is not None
         if self.batch_sizes is not None:
             x, packed = _padded(x, self.batch_sizes, self.gru.batch_first)
             self.lengths = packed.numpy()
-            alike = self.seed is None  # what is dropped is drawn for the whole batch
-            if alike and self.gru.backend.host and len(cut := pieces(self.lengths)) > 1:
+            # weights are dropped for a whole batch
+            whole = not gru.backend.host or (self.seed is not None and gru.weight_dropout > 0)
+            if not whole and len(cut := pieces(self.lengths)) > 1:
                 gru = InPieces(self.gru, cut)
         X, H0, lengths = self._array(x), self._array(h0), cast(Any, self.lengths)
         with lent, no_autocast(x.device.type):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...nn.gru import GRU
 from ...nn.pullback import Pullback
-from ...typing import Array, Derivatives, HostArray, Shape
+from ...typing import Array, Derivatives, HostArray, Rng, Shape
 
 ROWS = 16  # of a piece, at least: with fewer, products read the weights too often
 WORTH = 8  # a cut must leave out one in so many steps of the rows that it cuts
@@ -51,10 +51,10 @@ class InPieces:
         return self._joined(x, [self.gru(*given) for given in self._each(x, h0, lengths)])
 
     def vjp(
-        self, x: Array, h0: Array | None, lengths: HostArray, rng: None = None
+        self, x: Array, h0: Array | None, lengths: HostArray, rng: Rng | None = None
     ) -> tuple[tuple[Array, Array], "PullbackInPieces"]:
         """Return y and h_n, and their pullback."""
-        found = [self.gru.vjp(*given) for given in self._each(x, h0, lengths)]
+        found = [self.gru.vjp(*given, rng) for given in self._each(x, h0, lengths)]
         back = PullbackInPieces(self, x.shape, [pullback for _, pullback in found])
         return self._joined(x, [results for results, _ in found]), back
 
