@@ -609,3 +609,27 @@ def test_a_chain_runs_as_a_module():
 def test_what_is_no_model_is_refused_at_the_door(model):
     with pytest.raises(TypeError, match="expected a GRU, a GRUCell or a Chain of gru_any"):
         convert.torch.as_module(model)
+
+
+@pytest.mark.parametrize("name", ["weight_dropout", "recurrent_dropout", "zoneout"])
+def test_what_drops_in_the_recurrence_acts_in_training_mode_alone(name):
+    module = convert.torch.GRU(I, H, **{name: 0.5}).double()
+    x = torch.randn(20, B, I, dtype=torch.float64)
+
+    def run(seed, x=x):
+        torch.manual_seed(seed)
+        return module(x)[0]
+
+    with running("traced"):
+        assert torch.equal(run(1), run(1))
+        assert not torch.equal(run(1), run(2))
+        assert not torch.equal(run(1)[:3], run(2, x[:3]))  # not by PyTorch's operator either
+        short = x[:4].clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda v: run(3, v), short)
+        with torch.no_grad():
+            assert torch.equal(run(1), run(1))
+            assert not torch.equal(run(1), run(2))
+        module.eval()
+        expected, _ = module.gru()(x.numpy())
+        assert np.allclose(run(1).detach().numpy(), expected, rtol=0, atol=1e-14)
+        assert torch.equal(run(1), run(2))

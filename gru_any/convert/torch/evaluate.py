@@ -27,8 +27,12 @@ def evaluate(
     batch_sizes: torch.Tensor | None = None,
     dropout: float = 0.0,
     resets: torch.Tensor | None = None,
+    drops: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y and h_n of the GRU that has these parameters of a module; dropout acts."""
+    """Return y and h_n of the GRU that has these parameters of a module; dropout acts.
+
+    drops: whether the other kinds of dropout, which are among the settings, act too.
+    """
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             f"torch.jit.trace would take this call of {module} for a constant: use torch.export, "
@@ -45,7 +49,7 @@ def evaluate(
         if not isinstance(weight, torch.Tensor):
             check_tensor(name, weight)
     weights = list(named.values())
-    seed = torch.randint(2**62, ()) if dropout else None
+    seed = torch.randint(2**62, ()) if dropout or drops else None
     given = [x, *weights] if h0 is None else [x, h0, *weights]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     compiled = torch.compiler.is_compiling()

@@ -61,6 +61,7 @@ class GRU(torch.nn.RNNBase):
     reset_after = True
     _others = "'reset_after': True"  # the settings that torch.nn.GRU does not have
     _of_torch = True  # whether PyTorch has the same equations
+    _drops = False  # whether something is dropped in training beside `dropout`
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class GRU(torch.nn.RNNBase):
         if made.outputs != "top":
             raise ValueError('outputs="all" is none of a module: make one of each layer')
         self._of_torch = is_of_torch(made)
+        self._drops = max(made.weight_dropout, made.recurrent_dropout, made.zoneout) > 0
         if list(made.params) != self._flat_weights_names:
             self._rename(made.params, next(self.parameters()))
 
@@ -140,8 +142,9 @@ class GRU(torch.nn.RNNBase):
                     "the padded sequences with lengths"
                 )
             return self._run_packed(input, hx, lengths)
-        if lengths is None and (found := self._run_few(input, hx)) is not None:
-            return found
+        few = self._run_few(input, hx) if lengths is resets is None else None
+        if few is not None:
+            return few
         check_tensor("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -228,7 +231,8 @@ class GRU(torch.nn.RNNBase):
             self.check_hidden_size(hx, self.get_expected_hidden_size(x, batch_sizes))
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         settings, names = self._settings(), self._flat_weights_names
-        return evaluate(self, settings, names, x, hx, lengths, batch_sizes, dropout, resets)
+        drops = self._drops and self.training
+        return evaluate(self, settings, names, x, hx, lengths, batch_sizes, dropout, resets, drops)
 
     def gru(self) -> gru.GRU:
         """Return a gru_any.GRU over the parameters as they are now; memory is shared if it can."""
