@@ -1,6 +1,7 @@
 """Layer normalisation inside the gates, against haste's formulas in PyTorch's own functions."""
 
 import importlib
+import os
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from gru_any.train.loop import fit
 
 T, B, I, H = 6, 3, 3, 4
 WAYS = [*PATHS[1:], *(["packed"] if "compiled" in PATHS else [])]
+THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # with all that must be compiled for it
 LIBRARIES = "flax", "equinox", "haiku", "mlx", "chainer", "haste", "keras", "torch"
 
 
@@ -54,6 +56,13 @@ def flags(seed=0, B=B):
         "mask": rng.random((T, B)) < 0.7,
         "resets": rng.random((T, B)) < 0.3,
     }
+
+
+@pytest.fixture
+def quickly():
+    """Traced, which compiles nothing; each other way is held against it below."""
+    with running("compiled" if THOROUGH and "compiled" in PATHS else "traced"):
+        yield
 
 
 # outside oracles ---------------------------------------------------------------------------------
@@ -85,6 +94,7 @@ def theirs(torch, gru, x, h0, share=0.0):
     return y, torch.stack(states)
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     "options",
     [{}, {"bias": False}, {"zoneout": 0.3}, {"recompute": 3}, {"bidirectional": False}],
@@ -110,6 +120,7 @@ def test_a_row_by_hand():
     assert np.allclose(n, np.array([[-2, 0, 2]]) * (8 / 3 + 1e-5) ** -0.5, rtol=1e-15)
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("flagged", [False, True])
 @pytest.mark.parametrize("method", ["central", "complex"])
 def test_gradients_are_slopes(method, flagged):
@@ -135,6 +146,7 @@ class Training:
         return Training(self.model.to(dtype=dtype))
 
 
+@pytest.mark.usefixtures("quickly")
 def test_with_all_other_options():
     pair = {"activation": ("scaled_tanh", 1.1, 0.7), "gate_activation": ("scaled_tanh", 0.9, 0.6)}
     drops = dict.fromkeys(["weight_dropout", "recurrent_dropout", "zoneout", "dropout"], 0.3)
@@ -179,6 +191,7 @@ def test_no_steps():
     assert not found["gain_ih_l1"].any()
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("T", [0, T])
 def test_gradients_of_each_row_add_up(T):
     gru = make(recurrent_dropout=0.3)
@@ -189,6 +202,7 @@ def test_gradients_of_each_row_add_up(T):
     assert_same({name: v.sum(axis=0) for name, v in rows.items()}, grads, 1e-12)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_forward_mode_and_hessian():
     gru = make(bidirectional=False)
     x, h0, dy, _ = batch(gru)
@@ -215,6 +229,7 @@ def gradients(model, params, x, target):
     return pullback(squared_error(y, target)[1])[0]
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_step_by_step(dtype):
     gru = make(bidirectional=False).to(dtype=dtype)
@@ -327,6 +342,7 @@ def test_names_and_first_values():
         usual.load_params(gru.params)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_saved_and_trained(tmp_path):
     model = Chain(make("float32", layers=1), Linear(2 * H, 2, seed=0))
     rng = np.random.default_rng(0)
@@ -397,7 +413,7 @@ def test_frozen(path, B):
         assert np.allclose(stream.state, h_n, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"] if THOROUGH else ["int8"])
 def test_frozen_and_rounded(weights):
     """Gains and biases are not rounded, and the matrices are those of the plain path."""
     gru = make("float32", bidirectional=False)

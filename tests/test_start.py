@@ -128,6 +128,8 @@ def test_with_layer_norm(path):
 @VARIANTS
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_start_of_zeros_is_a_plain_reset(path, after, dtype):
+    if dtype == "float32" and path in ("compiled", "packed") and not THOROUGH:
+        pytest.skip("compiles for a minute: GRU_ANY_THOROUGH=1 does")
     gru = make(after, dtype=dtype)
     arrays, options = case(gru)
     zeros = np.zeros_like(options.pop("start"))
