@@ -214,7 +214,7 @@ def scores(model: Chain, part: Part) -> np.ndarray:
     """Return the mean score of each class for each sequence: (N, C)."""
     found = np.empty((len(part.labels), model.layers[-1].out_features))
     for group in buckets([len(s) for s in part.sequences], 64):
-        x, _, mask, lengths, _ = batch(part.take(np.array(group)))
+        x, _, mask, lengths, *_ = batch(part.take(np.array(group)))
         y = gru_any.to_numpy(model(model.backend.put(x), None, lengths)[0])
         found[group] = (y * mask[..., None]).sum(axis=0) / lengths[:, None]
     return found
