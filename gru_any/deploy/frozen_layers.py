@@ -1,10 +1,9 @@
 """Layers whose weights are copied, rounded and packed once and for all."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any, NoReturn
 
-from ..backend import Backend, by_place, runner, to_numpy
+from ..backend import Backend, runner, to_numpy
 from ..backend.contract import Matrix, OneBlock, Runner
 from ..backend.rounding import SMALL, RoundedTable, restore, round_weights
 from ..equations import Variant
@@ -189,27 +188,12 @@ class FrozenGRU(Frozen, GRU):
         W, b, recurrent = self._form()[layer, suffix]
         return run.prepare_block(self.variant.step, W, b, recurrent, suffix == "_reverse")
 
-    @by_place
-    def step(
-        self,
-        x_t: Array,
-        state: Array | None = None,
-        *,
-        resets: Array | bool | None = None,
-        start: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """Advance by one step, as `GRU.step` does."""
-        if state is not None:
-            self.backend.check("state", state, self.dtype)
-        return self._prepared_step()(x_t, state, resets, start)
-
-    @by_place
-    def _prepared_step(self) -> Callable[..., tuple[Array, Array]]:
+    def _layer_functions(self, prepared: bool) -> list[LayerStep]:
         made_for, steps = self._layer_steps
         if made_for is not self._runner:
             steps = self._steps(self._runner.prepare_step)
             self._layer_steps = self._runner, steps
-        return partial(self._step, steps)
+        return steps
 
 
 class PackedStack(Stack):

@@ -439,13 +439,16 @@ class GRU(Layer):
         """
         if state is not None:
             self.backend.check("state", state, self.dtype)
-        steps = self._steps(self._runner.single_step)
-        return self._step(steps, x_t, state, resets, start)
+        return self._step(self._layer_functions(False), x_t, state, resets, start)
 
     @by_place
     def _prepared_step(self) -> Callable[..., tuple[Array, Array]]:
         """Return `step` with the parameters as they are now, perhaps copies: cheaper to call."""
-        return partial(self._step, self._steps(self._runner.prepare_step))
+        return partial(self._step, self._layer_functions(True))
+
+    def _layer_functions(self, prepared: bool) -> list[LayerStep]:
+        """Return a function for each layer that runs a step; prepared: for many steps."""
+        return self._steps(self._runner.prepare_step if prepared else self._runner.single_step)
 
     def _steps(self, make: Callable[..., LayerStep]) -> list[LayerStep]:
         """Return a function for each layer, made by a method of the runner."""

@@ -1,7 +1,7 @@
 """Matrices of weights packed into panels for the compiled products, and a product of such."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -75,11 +75,13 @@ def _compiled(stored: DType) -> Any:
     fields = {"names": ", ".join(Gemm._fields), "types": ", ".join(["intp"] * len(Gemm._fields))}
     integers = ", ".join(["intp"] * 5)
     source = SOURCE.format(bits=BITS[stored.name], stored=stored.name, integers=integers)
-    kernels = [KERNEL, SINGLE_KERNEL] if _has_single(stored) else [KERNEL]
-    source += SINGLE if len(kernels) == 2 else ""
-    return compiled(
-        source + "".join(k.format(gates=g, **fields) for k in kernels for g in (1, 2, 3))
-    )
+    single = SINGLE + _for_gates(SINGLE_KERNEL, fields) if _has_single(stored) else ""
+    return compiled(source + _for_gates(KERNEL, fields) + single)
+
+
+def _for_gates(kernel: str, fields: Mapping[str, str]) -> str:
+    """Return the source of a kernel for 1, 2 and 3 gates."""
+    return "".join(kernel.format(gates=gates, **fields) for gates in (1, 2, 3))
 
 
 def _has_single(stored: DType) -> bool:

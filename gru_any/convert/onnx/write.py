@@ -33,9 +33,8 @@ def write(path: Path, model: GRU | Chain, lengths: bool, resets: bool, start: bo
 def build(model: GRU | Chain, lengths: bool, resets: bool, start: bool) -> bytes:
     """Return the content of the file."""
     layers, onnx = _layers(model), library()
-    graph = Graph(model.dtype, layers, lengths)
-    if resets:
-        graph = ScanGraph(model.dtype, layers, lengths, start)
+    given = model.dtype, layers, lengths
+    graph = ScanGraph(*given, start) if resets else Graph(*given)
     name = "x"
     for i, layer in enumerate(layers):
         prefix, mark = (f"{i}.", f"_{len(graph.grus)}") if isinstance(model, Chain) else ("", "")

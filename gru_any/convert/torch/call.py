@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from inspect import signature
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -110,14 +110,13 @@ class Call:
             whole = not gru.backend.host or (self.seed is not None and gru.weight_dropout > 0)
             if not whole and len(cut := pieces(self.lengths)) > 1:
                 gru = InPieces(self.gru, cut)
-        X, H0, lengths = self._array(x), self._array(h0), cast(Any, self.lengths)
+        given = self._array(x), self._array(h0), self.lengths
         with lent, no_autocast(x.device.type):
             if keep or self.seed is not None:
                 rng = None if self.seed is None else np.random.default_rng(int(self.seed.item()))
-                found: tuple[Any, Any] = gru.vjp(X, H0, lengths, rng, **self.options)
-                (y, h_n), self.pullback = found
+                (y, h_n), self.pullback = gru.vjp(*given, rng, **self.options)
             else:
-                y, h_n = gru(X, H0, lengths, **self.options)
+                y, h_n = gru(*given, **self.options)
         return self._packed(self._tensor(y)), self._tensor(h_n)
 
     def back(self, dy: torch.Tensor | None, dh_n: torch.Tensor | None) -> list[torch.Tensor]:
