@@ -1,5 +1,6 @@
 """A signal in the middle of a call: its error comes out, and the model works as before."""
 
+import gc
 import signal
 import sys
 
@@ -20,6 +21,15 @@ def stop(number, frame):
     raise StopError
 
 
+@pytest.fixture
+def no_collection():
+    """The callbacks of other libraries run in a garbage collection, which drops what they raise."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
 @pytest.mark.parametrize("B", [1, 24])  # threads share the units, or the rows
 @pytest.mark.parametrize("path", [*PATHS, *(["packed"] if "compiled" in PATHS else [])])
@@ -56,6 +66,7 @@ def test_a_signal_in_the_middle_of_a_call(path, B, monkeypatch):
     assert problem() == before  # it was not taken for an error of Numba
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
 def test_a_signal_loses_no_thread(monkeypatch):

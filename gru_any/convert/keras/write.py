@@ -111,6 +111,10 @@ def _gru_parts(gru: GRU, name: str, last: bool) -> Iterator[tuple[Part, dict[str
         if D == 1:
             yield Part("GRU", inner), found
         else:
-            dtype = {**inner, "name": f"{name}_{i}_gru", "dtype": gru.dtype}
-            both = {"name": f"{name}_{i}", "merge_mode": mode, "layer": _entry("GRU", dtype)}
-            yield Part("Bidirectional", both), found
+            # both written out, as Keras does: it may confuse them where it derives the second
+            forward, backward = (
+                _entry("GRU", {**inner, "name": f"{way}_{name}_{i}", "dtype": gru.dtype, **back})
+                for way, back in (("forward", {}), ("backward", {"go_backwards": True}))
+            )
+            both = {"merge_mode": mode, "layer": forward, "backward_layer": backward}
+            yield Part("Bidirectional", {"name": f"{name}_{i}", **both}), found
