@@ -353,11 +353,11 @@ def test_taps_of_a_loss_on_the_last_state_alone(path, after):
 @pytest.mark.skipif("compiled" not in PATHS, reason="numba: not installed")
 def test_each_kind_of_tile_has_a_name_of_its_own():
     """Numba calls cached code by name and a count: of one name, that of two processes mixes."""
-    from gru_any.backend.cpu.gemm import BITS, SHAPES, macro_kernel, tiles
+    from gru_any.backend.cpu.gemm import BITS, macro_kernel, shapes, tiles
 
     kinds = [(gates, stored) for gates in (1, 2, 3) for stored in BITS]
     made = [macro_kernel(*kind) for kind in kinds]
-    made += [tiles(*shape, *kind) for kind in kinds for shape in SHAPES]
+    made += [tiles(*shape, *kind) for kind in kinds for shape in shapes(*kind)]
     assert len({f.py_func.__qualname__ for f in made}) == 4 * len(kinds)
 
 

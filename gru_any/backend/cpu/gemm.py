@@ -49,6 +49,7 @@ AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 VECTOR_BYTES = 64 if AVX512 else 32
 SHAPES = ((8, 1), (4, 2), (1, 4)) if AVX512 else ((4, 1), (2, 2), (1, 4))  # of a tile: MR, panels
 MR = SHAPES[0][0]
+MR_NARROW = MR if AVX512 else 6  # of panels of 2 vectors, whose sums leave registers free
 VECTORS = {1: 2, 2: 1, 3: 1}  # gates -> vectors of each in a row of a panel
 UNIT_BYTES = 2 * VECTOR_BYTES  # of the units of the widest panel
 LINE_BYTES = 64  # of a line of the cache
@@ -104,9 +105,10 @@ def scale_rows(stored: str) -> int:
 
 def shapes(gates: int, stored: str) -> list[tuple[int, int]]:
     """Return the rows and panels of each tile."""
-    *more, (one, panels) = SHAPES
-    # a pair of rows needs more registers
-    return [*more, (one, 8 // (gates * VECTORS[gates]) if stored in GROUP else panels)]
+    many, some, (one, panels) = SHAPES
+    if stored in GROUP:  # a pair of rows needs more registers
+        return [many, some, (one, 8 // (gates * VECTORS[gates]))]
+    return [many if gates == 3 else (MR_NARROW, 1), some, (one, panels)]
 
 
 class Emitter:
@@ -385,9 +387,10 @@ def macro_kernel(gates: int, stored: str) -> Function:
     """
     bits = BITS[stored]
     many, some, one = (tiles(*shape, gates, stored) for shape in shapes(gates, stored))
+    MR = shapes(gates, stored)[0][0]
     NR = VECTORS[gates] * VECTOR_BYTES * 8 // bits  # units of a panel
     size, element = bits // 8, {32: np.float32, 64: np.float64}[bits]
-    gap = LINE_BYTES // size // MR  # keeps rows off one set
+    gap = -(-LINE_BYTES // size // MR)  # keeps rows off one set
     KC = KC_BYTES // (gates * NR * np.dtype(stored).itemsize)
 
     def product(gemm: Gemm) -> None:
@@ -404,7 +407,15 @@ def macro_kernel(gates: int, stored: str) -> Function:
                 if x_row == 1:
                     packed = intp(room.ctypes.data)  # here: Numba frees it after the last use
                     pack_rows(
-                        bits, x + begin * size, x_column, packed, deep, whole - begin, start, stop
+                        bits,
+                        MR,
+                        x + begin * size,
+                        x_column,
+                        packed,
+                        deep,
+                        whole - begin,
+                        start,
+                        stop,
                     )
                     packed -= (begin * deep + start * MR) * size  # where row 0, k = 0 would be
                     of = Operands(packed, deep, intp(1), intp(MR), P, K, before, stride, y, H)
@@ -461,32 +472,41 @@ def gemm(
 
 @intrinsic
 def copy_vector(
-    typing: object, bits: Type, source: Type, i: Type, target: Type, j: Type
+    typing: object, bits: Type, count: Type, source: Type, i: Type, target: Type, j: Type
 ) -> Lowering | None:
-    """Copy MR elements from one address and offset to another."""
-    if not isinstance(bits, types.IntegerLiteral):
+    """Copy so many elements from one address and offset to another."""
+    if not (isinstance(bits, types.IntegerLiteral) and isinstance(count, types.IntegerLiteral)):
         return None
 
     def generate(
         context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]
     ) -> ir.Value:
         emit = Emitter(builder, bits.literal_value)
-        kind = ir.VectorType(emit.element, MR)
-        elements = builder.load(emit.address(args[1], args[2], kind), align=emit.size)
-        builder.store(elements, emit.address(args[3], args[4], kind), align=emit.size)
+        _, _, source, i, target, j = args
+        kind = ir.VectorType(emit.element, count.literal_value)
+        elements = builder.load(emit.address(source, i, kind), align=emit.size)
+        builder.store(elements, emit.address(target, j, kind), align=emit.size)
         return context.get_dummy_value()
 
-    return types.void(bits, source, i, target, j), generate
+    return types.void(bits, count, source, i, target, j), generate
 
 
 @njit(nogil=True)
 def pack_rows(
-    bits: int, x: int, x_column: int, room: int, deep: int, rows: int, start: int, stop: int
+    bits: int,
+    MR: int,
+    x: int,
+    x_column: int,
+    room: int,
+    deep: int,
+    rows: int,
+    start: int,
+    stop: int,
 ) -> None:
     """Pack x, stored by columns, so that tiles read it from one end to the other: MR rows by k."""
     for k in range(start, stop):
         for i in range(0, rows, MR):
-            copy_vector(bits, x, i + k * x_column, room, i * deep + (k - start) * MR)
+            copy_vector(bits, MR, x, i + k * x_column, room, i * deep + (k - start) * MR)
 
 
 @intrinsic
@@ -546,7 +566,7 @@ def pack(bits: int, M: HostArray, P: HostArray, gates: int, low: int, high: int)
                 for k in range(K):
                     for i in range(0, units, MR):
                         copy_vector(
-                            bits, source, first + i + k * across, target, start + k * width + i
+                            bits, MR, source, first + i + k * across, target, start + k * width + i
                         )
             rows, columns = M[first:][:count], P[p, :, g * units :]
             for k in range(done, K):
