@@ -88,7 +88,7 @@ def product(sizes: tuple[str, str], x: str, matrix: str, bias: str, y: str, int8
 
 
 class CSource:
-    """The step of one layer as a C function.
+    """The step of one layer as a C function, `step_NAME`: its user's own end with `_step`.
 
     Its weights are members of a struct whose names begin with `name`: `W` and `b` for the inputs
     (no `b` without a bias), `U0`... for the products, and the schedule's vectors.
@@ -123,7 +123,7 @@ class CSource:
                 gemms += 1
             else:
                 lines += self._loop(stage)
-        head = f"static void {self.name}_step("
+        head = f"static void step_{self.name}("
         return "\n".join([
             f"{head}const WEIGHTS *weights, const float *restrict x,",
             f"{' ' * len(head)}float *restrict h, float *restrict work)",
