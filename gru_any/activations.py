@@ -26,7 +26,7 @@ def negative(xp: Namespace, v: Array) -> Array:
     return xp.where(v > 0.0, xp.zeros_like(v), v)
 
 
-def size(xp: Namespace, v: Array) -> Array:
+def magnitude(xp: Namespace, v: Array) -> Array:
     """|v|"""
     return xp.where(v < 0.0, 0.0 - v, v)
 
@@ -129,17 +129,17 @@ def elu_gradient(xp: Namespace, dy: Array, y: Array, alpha: float) -> Array:
 
 def softsign(xp: Namespace, v: Array) -> Array:
     """v / (1 + |v|)"""
-    return v / (1.0 + size(xp, v))
+    return v / (1.0 + magnitude(xp, v))
 
 
 def softsign_gradient(xp: Namespace, dy: Array, y: Array) -> Array:
     """f' = (1 - |y|)^2"""
-    return dy * (1.0 - size(xp, y)) * (1.0 - size(xp, y))
+    return dy * (1.0 - magnitude(xp, y)) * (1.0 - magnitude(xp, y))
 
 
 def softplus(xp: Namespace, v: Array) -> Array:
     """log(1 + exp(v)), written so that nothing overflows."""
-    return positive(xp, v) + xp.log1p(xp.exp(0.0 - size(xp, v)))
+    return positive(xp, v) + xp.log1p(xp.exp(0.0 - magnitude(xp, v)))
 
 
 def softplus_gradient(xp: Namespace, dy: Array, y: Array) -> Array:
@@ -171,11 +171,10 @@ DEFINITIONS = {
 
 
 class Activation(NamedTuple):
-    """One of them, such as Activation("elu", (1.0,)).
+    """A function of `DEFINITIONS` with its numbers, such as Activation("elu", (1.0,)).
 
-    clip: v is bounded by -clip and clip first, and gets no gradient where that changed it. f is
-    monotone, so y shows where: it is f(clip) or f(-clip), which are written as the same numbers in
-    both passes.
+    clip: v is first bounded by -clip and clip, and its gradient is 0 where that changed it. Since f
+    is monotone, y shows where: it equals f(clip) or f(-clip), the same floats in both passes.
     """
 
     name: str
@@ -220,7 +219,7 @@ NUMBERS = SimpleNamespace(
 
 
 class Activations(NamedTuple):
-    """Those of a GRU."""
+    """The activations of a GRU."""
 
     gate: Activation  # of r and z
     candidate: Activation  # of n

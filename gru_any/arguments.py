@@ -14,7 +14,7 @@ from .typing import HostArray, Rng
 
 
 def size(name: str, value: object, least: int = 1) -> int:
-    """Return `value`, an integer of at least `least`; NumPy's integers pass, a bool does not.
+    """Return `value` as an int of at least `least`; NumPy's integers pass, a bool does not.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def choice(name: str, value: object, known: Sequence[str]) -> str:
     return value
 
 
-# where the sizes that came are T and B in place of B and T
+# appended where T and B came in the wrong order
 SWAPPED = "; is time the other axis of x? See batch_first"
 
 

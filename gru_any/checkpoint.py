@@ -25,7 +25,7 @@ RUN_FORMAT = 2
 NAMES = ("checkpoint.safetensors", "checkpoint.before.safetensors")
 # the parts of a description
 TYPES = {"format": int, "chain": bool, "dtype": str, "layers": list, "tied": dict, "digest": str}
-# what a description that lies may raise
+# what a description may raise that does not fit its arrays, or this version
 ERRORS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 LAYERS: dict[str, type[Layer]] = {
     c.__name__: c for c in (GRU, GRUCell, Linear, Embedding, Dropout, Last)
@@ -76,7 +76,7 @@ def save(path: PathLike, model: Layer | Chain) -> None:
 
 
 def describe(model: Layer | Chain) -> dict[str, object]:
-    """Return all that makes the model again except its parameters, in a form fit for JSON."""
+    """Return what rebuilds the model but for its parameters, in a form fit for JSON."""
     chain = model if isinstance(model, Chain) else None
     parts = chain.layers if chain else (model,)
     return {
@@ -119,18 +119,18 @@ def load(
         if "gru_any" in metadata:
             header = json.loads(metadata["gru_any"])
         else:
-            header, arrays = _given_back(json.loads(metadata["gru_any.run"]), arrays)
+            header, arrays = _final_weights(json.loads(metadata["gru_any.run"]), arrays)
         if isinstance(header, dict) and header.get("format", FORMAT) > FORMAT:
             raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
         _check_types(header)
-        model = _made(header, converted(arrays, backend, header["dtype"]), backend)
+        model = _build(header, converted(arrays, backend, header["dtype"]), backend)
     except ERRORS as e:
         raise ValueError(f"{path} does not describe a model of this version: {e}") from e
     return model
 
 
 def _check_types(header: object) -> None:
-    """Raise where a description has other parts than those of this version."""
+    """Raise ValueError where a description has unknown fields, or fields of other types."""
     if not isinstance(header, dict):
         raise ValueError(f"its description is a {type(header).__name__}, expected an object")
     if unknown := set(header) - set(TYPES):
@@ -143,11 +143,11 @@ def _check_types(header: object) -> None:
             raise ValueError(f"a layer is {layer!r}, expected its class and its settings")
 
 
-def _made(header: dict[str, Any], params: dict[str, Array], backend: Backend) -> Layer | Chain:
-    """Make a model over its parameters, with which its description is compared first."""
+def _build(header: dict[str, Any], params: dict[str, Array], backend: Backend) -> Layer | Chain:
+    """Build the model from its description and parameters; raise where these do not fit."""
     tied, kinds = header.get("tied") or {}, header["layers"]
     if both := set(tied) & set(params) if set(tied.values()) <= set(params) else ():
-        raise ValueError(f"{sorted(both)} are there, and tied to others")
+        raise ValueError(f"{sorted(both)} are stored, and also tied to other parameters")
     aliases = {alias: params[name] for alias, name in tied.items() if name in params}
     parts: dict[str, dict[str, Array]] = {str(i): {} for i in range(len(kinds))}
     for name, array in {**params, **aliases}.items():
@@ -180,10 +180,10 @@ def _newest(folder: Path) -> tuple[dict[str, str], dict[str, HostArray]]:
     raise FileNotFoundError(f"the folder {folder} holds no checkpoint of a training run")
 
 
-def _given_back(
+def _final_weights(
     run: dict[str, Any], arrays: dict[str, HostArray]
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """Return the model's description and the weights with which `fit` would end."""
+    """Return the model's description, and the weights that `fit` would leave in the model."""
     if run["format"] > RUN_FORMAT:
         raise ValueError(f"it has format {run['format']}, this version reads up to {RUN_FORMAT}")
     if "description" not in run:

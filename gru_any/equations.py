@@ -13,7 +13,7 @@ input, a = x W^T + b, is computed outside, for many steps at once. `*` is elemen
     n  = tanh(a_n + r * m)                   n  = tanh(a_n + s U_n^T)              candidate
     h' = z * h + (1 - z) * n                 h' = z * h + (1 - z) * n              z near 1 keeps h
 
-The gradient walks back through the same lines. dv stands for dL/dv, and g for dL/dh':
+The backward step takes the same lines in reverse. dv stands for dL/dv, and g for dL/dh':
 
     da_n = g * (1 - z) * (1 - n^2)           da_n = g * (1 - z) * (1 - n^2)        through tanh
     da_z = g * (h - n) * z * (1 - z)         da_z = g * (h - n) * z * (1 - z)      through sigmoid
@@ -49,7 +49,7 @@ def halves(v: Array) -> tuple[Array, Array]:
 def reset_after(
     xp: Namespace, a: Array, h: Array, U: Array, c: Array, f: Activations = USUAL
 ) -> tuple[Array, tuple[Array, ...]]:
-    """One step: h' (B, H), and what its gradient needs."""
+    """Return h' (B, H), and the residuals r, z, n, m."""
     a_r, a_z, a_n = thirds(a)
     q_r, q_z, q_n = thirds(h @ U.T)
     r = f.gate(xp, a_r + q_r)
@@ -62,7 +62,7 @@ def reset_after(
 def reset_after_backward(
     xp: Namespace, g: Array, h: Array, saved: Saved, U: Array, f: Activations = USUAL
 ) -> tuple[Array, tuple[Array, ...]]:
-    """Its gradient: dh (B, H); da and dq, each (B, 3H), where q = h U^T."""
+    """Return dh (B, H), and da and dq, each (B, 3H), where q = h U^T."""
     r, z, n, m = saved
     da_n = f.candidate.backward(xp, g * (1.0 - z), n)
     da_z = f.gate.backward(xp, g * (h - n), z)
@@ -76,14 +76,14 @@ def reset_after_backward(
 def reset_after_weights(
     xp: Namespace, h: Array, saved: Saved, da: Array, dq: Array
 ) -> tuple[Array, ...]:
-    """The gradient to U (3H, H) and to the bias of h U^T (3H,), summed over the rows given."""
+    """Return dL/dU (3H, H) and that of the bias of h U^T (3H,), summed over the rows given."""
     return dq.T @ h, xp.sum(dq, axis=0)
 
 
 def reset_before(
     xp: Namespace, a: Array, h: Array, U: Array, f: Activations = USUAL
 ) -> tuple[Array, tuple[Array, ...]]:
-    """One step: h' (B, H), and what its gradient needs."""
+    """Return h' (B, H), and the residuals r, z, n, s."""
     H = h.shape[-1]
     a_r, a_z, a_n = thirds(a)
     q_r, q_z = halves(h @ U[: 2 * H, :].T)
@@ -97,7 +97,7 @@ def reset_before(
 def reset_before_backward(
     xp: Namespace, g: Array, h: Array, saved: Saved, U: Array, f: Activations = USUAL
 ) -> tuple[Array, tuple[Array, ...]]:
-    """Its gradient: dh (B, H); da (B, 3H)."""
+    """Return dh (B, H), and da (B, 3H)."""
     H = h.shape[-1]
     r, z, n, _ = saved
     da_n = f.candidate.backward(xp, g * (1.0 - z), n)
@@ -109,7 +109,7 @@ def reset_before_backward(
 
 
 def reset_before_weights(xp: Namespace, h: Array, saved: Saved, da: Array) -> tuple[Array, ...]:
-    """The gradient to U (3H, H), summed over the rows given."""
+    """Return dL/dU (3H, H), summed over the rows given."""
     H = h.shape[-1]
     s = saved[3]
     return (xp.concat((da[:, : 2 * H].T @ h, da[:, 2 * H :].T @ s), axis=0),)
@@ -121,12 +121,12 @@ class Variant(NamedTuple):
     step: Step
     backward: Step  # the gradient of a step
     weights: WeightGradients  # the gradient to U and to the bias of h U^T
-    reads: tuple[int, ...] = ()  # which of what a step saves its products with U read, beside h
-    gains: int = 0  # how many vectors, a step's last, its gradient takes too; see normalisation.py
+    reads: tuple[int, ...] = ()  # indices of the residuals that products with U read, beside h
+    gains: int = 0  # how many of a step's last vectors `backward` takes too; see normalisation.py
 
 
 def variant(after: bool, f: Activations = USUAL) -> Variant:
-    """The equations with the reset gate after (True) or before (False) the product."""
+    """Return the equations with the reset gate after (True) or before (False) the product."""
     if after:
         found = Variant(reset_after, reset_after_backward, reset_after_weights)
     else:
@@ -136,5 +136,5 @@ def variant(after: bool, f: Activations = USUAL) -> Variant:
 
 @lru_cache(maxsize=64)
 def with_activations(usual: Variant, f: Activations) -> Variant:
-    """The same equations with other functions; what is equal gives the same steps."""
+    """Return the equations with other activations; cached, so that equal ones share code."""
     return usual._replace(step=partial(usual.step, f=f), backward=partial(usual.backward, f=f))

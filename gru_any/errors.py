@@ -10,7 +10,7 @@ from .typing import Array
 
 
 class ShapeError(ValueError):
-    """An array has an unexpected shape; the text says at which axis."""
+    """An array has an unexpected shape; the message says which was expected."""
 
 
 def check_shape(name: str, array: Array, letters: str, sizes: Mapping[str, int]) -> None:

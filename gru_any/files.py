@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .typing import Path as PathLike
 
-# without waiting for somebody who writes into a pipe
+# so that opening a pipe does not wait for a writer
 READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -38,19 +38,19 @@ def write_atomically(path: PathLike, content: bytes) -> None:
     clear_temporaries(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
-        temporary.unlink(missing_ok=True)  # of a process that had this number
-        with open(temporary, "xb") as file:  # and through no link that somebody laid there
+        temporary.unlink(missing_ok=True)  # left by a process with the same number
+        with open(temporary, "xb") as file:  # which follows no link that somebody put there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as e:
-        with suppress(OSError):  # a file system that may only be read refuses this too
+        with suppress(OSError):  # a read-only file system refuses this too
             temporary.unlink()
         if isinstance(e, OSError):
             raise OSError(e.errno, f"{path} was not written ({e.strerror})") from e
         raise
-    settle(path.parent)
+    fsync_folder(path.parent)
 
 
 def read_whole(path: PathLike) -> bytes:
@@ -93,7 +93,7 @@ def write_folder_atomically(
 ) -> None:
     """Write a folder so that it is never there in part.
 
-    One that is there is replaced, if all that it holds is of the same names or in `replaces`.
+    An existing one is replaced, if all names in it are in `files` or in `replaces`.
 
     Raises
     ------
@@ -126,11 +126,11 @@ def write_folder_atomically(
             raise OSError(e.errno, f"{folder} was not written ({e.strerror})") from e
         raise
     shutil.rmtree(old, ignore_errors=True)
-    settle(folder.parent)
+    fsync_folder(folder.parent)
 
 
 def clear_temporaries(folder: Path, name: str = "*") -> None:
-    """Remove what dead processes of this machine left: temporary files of one name, or of all."""
+    """Remove temporary files, of one name or of all, that dead processes of this machine left."""
     name = name if name == "*" else glob.escape(name)
     for left in folder.glob(f".{name}.*.part"):
         found = re.fullmatch(rf".*\.{re.escape(platform.node())}\.(\d+)\.part", left.name)
@@ -158,7 +158,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def settle(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Flush the entries of a folder to the disk, if the system can and the folder may be read."""
     if not hasattr(os, "O_DIRECTORY"):
         return
@@ -169,7 +169,7 @@ def settle(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system without it
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot
             raise
     finally:
         os.close(handle)

@@ -41,13 +41,13 @@ def normalise(xp: Namespace, v: Array) -> tuple[Array, Array]:
 
 
 def normalise_backward(xp: Namespace, dn: Array, e: Array) -> tuple[Array, Array]:
-    """Its gradient: dv, and N(v) again."""
+    """Return dv, and N(v) again."""
     s = scale(xp, e)
     return s * (dn - mean(xp, dn) - e * (s * s * mean(xp, dn * e))), e * s
 
 
-class Known:
-    """What stands for U in a step where the product with it is known."""
+class KnownProduct:
+    """A stand-in for U: `h @ U.T` gives a product that was computed before."""
 
     __array_ufunc__ = None  # so that NumPy leaves `h @ U` to this class
 
@@ -55,8 +55,8 @@ class Known:
         self.product = product
 
     @property
-    def T(self) -> "Known":  # noqa: N802, the name of the standard
-        """The same."""
+    def T(self) -> "KnownProduct":  # noqa: N802, the name of the standard
+        """The stand-in itself."""
         return self
 
     def __rmatmul__(self, left: Array) -> Array:
@@ -64,16 +64,17 @@ class Known:
 
 
 def joined(xp: Namespace, parts: Sequence[Array]) -> list[Array]:
-    """Put each three side by side."""
+    """Concatenate each group of three arrays along the last axis."""
     return [xp.concat(parts[n : n + 3], axis=-1) for n in range(0, len(parts), 3)]
 
 
 @lru_cache(maxsize=64)
 def with_layer_norm(variant: Variant) -> Variant:
-    """Return the variant whose steps take x W^T for a, and vectors (H,) after c.
+    """Return the variant that normalises x W^T and h U^T inside of a step.
 
-    These are the thirds of b, gain_ih and gain_hh; the gradient takes those of the gains. It gives
-    that to x W^T, to h U^T and to both gains, each (B, 3H), and da and dm.
+    A step takes x W^T in place of a, and after c the thirds (H,) of b, gain_ih and gain_hh. The
+    backward step takes the thirds of both gains. Beside dh it returns the gradients to x W^T, h U^T
+    and both gains, each (B, 3H) and not yet summed over the rows, then da (B, 3H) and dm (B, H).
     """
 
     def step(xp: Namespace, v: Array, h: Array, U: Any, *vectors: Array) -> tuple[Array, Any]:
@@ -82,7 +83,7 @@ def with_layer_norm(variant: Variant) -> Variant:
         of_x, e_x = normalise(xp, v)
         try:
             new, saved = variant.step(
-                xp, gain_ih * of_x + b, h, Known(gain_hh * of_h), *vectors[:-9]
+                xp, gain_ih * of_x + b, h, KnownProduct(gain_hh * of_h), *vectors[:-9]
             )
         except TypeError as e:
             raise TypeError(
@@ -95,7 +96,7 @@ def with_layer_norm(variant: Variant) -> Variant:
         xp: Namespace, g: Array, h: Array, saved: Saved, U: Any, *gains: Array
     ) -> tuple[Array, Any]:
         (gain_ih, gain_hh), (e_x, e_h) = joined(xp, gains), joined(xp, saved[-6:])
-        dh, (da, dq) = variant.backward(xp, g, h, saved[:-6], Known(0.0))
+        dh, (da, dq) = variant.backward(xp, g, h, saved[:-6], KnownProduct(0.0))
         dx, of_x = normalise_backward(xp, gain_ih * da, e_x)
         dv, of_h = normalise_backward(xp, gain_hh * dq, e_h)
         parts = dx, dv, da * of_x, dq * of_h, da, thirds(dq)[2]

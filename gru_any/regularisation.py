@@ -1,6 +1,6 @@
 """Regularisation of the recurrence: functions around the steps of a variant.
 
-Each takes a variant and returns one whose steps take a mask more, as their last argument.
+Each takes a variant and returns one whose steps take one more argument at the end, a mask.
 
     recurrent dropout                        zoneout
     Gal and Ghahramani 2016, the masks       Krueger et al. 2016
@@ -12,8 +12,8 @@ Each takes a variant and returns one whose steps take a mask more, as their last
 
     dh = backward(g, h, U diag(d))           dh = k * g + backward((1 - k) * g, h, U)
 
-U diag(d) leaves out columns of U: what the products with U read is multiplied by d, while z * h,
-which carries the state over, is not. d and k are (B, H), so that each row has its own.
+U diag(d) leaves out columns of U: the operands of the products with U are multiplied by d, while
+z * h, which carries the state over, is not. d and k are (B, H), so that each row has its own.
 """
 
 from functools import lru_cache
@@ -24,7 +24,7 @@ from .typing import Array, Namespace, Saved
 
 
 class MaskedColumns:
-    """U diag(d), which has columns of its own for each row of a batch. d: (B, H)."""
+    """U diag(d) for each row of a batch: products with it apply d (B, H) to the other operand."""
 
     __array_ufunc__ = None  # so that NumPy leaves `h @ U` to this class
 

@@ -76,9 +76,9 @@ class Stream:
         resets: Array | None = None,
         start: Array | Sequence[Array | None] | None = None,
     ) -> Array:
-        """Read a chunk x, shaped as the model takes it -> y; T may be anything, 0 too.
+        """Read a chunk x, shaped as the model takes it, of any T, 0 too; return y.
 
-        With `batch_first` in the model x and y are (B, T, .); a step and its y_t have no time.
+        With `batch_first` in the model x and y are (B, T, .).
 
         lengths : B integers in 0..T
             How many steps of each row there are. A row with none keeps its state.
@@ -103,7 +103,7 @@ class Stream:
         resets: Array | Sequence[bool] | bool | None = None,
         start: Array | Sequence[Array | None] | None = None,
     ) -> Array:
-        """Read one step: x_t (B, I) or (I,), integers (B,) in front of an Embedding -> y_t.
+        """Read one step x_t (B, I) or (I,), or integers (B,) for an Embedding; return y_t.
 
         resets: B booleans, or one without a batch: where an episode begins at this step. start: as
         in a call.
@@ -148,7 +148,9 @@ class Stream:
             return
         states: list[Array] = list(state) if isinstance(self.model, Chain) else [state]
         if len(states) != len(self._grus):
-            raise ValueError(f"state holds {len(states)}, expected {len(self._grus)}")
+            raise ValueError(
+                f"state holds {len(states)}, expected {len(self._grus)}, one for each GRU"
+            )
         for gru, h in zip(self._grus, states, strict=True):
             gru.backend.check("state", h, gru.dtype)
             sizes = {"L": gru.num_layers, "H": gru.hidden_size}
@@ -198,7 +200,7 @@ class Stream:
         return gru._layout.restart(h, chosen, start, False, "rows")
 
     def __reduce__(self) -> tuple[Callable[..., "Stream"], tuple[GRU | Chain, Any]]:
-        """A copy has the state of this moment, and the model's parameters as they are."""
+        """Copy the model and the present state."""
         return _again, (self.model, self.state)
 
     def _copy(self, h: Array) -> Array:

@@ -21,7 +21,7 @@ class DamagedError(ValueError):
 
 
 class Unread(NamedTuple):
-    """Stands for an array of a dtype that NumPy lacks, so that an error can name the dtype."""
+    """A placeholder for an array of a dtype that NumPy lacks, so that an error can name it."""
 
     dtype: str
 
@@ -73,7 +73,7 @@ def content_of(arrays: Arrays, metadata: dict[str, str] | None = None) -> bytes:
 
 
 def check_digest(path: PathLike, found: str | None, text: str, arrays: Arrays) -> None:
-    """Raise DamagedError where the digest found in a file is not that of a text and arrays."""
+    """Raise DamagedError unless `found`, a file's own digest, is that of the text and arrays."""
     if found != digest(text, arrays):
         raise DamagedError(f"{path} is damaged: its contents do not fit its digest")
 

@@ -1,8 +1,8 @@
 """The vocabulary of the signatures.
 
-Arrays of every library pass through this package, and the standard has no class that they share. So
-`Array` and its relatives tell a reader what a thing is, while a type checker takes any array; it
-checks the classes and protocols that are written with them.
+Arrays of every library pass through this package, and the array API standard has no class that they
+share. So a type checker takes `Array` and the aliases like it for `Any`; they tell a reader what a
+thing is. The checker does check the classes and protocols that are written with them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     Rng: TypeAlias = np.random.Generator
 else:
     Rng = Any  # numpy.random is loaded on first need
-# (xp, a, h, U, ...) -> the next state, and what its gradient needs
+# (xp, a, h, U, ...) -> the next state, and its residuals
 Step: TypeAlias = Callable[..., tuple[Array, tuple[Array, ...]]]
 # (xp, h, saved, ...) -> gradients to U and to the biases of the step
 WeightGradients: TypeAlias = Callable[..., tuple[Array, ...]]
 # (y, target, mask=None) -> the value, dL/dy
 Loss: TypeAlias = Callable[..., tuple[Array, Array]]
-Saved: TypeAlias = Sequence[Array]  # what a step keeps for its gradient, each (B, H)
+Saved: TypeAlias = Sequence[Array]  # the residuals of a step, each (B, H)
 Gradients: TypeAlias = dict[str, Array]  # by the name of the parameter
 # grads, dx, dh0, and dstart where a start was given
 Derivatives: TypeAlias = tuple[Gradients, *tuple[Array, ...]]

@@ -175,7 +175,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def installed(names: list[str]) -> list[str]:
-    """Those of the contenders that can run here."""
+    """Return the contenders that can run here."""
     lacking = {n for n in names if n != "floor" and not _version(NEEDS.get(n, n))}
     lacking |= set() if _version("onnx") else {"onnxruntime", "openvino"}
     return [n for n in names if n not in lacking]

@@ -60,12 +60,12 @@ class Environments:
         return rewards, done
 
     def look(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return what is observed, one-hot (N, I), and where an episode begins with it (N,)."""
+        """Return the observations, one-hot (N, I), and which of them begin an episode (N,)."""
         begins = np.array([not actions for actions in self.actions])
         return np.eye(self.size, dtype="float32")[self.observed], begins
 
     def saved(self) -> dict[str, np.ndarray]:
-        """Return what `restore` takes: the present episodes, and their actions, then -1."""
+        """Return the arguments of `restore`: the episodes, and their actions, padded by -1."""
         longest = max(map(len, self.actions))
         rows = [actions + [-1] * (longest - len(actions)) for actions in self.actions]
         return {"episodes": self.episodes, "actions": np.array(rows, int)}
@@ -81,7 +81,7 @@ class Environments:
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return what all copies together have `saved`."""
+    """Join what several copies have `saved` into one."""
     longest = max(part["actions"].shape[1] for part in parts)
     actions = [
         np.pad(rows, ((0, 0), (0, longest - rows.shape[1])), constant_values=-1)

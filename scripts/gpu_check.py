@@ -293,9 +293,9 @@ def whole(check: "Check", cell: Cell) -> Any:
     if cell.layers * cell.directions > 1:
         return None
     variant, ops = equations.variant(bool(cell.reset_after)), run.runner(select(check.name)).ops
-    walks = (forward_scan(variant.step, int(cell.reset_after), True, "float32"),
+    scans = (forward_scan(variant.step, int(cell.reset_after), True, "float32"),
              backward_scan(variant.backward, 4, True, False, "float32"))  # fmt: skip
-    if not all(holds(w, cell.B, cell.H, ops.multiprocessors, ops.shared) for w in walks):
+    if not all(holds(w, cell.B, cell.H, ops.multiprocessors, ops.shared) for w in scans):
         return None
     wait, calls = ours(check, cell)
 

@@ -72,7 +72,7 @@ def models(variables: Any) -> tuple[Chain, Chain]:
 
 
 def pronounced(encoder: Any, decoder: Any, letters: list[int]) -> list[int]:
-    """What the decoder says when the encoder has read; both are streams, in Python or in C."""
+    """Return the sounds that the decoder gives for letters; both are streams, in Python or C."""
     encoder.reset()
     for letter in letters:
         encoder.step(np.array([letter]))

@@ -374,7 +374,7 @@ def test_in_jax_a_result_of_a_shape_that_comes_often_takes_another_way():
     require("jax")
     ours, theirs = pair(select("jax.numpy"), 3, 4)
     x = numbers(2, 1, 3)
-    adopt = _bridge(ours.backend, "float32").home.adopt_together
+    adopt = _bridge(ours.backend, "float32").home.adopt_many
     adopt.seen.clear()
     for _ in range(40):
         same(ours.backend, ours(ours.backend.put(x)), theirs(x))
@@ -387,7 +387,7 @@ def test_in_jax_a_result_of_a_shape_that_comes_often_takes_another_way():
 
 def test_results_are_adopted_at_once_whatever_their_sizes():
     require("jax")
-    adopt = select("jax.numpy").adopt_together
+    adopt = select("jax.numpy").adopt_many
     adopt.seen.clear()
     arrays = [numbers(2, 3), numbers(200, 300), np.asfortranarray(numbers(3, 2)), numbers(1)]
     expected = [v.copy() for v in arrays]

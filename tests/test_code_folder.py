@@ -100,7 +100,7 @@ def test_machine_code_that_is_damaged_is_replaced(cache, kind, length):
 def test_where_others_may_write_nothing_is_used(cache):
     source_in(cache).write_text(PLANTED)
     cache.chmod(0o777)
-    code_folder.told.cache_clear()
+    code_folder.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=f"other users.*chmod -R go-w {cache}: code is comp"):
         assert compiled(SOURCE).f(4) == 7
     assert compiled(SOURCE).f(4) == 7  # told once: warnings are errors
@@ -129,7 +129,7 @@ def test_the_usual_folder_is_closed(tmp_path, monkeypatch):
 )
 def test_the_folder_of_another_user_is_not_used(cache):
     os.chown(cache, 12345, 12345)
-    code_folder.told.cache_clear()
+    code_folder.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="belongs to another user"):
         assert compiled(SOURCE).f(4) == 7
 

@@ -245,6 +245,9 @@ def test_shapes_and_dtypes_must_fit():
     weights = keras.to_arrays(GRU(I, H))
     with pytest.raises(ValueError, match=r"bias is \(12,\), which is one with the reset gate bef"):
         keras.from_arrays(weights)
+    for module in (flax, haiku):
+        with pytest.raises(ValueError, match="no arrays, expected those of one layer at least"):
+            module.from_arrays([])
     with pytest.raises(ValueError, match="2 arrays, expected 3"):
         keras.from_arrays(weights[:2])
 

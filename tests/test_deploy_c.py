@@ -142,15 +142,15 @@ def test_on_a_microcontroller(tmp_path, weights):
 
 
 def test_two_models_in_one_program_that_allocates_nothing(tmp_path):
-    for name, model in (("ear", chain()), ("mouth", mixed())):
+    for name, model in (("ear", chain()), ("gru1", mixed())):  # a layer of its own name
         c.write(model, tmp_path / name, name=name)
         make(tmp_path / name, f"{name}.o")
         command = ["nm", "-u", f"{name}.o"]
         done = finished(command, cwd=tmp_path / name)
         assert set(done.stdout.split()) - {"U"} <= LIBC
-    main = '#include "ear/ear.h"\n#include "mouth/mouth.h"\nint main(void) { return 0; }\n'
+    main = '#include "ear/ear.h"\n#include "gru1/gru1.h"\nint main(void) { return 0; }\n'
     (tmp_path / "main.c").write_text(main)
-    files = ["main.c", *(f"{n}/{n}{end}.c" for n in ("ear", "mouth") for end in ("", "_weights"))]
+    files = ["main.c", *(f"{n}/{n}{end}.c" for n in ("ear", "gru1") for end in ("", "_weights"))]
     finished(["cc", *STRICT, *files, "-lm", "-o", "main"], code=0, cwd=tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_every_step_becomes_c(step, tmp_path):
     source += f"#define WEIGHTS weights_\n{helpers(False)}\n{printed.function(3 * H, H, False)}"
     source += "void go(const weights_ *, const float *, float *, float *);\n"
     source += "void go(const weights_ *w, const float *x, float *h, float *work)"
-    source += "{ it_step(w, x, h, work); }\n"
+    source += "{ step_it(w, x, h, work); }\n"
     (tmp_path / "it.c").write_text(source)
     flags = [flag for flag in STRICT if flag != "-Werror"]
     command = ["cc", *flags, "-O1", "-shared", "-fPIC", "it.c", "-o", "it.so"]

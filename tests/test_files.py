@@ -102,7 +102,7 @@ def test_a_parameter_beside_the_one_that_it_is_tied_to(tmp_path):
     }
     arrays = {f"{i}.weight": np.full((2, 2), i, "float32") for i in range(2)}
     save_file(arrays, tmp_path / "m", {"gru_any": json.dumps(header)})  # fmt: skip
-    with pytest.raises(ValueError, match=r"\['1.weight'\] are there, and tied to others"):
+    with pytest.raises(ValueError, match=r"\['1.weight'\] are stored, and also tied to other"):
         load(tmp_path / "m")
 
 

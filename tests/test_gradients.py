@@ -141,6 +141,12 @@ def test_a_vanishing_gradient_fails_unless_expected():
     with pytest.raises(GradientError, match="weight_ih_l0 is exactly 0"):
         gradcheck(gru, x)
     gradcheck(gru, x, vanishing=["weight_ih_l0"])
+    with pytest.raises(ValueError, match=r"vanishing holds \['weight'\], expected some of \['weig"):
+        gradcheck(gru, x, vanishing=["weight_ih_l0", "weight"])
+    with pytest.raises(TypeError, match="vanishing is 'input0', expected a list of names"):
+        gradcheck(gru, x, vanishing="input0")
+    with pytest.raises(ValueError, match="directions is 0, expected an integer of at least 1"):
+        gradcheck(gru, x, directions=0)
     with pytest.raises(GradientError, match="not exactly 0"):
         gradcheck(gru, x + 1, vanishing=["weight_ih_l0"])
 

@@ -97,6 +97,11 @@ def test_what_it_must_follow():
         Chain(GRU(2, 3), Last(), Linear(3, 3), GRU(3, 3))
     with pytest.raises(ValueError, match=r"h_n is \(3, 2, 4\), expected \(L\*D, B, H\), D = 2"):
         Last()(np.ones((3, 2, 4), "float32"), 2)
+    for merge in (None, "average"):  # neither is a mean
+        with pytest.raises(ValueError, match=f"merge is {merge!r}, expected"):
+            Last()(np.ones((2, 2, 4), "float32"), 2, merge)
+    with pytest.raises(ValueError, match="directions is 0, expected 1 or 2"):
+        Last()(np.ones((2, 2, 4), "float32"), 0)
     with pytest.raises(ValueError, match="cannot stream"):
         Stream(model({}))
 

@@ -257,7 +257,7 @@ def test_loading_takes_both_names_where_they_agree():
     assert np.array_equal(ours.layers[2].params["weight"], arrays["0.weight"])
     assert is_tied(ours)
     both["2.weight"][3, 1] = np.nextafter(both["2.weight"][3, 1], np.float32(9))
-    with pytest.raises(ValueError, match=r"2\.weight holds other numbers than another name of 0"):
+    with pytest.raises(ValueError, match=r"2\.weight holds other values than another name of 0"):
         ours.load_params(both)
     with pytest.raises(KeyError, match=r"missing \['0\.weight'\]"):
         ours.load_params({k: v for k, v in arrays.items() if k != "0.weight"})

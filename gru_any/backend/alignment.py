@@ -1,4 +1,4 @@
-"""Memory of the host that begins with a line of the cache."""
+"""Host memory aligned to cache lines."""
 
 import math
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from ..typing import DType, HostArray, Shape
 
-ALIGNMENT = 64  # bytes: a line of the cache, and what XLA wants of an address
+ALIGNMENT = 64  # bytes: a cache line, and the alignment that XLA wants
 
 
 def aligned(shape: Shape, dtype: DType) -> HostArray:
-    """Return an uninitialised array from the start of a line of the cache on.
+    """Return an uninitialised array that begins at a cache line.
 
     A product with small weights takes up to 1.2 times as long where its loads cross lines.
     """

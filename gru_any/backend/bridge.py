@@ -1,9 +1,9 @@
 """Calls on arrays of any library, run by the backend that reads the same memory.
 
 Which runner serves a call follows from where the memory is, not from which library made the arrays:
-on the host it is NumPy's, on a CUDA device CuPy's. `by_place` marks the public calls. The model
-stands in for itself: a twin over the other backend reads its parameters in place, each time anew,
-but for those that never change (`Backend.lasting`).
+on the host it is NumPy's, on a CUDA device CuPy's. `by_place` marks the public calls. A call runs
+on the model's twin over the other backend, which reads the model's parameters in place: anew in
+each call, except for immutable arrays.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ class Model(Protocol):
 
 
 def by_place(method: Method) -> Method:
-    """Let the backend run a method that reads the memory where the model and its arguments are."""
+    """Run a method on the backend that reads the memory where the model and its arguments are."""
     names = tuple(signature(method).parameters)[1:]
 
     @wraps(method)
@@ -78,7 +78,7 @@ def by_place(method: Method) -> Method:
 
 
 def leaves(tree: Pytree) -> Iterator[Any]:
-    """Yield what nested tuples, lists and dicts hold."""
+    """Yield the leaves of nested tuples, lists and dicts."""
     if isinstance(tree, dict):
         tree = tree.values()
     elif not isinstance(tree, (tuple, list)):
@@ -89,53 +89,53 @@ def leaves(tree: Pytree) -> Iterator[Any]:
 
 
 def _traced(model: Model) -> Any:
-    """Return the model for arrays that stand for others; its own parameters are constants there."""
+    """Return the model over JAX's tracers, where its own parameters are constants."""
     twin = model.twin(of_traced(model.backend), model.dtype)
     model.follow(twin, lambda part, _: views_of(part, part.params))
     return twin
 
 
 class UnreadableError(TypeError):
-    """An array of the user's library cannot be read where it is, from outside of the library."""
+    """An array of the user's library cannot be read in place by another library."""
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """The way of arrays from the user's library to the backend that runs a call, and back."""
+    """Conversions of arrays from the user's library to the backend that runs a call, and back."""
 
     home: Backend  # of the user's arrays
     dtype: str  # of the model
-    inner: Backend  # of the call
+    inner: Backend  # which runs the call
     inner_dtype: str
-    read: Callable[[Array], Array]  # an array of the user's -> the same memory for the call
+    read: Callable[[Array], Array]  # the user's array -> one of the inner backend, same memory
     kind: type  # of the user's arrays
-    inner_kind: type  # of those of the call
+    inner_kind: type  # of the inner backend's arrays
 
     @cached_property
     def casts(self) -> bool:
-        """Whether arrays are cast on the way."""
+        """Whether arrays are cast, since the inner backend lacks their dtype."""
         return self.inner_dtype != self.dtype
 
     @cached_property
-    def lasting(self) -> bool:
-        """Whether views of parameters are kept, since these never change."""
-        return self.home.lasting and self.inner.host
+    def keeps_views(self) -> bool:
+        """Whether views of parameters are kept between calls, since the arrays are immutable."""
+        return self.home.immutable and self.inner.host
 
     @cached_property
-    def together(self) -> Any:
-        """What makes several arrays of the call the user's at once; None: one by one."""
-        return self.home.adopt_together
+    def adopt_many(self) -> Any:
+        """A function that converts several results to the user's library at once; None: `adopt`."""
+        return self.home.adopt_many
 
     @cached_property
     def adopt(self) -> Callable[[Array], Array]:
-        """What makes an array of the call one of the user's."""
+        """The function that converts a result to the user's library."""
         return self._cast_back if self.casts else self.home.adopt
 
     def _cast_back(self, v: Array) -> Array:
         return self._stored(self.home.adopt(v))
 
     def twin(self, model: Model) -> Any:
-        """Return the model over the inner backend; it follows the parameters and settings."""
+        """Return the model over the inner backend, with the present parameters and settings."""
         twin = model.twins.get(self.inner.name)
         if twin is None:
             twin = model.twins[self.inner.name] = model.twin(self.inner, self.inner_dtype)
@@ -143,17 +143,17 @@ class Bridge:
         return twin
 
     def views(self, model: Model, last: Any) -> "Views":
-        """Return the parameters as the inner backend reads them; last: those of the call before."""
+        """Return the parameters over the inner backend; last: the views of the call before."""
         params = model.params
         arrays = list(params.values())
-        lasting = self.lasting and not self.home.deleted(arrays)
-        if lasting and type(last) is Views and last.of(model, arrays):
+        keep = self.keeps_views and not self.home.deleted(arrays)
+        if keep and type(last) is Views and last.of(model, arrays):
             return last
         try:
             inner = list(map(self.read, map(self._to_inner, arrays) if self.casts else arrays))
         except FAILURES as e:
             raise self._unreadable(e) from e
-        if lasting:
+        if keep:
             inner = [v if v.flags.carray else writable(v) for v in inner]
         views = Views(zip(params, inner, strict=True))
         views.model, views.arrays = model, arrays
@@ -167,9 +167,9 @@ class Bridge:
         args: tuple[Any, ...],
         options: Mapping[str, Any],
     ) -> Any:
-        """Call a function of the inner backend on the user's arrays.
+        """Call a function of the inner backend on the user's arrays; return arrays of the user's.
 
-        names: of its positional arguments. twin: the first one, where it is a method.
+        names: of its positional arguments. twin: the first of them, for a method, else empty.
 
         Raises
         ------
@@ -189,13 +189,13 @@ class Bridge:
             results = function(*entered, **options)
             several = type(results) is tuple  # as most are
             results = results if several else (results,)
-            if self.together is not None:
-                self._adopt_together(results, seen)
+            if self.adopt_many is not None:
+                self._adopt_many(results, seen)
             left = self.leave(results, seen)
             return tuple(left) if several else left[0]
 
     def enter(self, name: str, v: Any, seen: dict[int, Array]) -> Any:
-        """Return an argument over the inner backend. seen: by their ids, whose arrays these are."""
+        """Convert an argument to the inner backend; seen: id of an inner array -> the user's."""
         if v is None:
             return None
         kind: type[Any] = type(v)
@@ -223,7 +223,7 @@ class Bridge:
         return inner
 
     def _at_home(self, v: Any) -> bool:
-        """Return whether it is an array where the model is, of whichever type."""
+        """Return whether `v` is an array of the model's library and device."""
         try:
             return hasattr(v, "dtype") and of(v) == self.home
         except TypeError:
@@ -241,9 +241,9 @@ class Bridge:
         return self.home.xp.astype(v, self.home.dtype(self.inner_dtype))
 
     def leave(self, results: Iterable[Pytree], seen: Mapping[int, Array]) -> list[Any]:
-        """Return results as the user has arrays; a function becomes one of the user's arrays.
+        """Convert results to the user's library; a function becomes one of the user's arrays.
 
-        seen: the user's arrays of those of the call that are known, the arguments among them.
+        seen: id of an inner array -> the user's, so that an argument comes back as it was given.
         """
         left = list[Any]()
         for v in results:
@@ -254,22 +254,22 @@ class Bridge:
             elif isinstance(v, dict):
                 left.append(dict(zip(v, self.leave(v.values(), seen), strict=True)))
             else:
-                left.append(Outside(self, v) if callable(v) else v)
+                left.append(BridgedFunction(self, v) if callable(v) else v)
         return left
 
-    def _adopt_together(self, results: Iterable[Pytree], seen: dict[int, Array]) -> None:
-        """Make all arrays among results that are not known the user's, at once."""
+    def _adopt_many(self, results: Iterable[Pytree], seen: dict[int, Array]) -> None:
+        """Convert all arrays among the results at once, and put them into `seen`."""
         inner = list[Array]()
         self._collect(results, seen, inner)
         if inner:
-            found = self.together(inner)
+            found = self.adopt_many(inner)
             arrays = map(self._stored, found) if self.casts else found
             seen.update(zip(map(id, inner), arrays, strict=True))
 
     def _collect(
         self, results: Iterable[Pytree], seen: Mapping[int, Array], inner: list[Array]
     ) -> None:
-        """Append the arrays among results that are not known."""
+        """Append the arrays among the results that are not in `seen`."""
         for v in results:
             if type(v) is self.inner_kind:
                 if id(v) not in seen:
@@ -287,7 +287,7 @@ class Bridge:
 
 
 class Views(dict[str, Array]):
-    """The parameters of a model at a call, as the inner backend reads them in place."""
+    """The parameters of a model during a call, read in place by the inner backend."""
 
     model: Model
     arrays: Sequence[Array]  # the user's
@@ -298,7 +298,7 @@ class Views(dict[str, Array]):
 
     @property
     def version(self) -> int:
-        """How many of the user's parameters were replaced by now."""
+        """How often parameters of the user's model were replaced."""
         return int(self.model.params.version)
 
     def refuse_untied(self) -> None:
@@ -307,27 +307,27 @@ class Views(dict[str, Array]):
 
 
 def views_of(model: Model, arrays: Arrays) -> Views:
-    """Return arrays in the place of the parameters of a model."""
+    """Return arrays that take the place of a model's parameters."""
     views = Views(arrays)
     views.model = model
     return views
 
 
-class Outside:
-    """A function of the inner backend's arrays, such as a pullback, as one of the user's."""
+class BridgedFunction:
+    """A function of the inner backend, such as a pullback, called on the user's arrays."""
 
     def __init__(self, bridge: Bridge, function: Callable[..., Any]) -> None:
         self._bridge, self._function = bridge, function
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Call it."""
+        """Call the function through the bridge."""
         function = self._function
-        names = _of_instances(cast(Any, type(function))) or _names(function)
+        names = _call_names(cast(Any, type(function))) or _names(function)
         return self._bridge.run(function, names, (), args, options)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._function, name)
-        return Outside(self._bridge, found) if callable(found) else found
+        return BridgedFunction(self._bridge, found) if callable(found) else found
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -339,8 +339,8 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=64)
-def _of_instances(kind: Any) -> tuple[str, ...]:
-    """Return them of the instances of a class; none for functions and methods, which differ."""
+def _call_names(kind: Any) -> tuple[str, ...]:
+    """Return the argument names of `__call__` of a class; () for functions, which differ."""
     code = getattr(getattr(kind, "__call__"), "__code__", None)  # noqa: B004, B009
     return () if code is None else _of_code(code)[1:]
 

@@ -1,4 +1,4 @@
-"""What a sweep over time asks of a runner, by concern, and the modes in which runners run.
+"""The protocol of a runner, by concern, and the modes in which runners run.
 
 Each method is documented here. `Plain` in `reference.py` is the simplest runner, and every other
 one is tested against it.
@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 Matrix: TypeAlias = Any  # an array (N, K), or its packed form, which only its runner reads
 InputProducts: TypeAlias = Any  # x W^T + b (K, B, 3H), or what its runner computes it from
 Recurrent: TypeAlias = tuple[Matrix, *tuple[Array, ...]]  # U (3H, H), vectors (H,) of a step
-OneStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> h', and its copy
-OneBlock: TypeAlias = OneStep  # x (K, B, I), h (B, H) -> the states (K, B, H), a copy of the last
+OneStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> h', a copy of h'
+OneBlock: TypeAlias = OneStep  # x (K, B, I), h (B, H) -> all h' (K, B, H), a copy of the last
 
 
 class Mode(StrEnum):
@@ -87,11 +87,12 @@ WHOLE = Kind.VECTOR, Kind.BATCH, Kind.START  # of arrays without an entry for ea
 
 
 class Extra(NamedTuple):
-    """Further arguments of the steps of a block.
+    """Further arguments of the steps of a block: arrays of these kinds, in this order.
 
-    kinds: VECTOR of an array (H,), before all others; BATCH of (B, H), STEPS of (K, B, H); ROWS,
-    the last, of the cut (K, B, 1) of bool, the steps after which a row's state starts anew, none of
-    a finished sequence; and before it START of (B, H), from which it starts. Without, from 0.
+    VECTOR : (H,)
+    BATCH, STEPS : (B, H), and (K, B, H) with an entry for each step
+    START : (B, H), the state after a cut; without it, 0
+    ROWS : (K, B, 1) of bool, the cut: steps after which a row's state starts anew
     """
 
     kinds: Kinds
@@ -109,18 +110,18 @@ class Extra(NamedTuple):
 
     @property
     def entries(self) -> tuple[Array, ...]:
-        """The arrays with an entry for each step."""
+        """The arrays that have an entry for each step."""
         pairs = zip(self.kinds, self.arrays, strict=True)
         return tuple([v for kind, v in pairs if kind not in WHOLE])
 
-    def given(self, entries: Iterable[Array]) -> tuple[Array, ...]:
-        """Return the arguments of a step; entries: its own of those arrays."""
+    def of_step(self, entries: Iterable[Array]) -> tuple[Array, ...]:
+        """Return the arguments of one step; entries: its entry of each of `self.entries`."""
         left, pairs = iter(entries), zip(self.kinds, self.arrays, strict=True)
         return tuple([v if kind in WHOLE else next(left) for kind, v in pairs])
 
     def at(self, t: int) -> tuple[Array, ...]:
-        """Return those of a step."""
-        return self.given([v[t, :, :] for v in self.entries])
+        """Return the arguments of step t."""
+        return self.of_step([v[t, :, :] for v in self.entries])
 
 
 def kinds_of(extra: Extra | None) -> Kinds:
@@ -156,12 +157,12 @@ class Scans(Protocol):
 
         a: what `affine` returned, (K, B, 3H). h: (B, H), the state before the first step run.
         alive: a sequence that has finished keeps its state. reverse: from the last step to the
-        first. extra: what the step takes beside.
+        first. extra: further arguments of the step.
 
         Returns the states, path (K + 1, B, H), in which step t leads from path[t] to path[t + 1]
         (in reverse from path[t + 1] to path[t]); and the residuals that `step` saved, each
-        (K, B, H), or None without `keep`. With a cut, the last of them, which is there without
-        `keep` too, is the state that each step arrived at, where the path has the one that goes on.
+        (K, B, H), or None without `keep`. With a cut one more array comes last, without `keep` too:
+        the h' of each step, since the path then holds the state that the next step reads.
         """
 
     def backward(
@@ -183,25 +184,24 @@ class Scans(Protocol):
         the block. previous: (K, B, H), the state before each step. reverse, extra: as in the
         forward pass.
 
-        Returns the gradients to the pre-activations, each (K, B, .), and after them, where a start
-        is given, what reaches it at each step (K, B, H); dh before the block; and with `taps`
+        Returns the gradients to the pre-activations, each (K, B, .), followed with a start by the
+        gradient that reaches it at each step (K, B, H); dh before the block; and with `taps`
         dL/dh' of every step (K, B, H), else None.
         """
 
     def single_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
-        """Return a function of x (B, I) and h (B, H) that gives the next state and a copy of it."""
+        """Return a function of x (B, I) and h (B, H) that runs one step; see `OneStep`."""
 
     def prepare_step(self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent) -> OneStep:
-        """Return that function for many steps; it may keep copies of the weights."""
+        """Return such a function for many calls; it may keep copies of the weights."""
 
     def prepare_block(
         self, step: Step, W: Matrix, b: Array | None, recurrent: Recurrent, reverse: bool
     ) -> OneBlock:
-        """Return a function that runs blocks of which no sequence skips a step.
+        """Return a function that runs blocks in which no step is skipped; see `OneBlock`.
 
-        It takes x (K, B, I) and h (B, H), the state before the first step run, and gives the state
-        after each step (K, B, H) and a copy of the last. W, b and recurrent are what
-        `frozen_weights` returned.
+        h is the state before the first step run. W, b and recurrent are what `frozen_weights`
+        returned.
         """
 
 
@@ -209,18 +209,18 @@ class Products(Protocol):
     """Multiplies matrices."""
 
     def pack_weights(self, W: Matrix, U: Matrix, rows: int) -> tuple[Matrix, Matrix]:
-        """Return W and U in the layout that suits products of `rows` rows (steps times batch)."""
+        """Return W and U, packed if that pays for products of `rows` rows (steps times batch)."""
 
     def frozen_weights(
         self, step: Step, W: Array, b: Array | None, recurrent: Recurrent, small: str
     ) -> tuple[Matrix, Array | None, Recurrent]:
-        """Return W, b and recurrent for any number of calls, perhaps packed once and for all.
+        """Return W, b and recurrent for any number of calls, packed if that pays.
 
-        small: "bfloat16" or "int8" where W and U are rounded to that and may be kept so, else "".
+        small: "bfloat16" or "int8" where W and U are rounded to that and may be stored so, else "".
         """
 
     def frozen_matrix(self, W: Array, small: str) -> Matrix:
-        """Return W (N, K) likewise, for `frozen_affine`."""
+        """Return W (N, K) for any number of calls of `frozen_affine`, packed if that pays."""
 
     def frozen_affine(self, x: Array, W: Matrix, b: Array | None) -> Array:
         """Return x W^T + b (M, N) of x (M, K)."""
@@ -247,7 +247,7 @@ class Products(Protocol):
         saved: Sequence[Array],
         parts: Sequence[Array],
     ) -> Iterable[Array]:
-        """Return what the equations' `weights` gives for all rows of a block.
+        """Return the gradients that the equations' `weights` computes, over all rows of a block.
 
         h, and each array saved: (K, B, .); parts: matrices of as many rows.
         """
@@ -276,10 +276,10 @@ class Memory(Protocol):
 
 
 class Movable(Protocol):
-    """Runs on a runner, and can be moved to another."""
+    """An object that calls a runner, and can be given another one."""
 
     def on(self, run: "Runner") -> "Movable":
-        """Return the same on this runner."""
+        """Return a copy of the object that calls this runner."""
 
 
 class Schedules(Protocol):

@@ -63,7 +63,7 @@ class Dual:
         return Dual(value, dot, self.space)
 
     def _shifted(self, value: Array) -> "Dual":
-        """Return what a constant was added to, which may be of more axes."""
+        """Return a sum with a constant, whose value may have more axes than this number."""
         if self.dot.shape == value.shape:
             return self._with(value, self.dot)
         return self._with(value, self.space.plain.broadcast_to(self.dot, value.shape))
@@ -112,7 +112,7 @@ class Dual:
         if isinstance(other, Dual):
             dot = self.dot @ other.value + self.value @ other.dot
             return self._with(self.value @ other.value, dot)
-        if not hasattr(other, "dtype"):  # what stands for a matrix multiplies by itself
+        if not hasattr(other, "dtype"):  # a stand-in for a matrix has a product of its own
             return NotImplemented
         return self._each(lambda v: v @ other)
 
@@ -144,17 +144,17 @@ class Dual:
 
 
 def value_of(v: Array) -> Array:
-    """Return what v is without its derivative."""
+    """Return the value of a dual number, or v itself if it is a constant."""
     return v.value if isinstance(v, Dual) else v
 
 
 def dot_of(xp: Namespace, v: Array) -> Array:
-    """Return the derivative of an array; zeros where it is a constant."""
+    """Return the derivative of a dual number; zeros for a constant."""
     return v.dot if isinstance(v, Dual) else xp.zeros_like(v)
 
 
 class DualNamespace:
-    """The functions of an array library `plain`, of dual numbers too."""
+    """The functions of an array library `plain`, extended to dual numbers."""
 
     def __init__(self, plain: Namespace) -> None:
         self.plain = plain

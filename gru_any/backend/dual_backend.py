@@ -1,4 +1,4 @@
-"""The backend of dual numbers: where they are made and checked, by that of their parts."""
+"""The backend of dual numbers, on top of the backend of their values and derivatives."""
 
 from functools import cached_property, lru_cache
 
@@ -25,7 +25,7 @@ class DualBackend(Backend):
         return self.constants.dtype(name)
 
     def plain(self, array: Array, dtype: str) -> bool:
-        return False  # parameters beside it may be dual
+        return False  # even where the array is, parameters may be dual
 
     def put(self, host: HostArray, dtype: str | None = None) -> Array:
         return self.constants.put(host, dtype)
@@ -59,7 +59,7 @@ class DualBackend(Backend):
 
     @cached_property
     def _mixes(self) -> bool:
-        """Whether an array may stand before a dual number; array_api_strict refuses."""
+        """Whether `array + dual` works; array_api_strict refuses."""
         one = self.constants.zeros((1,), "float32")
         try:
             return isinstance(one + Dual(one, one, self.xp), Dual)

@@ -1,4 +1,4 @@
-"""How blocks of steps run on dual numbers: twice on the runner of their values.
+"""How blocks of steps run on dual numbers: two scans of the runner of their values.
 
 The derivatives of a block follow a recurrence of their own, which is linear in them: once the
 states are known, step t leads from h'_t to h'_(t+1) by numbers that do not depend on h'. It has the
@@ -15,7 +15,7 @@ from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, Runner
 from .dual import Dual, DualNamespace, value_of
 from .reference import Plain
 
-# (xp, state, other arguments, U) -> the next state, and what the step returns beside
+# (xp, state, other arguments, U) -> the next state, and the other results of the step
 Call: TypeAlias = Callable[..., tuple[Array, tuple[Array, ...]]]
 
 
@@ -26,16 +26,16 @@ class Entry(NamedTuple):
     dual: bool
 
 
-class Known:
-    """U in a step whose products are known, but for what the derivative of the state adds."""
+class KnownProducts:
+    """A stand-in for U whose products are known, up to the term of the state's derivative."""
 
     def __init__(self, matrix: Matrix, products: Iterator[Array]) -> None:
         self.matrix, self.products = matrix, products
 
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> "Known":
-        return Known(self.matrix[key], self.products)
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> "KnownProducts":
+        return KnownProducts(self.matrix[key], self.products)
 
-    T = property(lambda self: Known(self.matrix.T, self.products))
+    T = property(lambda self: KnownProducts(self.matrix.T, self.products))
 
     def __rmatmul__(self, left: Dual) -> Dual:
         known, dot = next(self.products), left.dot @ self.matrix
@@ -45,7 +45,7 @@ class Known:
 
 
 class Recorder:
-    """U in a step that runs on all rows of a block at once: it keeps the products.
+    """A stand-in for U that multiplies all rows of a block at once, and records the products.
 
     dot: the derivative of U, or None.
     """
@@ -76,7 +76,7 @@ class Recorder:
 def _forward(step: Step, keep: bool, cut: bool) -> Call:
     """Return a step as a function of its state, the other arguments and U.
 
-    keep: with its residuals; cut: with h' beside, which the state may not go on from.
+    keep: whether its residuals are among the results; cut: whether h' is, at the end.
     """
 
     def call(
@@ -91,7 +91,7 @@ def _forward(step: Step, keep: bool, cut: bool) -> Call:
 
 @lru_cache(maxsize=64)
 def _backward(step: Step, saved: int) -> Call:
-    """Return the gradient of a step likewise; its state is g. saved: how many it keeps."""
+    """Return a backward step as such a function, whose state is g; saved: number of residuals."""
 
     def call(
         xp: Namespace, g: Array, others: Sequence[Array], U: Matrix
@@ -123,15 +123,15 @@ def tangent(call: Call, others: tuple[Entry, ...], products: tuple[Entry, ...]) 
             return Dual(value, joined(entry.columns), space) if entry.dual else value
 
         given = [taken(entry) for entry in others]
-        known = Known(U, iter([taken(entry) for entry in products]))
+        known = KnownProducts(U, iter([taken(entry) for entry in products]))
         new, beside = call(space, Dual(state, dot, space), given, known)
         return new.dot, tuple(v.dot for v in beside)
 
     return step
 
 
-def _parted(extra: Extra | None) -> tuple[tuple[Array, ...], Extra | None]:
-    """Return the further arguments of a step, and apart from them the cut and its start, if any."""
+def _split_cut(extra: Extra | None) -> tuple[tuple[Array, ...], Extra | None]:
+    """Split the further arguments of a step: those before the cut, and the cut with its start."""
     if extra is None or not extra.cut:
         return () if extra is None else extra.arrays, None
     n = len(extra.arrays) - 1 - extra.start
@@ -143,9 +143,9 @@ def _values(extra: Extra | None) -> Extra | None:
 
 
 def _begins(xp: Namespace, cut: Array, alive: Alive, reverse: bool) -> tuple[Array, Array]:
-    """Return which steps start anew, as their rows were cut after the step before, (K, B, 1).
+    """Return at which steps rows start anew (K, B, 1), and which rows are cut at the end (B, 1).
 
-    And which rows are cut at the end. A step that a row skips does not start.
+    A row starts anew at the first step that it runs after a cut.
     """
     K = cut.shape[0]
     waiting, found = xp.zeros_like(cut[0, :, :]), []
@@ -188,7 +188,7 @@ class DualRunner(Plain):
         (K, B, _), run, xp = a.shape, self.inner, self.xp.plain
         if not K * B:
             return super().forward(step, a, h, recurrent, alive, reverse, keep, extra)
-        packed, (further, cut) = self._packed(U, K * B), _parted(extra)
+        packed, (further, cut) = self._packed(U, K * B), _split_cut(extra)
         values = value_of(h), (packed, *map(value_of, vectors)), alive, reverse, keep
         states, saved = run.forward(step, value_of(a), *values, _values(extra))
         start = cut.arrays[0] if cut is not None and cut.start else None
@@ -229,7 +229,7 @@ class DualRunner(Plain):
         extra: Extra | None = None,
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         (K, B, _), run = previous.shape, self.inner
-        further, cut = _parted(extra)
+        further, cut = _split_cut(extra)
         given = dy, dh, previous, *saved, U, *further
         if not K * B:
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, extra)
@@ -268,7 +268,7 @@ class DualRunner(Plain):
         return tangent(call, *kinds), [c for v in columns for c in self._columns(v, H)]
 
     def _columns(self, v: Array, H: int) -> list[Array]:
-        """Return the columns of v (K, B, nH), of width H, each contiguous as v is."""
+        """Split v (K, B, nH) into n contiguous arrays (K, B, H)."""
         if v.shape[-1] == H:
             return [v]
         starts = range(0, v.shape[-1], H)
@@ -279,7 +279,7 @@ class DualRunner(Plain):
         return self.inner.pack_weights(value, value, rows)[1]
 
     def _spread(self, vector: Array, shape: tuple[int, ...]) -> Array:
-        """Return a vector (H,) for each step and row."""
+        """Broadcast a vector (H,) to all steps and rows."""
         return self.as_contiguous(self.xp.broadcast_to(vector, shape))
 
     def _pairs(self, values: Sequence[Array], dots: Sequence[Array]) -> tuple[Array, ...]:

@@ -1,4 +1,4 @@
-"""Results of NumPy as arrays of JAX.
+"""Conversion of results from NumPy to arrays of JAX.
 
 JAX takes 30 microseconds and more to accept an array, which is longer than a small step of a GRU. A
 compiled function takes all results of a call at once in less, but has to be compiled for their
@@ -12,13 +12,13 @@ import numpy as np
 
 from ..typing import Array, Device, DType, HostArray, Shape
 
-SMALL = 1 << 17  # bytes that are copied rather than taken in place
-OFTEN = 32  # results of the same shapes before a function is compiled for them
-SHAPES = 512  # that are counted at most
+SMALL = 1 << 17  # bytes, up to which an array is copied
+OFTEN = 32  # calls with the same shapes before a function is compiled for these
+SHAPES = 512  # most shapes that are counted
 
 
 class Adopter:
-    """Makes arrays of JAX on a device of the host."""
+    """Converts NumPy arrays to arrays of JAX on a host device."""
 
     def __init__(self, device: Device) -> None:
         import jax
@@ -31,7 +31,7 @@ class Adopter:
         self.seen: Counter[tuple[tuple[Shape, DType], ...]] = Counter()
 
     def __call__(self, arrays: list[HostArray]) -> list[Array]:
-        """Return arrays of JAX, in place where one is large and its address suits JAX."""
+        """Convert several arrays; a large one is not copied, if its address suits JAX."""
         key = tuple([(v.shape, v.dtype) for v in arrays if v.nbytes <= SMALL])
         if not (self.seen[key] > OFTEN or self._often(key)):
             return [self.one(v) for v in arrays]
@@ -41,7 +41,7 @@ class Adopter:
         return [next(small) if v.nbytes <= SMALL else self.one(v) for v in arrays]
 
     def one(self, v: HostArray) -> Array:
-        """Return a single one."""
+        """Convert one array."""
         return self.from_dlpack(np.ascontiguousarray(v), device=self.device)
 
     def _often(self, key: tuple[tuple[Shape, DType], ...]) -> bool:

@@ -20,10 +20,10 @@ UNROLL = 1  # steps in one turn of the compiled loop
 
 
 class Operand:
-    """U (3H, H) as a step reads it: the parts that its products multiply by, made before the scan.
+    """A stand-in for U (3H, H) whose slices and transposes are made once, before the scan.
 
-    Inside of the scan XLA would cut and transpose them again in every step. by_rows: multiplies by
-    the transpose of a matrix, which is then made of none.
+    Inside of the scan XLA would slice and transpose U again in every step. by_rows: multiplies by
+    the transpose of a matrix without making it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Operand:
 
 
 class Rows:
-    """Some rows of it, perhaps transposed."""
+    """Some rows of an `Operand`, perhaps transposed."""
 
     def __init__(self, of: Operand, first: int, last: int, transposed: bool) -> None:
         self.of, self.key = of, (first, last, transposed)
@@ -100,7 +100,7 @@ class Scan(Plain):
         return a if b is None else a + b
 
     def _by_rows(self, M: Matrix, left: Array) -> Array:
-        """Return left @ M.T; of a single row XLA makes the gradient to M four times as fast."""
+        """Return left @ M.T; of a single row the gradient to M is four times as fast this way."""
         return self._dot(M, left, (((1,), (1,)), ((), ()))).T
 
     def forward(
@@ -125,7 +125,7 @@ class Scan(Plain):
             h: Array, at: tuple[tuple[Array, ...], Any, tuple[Array, ...]]
         ) -> tuple[Array, Any]:
             parts, mask, entries = at
-            further = () if extra is None else extra.given(entries)
+            further = () if extra is None else extra.of_step(entries)
             new, saved = run(xp, xp.concat(parts, axis=-1), h, M, *vectors, *further)
             h = new if mask is None else xp.where(mask, new, h)
             return h, (h, saved if keep else saved[len(saved) - cut :])
@@ -133,7 +133,7 @@ class Scan(Plain):
         with self._precision(self._products):
             if one_step:
                 return super().forward(step, a, h, (M, *vectors), alive, reverse, keep, extra)
-            # apart, since XLA cuts them up more slowly inside of the scan
+            # thirds apart, since XLA slices them more slowly inside of the scan
             parts = tuple(a[..., n : n + H] for n in range(0, a.shape[-1], H))
             steps = parts, None if alive is None else alive.block, _entries(extra)
             _, (states, saved) = self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)
@@ -159,7 +159,7 @@ class Scan(Plain):
 
         def one(dh: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
             dy, h, saved, mask, entries = at
-            further: Sequence[Array] = () if extra is None else extra.given(entries)
+            further: Sequence[Array] = () if extra is None else extra.of_step(entries)
             reached: tuple[Array, ...] = ()
             if extra is not None and extra.cut:
                 dh, further, reached = restarted_backward(xp, dh, further, extra.start)

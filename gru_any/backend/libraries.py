@@ -36,7 +36,7 @@ _INSTALL = {
 
 
 class BackendError(RuntimeError):
-    """A backend or device cannot be used; the text says why, and what mends it."""
+    """A backend or device cannot be used; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Backend:
         return select, (self.name, _portable(self.name, self.device))
 
     def __hash__(self) -> int:
-        return hash(self.name)  # of few at a time, and asked for in each call
+        return hash(self.name)  # cheap, as each call needs it, and there are few backends
 
     @property
     def constants(self) -> "Backend":
-        """The backend of arrays that may stand beside this one's: itself, but for dual numbers."""
+        """The backend of arrays without a derivative: this one, but for dual numbers."""
         return self
 
     @cached_property
@@ -75,17 +75,17 @@ class Backend:
 
     @cached_property
     def cuda(self) -> bool:
-        """Whether arrays live on a CUDA device, or on one that the host plays."""
+        """Whether arrays live on a CUDA device, or on the emulated one."""
         return self.name in cuda.OPERATIONS
 
     @cached_property
     def traceable(self) -> bool:
-        """Whether other objects may stand for arrays, inside of a function that JAX transforms."""
+        """Whether arguments may be tracers, inside of a function that JAX transforms."""
         return self.name == "jax.numpy"
 
     @cached_property
     def traced(self) -> bool:
-        """Whether arrays stand for others, inside of a function that JAX transforms."""
+        """Whether this is the backend of JAX's tracers."""
         return self.traceable and self.device is None
 
     @cached_property
@@ -149,7 +149,7 @@ class Backend:
             return self.xp.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 
     def plain(self, array: Array, dtype: str) -> bool:
-        """Return whether it is one of NumPy's own arrays, of this dtype, where NumPy is ours."""
+        """Return whether this backend is NumPy's, and `array` a plain ndarray of this dtype."""
         return self.host and type(array) is np.ndarray and array.dtype == self._dtypes[dtype]
 
     def check(self, name: str, array: Array, dtype: str) -> None:
@@ -226,17 +226,17 @@ class Backend:
 
     @cached_property
     def adopt(self) -> Callable[[Array], Array]:
-        """What makes an array of NumPy or CuPy one of this library, in place where possible."""
+        """The function that converts an array of NumPy or CuPy to this library, without a copy."""
         make: Callable[[Array], Array] = self.xp.from_dlpack
-        if self.adopt_together:
-            make = self.adopt_together.one
+        if self.adopt_many:
+            make = self.adopt_many.one
         elif self.name == "torch" and self.device.type == "cpu":
             make = importlib.import_module("torch").from_numpy  # in half the time of from_dlpack
         return make
 
     @cached_property
-    def adopt_together(self) -> Any:
-        """What makes several of them, where that costs less than one by one; else None."""
+    def adopt_many(self) -> Any:
+        """The function that converts several arrays at once; None where `adopt` is as fast."""
         if self.name != "jax.numpy" or self.device.platform != "cpu":
             return None
         from .jax_arrays import Adopter
@@ -244,23 +244,23 @@ class Backend:
         return Adopter(self.device)
 
     @cached_property
-    def lasting(self) -> bool:
-        """Whether arrays of the library hold the same numbers as long as they live."""
+    def immutable(self) -> bool:
+        """Whether arrays of the library cannot be written to."""
         return self.name == "jax.numpy"
 
     def deleted(self, arrays: Iterable[Array]) -> bool:
-        """Return whether one of these arrays, which are lasting, lives no more."""
+        """Return whether one of these immutable arrays was deleted, as JAX does to donated ones."""
         return any([v.is_deleted() for v in arrays])
 
     @cached_property
     def bridges(self) -> dict[str, Any]:
-        """What runs the calls of models in another backend, by their dtypes; see `bridge`."""
+        """The bridges to another backend that runs the calls, by dtype; see `bridge`."""
         return {}
 
     def scatter_add(self, indices: Array, rows: Array, n: int) -> Array:
-        """Return (n, size), the sum of the rows (N, size) of each index; indices: (N,).
+        """Sum rows (N, size) by their indices (N,); return (n, size).
 
-        The order of the sum is fixed, so it gives the same bits every time.
+        The order of summation is fixed, so the result is the same bit for bit.
         """
         if self.host:
             return _scatter_add_host(indices, rows, n)
@@ -274,7 +274,7 @@ class Backend:
         return xp.concat(parts, axis=0)
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has finished all work."""
         if self.cuda:
             self.xp.cuda.get_current_stream().synchronize()
         elif self.name == "torch" and self.device.type == "cuda":
@@ -282,7 +282,7 @@ class Backend:
 
 
 def is_traced(array: object) -> bool:
-    """Return whether it stands for an array, inside of a function that JAX transforms."""
+    """Return whether `array` is a tracer of JAX, which has a shape and a dtype but no values."""
     jax: Any = sys.modules.get("jax")
     return jax is not None and isinstance(array, jax.core.Tracer)
 
@@ -298,7 +298,7 @@ def _scatter_add_host(indices: HostArray, rows: HostArray, n: int) -> HostArray:
 
 
 def _refuse_cut(host: HostArray, info: Any) -> None:
-    """Raise ValueError where a narrower dtype would keep the lower bits alone."""
+    """Raise ValueError where integers overflow a narrower dtype."""
     if host.size and (host.min() < info.min or host.max() > info.max):
         raise ValueError(
             f"an array holds {host.min()} to {host.max()}, which {plain_name(info.dtype)} does not;"
@@ -309,7 +309,7 @@ def _refuse_cut(host: HostArray, info: Any) -> None:
 def refuse_masked(
     name: str, array: object, wanted: str = "expected an array without a mask"
 ) -> None:
-    """Raise TypeError where NumPy would drop a mask silently."""
+    """Raise TypeError for a masked array, whose mask NumPy would drop silently."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a MaskedArray, {wanted}, since the mask would be lost: give its filled(0), "
@@ -419,7 +419,7 @@ def _jax_device(device: str) -> Device:
 
 
 def _portable(name: str, device: Device) -> Device:
-    """Return what `select` takes for this device, and pickle as well."""
+    """Return a form of the device that can be pickled and given to `select`."""
     if name == "numpy":
         return None
     if name == "jax.numpy":
@@ -445,7 +445,7 @@ def of(*arrays: Array) -> Backend:
     homes = {_home(array) for array in arrays}
     traced = {home for home in homes if home.traced}
     if traced and len({home.name for home in homes}) == 1:
-        return traced.pop()  # in which concrete arrays are constants
+        return traced.pop()  # concrete arrays beside tracers are constants
     if len(homes) == 2 and len({home.constants for home in homes}) == 1:
         return next(home for home in homes if home.constants != home)
     if len(homes) > 1:
@@ -476,7 +476,7 @@ def _home(array: Array) -> Backend:
 
 
 def of_traced(backend: Backend) -> Backend:
-    """Return the backend of arrays that stand for those of another one."""
+    """Return the backend of the tracers of a backend's arrays."""
     return _backend(backend.name, None)
 
 

@@ -14,18 +14,18 @@ from .transfer import Neighbour, neighbour
 if TYPE_CHECKING:
     from .cuda.runner import CUDA
 
-# what GRU_ANY_CUDA may name, from the simplest to the fastest, as we believe
+# what GRU_ANY_CUDA may name, from the simplest to what should be the fastest
 CUDA_MODES = (Mode.PLAIN, Mode.EAGER, Mode.BLOCKS, Mode.GRAPH, Mode.PERSISTENT, Mode.WHOLE)
 COMPLEX = "complex128"  # serves complex-step differentiation alone, always in plain mode
 OFF, ON = ("", "0", "false", "no", "off"), ("1", "true", "yes", "on")
 
-# what tests and scripts ask for, in place of the environment
+# modes set by tests and scripts, which override the environment
 chosen: Mode | None = None
 chosen_on_cuda: Mode | None = None
 
 
 def switch(name: str) -> bool:
-    """Read a switch from the environment.
+    """Read an environment variable that is on or off.
 
     Raises
     ------
@@ -39,14 +39,14 @@ def switch(name: str) -> bool:
 
 
 def _asked() -> Mode:
-    """Read from the environment which mode NumPy may take at most."""
+    """Read the fastest mode that the environment allows NumPy."""
     if switch("GRU_ANY_PLAIN"):
         return Mode.PLAIN
     return Mode.TRACED if switch("GRU_ANY_NO_NUMBA") else Mode.COMPILED
 
 
 def _asked_on_cuda() -> Mode:
-    """Read from the environment which mode CuPy may take at most."""
+    """Read the fastest mode that the environment allows CuPy."""
     asked = os.environ.get("GRU_ANY_CUDA") or Mode.PERSISTENT
     if switch("GRU_ANY_PLAIN"):
         return Mode.PLAIN
@@ -69,26 +69,26 @@ def _allowed(backend: Backend) -> Mode:
 
 def serves(backend: Backend) -> bool:
     """Return whether NumPy or CuPy may run the calls of other libraries in its memory."""
-    if backend.host:  # in short, as each call asks
+    if backend.host:  # the same at less cost, as each call asks
         return (chosen or _asked_once()) != Mode.PLAIN
     return _allowed(backend) != Mode.PLAIN
 
 
 def serving(backend: Backend, dtype: str) -> Neighbour | None:
-    """Return the backend that runs the calls of this one in its place; None: it runs them."""
+    """Return the backend that runs this one's calls; None where it runs them itself."""
     found, _ = neighbour(backend, dtype)
     return found if found and dtype != COMPLEX and serves(found.backend) else None
 
 
 def runner(backend: Backend, precision: str = "full", dtype: str = "float32") -> Runner:
-    """Return what runs blocks of steps on this backend, for a model of this dtype.
+    """Return the runner of a backend, for a model of this dtype.
 
     On NumPy it is compiled where Numba is installed and works. GRU_ANY_NO_NUMBA=1 does without
     Numba, and GRU_ANY_PLAIN=1 evaluates the equations as they stand. GRU_ANY_CUDA names the fastest
     mode that CuPy may take: plain, eager, blocks, graph, persistent or whole. Each variable is read
     once, by the first call that needs it.
 
-    precision: "tf32" where CUDA may multiply in it.
+    precision: "full", or "tf32" where products on CUDA may use it.
     """
     mode = Mode.PLAIN if dtype == COMPLEX else _allowed(backend)
     if mode == Mode.COMPILED and problem():
@@ -129,7 +129,7 @@ def _on_cuda(backend: Backend, mode: Mode, precision: str) -> "CUDA":
 def path(
     backend: Backend, hidden_size: int, dtype: str = "float32", means: bool = False
 ) -> tuple[Mode, str]:
-    """Return the mode of a call of this size, and in words why it is not a faster one.
+    """Return the mode of a call, and in words why it is not a faster one.
 
     means: whether steps take means over rows.
     """
@@ -188,7 +188,7 @@ def forget(backend: Backend) -> None:
 
 
 def environment(backend: Backend) -> dict[str, str]:
-    """Return what may change the last bits of a result: versions, threads, the runner."""
+    """Return the versions, threads and runner, which may change the last bits of a result."""
     import platform
     from importlib import import_module
     from importlib.metadata import PackageNotFoundError, version

@@ -1,6 +1,6 @@
-"""The gradients to the recurrent weights: products of a whole block, as traced from the equations.
+"""The gradients to the recurrent weights: products over a whole block, traced from the equations.
 
-Each product of a concatenation is written into its place in the result.
+Products that the equations concatenate are written into slices of one array.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from ..typing import Array, DType, Namespace, Shape, WeightGradients
 
 
 class Multiplies(Protocol):
-    """A runner that writes products into arrays that are there."""
+    """A runner that writes products into existing arrays."""
 
     def as_matrix(self, v: Array) -> Array:
         """Reshape (..., N) to (rows, N)."""
@@ -33,7 +33,7 @@ def program_of(weights: WeightGradients, saved: int, parts: tuple[int, ...]) -> 
     used = [c for of in sums for columns in of for c in columns]
     if not known.issuperset(used):
         raise ValueError(
-            f"{weights.__name__} computes with what it gets before it sums over the rows; expected "
+            f"{weights.__name__} changes its arguments before it sums over the rows; expected "
             "sums, and products v.T @ w, of h, saved and the gradients as they are"
         )
     return program
@@ -47,11 +47,11 @@ class Columns(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A sum over the rows, and where it goes."""
+    """A sum over the rows, and where in the result it is stored."""
 
     rows: slice  # of the result
     shape: Shape
-    added: bool  # to what is there
+    added: bool  # whether it is added to the sums there
     scale: float
     left: Columns
     right: Columns | None  # of a product; None: a sum of left alone
@@ -68,7 +68,7 @@ class Result(NamedTuple):
 def plan(
     weights: WeightGradients, saved: int, widths: tuple[int, ...], H: int
 ) -> tuple[Result, ...]:
-    """Return what to sum for each result; widths: columns of each part, all in elements."""
+    """Return the sums that make up each result; widths: elements of a row of each part."""
     program = program_of(weights, saved, tuple(width // H for width in widths))
     places = {c: (k, n) for k, ids in enumerate(program.inputs) for n, c in enumerate(ids)}
 

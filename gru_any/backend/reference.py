@@ -134,10 +134,7 @@ class Plain:
         return self._stack(parts), dh, xp.stack(gs) if taps else None
 
     def concurrent(self, calls: Sequence[Callable[[Runner], Result]]) -> list[Result]:
-        """Call functions that do not depend on one another, and return their results.
-
-        Each is given the runner that it must use.
-        """
+        """Call independent functions, each with the runner that it must use; return the results."""
         return [call(self) for call in calls]
 
     def pipeline(
@@ -148,7 +145,7 @@ class Plain:
     ) -> Array | None:
         """Call each function on the result of the one before, the first on x.
 
-        Each is given the runner that it must use.
+        Each takes the runner that it must use, and that result.
         overlap: None, or the number of elements of a state where a call may begin with a block of
         steps as soon as the call before it has finished that block.
         """
@@ -157,7 +154,7 @@ class Plain:
         return x
 
     def unmasked_prefix(self, steps: int) -> int:
-        """Return how many of the leading steps, at which no sequence has ended, run unmasked."""
+        """Return how many of these leading steps, which no sequence skips, run without a mask."""
         return steps
 
     def run_graph(
@@ -229,7 +226,7 @@ class Pieces:
 
 
 def as_step(block: OneBlock) -> OneStep:
-    """Return what runs a block of a single step, x (B, I) in place of (1, B, I)."""
+    """Return a function that runs a block of one step, on x (B, I) in place of (1, B, I)."""
 
     def one(x: Array, h: Array) -> tuple[Array, Array]:
         states, new = block(x[None, :, :], h)

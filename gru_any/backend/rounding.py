@@ -8,30 +8,29 @@ SMALL = ("bfloat16", "int8")
 
 
 def round_weights(name: str, M: HostArray, small: str) -> tuple[HostArray, HostArray | None]:
-    """Round a float32 matrix, whose name an error tells.
+    """Round a float32 matrix; return its values, and for int8 the scale of each row (N,).
 
-    Returns its values, and for int8 the scale (N,) of each row. To round the result of `restore`
-    again changes nothing.
+    name: of the matrix, for an error. Rounding the result of `restore` again changes nothing.
     """
     return _int8(name, M) if small == "int8" else (_bfloat16(M), None)
 
 
 def restore(values: HostArray, scale: HostArray | None) -> HostArray:
-    """Return the matrix as float32, exactly."""
+    """Return the rounded matrix as float32, exactly."""
     if scale is None:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values * scale[:, None]
 
 
 def _bfloat16(M: HostArray) -> HostArray:
-    """The upper half of each number, rounded to nearest even; NaN stays NaN."""
+    """Return the upper half of each number, rounded to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(M).view(np.uint32)
     nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(M), bits >> 16 | 0x40, nearest).astype(np.uint16)
 
 
 def _int8(name: str, M: HostArray) -> tuple[HostArray, HostArray]:
-    """Rows of -127 to 127 and their scales, of so few bits that each product is exact."""
+    """Return rows of -127 to 127, and their scales, whose few bits make each product exact."""
     largest = np.abs(M).max(axis=1, initial=0)
     step, exponent = np.frexp(largest.astype(np.float64) / 127)
     scale = np.ldexp(np.ceil(step * 2**17), exponent - 17)
@@ -62,5 +61,5 @@ class RoundedTable:
 
     @property
     def arrays(self) -> list[HostArray]:
-        """What is kept."""
+        """The arrays in memory."""
         return [v for v in (self._values, self._scale) if v is not None]

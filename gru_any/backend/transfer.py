@@ -13,7 +13,7 @@ from .cuda import device as cuda
 from .libraries import NUMPY, STRICT, Backend, BackendError, of, plain_name, refuse_masked, select
 
 HOST = 1  # kDLCPU of DLPack
-FAILURES = (  # what libraries raise where they cannot share an array
+FAILURES = (  # errors of libraries that cannot share an array
     TypeError, ValueError, RuntimeError, BufferError, AttributeError, NotImplementedError,
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ def asarray(x: Any, like: Any) -> Array:
 
 
 def overlap(x: Array, y: Array) -> bool:
-    """Return whether two arrays are one object, or share memory as far as their library tells."""
+    """Return whether two arrays are one object, or share memory, as far as their library tells."""
     if x is y:
         return True
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
@@ -87,7 +87,7 @@ def overlap(x: Array, y: Array) -> bool:
 
 
 def disjoint(arrays: Iterable[Array]) -> bool:
-    """Return whether no two of them can overlap, by their addresses; quicker than all pairs."""
+    """Return whether the addresses show that no two arrays overlap; quicker than all pairs."""
     spans = sorted(map(_span, arrays))
     return all(stop <= start for (_, stop), (start, _) in pairwise(spans))
 
@@ -141,7 +141,7 @@ class Neighbour(NamedTuple):
 
 @lru_cache(maxsize=64)
 def neighbour(backend: Backend, dtype: str) -> tuple[Neighbour | None, str]:
-    """Find the backend that runs what lives in this one's memory, if it is not this one itself.
+    """Find the other backend that can read this one's memory, and so run its calls.
 
     That is NumPy for arrays on the host and CuPy for those on a CUDA device, whichever library they
     are of. It is tried on an array of this dtype.
@@ -154,7 +154,7 @@ def neighbour(backend: Backend, dtype: str) -> tuple[Neighbour | None, str]:
     if backend.host or backend.cuda or backend.constants != backend:
         return None, "it runs its own arrays"
     if backend.name == STRICT:
-        return None, "it is there to try what every library can do, so nothing is done for it"
+        return None, "it tests what every library can do, so its calls run as they stand"
     try:
         probe = backend.zeros((2,), dtype)
         kind, number = probe.__dlpack_device__()

@@ -94,7 +94,7 @@ the caller owns. `gemv` is a loop over the inputs that adds to all outputs. For 
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     step = equations.reset_before
     host = forward_schedule(step, 0, False, HOST)
     scan = forward_scan(step, 0, False, "float32")

@@ -77,7 +77,7 @@ static void gemv(size_t K, size_t N, const float *restrict x, const int8_t *rest
 
 
 def helpers(int8: bool) -> str:
-    """Print the functions that the lines of the others call."""
+    """Print the functions that the printed steps call."""
     return "\n".join([TANH, GEMV_INT8 if int8 else GEMV])
 
 
@@ -88,7 +88,7 @@ def product(sizes: tuple[str, str], x: str, matrix: str, bias: str, y: str, int8
 
 
 class CSource:
-    """The step of one layer as a C function.
+    """The step of one layer as a C function, `step_NAME`: its user's own end with `_step`.
 
     Its weights are members of a struct whose names begin with `name`: `W` and `b` for the inputs
     (no `b` without a bias), `U0`... for the products, and the schedule's vectors.
@@ -123,7 +123,7 @@ class CSource:
                 gemms += 1
             else:
                 lines += self._loop(stage)
-        head = f"static void {self.name}_step("
+        head = f"static void step_{self.name}("
         return "\n".join([
             f"{head}const WEIGHTS *weights, const float *restrict x,",
             f"{' ' * len(head)}float *restrict h, float *restrict work)",
@@ -142,7 +142,7 @@ class CSource:
         return "h" if array.kind is Kind.STATE else array.name
 
     def _entry(self, place: Place) -> str:
-        """The entry of unit j."""
+        """Return the entry of unit j."""
         return f"{self._array(place.array)}[{_offset(place.column)}j]"
 
     def _gemm(self, gemm: Gemm, n: int) -> str:
@@ -152,7 +152,7 @@ class CSource:
         return product(sizes, x, self._member(f"U{n}"), "", out.name, self.int8)
 
     def _loop(self, group: Group) -> list[str]:
-        """The loop over the units of a group; of the states of all steps only the last is kept."""
+        """Print a group's loop over the units; the state is in place, so `path` is left out."""
         stores = [store for store in group.stores if store.place.array.kind is not Kind.AFTER]
         return [
             "for (size_t j = 0; j < H; j++) {",

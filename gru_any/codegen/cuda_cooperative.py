@@ -1,9 +1,9 @@
 """One kernel for all steps of a block, with U spread over all multiprocessors of a device.
 
-A block of threads owns a few units, for all rows: what gives them, of the three thirds of U, stands
-in its shared memory for the whole sequence. What the products read goes through global memory, in
-two copies that take turns, and all blocks meet at a barrier before each product. So all of them
-must run at the same time, one on each multiprocessor. (After FlashRNN, Poeppel et al. 2025.)
+A thread block owns a few units, for all rows: their rows (or columns) of the three thirds of U stay
+in its shared memory for the whole sequence. Operands of products are exchanged through global
+memory, double-buffered, and all blocks meet at a barrier before each product. So all of them must
+run at the same time, one on each multiprocessor. (After FlashRNN, Poeppel et al. 2025.)
 
 Off unless asked for by GRU_ANY_CUDA=whole: no device has shown yet where it pays.
 """
@@ -24,48 +24,48 @@ from .cuda_source import (
 from .schedule import STATE, ArrayRef, Gemm, Group, Place
 
 THREADS = 256  # of a block, at most
-DEEP = 32  # columns of what a product reads that are in shared memory at once
+DEEP = 32  # columns of an operand in shared memory at once
 ROWS = 64  # of the batch, at most
 SUMS = 16  # that a thread may hold in registers
 
 
 def units(H: int, multiprocessors: int) -> int:
-    """How many units a block owns."""
+    """Return how many units a block owns."""
     return -(-H // multiprocessors)
 
 
 def threads(B: int, own: int) -> int:
-    """How many threads a block has: one for each sum of a product, where there are few."""
+    """Return the threads of a block: one for each sum of a product, at most `THREADS`."""
     return min(THREADS, -(-3 * B * own // 32) * 32)
 
 
 def holds(scan: Scan, B: int, H: int, multiprocessors: int, shared: int) -> bool:
-    """Whether the device's shared memory holds U; shared: bytes that a block may use."""
+    """Whether the kernel fits the device; shared: bytes of shared memory of a block."""
     own, size = units(H, multiprocessors), 8 if scan.number == "float64" else 4
     fits = shared_numbers(scan, B, H, own) * size <= shared and B * 3 * own <= THREADS * SUMS
     return fits and B <= ROWS and one_kind(scan) and not scan.schedule.means
 
 
 def exchanged(scan: Scan) -> list[ArrayRef]:
-    """What the products read."""
+    """Return the operands of the products."""
     return list(dict.fromkeys(gemm.operand.array for gemm in scan.schedule.gemms))
 
 
 def _owned(scan: Scan) -> list[ArrayRef]:
-    """What each block has of its own units."""
+    """Return the arrays that a block keeps for its own units alone."""
     others = [array for array in scan.schedule.buffers if array not in exchanged(scan)]
     return [STATE, *others]
 
 
 def shared_numbers(scan: Scan, B: int, H: int, own: int) -> int:
-    """How many elements of shared memory a block needs."""
+    """Return how many elements of shared memory a block needs."""
     columns = sum(array.columns for array in _owned(scan))
     return 3 * own * H + B * (DEEP + 1) + B * own * columns
 
 
 @lru_cache(maxsize=64)
 def cooperative_kernel(scan: Scan, B: int, H: int, own: int) -> Kernel:
-    """The kernel of a scan for B rows and H units, of which each block owns so many.
+    """Print the kernel of a scan for B rows and H units, of which each block owns `own`.
 
     Arguments: K, the first step, the distance to the next, how far its state is from it in the
     path; the mask with its distances; U, the first state, the last; the counter of the barrier,
@@ -169,7 +169,7 @@ class _Cooperative(AllSteps):
         ]
 
     def _product(self, gemm: Gemm) -> list[str]:
-        """Each thread holds some sums: of row i % B, and of output i / B."""
+        """Print a product, in which a thread holds the sums of rows i % B and outputs i / B."""
         array, rows, out = gemm.operand.array, gemm.product.rows, gemm.out
         outputs, width = self.own * out.columns, array.columns
         left = f"{array.name}_all + turn * B * {width} * H"

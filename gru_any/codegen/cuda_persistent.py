@@ -1,10 +1,10 @@
-"""One kernel for all steps of a block, where a block of threads holds all weights in registers.
+"""One kernel for all steps of a block, where a thread block holds all weights in registers.
 
-A block of 3H threads owns a few rows of the batch for all steps, so nothing is asked of other
-blocks. Thread j keeps row j of U (in the backward pass one column of one third) in registers and
-sees to one entry of the products; the state and what a product reads stand in shared memory. For
-the traced operations, thread j also sees to one unit of one row, whose values stay in its
-registers. (That is how cuDNN runs small sizes; Diamos et al. 2016 is the source of the idea.)
+A block of 3H threads owns a few rows of the batch for all steps, so blocks are independent. Thread
+j keeps row j of U (in the backward pass one column of one third) in registers and computes one
+entry of the products; the state and the products' operands are in shared memory. Thread j also runs
+the traced operations for one unit of one row, whose values stay in its registers. (cuDNN runs small
+sizes so; the idea is from Diamos et al. 2016.)
 """
 
 from functools import lru_cache
@@ -19,17 +19,17 @@ PARTS = ArrayRef("parts", Kind.PRODUCT, 3)
 
 
 def fits(scan: Scan, H: int) -> bool:
-    """Whether the block's registers hold U, its products are of one kind, and it takes no means."""
+    """Whether this kernel serves a scan: U fits the registers, and there are no means over rows."""
     return LARGEST[scan.number] >= H and one_kind(scan) and not scan.schedule.means
 
 
 def shared_numbers(scan: Scan, H: int, rows: int) -> int:
-    """How many elements of shared memory a block needs."""
+    """Return how many elements of shared memory a block needs."""
     return rows * H * sum(array.columns for array in _shared(scan))
 
 
 def _shared(scan: Scan) -> list[ArrayRef]:
-    """What stands in shared memory."""
+    """Return the arrays in shared memory."""
     gemms = scan.schedule.gemms
     arrays = [STATE, *(gemm.operand.array for gemm in gemms), *(gemm.out for gemm in gemms)]
     return list(dict.fromkeys(arrays if gemms[0].product.transposed else [*arrays, PARTS]))
@@ -37,7 +37,7 @@ def _shared(scan: Scan) -> list[ArrayRef]:
 
 @lru_cache(maxsize=64)
 def persistent_kernel(scan: Scan, H: int, rows: int) -> Kernel:
-    """The kernel of a scan for H units, each block with so many rows.
+    """Print the kernel of a scan for H units, each block with `rows` rows.
 
     Arguments: K, B, the first step, the distance to the next, how far its state is from it in the
     path; the mask with its distances; U, the first state, the last; each array with its distances.
@@ -104,7 +104,7 @@ class _Persistent(AllSteps):
         ]
 
     def _inputs(self) -> list[str]:
-        """Ask for everything from outside early, so that it comes while a product is computed."""
+        """Print loads from global memory, early, so that they overlap with a product."""
         lines = ["const bool on = !alive || (mine && alive[t * alive_step + b * alive_row]);"]
         groups = self.schedule.groups
         made = {op.output for group in groups for op in group.ops}

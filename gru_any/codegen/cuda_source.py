@@ -59,7 +59,7 @@ class Kernel(NamedTuple):
     buffers: tuple[str, ...] = ()
 
 
-# the sum of v over the threads of a block, which all of them call; sums: room for one number each
+# the sum of v over all threads of a block, which must all call it; sums: a number for each
 ROW_SUM = """\
 #ifndef HOST
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -79,7 +79,7 @@ __device__ inline number row_sum(number v, number* sums) {
   return sum;
 }
 """
-# what a compiler for the host defines before (see shim.py) is left out
+# HOST is defined where this is compiled for the CPU; see shim.py
 PRELUDE = """\
 typedef {number} number;  // of the arithmetic
 struct f16 {{ unsigned short bits; }};
@@ -116,17 +116,17 @@ __device__ inline void put(f16& place, float v) {{
 
 
 def prelude(number: str) -> str:
-    """What every source begins with; number: the dtype of the arithmetic."""
+    """Return the beginning of every source; number: the dtype of the arithmetic."""
     return PRELUDE.format(number=TYPES[number])
 
 
 def constant(value: float, number: str) -> str:
-    """A Python float in C."""
+    """Print a Python float in C."""
     return repr(value) + ("f" if number == "float32" else "")
 
 
 def body(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
-    """The lines of a group without means for row b and unit j; `on`: its row has not finished."""
+    """Print a group without means, for row b and unit j; `on`: the row does not skip the step."""
     old = old_state(group)
     return [
         *_loaded(group.loads, entry),
@@ -140,7 +140,7 @@ def _loaded(loads: Iterable[Load], entry: Callable[[Place], str]) -> list[str]:
 
 
 def operations(ops: Iterable[Op], number: str) -> list[str]:
-    """A line for each operation, from variables to a new one."""
+    """Print a line for each operation, from variables to a new one."""
     lines = []
     for op in ops:
         x = [constant(i, number) if isinstance(i, float) else f"v{i}" for i in op.inputs]
@@ -150,19 +150,20 @@ def operations(ops: Iterable[Op], number: str) -> list[str]:
 
 
 def old_loads(group: Group) -> list[Load]:
-    """How a group loads the state before the step, if it does."""
+    """Return the group's load of the state before the step, if there is one."""
     return [load for load in group.loads if load.place.array == STATE]
 
 
 def old_state(group: Group) -> str:
-    """The variable with the state before the step, where a group loads it."""
+    """Return the variable of the state before the step; "" where the group does not load it."""
     return next((f"v{load.column}" for load in old_loads(group)), "")
 
 
 def body_of_row(group: Group, entry: Callable[[Place], str], number: str) -> list[str]:
-    """The lines of a group for row b, whose units the threads of one block share.
+    """Print a group for row b, whose units the threads of one block share.
 
-    Its means come first. All else is in one loop, since a later one would find states replaced.
+    Its means come first. All stores are in one loop, since a second one would read states that the
+    first has replaced.
     """
     lines, each = [], "for (long long j = threadIdx.x; j < H; j += blockDim.x) {"
     for loop in group.loops(pairs=len(group.stores) * (len(group.stores) + len(group.loads))):
@@ -184,7 +185,7 @@ def body_of_row(group: Group, entry: Callable[[Place], str], number: str) -> lis
 
 
 def stored(store: Store, old: str) -> str:
-    """What goes to a place; old: the state before the step, of which a finished row keeps it."""
+    """Print the value of a store; old: the variable of the state, which a finished row keeps."""
     value = f"v{store.column}"
     if store.finished is Finished.COMPUTED:
         return value
@@ -192,7 +193,7 @@ def stored(store: Store, old: str) -> str:
 
 
 def step_kernel(name: str, group: Group, scan: "Scan") -> Kernel:
-    """The kernel of a group for one step.
+    """Print the kernel of a group for one step.
 
     The table has the arrays of the scan in their order, then "alive". The step is t; the state
     after it is number o of the path. With means, a block of threads has all units of a row, and in
@@ -251,7 +252,7 @@ def step_kernel(name: str, group: Group, scan: "Scan") -> Kernel:
 
 
 def table_kernel(count: int) -> str:
-    """The kernel that writes so many numbers into the table, handed over by value."""
+    """Print the kernel that writes `count` integers, passed by value, into the table."""
     values = ", ".join(f"long long v{i}" for i in range(count))
     lines = "\n".join(f"  table[{i}] = v{i};" for i in range(count))
     return f'extern "C" __global__ void set_table(long long* table, {values}) {{\n{lines}\n}}\n'
@@ -276,12 +277,12 @@ class Scan:
 
     @property
     def widths(self) -> list[int]:
-        """How many columns each array has that a step gives beside the state."""
+        """The columns of each residual, or of each gradient, of a step."""
         return [array.columns for array in self.schedule.extras]
 
     @cached_property
     def narrow(self) -> "Scan":
-        """For weights in half precision: what products read is of their dtype too."""
+        """The scan for weights in half precision, where operands of products are of their dtype."""
         if "U" not in self.types:
             return self
         schedule = narrowed(self.schedule)
@@ -314,7 +315,7 @@ class Scan:
 
 @lru_cache(maxsize=64)
 def typed(scan: Scan, types: tuple[tuple[str, str], ...]) -> Scan:
-    """Return the same over arrays of these dtypes, pairs of a name and a dtype."""
+    """Return the scan over arrays of these dtypes, pairs of a name and a dtype."""
     return Scan(scan.schedule, scan.number, scan.name, types) if types else scan
 
 
@@ -328,7 +329,7 @@ def forward_scan(
     name: str = "forward",
     extra: Kinds = (),
 ) -> Scan:
-    """A forward scan; see `forward_schedule`."""
+    """Return a forward scan; see `forward_schedule`."""
     return Scan(forward_schedule(step, vectors, keep, DEVICE, extra), number, name, types)
 
 
@@ -343,12 +344,12 @@ def backward_scan(
     name: str = "backward",
     extra: Kinds = (),
 ) -> Scan:
-    """A backward scan; see `backward_schedule`."""
+    """Return a backward scan; see `backward_schedule`."""
     return Scan(backward_schedule(step, saved, given, taps, DEVICE, extra), number, name, types)
 
 
 class AllSteps:
-    """What the kernels that go through all steps have in common."""
+    """The common base of the kernels that run all steps."""
 
     mask = "const unsigned char* alive, long long alive_step, long long alive_row"
 
@@ -364,7 +365,7 @@ class AllSteps:
         raise NotImplementedError
 
     def kernel(self, name: str, threads: int, parameters: list[str]) -> str:
-        """The kernel; after these parameters come the arrays, with the distances in them."""
+        """Print the kernel; after these parameters come the arrays, each with its strides."""
         written = self.schedule.written
         arrays = [
             f"{'' if n in written else 'const '}{TYPES[self.scan.dtype(n)]}* {n}, "
@@ -380,7 +381,7 @@ class AllSteps:
         ])  # fmt: skip
 
     def outside(self, place: Place) -> str:
-        """The entry of row b and this unit in an array that outlives a step."""
+        """Return the entry of row b and this unit in an array of many steps."""
         (name, kind, _), n = place
         if kind is Kind.ROWS:
             return f"{name}[t * {name}_step + b * {name}_row]"

@@ -1,7 +1,7 @@
 """tanh made of exp, which takes NumPy half the time where the processor lacks AVX-512.
 
-Where exp overflows, 2 / inf is the 0 that it should be. The tracer joins numbers that follow one
-another: of 0.5 + 0.5 tanh(0.5 v) remains 1 - 1 / (exp(v) + 1), which has no more operations.
+Where exp overflows, 2 / inf is 0, as it should be. The tracer folds constants: of 0.5 + 0.5
+tanh(0.5 v) remains 1 - 1 / (exp(v) + 1), which has no more operations.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ from ..typing import Array, Namespace, Step
 
 @lru_cache(maxsize=64)
 def by_exp(step: Step) -> Step:
-    """The same step, to be traced, without tanh; in float32 within 1.8e-7."""
+    """Return the step with tanh made of exp, for tracing; in float32 within 1.8e-7."""
     return lambda xp, *arguments: step(_ByExp(xp), *arguments)
 
 

@@ -43,13 +43,13 @@ def _name(array: ArrayRef) -> str:
 
 
 def _entry(place: Place) -> str:
-    """The entry of unit j."""
+    """Return the entry of unit j."""
     index = f"{place.column} * H + j" if place.array.columns > 1 else "j"
     return f"{_name(place.array)}[{index}]"
 
 
 def _loop(group: Group) -> list[str]:
-    """The loop over the units of a group."""
+    """Print a group's loop over the units."""
     return [
         "for (let j = 0; j < H; j++) {",
         *(f"  const v{column} = {_entry(place)};" for column, place in group.loads),
@@ -65,7 +65,7 @@ def _value(op: Op) -> str:
 
 
 def _product(gemm: Gemm) -> list[str]:
-    """The product of one column with rows of U."""
+    """Print the product of one column with rows of U."""
     if not gemm.product.transposed or gemm.width != 1:
         raise NotImplementedError(f"{gemm.product} is no product of the state with rows of U")
     (array, column), rows = gemm.operand, gemm.product.rows

@@ -1,8 +1,8 @@
 """The functions that Numba's source calls, in float32 as arithmetic that vectorises.
 
-LLVM has no vectors of tanh, exp and log1p without a library of Intel's. These have neither branches
-nor tables, and NaN stays NaN. What an `if` chooses from is computed before it, so that it becomes a
-selection. A power of two is met as the product of those in its exponent.
+LLVM vectorises tanh, exp and log1p only with a library of Intel's. These functions have neither
+branches nor tables, and NaN stays NaN. Both results of an `if` are computed before it, so that it
+becomes a select. A power of two is the product of the powers 2^64, 2^32, ... in its exponent.
 """
 
 from collections.abc import Iterable
@@ -99,14 +99,14 @@ def log1p(x):
 
 
 def functions(ops: Iterable[Op], dtype: str) -> str:
-    """Print tanh, and what else these operations call."""
+    """Print tanh, and the other functions that these operations call."""
     called = {op.name for op in ops}
     called |= {"exp"} if "expm1" in called else set()
     if dtype != "float32":
-        return "".join(f"\n{name} = math.{name}\n" for name in ("tanh", *others(called)))
-    return TANH + "\n".join(FUNCTIONS[name] for name in others(called))
+        return "".join(f"\n{name} = math.{name}\n" for name in ("tanh", *optional(called)))
+    return TANH + "\n".join(FUNCTIONS[name] for name in optional(called))
 
 
-def others(called: set[str]) -> list[str]:
-    """Those that are printed where they are called."""
+def optional(called: set[str]) -> list[str]:
+    """Return the names of the optional functions that are called, in the order of printing."""
     return [name for name in FUNCTIONS if name in called]

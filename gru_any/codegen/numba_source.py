@@ -1,6 +1,6 @@
 """From a schedule to source for Numba: compiled functions that run a scan, or one step.
 
-A group becomes one loop over rows and units, in which no array but inputs and results is touched.
+A group becomes one loop over rows and units, which touches no array but inputs and results.
 """
 
 from collections.abc import Iterable
@@ -75,7 +75,7 @@ def affine(functions, transposed, x, M, b, a, H, left, right):
 
 
 def lines(ops: Iterable[Op]) -> list[str]:
-    """A line for each operation, from variables to a new one."""
+    """Print a line for each operation, from variables to a new one."""
     found = []
     for op in ops:
         x = [f"f({i!r})" if isinstance(i, float) else f"v{i}" for i in op.inputs]
@@ -88,7 +88,7 @@ class Matrices(Enum):
 
     PACKED = auto()  # panels
     STORED = auto()  # rows of U
-    CONTIGUOUS = auto()  # what the operand is multiplied by, transposed in memory where need be
+    CONTIGUOUS = auto()  # the right operand itself, a contiguous copy
 
 
 class Scope(NamedTuple):
@@ -105,7 +105,7 @@ class Scope(NamedTuple):
     shared: bool = True
 
     def entry(self, array: ArrayRef) -> str:
-        """What a step sees of an array: rows (B, .), or a vector."""
+        """Return a step's entry of an array: rows (B, .), or a vector."""
         return (
             f"{array.name}[{self.entries[array.kind]}]"
             if array.kind in self.entries
@@ -145,19 +145,18 @@ class NumbaSource:
         return len(gemms) == 1 and gemms[0].operand.array in self.schedule.buffers
 
     def scan(self) -> str:
-        """A module with `shared`, by which threads share `scan`; see `handoff.share`.
+        """Print a module with `shared`, which runs `scan` on several threads; see `handoff.share`.
 
-        `scan` takes the rows first to last through all steps.
+        `scan` runs all steps for the rows first to last. A sequence that has finished keeps its
+        state. The members of a team (`sync`) share the units and meet at a barrier before each
+        product, whose operand all of them write; and after it, where it is a step's only product
+        and reads a buffer, which the next step overwrites.
 
-        A sequence that has finished keeps its state. The members of `sync` share the units, and
-        wait for each other before each product, which needs what all have made; and after it where
-        it is a step's only one and reads a buffer, which the next step writes.
-
-        A forward scan fills `a` with x W^T + bias: if it has room for one step, before each; else
+        A forward scan fills `a` with x W^T + bias: step by step, if `a` has room for one step, else
         for all steps at once; not at all where x has no columns.
 
-        fresh: the matrices are not packed yet. Each thread packs its share of the units, before any
-        reads them; in a team, which shares the units, that is all that it reads itself.
+        fresh: whether the matrices must be packed. Each thread packs its share of the units, before
+        any thread reads panels; a member of a team reads none but its own.
         """
         forward = self.schedule.forward
         matrices = [*self.matrices, "W"] if forward else self.matrices
@@ -196,11 +195,11 @@ class NumbaSource:
         ])  # fmt: skip
 
     def stored(self) -> str:
-        """A module with `few`, a scan for so few rows that no matrix is worth packing.
+        """Print a module with `few`, a scan of few rows on one thread with unpacked matrices.
 
-        In one thread. functions: as of `stored.multiply`. It fills the results, of which the state
-        holds that before the first step. `shared` is the same for a team, as of `scan`, and is
-        given the buffers too.
+        functions: as of `stored.multiply`. It fills the results; the state before the first step is
+        given in the array of states. `shared` is the same for a team, as in `scan`; it takes the
+        buffers too.
         """
         given = [array for array in self.arrays if array not in self.results]
         axes = {array.name: AXES.get(array.kind, ":, :, ::1") for array in given}
@@ -236,10 +235,10 @@ class NumbaSource:
         ])  # fmt: skip
 
     def step(self) -> str:
-        """A module with `step` for few rows, x (B, I), h (B, H) -> new (B, H), and the same as y.
+        """Print a module with `step` for few rows: x (B, I), h (B, H) -> h' (B, H) in y and new.
 
-        functions: as of `stored.multiply`. weights: W^T (I, 3H), each product's matrix as it
-        multiplies, bias (3H,), and the vectors.
+        functions: as of `stored.multiply`. weights: one array of W^T (I, 3H), the right operand of
+        each product, bias (3H,), and the vectors.
         """
         shapes = {"W": "(x.shape[1], 3 * H)"}
         for name, gemm in zip(self.matrices, self.schedule.gemms, strict=True):
@@ -258,7 +257,7 @@ class NumbaSource:
         ])  # fmt: skip
 
     def packed_step(self) -> str:
-        """A module with the same of matrices in panels: those of the products, then W."""
+        """Print a module with `step` for packed matrices: those of the products, then W."""
         vectors = [array.name for array in self.arrays if array.kind is Kind.VECTOR]
         given = ", ".join([*self.matrices, "W", "bias", *vectors])
         x = "gemm(functions[3], np.intp(3), x, np.intp(0), W, bias, a[0], 0, B, 0, H)"
@@ -272,7 +271,7 @@ class NumbaSource:
         ])  # fmt: skip
 
     def _single(self, scope: Scope, projection: str) -> list[str]:
-        """The lines of a function `step`, whose matrices are there."""
+        """Print the body of a function `step`, after its matrices."""
         return [
             *self._made([*self.schedule.buffers, *self.results]),
             "    a = np.empty((1, B, 3 * H), f)",
@@ -288,7 +287,7 @@ class NumbaSource:
         ]
 
     def _scan_begins(self, given: str) -> list[str]:
-        """The first lines of a function `scan`, in which members of a team share the units."""
+        """Print the first lines of a function `scan`, where members of a team share the units."""
         (first, last), (left, right) = SCAN.rows, SCAN.units
         return [
             "@njit(**flags)",
@@ -301,7 +300,7 @@ class NumbaSource:
         ]
 
     def _head(self) -> list[str]:
-        """The lines before a function: what it imports and calls."""
+        """Print the lines before a function: its imports, and the functions that it calls."""
         ops = [op for group in self.schedule.groups for op in group.ops]
         found = [HEAD.format(dtype=self.dtype) + functions(ops, self.dtype)]
         for n, stage in enumerate(self.schedule.stages):
@@ -309,14 +308,14 @@ class NumbaSource:
         return found
 
     def _made(self, arrays: Iterable[ArrayRef]) -> list[str]:
-        """The lines that make buffers, and results of a single step."""
+        """Print the lines that allocate buffers, and results of a single step."""
         shapes = {array: f"(B, {array.columns} * H)" for array in self.schedule.buffers}
         shapes |= {self.state: "(2, B, H)"}
         shapes |= {array: f"(1, B, {array.columns} * H)" for array in self.schedule.extras}
         return [f"    {array.name} = np.empty({shapes[array]}, f)" for array in arrays]
 
     def _steps(self, scope: Scope) -> list[str]:
-        """The loop over all steps."""
+        """Print the loop over all steps."""
         before, first = self._projection(scope) if self.schedule.forward else ([], [])
         after, old = scope.entries[Kind.AFTER], scope.entries[Kind.BEFORE]
         return [
@@ -333,7 +332,7 @@ class NumbaSource:
         ]
 
     def _projection(self, scope: Scope) -> tuple[list[str], list[str]]:
-        """The lines before all steps and those before each that fill `a`."""
+        """Print the lines that fill `a`: those before all steps, and those before each step."""
         (first, last), units = scope.rows, ", ".join(scope.units)
         if scope.matrices is Matrices.STORED:
             flat = "x.reshape(rows, I), W, bias, a.reshape(rows, 3 * H)"
@@ -357,7 +356,7 @@ class NumbaSource:
         ]
 
     def _stages(self, scope: Scope) -> list[str]:
-        """The lines of one step."""
+        """Print the lines of one step."""
         found, matrices = list[str](), iter(self.matrices)
         for n, stage in enumerate(self.schedule.stages):
             if isinstance(stage, Gemm):
@@ -373,7 +372,7 @@ class NumbaSource:
 
 
 def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
-    """The lines that do one product."""
+    """Print the lines of one product."""
     (array, first), out, gates = gemm.operand, gemm.out.name, gemm.out.columns
     x, (b, end), units = scope.entry(array), scope.rows, ", ".join(scope.units)
     before = [BARRIER] if scope.shared else []
@@ -390,24 +389,24 @@ def _product(gemm: Gemm, matrix: str, scope: Scope) -> list[str]:
 
 
 def _number(name: str, dtype: str) -> str:
-    """Numba's name of the numbers in an array."""
+    """Return Numba's name of an array's dtype."""
     return "boolean" if name == CUT.name else dtype
 
 
 def _parameter(array: ArrayRef) -> str:
-    """What a group calls an array's entry of its step."""
+    """Return a group's name of a step's entry of an array."""
     states = (Kind.BEFORE, Kind.AFTER)
     return f"{array.name}_{array.kind.value}" if array.kind in states else array.name
 
 
 def _arrays(group: Group) -> list[ArrayRef]:
-    """The arrays that a group reads and writes."""
+    """Return the arrays that a group reads and writes."""
     places = [*(load.place for load in group.loads), *(store.place for store in group.stores)]
     return list(dict.fromkeys(place.array for place in places))
 
 
 def _fused(n: int, group: Group) -> list[str]:
-    """The functions of a group, which is stage n."""
+    """Print the functions of a group, which is stage n."""
     loops = group.loops(PAIRS)
     means = [_means(f"means{n}_{k}", loop) for k, loop in enumerate(loops) if loop.means]
     views: list[str] = []
@@ -447,7 +446,7 @@ def _fused(n: int, group: Group) -> list[str]:
 
 
 def _means(name: str, loop: Loop) -> tuple[list[str], list[str]]:
-    """Return the function of a loop that makes means, and its call with what is known after it."""
+    """Print the function of a loop that computes means, and the lines that call it and go on."""
     made = {*(op.output for op in loop.ops), *(load.column for load in loop.loads)}
     earlier = {c for op in (*loop.ops, *loop.means) for c in op.columns} - made
     given = {f"x{load.column}": _row(load.place) for load in loop.loads}
@@ -470,7 +469,7 @@ def _means(name: str, loop: Loop) -> tuple[list[str], list[str]]:
 
 
 def _row(place: Place) -> str:
-    """All units of a column in row b."""
+    """Return all units of a column in row b."""
     name, first = _parameter(place.array), f"{place.column} * H"
     if place.array.kind is Kind.ROWS:
         return f"{name}[b, 0]"

@@ -15,7 +15,7 @@ STATES = {Kind.BEFORE: "before", Kind.AFTER: "after"}
 
 
 def column(place: Place) -> str:
-    """The name of one column (H, B) of a step."""
+    """Return the name of one column (H, B) of a step."""
     name, kind, columns = place.array
     if kind in STATES:
         return STATES[kind]
@@ -23,7 +23,7 @@ def column(place: Place) -> str:
 
 
 def pair(array: ArrayRef, first: int) -> str:
-    """The name of two columns side by side."""
+    """Return the name of two columns side by side."""
     return f"{array.name}_{first}_{first + 1}"
 
 
@@ -36,7 +36,7 @@ def _part(name: str, first: int, count: int) -> str:
 
 
 def _in_register(array: ArrayRef) -> bool:
-    """Whether this is a column that any register may hold."""
+    """Whether an array is a temporary column, which any register may hold."""
     return array.columns == 1 and array.kind in (Kind.OPERAND, Kind.SPILL)
 
 
@@ -81,7 +81,7 @@ class NumPySource:
                 self._group(stage)
 
     def variables(self) -> list[str]:
-        """What a step finds in its entry of `over`: arrays, columns of wide ones, and a pair."""
+        """Return the names in a step's entry of `over`: arrays, columns, and a pair of columns."""
         extras, forward, names = self.schedule.extras, self.schedule.forward, list[str]()
         for array in self.schedule.arrays:
             if array.kind is Kind.PROJECTION:
@@ -118,7 +118,7 @@ class NumPySource:
         ])  # fmt: skip
 
     def _allocate(self, array: ArrayRef) -> None:
-        """Make a buffer; what a product wrote is written over where nothing needs it again."""
+        """Allocate a buffer; a product's columns become registers once nothing needs them."""
         self.setup.append(f"{array.name} = empty(({array.columns} * H, B), dtype)")
         for i in range(array.columns if array.columns > 1 else 0):
             self.setup.append(f"{column(Place(array, i))} = {_part(array.name, i, 1)}")
@@ -150,7 +150,7 @@ class NumPySource:
                 self._call(op, targets.get(op.output, []))
 
     def _product(self, n: int, gemm: Gemm) -> None:
-        """Add a product, which is stage n, after which registers of what it read may be free."""
+        """Add a product, which is stage n, and free the registers that it was the last to read."""
         rows = gemm.product.rows
         matrix = f"M[{rows.start} * H : {rows.stop} * H]" + ".T" * (not gemm.product.transposed)
         self.setup.append(f"M{n} = {matrix}")
@@ -158,7 +158,7 @@ class NumPySource:
         self._release(gemm.product)
 
     def _operand(self, gemm: Gemm) -> str:
-        """What a product reads, (width H, B); a single column may be in a register."""
+        """Return a product's operand (width H, B); a single column may be in a register."""
         (array, first), width = gemm.operand, gemm.width
         if _in_register(array):
             return self.homes[gemm.product.inputs[0]]
@@ -194,7 +194,7 @@ class NumPySource:
         self.body += [f"copyto({name}, {out})" for name in targets]
 
     def _together(self, op: Op, other: Op) -> bool:
-        """Do both in one call, over an input that nothing else needs, if that can be."""
+        """Add both in one call that overwrites an input, if possible; return whether it was."""
         if op.name != other.name:
             return False
         names: list[str] = []

@@ -1,4 +1,4 @@
-"""What a scan does around a step whose state may start anew after it.
+"""Functions around a step after which a row's state may start anew.
 
 A cut between two steps is a row of the batch whose state does not go on from one to the other:
 the later step starts from 0, or from a given state. The step before it still has its own h', as
@@ -30,10 +30,10 @@ def restarted(step: Step, given: bool) -> Step:
 def restarted_backward(
     xp: Namespace, dh: Array, further: Sequence[Array], given: bool
 ) -> tuple[Array, Sequence[Array], tuple[Array, ...]]:
-    """Return dh without what the later step leaves at a cut, from which this step did not lead.
+    """Return dh with 0 at a cut, and the step's further arguments without those of the cut.
 
-    further: the arguments of the step, as of `restarted`; they come back without those of a cut.
-    With `given`, what has been left is returned too: it belongs to the state that was given.
+    The later step did not start from this step's state there. With `given`, the third result holds
+    the gradient that was zeroed: it belongs to the given start.
     """
     *rest, cut = further
     zero = xp.zeros_like(dh)

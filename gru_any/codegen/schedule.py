@@ -17,7 +17,7 @@ from .trace import MATRIX, MEAN, Op, Product, Program, trace
 
 
 class Kind(Enum):
-    """What an array is to a scan over K steps, and so which part of it a step sees."""
+    """The role of an array in a scan over K steps, which decides the entry that a step reads."""
 
     VECTOR = "vector"  # (H,), the same for all steps and rows
     PROJECTION = "projection"  # (K, B, 3H), a = x W^T + b, which may be computed step by step
@@ -42,7 +42,7 @@ class ArrayRef(NamedTuple):
     columns: int = 1
 
     def __str__(self) -> str:
-        """Its name and width, as in q0(2)."""
+        """Return name and width, as in q0(2)."""
         return f"{self.name}({self.columns})" if self.columns > 1 else self.name
 
 
@@ -59,14 +59,14 @@ class Place(NamedTuple):
     column: int = 0
 
     def __str__(self) -> str:
-        """The array and the number of the column, if there are several."""
+        """Return the array, and the number of the column, if there are several."""
         name, kind, columns = self.array
         at = f"[{kind.value}]" if kind in (Kind.BEFORE, Kind.AFTER) else ""
         return f"{name}.{self.column}" if columns > 1 else f"{name}{at}"
 
 
 class Finished(Enum):
-    """What a store writes for a sequence that has finished."""
+    """The value that a store writes for a row that skips the step, such as a finished one."""
 
     COMPUTED = "what is computed"
     KEPT = "the state before the step"
@@ -89,23 +89,23 @@ class Store(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop over the units of a row, and what is known after it."""
+    """A loop over the units of a row, and the operations on means after it."""
 
     loads: list[Load]
     ops: list[Op]  # element by element
     stores: list[Store]
-    means: Sequence[Op] = ()  # of what `ops` make
-    rows: Sequence[Op] = ()  # on one number for the row
+    means: Sequence[Op] = ()  # of results of `ops`, over the units
+    rows: Sequence[Op] = ()  # on single numbers of the row, such as the means
 
     @property
     def pairs(self) -> int:
-        """How many pairs of arrays must not overlap, so that its order does not matter."""
+        """How many pairs of arrays must not overlap for the loop to be vectorised."""
         n = len(self.stores)
         return n * (n - 1) // 2 + n * len(self.loads)
 
 
 class Group(NamedTuple):
-    """Element by element: load, compute, store; but for means over a row."""
+    """Element-wise operations, between loads and stores; they may take means over a row."""
 
     loads: list[Load]
     ops: list[Op]
@@ -117,10 +117,10 @@ class Group(NamedTuple):
         return any(op.name == MEAN for op in self.ops)
 
     def loops(self, pairs: int) -> list[Loop]:
-        """Return the loops over the units of a row; pairs: at most, of a loop with many stores.
+        """Return the loops over the units of a row; pairs: the most in a loop of several stores.
 
-        Those that make means come first, and store nothing. What a loop has not stored is computed
-        again by those after it that need it.
+        Loops that compute means come first, and store nothing. Later loops compute again what
+        earlier ones did not store.
         """
         rows, depth = self._depths()
         return [*self._loops_of_means(rows, depth), *self._loops_of_stores(rows, pairs)]
@@ -170,7 +170,7 @@ class Group(NamedTuple):
         return Loop([v for c, v in known.items() if c in needed], ops[::-1], stores)
 
     def __str__(self) -> str:
-        """A line each for what is loaded, computed and stored."""
+        """Return a line each for loads, operations and stores."""
         loads = ", ".join(f"v{column} = {place}" for column, place in self.loads)
         made = ", ".join(f"v{op.output}" for op in self.ops) or "nothing"
         stores = ", ".join(f"{place} = v{column}" for column, place, _ in self.stores)
@@ -199,7 +199,7 @@ class Gemm(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What one step of a scan does, in order.
+    """One step of a scan: its stages in order, and its arrays.
 
     arrays: those that outlive a step, but not `STATE`; extras: of these, the residuals of a forward
     scan, or what a backward scan returns beside dh; buffers: those that live within a step.
@@ -232,13 +232,13 @@ class Schedule(NamedTuple):
         return {store.place.array.name for group in self.groups for store in group.stores}
 
     def __str__(self) -> str:
-        """The arrays, the buffers and the stages, to be read."""
+        """Return the arrays, the buffers and the stages as text."""
         arrays, buffers = (" ".join(map(str, v)) for v in (self.arrays, self.buffers))
         return "\n".join([f"arrays {arrays}", f"buffers {buffers}", *map(str, self.stages)])
 
 
 class Target(NamedTuple):
-    """What a target's code asks of a schedule.
+    """The properties of a target that its schedules depend on.
 
     in_place: one array holds the state before a step and after it; rounds: arrays and operands of
     products may be stored in half precision, so that products read buffers of their own and later
@@ -340,7 +340,7 @@ def backward_schedule(
 
 
 def _state(name: str, target: Target) -> tuple[ArrayRef, list[Place]]:
-    """Where a step reads the state, and the places to which it writes it."""
+    """Return the array from which a step reads the state, and the places to which it writes it."""
     if target.in_place:
         return STATE, [Place(STATE)]
     return ArrayRef(name, Kind.BEFORE), [Place(ArrayRef(name, Kind.AFTER))]
@@ -368,7 +368,7 @@ def _scheduled(
 
 
 def narrowed(schedule: Schedule) -> Schedule:
-    """Return the same with a second place for the state, which products read instead."""
+    """Return the schedule with a second copy of the state, which products read."""
     if not any(gemm.operand.array == STATE for gemm in schedule.gemms):
         return schedule
     stages: list[Group | Gemm] = []
@@ -448,7 +448,7 @@ class _Cut:
         return self.buffers[-1]
 
     def _gemm(self, product: Product, add: bool) -> Gemm:
-        """Find places for both sides of a product."""
+        """Find places for a product's operand and output."""
         n = len(self.parts)
         operand = None if add else self._side_by_side(product.inputs)
         if operand is None:
@@ -463,7 +463,7 @@ class _Cut:
         return Gemm(product, operand, out)
 
     def _side_by_side(self, columns: tuple[int, ...]) -> Place | None:
-        """Where a product can read these columns, if they already stand side by side."""
+        """Return where a product can read these columns side by side; None if nowhere."""
         for array, first in self._readable(columns[0]):
             if self.target.rounds and array.columns > len(columns):
                 continue  # it reads whole buffers
@@ -473,7 +473,7 @@ class _Cut:
         return None
 
     def _readable(self, column: int) -> list[Place]:
-        """The places in which a product can read a column."""
+        """Return the places from which a product can read a column."""
         places = [*self.written.get(column, []), *filter(None, [self.read.get(column)])]
         if self.target.rounds:
             operands = [place for place in places if place.array.kind is Kind.OPERAND]
@@ -502,7 +502,7 @@ class _Cut:
         return run
 
     def _spilled(self, column: int) -> Place:
-        """Where later runs read a column that a run makes."""
+        """Return the place from which later runs read a column that a run computes."""
         if column in self.written and not self.target.rounds:
             return self.written[column][0]
         place = Place(self._buffer(f"t{column}", Kind.SPILL))
@@ -526,7 +526,10 @@ class _Cut:
         return Finished.ZERO if place.array in added else Finished.COMPUTED
 
     def _without_last_sum(self, program: Program) -> tuple[list[Op | Product], Product | None]:
-        """Where the result is v + (the last product), let the product add to v in the state."""
+        """If the result is v + (the last product), let that product add to v in the state.
+
+        Returns the operations without the sum, and that product; or all operations, and None.
+        """
         *ops, last = program.ops
         before = ops[-1] if ops else None
         if not isinstance(last, Op) or not isinstance(before, Product) or last.name != "add":
@@ -542,7 +545,7 @@ class _Cut:
             or len(before.outputs) > 1
             or used
             or extras & {last.output, *before.outputs}
-            # what goes elsewhere too would lack the product, and one of the state would read v
+            # a second copy of the result would lack the product, and a product of the state read v
             or len(self.written[last.output]) > 1
             or any(self.read.get(c) == Place(STATE) for c in before.inputs)
         ):

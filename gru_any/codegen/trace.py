@@ -1,4 +1,4 @@
-"""A step function of arrays, written down as a list of operations.
+"""Trace a step function of arrays: record it as a list of operations.
 
 The function is called once with stand-ins for its arrays. Lengths along the last axis are counted
 in units of H, as if H were 1: h has one column, a has three, U (3H, H) has three rows. So the
@@ -15,7 +15,7 @@ from ..typing import Step, WeightGradients
 
 
 class Op(NamedTuple):
-    """column <- name(inputs); an input is the number of a column, or a Python float.
+    """An operation output = name(inputs); an input is the number of a column, or a Python float.
 
     "mean" is the mean over all units of all its columns, one number for each row.
     """
@@ -35,7 +35,7 @@ class Op(NamedTuple):
 
 
 class Product(NamedTuple):
-    """outputs <- inputs @ M[rows], or @ M[rows].T; both sides are columns side by side."""
+    """A product outputs = inputs @ M[rows], or @ M[rows].T; both sides are columns side by side."""
 
     inputs: tuple[int, ...]
     rows: slice
@@ -49,7 +49,7 @@ class Product(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a step function does.
+    """The operations of a step function.
 
     inputs: the columns of each argument (empty for the matrix); result: the column returned
     first; extras: the columns of each array returned beside it.
@@ -61,17 +61,17 @@ class Program(NamedTuple):
     extras: list[tuple[int, ...]]
 
     def __str__(self) -> str:
-        """A line for each operation; the rows of the matrix U are counted in units of H."""
+        """Return a line for each operation; rows of the matrix U are counted in units of H."""
         inputs = "; ".join(_listed(columns) or "U" for columns in self.inputs)
         results = "; ".join(map(_listed, [(self.result,), *self.extras]))
         return "\n".join([f"inputs {inputs}", *map(_line, self.ops), f"return {results}"])
 
     def without_extras(self) -> "Program":
-        """The same for the result alone."""
+        """Return the program of the result alone."""
         return self._replace(extras=[]).needed()
 
     def needed(self) -> "Program":
-        """The same with only the operations that are needed."""
+        """Return the program without operations that no result needs."""
         needed, ops = {self.result, *(i for extra in self.extras for i in extra)}, []
         for op in reversed(self.ops):
             outputs = op.outputs if isinstance(op, Product) else (op.output,)
@@ -102,10 +102,10 @@ class Term(NamedTuple):
 
 
 class Reductions(NamedTuple):
-    """What a function of many rows sums over them.
+    """The sums over rows that a function computes.
 
-    inputs: the columns of each argument; results: the parts of each, on top of each other, and each
-    part the terms that add up to it.
+    inputs: the columns of each argument; results: for each result its parts, concatenated along
+    axis 0, and for each part the terms that add up to it.
     """
 
     inputs: list[tuple[int, ...]]
@@ -138,7 +138,7 @@ def _line(op: Op | Product) -> str:
 
 
 def _added(terms: tuple[Term, ...]) -> str:
-    """A part of a result, such as 2 * (v0).T @ (v1) + sum(v2)."""
+    """Return a part of a result as text, such as 2 * (v0).T @ (v1) + sum(v2)."""
     lines = []
     for scale, of in terms:
         factor = "" if scale == 1 else f"{scale:g} * "
@@ -154,7 +154,7 @@ Argument: TypeAlias = int | str | tuple[int, ...]
 
 
 def trace(function: Step, *arguments: Argument) -> Program:
-    """Write down `function(xp, *arguments)`, which returns an array and a tuple of arrays.
+    """Trace `function(xp, *arguments)`, which returns an array and a tuple of arrays.
 
     An argument is the number of its columns, a tuple of such, or MATRIX for one of (3H, H).
     """
@@ -167,7 +167,7 @@ def trace(function: Step, *arguments: Argument) -> Program:
 
 
 def trace_reductions(function: WeightGradients, *arguments: Argument) -> Reductions:
-    """Write down `function(xp, *arguments)`, which returns sums over the rows of its arguments.
+    """Trace `function(xp, *arguments)`, which returns sums over the rows of its arguments.
 
     Arguments are as of `trace`. Each result is a sum over axis 0, a product v.T @ w of two
     arguments, a sum of these, or a concatenation along axis 0.
@@ -201,10 +201,10 @@ class _Tape:
         return tuple(range(self.count - n, self.count))
 
     def op(self, name: str, *inputs: int | float) -> int:
-        """The column of an operation; the same one where it was done before."""
+        """Return the column of an operation, recorded unless the same one was before."""
         key = name, *map(repr, inputs)  # 1.0 is a number, 1 a column
         if key not in self.known:
-            column = self._joined(name, *inputs) if len(inputs) < 3 else None
+            column = self._folded(name, *inputs) if len(inputs) < 3 else None
             if column is None:
                 column = self.new(1)[0]
                 self.made[column] = Op(name, inputs, column)
@@ -214,8 +214,8 @@ class _Tape:
             self.known[key] = column
         return self.known[key]
 
-    def _joined(self, name: str, k: int | float, v: int | float | None = None) -> int | None:
-        """The column of k (m w), as that of (k m) w; None where no two numbers can be joined."""
+    def _folded(self, name: str, k: int | float, v: int | float | None = None) -> int | None:
+        """Fold constants, such as k (m w) to (k m) w; return the column, or None."""
         inner = self.made.get(v) if isinstance(v, int) else None
         if inner is None or not isinstance(k, float) or not isinstance(inner.inputs[0], float):
             return None
@@ -232,13 +232,13 @@ class _Tape:
         return None
 
     def each(self, name: str, v: "_Columns") -> "_Columns":
-        """An operation on each column."""
+        """Record an operation on each column."""
         return _Columns(self, tuple(self.op(name, i) for i in v.ids))
 
     def where(
         self, condition: "_Columns", x: "_Columns | float", y: "_Columns | float"
     ) -> "_Columns":
-        """x where the condition, which has one column, is true, else y."""
+        """Record x where the condition, of one column, is true, else y."""
         (c,), width = condition.ids, max(len(v.ids) for v in (x, y) if isinstance(v, _Columns))
         xs, ys = (v.ids if isinstance(v, _Columns) else (float(v),) * width for v in (x, y))
         pairs = zip(xs, ys, strict=True)
@@ -335,7 +335,7 @@ class _Columns:
 
     def _with(self, name: str, other: "_Columns | float", swapped: bool = False) -> "_Columns":
         if not isinstance(other, (_Columns, int, float)):
-            return NotImplemented  # a dual number does it
+            return NotImplemented  # a dual number has the operation
         mine: tuple[int | float, ...] = self.ids
         theirs: tuple[int | float, ...]
         theirs = other.ids if isinstance(other, _Columns) else (float(other),)
@@ -345,7 +345,7 @@ class _Columns:
         return _Columns(self.tape, tuple(self.tape.op(name, i, j) for i, j in pairs))
 
     def _repeats(self, v: tuple[int | float, ...]) -> bool:
-        """Whether this is a number, or one for each row."""
+        """Whether a value is the same for all columns: a number, or one per row."""
         return len(v) == 1 and (isinstance(v[0], float) or v[0] in self.tape.rows)
 
     def __add__(self, other: "_Columns | float") -> "_Columns":

@@ -89,10 +89,12 @@ def layer_of(
 
 
 def one_dtype(cells: list[Cell]) -> str:
-    """Return the dtype that all arrays have; TypeError where they have several."""
+    """Return the dtype that all arrays have; raise where they have several, or there are none."""
     dtypes = {str(a.dtype) for cell in cells for a in cell.values()}
+    if not dtypes:
+        raise ValueError("there are no arrays, expected those of one layer at least")
     if len(dtypes) != 1:
-        raise TypeError(f"the arrays are {' and '.join(sorted(dtypes)) or 'none'}: make them one")
+        raise TypeError(f"the arrays are {' and '.join(sorted(dtypes))}, expected one dtype")
     return dtypes.pop()
 
 

@@ -71,11 +71,12 @@ def from_arrays(layers: Tree | Iterable[Tree], *, batch_first: bool = True) -> G
     """
     trees = [layers] if isinstance(layers, Tree) else layers
     cells = [[dict(_flat(cell)) for cell in _directions(_weights(tree))] for tree in trees]
-    if len({len(layer) for layer in cells}) != 1:
+    directions = {len(layer) for layer in cells}
+    if len(directions) > 1:
         raise ValueError("some layers have two directions and some one: make one GRU of each kind")
     flat = [cell for layer in cells for cell in layer]
-    table = NNX if "dense_i/kernel" in flat[0] else LINEN
-    return gru_of(table, flat, len(cells[0]) == 2, batch_first)
+    table = NNX if any("dense_i/kernel" in cell for cell in flat[:1]) else LINEN
+    return gru_of(table, flat, directions == {2}, batch_first)
 
 
 def to_arrays(gru: GRU, api: str = "linen") -> list[Nested]:

@@ -43,7 +43,7 @@ class Copies(Mapping[str, Array]):
 
 
 class Frozen(Layer):
-    """What frozen layers have in common: the form in which a runner keeps their weights.
+    """The base of frozen layers, which holds weights in the form that a runner reads.
 
     name: what an error calls the layer's parameters, such as "2." in a Chain.
     """
@@ -175,7 +175,7 @@ class FrozenGRU(Frozen, GRU):
         return found
 
     def _blocks(self) -> list[list[OneBlock]]:
-        """Return those that read the form, made once and for all: small calls are many."""
+        """Return the prepared layers, made once for each runner because small calls are many."""
         (made_for, layers), run = self._layer_blocks, self._runner
         if made_for is not run:
             layers = [
@@ -200,7 +200,7 @@ class PackedStack(Stack):
     """A stack that reads packed weights in place of parameters."""
 
     def weights(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Weights:
-        """Return those of one layer in one direction."""
+        """Return the packed weights of one layer in one direction."""
         packed: Weights = params[layer, suffix]
         return packed
 

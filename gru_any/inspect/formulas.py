@@ -33,7 +33,7 @@ def formulas(function: Callable[..., object], result: str, **sizes: int) -> list
 
 
 def called(function: Callable[..., object]) -> dict[str, str]:
-    """Return what the functions do that the formulas of a function call by name."""
+    """Return a description of each function that the formulas of `function` call."""
     calls = [node for node in ast.walk(_source(function)) if isinstance(node, ast.Call)]
     names = dict.fromkeys(n.func.id for n in calls if isinstance(n.func, ast.Name))
     found = {name: inspect.getdoc(_plain(function).__globals__[name]) or "" for name in names}

@@ -74,7 +74,7 @@ def gradcheck(
         exact to rounding and needs a backend with complex numbers.
     directions, seed : int
         The number of directions for each array, and the seed they are drawn with.
-    vanishing : names
+    vanishing : names, as the result has them
         Gradients that must be exactly 0; no other may be.
     start : array, list of arrays or None
         The argument of this name of a GRU or Chain, whose gradient is checked too.
@@ -90,7 +90,10 @@ def gradcheck(
     Raises
     ------
     GradientError
-        An error is above 1e-7 (central) or 1e-12 (complex), or a gradient vanishes.
+        An error is above 1e-7 (central) or 1e-12 (complex), or a gradient vanishes that is not
+        among `vanishing`, or does not that is.
+    ValueError, TypeError
+        An argument is none of the above, such as an unknown name in `vanishing`.
 
     Examples
     --------
@@ -106,7 +109,9 @@ def gradcheck(
     if not hasattr(layer, "vjp"):
         kind = type(layer).__name__
         raise TypeError(f"layer is a {kind}, expected a layer or Chain: gradcheck(model, x)")
-    rng = arguments.seed(seed)
+    if isinstance(vanishing, str):
+        raise TypeError(f"vanishing is {vanishing!r}, expected a list of names: [{vanishing!r}]")
+    directions, rng = arguments.size("directions", directions), arguments.seed(seed)
     twin = layer.to(dtype="float64")
     given = {**_numbered(inputs), **({} if start is None else {"start": start})}
     points = {f"{k}": to_numpy(v) for k, v in twin.params.items()} | _flat(given)
@@ -127,12 +132,15 @@ def gradcheck(
         for name in points
         if points[name].dtype.kind == "f" and (name in found or name in grads)
     }
-    _judge(errors, found, TOLERANCE[method], set(vanishing))
+    expected = set(vanishing)
+    if unknown := expected - set(errors):
+        raise ValueError(f"vanishing holds {sorted(unknown)}, expected some of {list(errors)}")
+    _judge(errors, found, TOLERANCE[method], expected)
     return errors
 
 
 def _error(grad: HostArray, slope: Slope, name: str, rng: Rng) -> float:
-    """Return how far sum(g * v) is from the slope along one random v."""
+    """Return the relative error of sum(g * v) against the slope along one random v."""
     v = rng.standard_normal(tuple(grad.shape))
     scale = np.linalg.norm(grad) * np.linalg.norm(v)
     difference = abs(float(np.sum(grad * v)) - slope(name, v))
@@ -184,14 +192,14 @@ def _judge(
 
 
 def _numbered(inputs: Iterable[Tree]) -> dict[str, Tree]:
-    """Name the arguments that have a place and no name."""
+    """Name the positional arguments."""
     return {f"input{i}": value for i, value in enumerate(inputs)}
 
 
 def _call(
     function: Callable[..., Any], given: Mapping[str, Tree], options: Mapping[str, object]
 ) -> Any:
-    """Call a function with its inputs in their places, and a start by its name."""
+    """Call a function with its inputs by position, and a start by keyword."""
     start = {name: v for name, v in given.items() if name == "start"}
     return function(*(v for name, v in given.items() if name not in start), **start, **options)
 

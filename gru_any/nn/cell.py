@@ -75,7 +75,7 @@ class GRUCell(Layer):
 
     @property
     def variant(self) -> Variant:
-        """As of `GRU`."""
+        """The equations: a step of this cell and its gradient, as functions."""
         return equations.variant(self.reset_after, self.functions)
 
     def _advice(self, missing: set[str], unused: set[str]) -> str:

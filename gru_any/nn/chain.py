@@ -15,12 +15,12 @@ from .layers import Dropout, Embedding, Last, Linear
 from .params import BackendLike, Layer, check_mapping, load, refuse_names, refuse_shared
 from .tangents import (
     DualChainPullback,
-    along,
     check_params_dot,
+    dual_layer,
     lift,
     lift_states,
-    parted,
-    refuse_nothing,
+    refuse_no_direction,
+    split_duals,
 )
 
 States: TypeAlias = Sequence[Array | None]  # h (L*D, B, H) of each GRU
@@ -211,7 +211,7 @@ class Chain:
         )
         options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
         found = twin(x, state, lengths, **options)
-        values, dots = parted(twin.backend, found)
+        values, dots = split_duals(twin.backend, found)
         return values, dots
 
     @by_place
@@ -246,7 +246,7 @@ class Chain:
         )
         options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
         found, back = twin.vjp(x, state, lengths, rng, **options)
-        return *parted(twin.backend, found), DualChainPullback(twin.backend, self.dtype, back)
+        return *split_duals(twin.backend, found), DualChainPullback(twin.backend, self.dtype, back)
 
     def _along(
         self,
@@ -258,15 +258,15 @@ class Chain:
         start_dot: States | None,
         params_dot: Arrays | None,
     ) -> tuple[Any, Array, States | None, States | None]:
-        """Return the chain, x, state and start over dual numbers."""
+        """Return this chain over dual numbers, and x, state and start as such."""
         given = x_dot, state_dot, start_dot, params_dot
-        refuse_nothing("x_dot, state_dot, start_dot and params_dot", *given)
+        refuse_no_direction("x_dot, state_dot, start_dot and params_dot", *given)
         self.params.refuse_untied()
         dots = dict(check_params_dot(self, params_dot))
         dots |= {alias: dots[name] for alias, name in self.tied.items() if name in dots}
         twin: Any = self.twin(dual(self.backend), self.dtype)
         own = [{k: dots.get(f"{i}.{k}") for k in v.params} for i, v in enumerate(self.layers)]
-        twin.layers = tuple(along(*pair) for pair in zip(self.layers, own, strict=True))
+        twin.layers = tuple(dual_layer(*pair) for pair in zip(self.layers, own, strict=True))
         twin.params = self.params
         made = partial(lift, self.backend, self.dtype)
         state = lift_states(made, "state", state, state_dot)
@@ -307,12 +307,12 @@ class Chain:
 
     @property
     def _last(self) -> bool:
-        """Whether a Last has taken the axis of time away."""
+        """Whether a Last removes the axis of time."""
         return any(isinstance(layer, Last) for layer in self.layers)
 
     @property
     def _directions(self) -> tuple[int, str]:
-        """How many the last GRU has, whose states a Last takes, and how they are merged."""
+        """How many directions the last GRU has, and how they are merged; what a Last takes."""
         last = [layer for layer in self.layers if isinstance(layer, GRU)][-1]
         return len(last.suffixes), last.merge or "concat"
 
@@ -337,7 +337,7 @@ class Chain:
             name = self.tied.get(given, given)
             if name in named and not _same_bits(named[name], array):
                 raise ValueError(
-                    f"{given} holds other numbers than another name of {name}, to which it is "
+                    f"{given} holds other values than another name of {name}, to which it is "
                     "tied: load them into a Chain without this tie, or leave one name out"
                 )
             named[name] = array
@@ -410,7 +410,7 @@ class ChainPullback:
         return self._back(dy, dstate, ready, False)
 
     def per_example(self, dy: Array | None, dstate: States | None = None) -> Derivatives:
-        """Return the same, but grads of each row of the batch, (B, ...).
+        """Return what a call returns, but grads of each row of the batch, (B, ...).
 
         The batch is the second axis of x, the first with `batch_first` or in a Chain without a GRU.
         """
@@ -437,7 +437,7 @@ def _same_bits(x: Array, y: Array) -> bool:
 
 
 def _check_last(layers: Sequence[Layer]) -> None:
-    """Raise where a Last does not follow a GRU, or a GRU comes after it: there is no time left."""
+    """Raise where a Last does not follow a GRU, or a GRU follows it, which would have no steps."""
     places = [i for i, layer in enumerate(layers) if isinstance(layer, Last)]
     for i in places:
         if i == 0 or not isinstance(layers[i - 1], GRU):
@@ -447,7 +447,7 @@ def _check_last(layers: Sequence[Layer]) -> None:
 
 
 def _check_widths(layers: Sequence[Layer]) -> None:
-    """Raise where a layer reads rows of another width than the layer before it returns."""
+    """Raise where a layer's input size is not the output size of the layer before it."""
     width: int | None = None  # None: not known
     for i, layer in enumerate(layers):
         name = "in_features" if isinstance(layer, Linear) else "input_size"

@@ -22,11 +22,18 @@ from .params import BackendLike, Layer
 from .pullback import BlockPullback, Pullback
 from .stack import ForwardInputs, LayerResiduals, Stack
 from .sweep import Segment, steps_of_block
-from .tangents import DualPullback, along, check_params_dot, lift, parted, refuse_nothing
+from .tangents import (
+    DualPullback,
+    check_params_dot,
+    dual_layer,
+    lift,
+    refuse_no_direction,
+    split_duals,
+)
 from .weights import parameter_shapes, variant_advice
 
 LayerStep: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]  # x_t, h -> y_t, h
-# settings that files have only where they are others
+# settings that files contain only where they differ from these
 LATER = {
     "reverse": False, "weight_dropout": 0.0, "recurrent_dropout": 0.0, "zoneout": 0.0,
     "layer_norm": False,
@@ -357,7 +364,7 @@ class GRU(Layer):
         twin, x, h0, start = self._along(x, h0, start, x_dot, h0_dot, start_dot, params_dot)
         options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
         found = twin(x, h0, lengths, **options)
-        values, dots = parted(twin.backend, found)
+        values, dots = split_duals(twin.backend, found)
         return values, dots
 
     @by_place
@@ -394,7 +401,7 @@ class GRU(Layer):
         twin, x, h0, start = self._along(x, h0, start, x_dot, h0_dot, start_dot, params_dot)
         options = {"mask": mask, "resets": resets, "start": start, "skipped": skipped}
         found, back = twin.vjp(x, h0, lengths, rng, **options)
-        return *parted(twin.backend, found), DualPullback(twin.backend, self.dtype, back)
+        return *split_duals(twin.backend, found), DualPullback(twin.backend, self.dtype, back)
 
     def _along(
         self,
@@ -406,9 +413,9 @@ class GRU(Layer):
         start_dot: Array | None,
         params_dot: Arrays | None,
     ) -> tuple[Any, Array, Array | None, Array | None]:
-        """Return the GRU, x, h0 and start over dual numbers."""
+        """Return this GRU over dual numbers, and x, h0 and start as such."""
         dots = x_dot, h0_dot, start_dot, params_dot
-        refuse_nothing("x_dot, h0_dot, start_dot and params_dot", *dots)
+        refuse_no_direction("x_dot, h0_dot, start_dot and params_dot", *dots)
         if h0 is None and h0_dot is not None:
             self.backend.check("x", x, self.dtype)
             rows = (x.shape[0 if self.batch_first else 1],) if x.ndim == 3 else ()
@@ -417,7 +424,7 @@ class GRU(Layer):
         home = self.backend, self.dtype
         named = {"x": (x, x_dot), "h0": (h0, h0_dot), "start": (start, start_dot)}
         x, h0, start = (lift(*home, name, *pair) for name, pair in named.items())
-        return along(self, check_params_dot(self, params_dot)), x, h0, start
+        return dual_layer(self, check_params_dot(self, params_dot)), x, h0, start
 
     @by_place
     def step(
@@ -447,11 +454,11 @@ class GRU(Layer):
         return partial(self._step, self._layer_functions(True))
 
     def _layer_functions(self, prepared: bool) -> list[LayerStep]:
-        """Return a function for each layer that runs a step; prepared: for many steps."""
+        """Return a step function for each layer; prepared: it may keep copies of the weights."""
         return self._steps(self._runner.prepare_step if prepared else self._runner.single_step)
 
     def _steps(self, make: Callable[..., LayerStep]) -> list[LayerStep]:
-        """Return a function for each layer, made by a method of the runner."""
+        """Return a step function for each layer; make: a method of the runner that makes one."""
         if "_reverse" in self.suffixes:
             way = "bidirectional" if self.bidirectional else "reverse"
             raise ValueError(f"a {way} GRU cannot run step by step: it reads from the end")
@@ -462,11 +469,11 @@ class GRU(Layer):
         return self._for_storage(steps)
 
     def _for_storage(self, steps: list[LayerStep]) -> list[LayerStep]:
-        """Return steps between arrays of the layer's dtype."""
+        """Return step functions that take and return arrays of the layer's dtype."""
         return steps if self.arithmetic == self.dtype else [self._half(step) for step in steps]
 
     def _half(self, step: LayerStep) -> LayerStep:
-        """Return a step between arrays in half precision, given one between float32."""
+        """Wrap a step function of float32 arrays into one of arrays in half precision."""
 
         def half(x: Array, h: Array) -> tuple[Array, Array]:
             x = self._runner.upcast(x, self.backend.dtype(self.arithmetic))
@@ -565,14 +572,14 @@ class GRU(Layer):
         return expected_zoneout(variant, self.zoneout) if self.zoneout else variant
 
     def _regularised(self) -> Variant:
-        """Return those of training, whose steps take the masks that there are."""
+        """Return the equations of training, whose steps take the masks of the model's dropouts."""
         variant = equations.variant(self.reset_after, self.functions)
         variant = with_layer_norm(variant) if self.layer_norm else variant
         variant = recurrent_dropout(variant) if self.recurrent_dropout else variant
         return zoneout(variant) if self.zoneout else variant
 
     def _stack(self, run: Runner, variant: Variant | None = None) -> Stack:
-        """Return the layers on this runner; variant: other equations than those of inference."""
+        """Return the layers on this runner; variant: the equations, None for those of inference."""
         key = run, self.variant if variant is None else variant
         stack = self._stacks.get(key)
         if stack is None:
@@ -595,7 +602,7 @@ class GRU(Layer):
         )
 
     def _forward(self, outputs: bool, x: Array, h0: Array | None, *steps: Any) -> tuple[Any, Array]:
-        """Run a call as a user gives it, `steps` being `lengths` and what follows."""
+        """Run a call as a user gives it; steps: `lengths` and the arguments after it."""
         block = self._one_block(x, h0, *steps)
         if block is not None:
             return self._by_block(outputs, *block)
@@ -615,10 +622,10 @@ class GRU(Layer):
         start: Array | None,
         skipped: str,
     ) -> tuple[Array, Array] | None:
-        """Return x (T, B, I) and h0 (L*D, B, H) where they are NumPy's, and need no more than that.
+        """Return x (T, B, I) and h0 (L*D, B, H) of a call that the short way serves, else None.
 
-        All steps are then one block of which none is skipped. None: the call is not of this kind,
-        or it is wrong.
+        That is a call on NumPy's arrays, without masks or resets, whose steps are one block. None
+        is returned for wrong arguments too, which the long way reports.
         """
         home, states = self.backend, self.num_layers * len(self.suffixes)
         if not (lengths is mask is resets is start is None and skipped == "zero"):
@@ -637,7 +644,7 @@ class GRU(Layer):
         return (x, h0) if home.plain(h0, self.dtype) and h0.shape == shape else None
 
     def _by_block(self, outputs: bool, x: Array, h0: Array) -> tuple[Any, Array]:
-        """Return y and h_n of a call of one block, of any number of layers."""
+        """Return y and h_n of a call of one block, through all layers."""
         xp, states = self.backend.xp, list[Array]()
         for layer in self._blocks():
             ys = []
@@ -651,9 +658,9 @@ class GRU(Layer):
         return (y if outputs else None), h_n
 
     def _blocks(self) -> list[list[OneBlock]]:
-        """Return the functions of each layer, one for each direction."""
+        """Return for each layer the functions that run its directions."""
         stack = self._stack(self._runner)
-        if stack.layers == len(stack.suffixes) == 1:  # in short
+        if stack.layers == len(stack.suffixes) == 1:  # the same at less cost
             return [[stack.sweep(self.params, 0, stack.suffixes[0]).one_block]]
         return [
             [stack.sweep(self.params, n, suffix).one_block for suffix in stack.suffixes]
@@ -661,7 +668,7 @@ class GRU(Layer):
         ]
 
     def _vjp_of_block(self, x: Array, h0: Array) -> tuple[tuple[Array, Array], Pullback]:
-        """Return what `vjp` does, of a call of one block through one layer in one direction."""
+        """Run `vjp` on one block through a GRU of one layer and one direction."""
         stack = self._stack(self._runner)
         sweep = stack.sweep(self.params, 0, stack.suffixes[0])
         found, h = sweep.one_block_kept(x, h0[0])

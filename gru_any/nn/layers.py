@@ -1,4 +1,4 @@
-"""The layers around a GRU, and a chain of layers. Each has a plain call and a `vjp`."""
+"""The layers around a GRU. Each has a plain call and a `vjp`."""
 
 import math
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from ..backend.reductions import outer
 from ..errors import ShapeError, check_shape
 from ..typing import Array, Device, Gradients, HostArray, Rng, Shape
 from .init import uniform
+from .merge import MODES, merge_backward
 from .merge import merge as merged
-from .merge import part
 from .params import BackendLike, Layer, refuse_stale
 
 DropoutPullback: TypeAlias = Callable[[Array], tuple[Gradients, Array]]  # dy -> grads, dx
@@ -28,9 +28,9 @@ class LayerPullback:
         return self._back(dy, None)
 
     def per_example(self, dy: Array, axis: int = 0) -> tuple[Gradients, Array]:
-        """Return the same, but grads of each example, (B, ...).
+        """Return what a call returns, but grads of each example, (B, ...).
 
-        axis: of dy, along which the B examples lie: any but the last.
+        axis: the axis of dy along which the B examples lie, any but the last.
 
         Raises
         ------
@@ -125,7 +125,7 @@ class Linear(Layer):
         return y, LayerPullback(pullback)
 
     def _by_example(self, dy: Array, x: Array, axis: int) -> Gradients:
-        """Return the gradients of each example; axis: along which they lie."""
+        """Return the gradients of each example; axis: the axis of the examples in dy and x."""
         xp, (d, x) = self.backend.xp, (self._columns(v, axis) for v in (dy, x))
         grads = {"weight": outer(xp, d, x)}
         if self.bias:
@@ -133,7 +133,7 @@ class Linear(Layer):
         return grads
 
     def _columns(self, v: Array, axis: int) -> Array:
-        """Return v (..., N) as (., B, N), given the axis that becomes the second."""
+        """Return v (..., N) as (., B, N), where `axis` becomes the second axis."""
         xp, last = self.backend.xp, v.ndim - 1
         others = [n for n in range(last) if n != axis]
         v = xp.permute_dims(self._to_arithmetic(v), (*others, axis, last))
@@ -222,7 +222,7 @@ class Embedding(Layer):
         return y, LayerPullback(pullback)
 
     def _scattered(self, x: Array, dy: Array) -> Array:
-        """Return the sum of the rows of dy (..., size) of each index in x (...)."""
+        """Sum the rows of dy (..., size) by their index in x (...); return (n, size)."""
         rows = self._to_arithmetic(self.backend.xp.reshape(dy, (math.prod(x.shape), self.size)))
         return self.backend.scatter_add(self._indices(x), rows, self.n)
 
@@ -296,15 +296,23 @@ class Last(Layer):
         self._create(Last, backend, device, dtype)
 
     def __call__(self, h_n: Array, directions: int = 1, merge: str = "concat") -> Array:
-        """h_n (L*D, B, H) or (L*D, H) -> (B, D*H) or (D*H,): the top layer's, side by side.
+        """Return the top layer's last states (B, D*H) or (D*H,) of h_n (L*D, B, H) or (L*D, H).
 
-        merge: as of the GRU; its outputs are merged in the same way.
+        directions, merge: those of the GRU, as whose outputs the states are merged; not None.
+
+        Raises
+        ------
+        ValueError
+            `directions` is neither 1 nor 2, or `merge` is another word.
         """
+        arguments.choice("merge", merge, MODES)
         top = self._top(h_n, directions)
         return top[0] if directions == 1 else merged(self.backend.xp, merge, top)
 
     def _top(self, h_n: Array, directions: int) -> list[Array]:
-        """Return the last states of the top layer, of each direction."""
+        """Return the last states of the top layer, one array for each direction."""
+        if directions not in (1, 2):
+            raise ValueError(f"directions is {directions!r}, expected 1 or 2, as the GRU has")
         self.backend.check("h_n", h_n, self.dtype)
         rows = h_n.shape[0]
         if h_n.ndim not in (2, 3) or not rows or rows % directions:
@@ -314,7 +322,7 @@ class Last(Layer):
     def vjp(
         self, h_n: Array, directions: int = 1, merge: str = "concat", rng: Rng | None = None
     ) -> tuple[Array, Callable[..., tuple[Gradients, Array]]]:
-        """Return y, and `pullback(dy, dh_n=None) -> {}, dh_n` with what comes through y added."""
+        """Return y, and `pullback(dy, dh_n=None) -> {}, dL/dh_n`, which includes the given dh_n."""
         y, states = self(h_n, directions, merge), tuple(h_n.shape)
         shape, parts = tuple(y.shape), self._top(h_n, directions)
 
@@ -322,7 +330,7 @@ class Last(Layer):
             self.backend.check("dy", dy, self.dtype)
             _same_shape("dy", dy, shape)
             xp = self.backend.xp
-            top = xp.stack([dy] if directions == 1 else part(merge, dy, parts))
+            top = xp.stack([dy] if directions == 1 else merge_backward(merge, dy, parts))
             below = self.backend.zeros((states[0] - directions, *states[1:]), self.dtype)
             through = xp.concat([below, top])
             if dh_n is None:

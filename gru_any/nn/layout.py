@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from .. import arguments
 from ..backend import Backend, is_traced
+from ..equations import halves
 from ..errors import ShapeError, check_shape
 from ..typing import Array, HostArray, Lengths, Namespace, Shape
-from .merge import part
 from .steps import Restarts, flags, gathered, repeated, restarts, running
 from .sweep import SequenceMask
 
@@ -25,12 +25,12 @@ class Call(NamedTuple):
     h0: Array  # (L*D, B, H), in the dtype of the arithmetic
     mask: SequenceMask | None  # None: no step is skipped
     restarts: Restarts
-    repeat: bool  # skipped steps have the output before them, not 0
+    repeat: bool  # skipped steps repeat the output before them; else they are 0
     unbatched: bool  # the user's x was (T, I)
 
 
 class SequenceLayout(NamedTuple):
-    """What the arrays of a GRU's users look like."""
+    """The shapes and dtypes of a GRU's arrays as its user sees them, and conversions."""
 
     backend: Backend
     dtype: str
@@ -41,7 +41,7 @@ class SequenceLayout(NamedTuple):
     layers: int
     reverses: tuple[bool, ...]  # of each direction, whether it reads from the end
     merge: str | None = "concat"  # how y has the directions; None: as a pair
-    every: bool = False  # whether y is a tuple of the outputs of all layers
+    every: bool = False  # whether y is a tuple, the outputs of each layer
 
     def enter(
         self,
@@ -92,7 +92,7 @@ class SequenceLayout(NamedTuple):
         if resets is not None:
             at = self._flags("resets", resets, T, B, unbatched)
             found = restarts(at, alive, backend, self.reverses, self.layers)
-            found = self._started(found, start, B, unbatched)
+            found = self._attach_start(found, start, B, unbatched)
         h0 = self._with_start(found, h0)
         return Call(x, h0, self._mask(alive), found, repeat, unbatched)
 
@@ -117,10 +117,12 @@ class SequenceLayout(NamedTuple):
         else:
             resets = home.put(flags(name, resets, shape, letters), "bool")
         fresh = xp.reshape(resets, (1, B, 1))
-        found = self._started(Restarts(None, fresh), start, B, unbatched)
+        found = self._attach_start(Restarts(None, fresh), start, B, unbatched)
         return xp.astype(self._with_start(found, state), state.dtype, copy=False)
 
-    def _started(self, found: Restarts, start: Array | None, B: int, unbatched: bool) -> Restarts:
+    def _attach_start(
+        self, found: Restarts, start: Array | None, B: int, unbatched: bool
+    ) -> Restarts:
         """Return restarts with the state given for them."""
         if start is None:
             return found
@@ -134,7 +136,7 @@ class SequenceLayout(NamedTuple):
         return found._replace(start=start, shared=shared)
 
     def _with_start(self, found: Restarts, states: Array) -> Array:
-        """Return h0 (L*D, B, H), in its place the start where a reset comes before all steps."""
+        """Return h0 (L*D, B, H), or the start for rows that are reset before their first step."""
         _, fresh, start, _ = found
         if fresh is None:
             return states
@@ -159,33 +161,33 @@ class SequenceLayout(NamedTuple):
         T, B, _ = x.shape
         return Call(x, h0, self._traced_mask(lengths, T, B), NO_RESTARTS, repeat, False)
 
-    def of_states(
+    def leave_states(
         self, call: Call, dh0: Array, dstart: Array | None, by_row: bool
     ) -> tuple[Array, ...]:
-        """Return dh0, and where a start was given its gradient, as the user has them.
+        """Return dh0 in the user's layout, and dstart if a start was given.
 
-        dh0: what reaches the state before all steps; dstart: what reaches the start after that.
-        by_row: of a start for all rows, the gradient of each, (B, L*D, H).
+        dh0: the gradient to the state before the first step; dstart: to the start, from resets at
+        later steps. by_row: a start that all rows share gets a gradient for each, (B, L*D, H).
         """
         xp, (_, fresh, start, shared) = self.backend.xp, call.restarts
         zero = xp.zeros_like(dh0)
         first = zero if fresh is None else xp.where(fresh, dh0, zero)
         dh0 = dh0 if fresh is None else xp.where(fresh, zero, dh0)
         if start is None:
-            return (self._of_states(call, dh0),)
+            return (self._leave_batch(call, dh0),)
         dstart = first if dstart is None else first + dstart
         if shared:
             dstart = xp.permute_dims(dstart, (1, 0, 2)) if by_row else self._summed(dstart)
-            return self._of_states(call, dh0), dstart
-        return self._of_states(call, dh0), self._of_states(call, dstart)
+            return self._leave_batch(call, dh0), dstart
+        return self._leave_batch(call, dh0), self._leave_batch(call, dstart)
 
     def _summed(self, v: Array) -> Array:
-        """Return the sum of v (L*D, B, H) over the rows, of halves in the dtype of arithmetic."""
+        """Return the sum of v (L*D, B, H) over the rows; half precision is summed in float32."""
         xp, home = self.backend.xp, self.backend
         v = xp.astype(v, home.dtype(self.arithmetic), copy=False)
         return xp.astype(xp.sum(v, axis=1), home.dtype(self.dtype), copy=False)
 
-    def _of_states(self, call: Call, states: Array) -> Array:
+    def _leave_batch(self, call: Call, states: Array) -> Array:
         return states[:, 0, :] if call.unbatched else states
 
     def enter_cotangents(
@@ -195,7 +197,7 @@ class SequenceLayout(NamedTuple):
         backend, H, states = self.backend, self.hidden_size, self.layers * len(self.reverses)
         B = call.x.shape[1]
         if self.every and dy is not None:
-            dy = self._of_layers(call, dy)
+            dy = self._enter_dys(call, dy)
         elif dy is not None:
             dy = self._enter_dy(call, dy)
         if dy is None and dh_n is None:
@@ -207,8 +209,8 @@ class SequenceLayout(NamedTuple):
         return dy, backend.xp.astype(dh_n, backend.dtype(self.arithmetic), copy=False)
 
     def outputs(self, call: Call, y: Array | None, h_n: Array) -> tuple[Any, Array]:
-        """Return y (T, B, D*H) and h_n (L*D, B, H) as the user has x and h0."""
-        h_n = self._of_states(call, h_n)
+        """Return y (T, B, D*H) and h_n (L*D, B, H) in the user's layout."""
+        h_n = self._leave_batch(call, h_n)
         if y is None:
             return y, h_n
         if self.every:
@@ -216,14 +218,14 @@ class SequenceLayout(NamedTuple):
         return self._leave_y(call, y), h_n
 
     def _leave_y(self, call: Call, y: Array) -> Any:
-        """Return the outputs of a layer as the user has x."""
+        """Return the outputs of a layer in the user's layout."""
         y = self.leave(call, self._repeat(repeated, call, y) if call.repeat else y)
         if self.merge is None:
-            own = self.backend.xp.astype  # a copy: neither is to keep the other in memory
-            return tuple(own(v, v.dtype, copy=True) for v in part("concat", y))
+            astype = self.backend.xp.astype  # copies, so that neither keeps the other in memory
+            return tuple(astype(v, v.dtype, copy=True) for v in halves(y))
         return y
 
-    def _of_layers(self, call: Call, dy: Sequence[Array | None]) -> tuple[Array | None, ...] | None:
+    def _enter_dys(self, call: Call, dy: Sequence[Array | None]) -> tuple[Array | None, ...] | None:
         """Return the gradients of the outputs of all layers, time-major; None where all are."""
         if not isinstance(dy, (tuple, list)) or len(dy) != self.layers:
             count = f" of {len(dy)}" if isinstance(dy, (tuple, list)) else ""
@@ -236,7 +238,7 @@ class SequenceLayout(NamedTuple):
 
     def _enter_dy(self, call: Call, dy: Any) -> Array:
         """Check the gradient of the outputs of a layer, and make it time-major."""
-        dy = self._of_pair(dy) if self.merge is None else dy
+        dy = self._join_pair(dy) if self.merge is None else dy
         self.backend.check("dy", dy, self.dtype)
         width = self.hidden_size * (len(self.reverses) if self.merge in ("concat", None) else 1)
         (T, B, _), letters = call.x.shape, "(B, T, D*H)" if self.batch_first else "(T, B, D*H)"
@@ -248,8 +250,8 @@ class SequenceLayout(NamedTuple):
             dy = self._time_major(dy, call.unbatched)
         return self._repeat(gathered, call, dy) if call.repeat else dy
 
-    def _of_pair(self, dy: Sequence[Array]) -> Array:
-        """Return the gradients of both outputs side by side."""
+    def _join_pair(self, dy: Sequence[Array]) -> Array:
+        """Concatenate the gradients of both directions' outputs."""
         if not isinstance(dy, (tuple, list)) or len(dy) != 2:
             raise TypeError(
                 f"dy is a {type(dy).__name__}, expected a pair, as y is one with merge=None"
@@ -257,11 +259,12 @@ class SequenceLayout(NamedTuple):
         for v in dy:
             self.backend.check("dy", v, self.dtype)
             if v.shape != dy[0].shape:
-                raise ShapeError(f"dy holds {tuple(dy[0].shape)} and {tuple(v.shape)}")
+                shapes = f"{tuple(dy[0].shape)} and {tuple(v.shape)}"
+                raise ShapeError(f"dy holds {shapes}, expected one shape for both directions")
         return self.backend.xp.concat(list(dy), axis=-1)
 
     def leave(self, call: Call, v: Array) -> Array:
-        """Return v (T, B, .) as the user has x."""
+        """Return v (T, B, .) in the user's layout."""
         if call.unbatched:
             return v[:, 0, :]
         return self.backend.xp.permute_dims(v, (1, 0, 2)) if self.batch_first else v
@@ -277,7 +280,7 @@ class SequenceLayout(NamedTuple):
         check_shape(name, states, "(L*D, H)" if unbatched else "(L*D, B, H)", sizes)
 
     def _flags(self, name: str, v: Array, T: int, B: int, unbatched: bool) -> HostArray:
-        """Return one flag a step, (T, B)."""
+        """Check the flags of all steps, and return them time-major, (T, B)."""
         if unbatched:
             return flags(name, v, (T,), "(T,)")[:, None]
         if self.batch_first:
@@ -291,7 +294,7 @@ class SequenceLayout(NamedTuple):
         return SequenceMask(self.backend.put(alive[:, :, None], "bool"), unmasked)
 
     def _repeat(self, function: Repetition, call: Call, v: Array) -> Array:
-        """Apply a function of skipped steps to v (T, B, D*H), each direction in its own order."""
+        """Apply `repeated` or its gradient to v (T, B, D*H), each direction in its own order."""
         if call.mask is None or not v.shape[0]:
             return v
         xp, H, alive = self.backend.xp, self.hidden_size, call.mask.alive
@@ -300,7 +303,7 @@ class SequenceLayout(NamedTuple):
         return xp.concat([function(xp, part, alive, way) for part, way in pairs], axis=-1)
 
     def _traced_mask(self, lengths: Array, T: int, B: int) -> SequenceMask:
-        """Return the mask of lengths without values, of which only shape and dtype are checked."""
+        """Return the mask of traced lengths, whose shape and dtype alone can be checked."""
         xp = self.backend.xp
         if tuple(lengths.shape) != (B,):
             raise ShapeError(f"lengths is {tuple(lengths.shape)}, expected (B,) = ({B},)")
@@ -311,7 +314,7 @@ class SequenceLayout(NamedTuple):
 
 
 def _check_traced_flags(xp: Namespace, name: str, v: Array, shape: Shape, letters: str) -> None:
-    """Check shape and dtype of flags without values."""
+    """Check the shape and dtype of traced flags, which have no values."""
     if tuple(v.shape) != shape:
         raise ShapeError(f"{name} is {tuple(v.shape)}, expected {letters} = {shape}")
     if not xp.isdtype(v.dtype, "bool"):

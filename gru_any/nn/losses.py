@@ -174,7 +174,7 @@ def _enter(
 
 
 def _named(given: dict[str, Array | None], error: TypeError) -> TypeError:
-    """Return the error that names the argument which is no array; else the one that there was."""
+    """Return an error that names the argument that is no array; `error` if all are."""
     for name, v in given.items():
         if v is not None and not (hasattr(v, "shape") and hasattr(v, "dtype")):
             return TypeError(
@@ -185,7 +185,7 @@ def _named(given: dict[str, Array | None], error: TypeError) -> TypeError:
 
 
 def _spread(xp: Namespace, name: str, v: Array, shape: Shape) -> Array:
-    """Broadcast an array to the shape, or raise ShapeError by its name."""
+    """Broadcast an array to the shape; ShapeError names the array."""
     try:
         return xp.broadcast_to(v, tuple(shape))
     except (ValueError, RuntimeError):
@@ -235,7 +235,7 @@ def _cleaned(xp: Namespace, keep: Array | None, *arrays: Array) -> list[Array]:
 
 
 def _number(xp: Namespace, keep: Array | None, size: int, like: Array) -> int | Array:
-    """Return how many elements count, of `size` elements."""
+    """Return how many of `size` elements count: all without a mask."""
     return size if keep is None else xp.sum(xp.astype(keep, like.dtype))
 
 

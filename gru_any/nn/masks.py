@@ -11,7 +11,7 @@ from ..typing import Array, Rng, Shape
 
 
 class Regularised(Protocol):
-    """A GRU, as far as its masks are concerned."""
+    """The attributes of a GRU that decide its masks."""
 
     hidden_size: int
     num_layers: int
@@ -23,7 +23,7 @@ class Regularised(Protocol):
 
     @property
     def output_size(self) -> int:
-        """The width of what a layer puts out."""
+        """The width of a layer's output."""
 
     @property
     def arithmetic(self) -> str:
@@ -40,8 +40,8 @@ class Masks(NamedTuple):
     """The masks of one call. An element is 0 where something is dropped, else 1 / (1 - p)."""
 
     weights: dict[str, Array]  # of each weight_hh (3H, H), by its name
-    # of each layer and direction, of the state that products read (B, H), and where zoneout keeps a
-    # unit's state, 1 in place of 0, (T, B, H)
+    # for each layer and direction: recurrent dropout's (B, H), and zoneout's (T, B, H), which is 1
+    # where a unit keeps its state, else 0
     steps: tuple[tuple[Array | None, Array | None], ...] | None
     between: tuple[Array | None, ...] | None  # of the input of each layer, (T, B, output_size)
 

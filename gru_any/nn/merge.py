@@ -1,6 +1,6 @@
 """How the outputs of two directions become one, and the gradient of that.
 
-a is what the forward direction puts out and b what the reverse one does, both for the same steps.
+a is the output of the forward direction and b that of the reverse one, both for the same steps.
 
     concat   y = (a, b), side by side        da, db = the halves of dy
     sum      y = a + b                       da = dy          db = dy
@@ -25,7 +25,7 @@ def merge(xp: Namespace, mode: str, parts: Sequence[Array]) -> Array:
     return a + b if mode == "sum" else 0.5 * (a + b)
 
 
-def part(mode: str, dy: Array, parts: Sequence[Array] | None = None) -> list[Array]:
+def merge_backward(mode: str, dy: Array, parts: Sequence[Array] | None = None) -> list[Array]:
     """Return da and db of dy; parts: a and b, which only "mul" needs."""
     if mode == "concat":
         H = dy.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""What a GRU's arguments `activation`, `gate_activation`, `clip`, `merge` and others mean."""
+"""Checks of a GRU's arguments `activation`, `gate_activation`, `clip`, `merge`, `layer_norm`."""
 
 import math
 from typing import TypeAlias
@@ -8,7 +8,7 @@ from ..activations import DEFINITIONS, USUAL, Activation, Activations
 from .merge import MODES
 
 Named: TypeAlias = str | tuple[str | float, ...]  # "relu", ("leaky_relu", 0.1)
-# alpha of these is not negative: a function that falls and rises again hides its argument
+# whose alpha must not be negative: the gradient is written from y, so f must be monotone
 RISING = "leaky_relu", "thresholded_relu", "elu"
 DEFAULTS = {"activation": "tanh", "gate_activation": "sigmoid", "clip": None}
 MERGE = {"merge": "concat"}
@@ -44,7 +44,7 @@ def activation(name: str, value: object) -> Named:
 
 
 def _form(word: str) -> str:
-    """Say how a function is named with its numbers."""
+    """Return how an activation is written with its numbers, for an error."""
     wanted = DEFINITIONS[word].numbers
     return f'("{word}", {", ".join(wanted)})' if wanted else f'"{word}" alone'
 

@@ -112,10 +112,10 @@ class Layer:
         seed: int | None = None,
         draw: Callable[[Rng, str, Shape], HostArray] | None = None,
     ) -> None:
-        """Set what every layer has.
+        """Set the settings, backend, dtype and parameters; call it last in `__init__`.
 
-        kind: the class whose arguments are attributes of the layer by now. shapes: of each
-        parameter, by name. draw: its initial value.
+        kind: the class whose arguments are already attributes of the layer. shapes: the shape of
+        each parameter, by name. draw: returns the initial value of one.
         """
         _refuse_dtype(dtype)
         self._followed = _settings(kind)
@@ -132,7 +132,7 @@ class Layer:
         self.params = Params(self.backend, dtype, arrays or {})
 
     def _leave_out(self, usual: Mapping[str, object]) -> None:
-        """Leave these settings out where they have these values, as files did before they were."""
+        """Leave out settings with these values, so that files are as in versions without them."""
         for name, value in usual.items():
             if self.settings[name] == value:
                 del self.settings[name]
@@ -157,9 +157,9 @@ class Layer:
         return layer
 
     def _compared(self, arrays: Arrays, shapes: Iterable[tuple[str, Shape]]) -> Arrays:
-        """Return the arrays in the order of these shapes, which may be without end.
+        """Return the arrays in the order of `shapes`; raise where names or shapes do not fit.
 
-        Raise where they are others.
+        There may be endlessly many shapes, as the settings are not to be trusted yet.
         """
         known, missing = dict[str, Array](), set[str]()
         for name, shape in shapes:
@@ -291,7 +291,7 @@ class Layer:
     def follow(self, twin: Self, views: Callable[[object, object], Any]) -> None:
         """Give a twin the settings and parameters as they are now.
 
-        views: makes the latter of the layer, given those that the twin has.
+        views: called with the layer and the twin's parameters, returns the twin's new parameters.
         """
         own, there = vars(self), vars(twin)
         if own["_changed"] is not there["_changed"]:
@@ -301,7 +301,7 @@ class Layer:
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
-        vars(self)["_changed"] = object()  # which twins look at
+        vars(self)["_changed"] = object()  # tells `follow` that there is something to copy
 
     # the dtype of the arithmetic, and of what is stored ------------------------------------------
 
@@ -329,9 +329,9 @@ class Layer:
         return self._kept(rng, shape, p, dtype or self.dtype) * (1 / (1 - p))
 
     def _kept(self, rng: Rng, shape: Shape, p: float, dtype: str) -> Array:
-        """Return 0 with probability p, else 1.
+        """Return an array of 0 with probability p, else 1, drawn on the host.
 
-        It is drawn on the host. A byte an element goes to the device, which does not wait for it.
+        It goes to the device as a byte per element.
         """
         if self.backend.traced:
             raise TypeError(
@@ -353,7 +353,7 @@ def _settings(kind: type) -> tuple[str, ...]:
 
 
 def _refuse_dtype(dtype: object) -> None:
-    """Raise ValueError where it is not the name of a dtype that a model can have."""
+    """Raise ValueError unless `dtype` is the name of a dtype that a model can have."""
     if isinstance(dtype, str) and dtype in DTYPES:
         return
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", plain_name(dtype))
@@ -392,7 +392,7 @@ def refuse_names(
 
 
 def _prefix(missing: set[str], unused: set[str]) -> str:
-    """Say which prefix the unused names have, if the missing ones are among them but for it."""
+    """Name the prefix that the unused names have, if without it they are the missing ones."""
     for name in unused:
         for end in missing:
             prefix = name.removesuffix(end)
@@ -411,7 +411,7 @@ def check_mapping(mapping: object) -> None:
 
 
 def converted(arrays: Arrays, backend: Backend, dtype: str) -> dict[str, Array]:
-    """Return copies on a backend, of the dtype of this name; of any library and floating dtype.
+    """Return copies of arrays of any library and floating dtype, on a backend, as this dtype.
 
     Raises
     ------
@@ -458,7 +458,7 @@ def refuse_shared(arrays: Arrays, what: str = "params") -> None:
 
 
 def refuse_stale(params: Params, version: int) -> None:
-    """Raise where weights were replaced since `version`: the gradient would be of neither."""
+    """Raise where weights were replaced since `version`: a gradient would mix old and new ones."""
     if params.version != version:
         raise RuntimeError(
             "parameters were replaced between vjp and its pullback: call the pullback before the "

@@ -30,7 +30,7 @@ class Pullback:
         return self._back(dy, dh_n, None)
 
     def taps(self, dy: Array | None, dh_n: Array | None = None) -> Array:
-        """Return dL/dh (L*D, T, B, H) of every step, all that reaches it counted; 0 at padding."""
+        """Return the total gradient dL/dh (L*D, T, B, H) of every step; 0 at padding."""
         stack, (states, B, H) = self._stack, self._call.h0.shape
         shape = (self._call.x.shape[0], B, H)
         taps = [stack.run.output(shape, stack.dtype) for _ in range(states)]
@@ -41,7 +41,7 @@ class Pullback:
         """Return grads, dx and dh0 as a call does, but grads of each row of the batch, (B, ...).
 
         So is dstart, (B, L*D, H), where one start serves all rows.
-        Row b holds what b's own part of dy and dh_n gives; the sum over the rows is the gradient.
+        Row b is the gradient from b's own part of dy and dh_n; their sum is the gradient.
 
         Raises
         ------
@@ -69,15 +69,15 @@ class Pullback:
         grads, dx, dh0, dstart = found
         if dropped := self._masks.weights:
             grads = {**grads, **{name: grads[name] * kept for name, kept in dropped.items()}}
-        states = layout.of_states(call, dh0, dstart, by_row)
+        states = layout.leave_states(call, dh0, dstart, by_row)
         return {name: grads[name] for name in self._params}, layout.leave(call, dx), *states
 
 
 class BlockPullback(Pullback):
-    """That of a call of one block through one layer in one direction, without masks."""
+    """The pullback of one block through one layer in one direction, without masks."""
 
     def __call__(self, dy: Array | None, dh_n: Array | None = None) -> Derivatives:
-        """Return grads, dx and dh0 without the layers between."""
+        """Return grads, dx and dh0, by one call of the sweep."""
         refuse_stale(self._params, self._version)
         dy, dh_n = self._layout.enter_cotangents(self._call, dy, dh_n)
         ((sweep, (segment,)),) = self._residuals[0].sweeps

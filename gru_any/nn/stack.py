@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..backend.contract import Output, Result, Runner
 from ..equations import Variant
 from ..typing import Array, DType, Gradients
-from .merge import merge, part
+from .merge import merge, merge_backward
 from .sweep import Segment, SequenceMask, StepMasks, Sweep, Weights
 from .weights import normalised_weights, parameter_names, weights
 
@@ -44,7 +44,7 @@ class LayerResiduals(NamedTuple):
     x: Array  # (T, B, .), its input after dropout
     dropout: Array | None  # the mask that its input was multiplied by
     sweeps: list[tuple[Sweep, list[Segment]]]  # of each direction
-    outputs: Sequence[Array] | None = None  # of each direction, where their gradients need them
+    outputs: Sequence[Array] | None = None  # of each direction, with merge="mul" alone
 
 
 class Stack(NamedTuple):
@@ -76,8 +76,8 @@ class Stack(NamedTuple):
     ) -> tuple[tuple[Any, Array], list[LayerResiduals]]:
         """Run all layers; return y (T, B, D*H) and h_n (L*D, B, H), and the residuals.
 
-        y is a tuple of such where all layers put out, and None without `outputs`.
-        unmasked: as of `SequenceMask`; the rest is that of `Sweep.forward`. There are no residuals
+        y is a tuple, one array a layer, with `every`, and None without `outputs`. unmasked: as of
+        `SequenceMask`; keep, segment and outputs: as of `Sweep.forward`. There are no residuals
         without `keep`: they would hold the outputs of all layers at once.
         """
         x, h0, params, alive, cuts, dropout, of_steps, start = given
@@ -94,7 +94,7 @@ class Stack(NamedTuple):
             masks: Sequence[StepMasks | None] = (None,) * D
             if cuts or of_steps:
                 masks = _step_masks(cuts, start, of_steps, layer, D)
-            if D == 1:  # in short, since small calls are many
+            if D == 1:  # the same at less cost, for small calls
                 sweep = self.sweep(params, layer, self.suffixes[0], mask, masks[0])
                 h = h0[layer, :, :]
                 y, h, blocks = sweep.on(run).forward(x, h, keep, segment, wanted)
@@ -137,11 +137,10 @@ class Stack(NamedTuple):
         given: BackwardInputs,
         residuals: list[LayerResiduals],
     ) -> tuple[tuple[Gradients, Array, Array, Array | None], None]:
-        """Run the backward pass of all layers; return the gradients, dx, dh0, and no residuals.
+        """Run the backward pass of all layers; return (grads, dx, dh0, dstart), and no residuals.
 
-        After dh0 comes that of the start, or None where no step starts from it.
-
-        taps: None, or an output for each state, which `Sweep.backward` fills. by_row: as there.
+        dstart is None where no step starts from a given state. taps: None, or an output for each
+        layer and direction, which `Sweep.backward` fills. by_row: as there.
         """
         D = len(self.suffixes)
         grads: Gradients = {}
@@ -152,7 +151,7 @@ class Stack(NamedTuple):
             x, dropped, sweeps, outputs = residuals[layer]
             if self.every and given.dy is not None:
                 dy = _added(dy, given.dy[layer])
-            dys = [dy] * D if D == 1 or dy is None else part(self.merge, dy, outputs)
+            dys = [dy] * D if D == 1 or dy is None else merge_backward(self.merge, dy, outputs)
 
             def run_sweep(d: int, run: Runner) -> tuple[Array, Array, list[Array]]:
                 sweep, segments = sweeps[d]
@@ -182,7 +181,7 @@ class Stack(NamedTuple):
         return (grads, dx, self.run.stacked(states, self.storage), dstart), None
 
     def steps(self, x: Array) -> int:
-        """Return how many steps x (T, B, I) takes, all layers and directions together."""
+        """Return how many steps a call on x (T, B, I) runs, all layers and directions counted."""
         return int(x.shape[0]) * self.layers * len(self.suffixes)
 
     def weights(self, params: Mapping[Any, Any], layer: int, suffix: str) -> Weights:
@@ -202,7 +201,7 @@ class Stack(NamedTuple):
         mask: SequenceMask | None = None,
         masks: StepMasks | None = None,
     ) -> Sweep:
-        """Return one layer in one direction."""
+        """Return the sweep of one layer in one direction."""
         own, reverse = self.weights(params, layer, suffix), suffix == "_reverse"
         return Sweep(self.run, self.variant, own, mask, reverse, self.dtype, masks)
 
@@ -219,7 +218,7 @@ class Stack(NamedTuple):
         dropout: object,
     ) -> Array:
         """Run layers one after the other, each on the result of the one before."""
-        # in two directions, or with dropout, a layer needs all of another at once, as a user does
+        # a second direction, dropout and the user (`every`) need all steps of a layer at once
         alone = len(self.suffixes) == 2 or dropout is not None or self.every
         overlap = None if alone else states.shape[1] * states.shape[2]
         return self.run.pipeline([partial(run_layer, layer) for layer in layers], x, overlap)
@@ -250,7 +249,7 @@ def _step_masks(
     layer: int,
     D: int,
 ) -> list[StepMasks]:
-    """Return the masks of a layer's steps, of each direction."""
+    """Return the masks of a layer's steps, one for each direction."""
     of_layer = ((None, None),) * D if steps is None else steps[layer * D : (layer + 1) * D]
     starts: Sequence[Array | None] = (None,) * D
     if cuts and start is not None:

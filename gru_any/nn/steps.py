@@ -1,4 +1,4 @@
-"""Which steps of a batch run, where its states start anew, and what skipped steps give.
+"""Which steps of a batch run, where its states start anew, and what y holds at skipped steps.
 
 All of it is decided on the host, from lengths, a mask and resets.
 """
@@ -14,16 +14,16 @@ from ..typing import Array, HostArray, Lengths, Namespace, Shape
 
 
 class Restarts(NamedTuple):
-    """Where the states of a batch start anew."""
+    """Where the states of a batch are reset, and to what."""
 
     cuts: tuple[Array, ...] | None  # of each direction, as of `Sweep`
-    fresh: Array | None  # (L*D, B, 1) of bool: which initial states are not read
-    start: Array | None = None  # (L*D, B, H), from which states start anew; None: from 0
-    shared: bool = False  # the user has one for all rows
+    fresh: Array | None  # (L*D, B, 1) of bool: rows that are reset before their first step
+    start: Array | None = None  # (L*D, B, H), the state that a reset sets; None: 0
+    shared: bool = False  # whether the user gave one start for all rows
 
 
 def flags(name: str, value: Array, shape: Shape, letters: str) -> HostArray:
-    """Return booleans of this shape as a host array.
+    """Check booleans of this shape, and return them as a host array.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def flags(name: str, value: Array, shape: Shape, letters: str) -> HostArray:
 
 
 def running(lengths: Lengths | None, mask: HostArray | None, T: int, B: int) -> HostArray | None:
-    """Return which rows run which steps, (T, B) of bool; None where all run all."""
+    """Return which rows run which steps, (T, B) of bool; None where none is skipped."""
     alive = mask
     if lengths is not None:
         n = arguments.lengths(to_numpy(lengths, "lengths"), T, B)
@@ -88,7 +88,7 @@ def restarts(
 
 
 def repeated(xp: Namespace, y: Array, alive: Array, reverse: bool) -> Array:
-    """Return y (T, B, H) with the output before it at each skipped step; 0 before the first.
+    """Fill each skipped step of y (T, B, H) with the output before it; 0 before the first.
 
     alive: (T, B, 1). reverse: the steps were read from the last to the first.
     """
@@ -100,7 +100,7 @@ def repeated(xp: Namespace, y: Array, alive: Array, reverse: bool) -> Array:
 
 
 def gathered(xp: Namespace, dy: Array, alive: Array, reverse: bool) -> Array:
-    """Return the gradient of `repeated`: each step's own dy, and those of its repetitions."""
+    """Return the gradient of `repeated`: each step's own dy plus those of its repetitions."""
     zero = xp.zeros_like(dy[0, :, :])
     waiting, found = zero, []
     for t in _order(dy, not reverse):

@@ -20,8 +20,8 @@ from ..codegen.schedule import Kind
 from ..equations import Variant
 from ..typing import Array, DType, Shape
 
-STEPS = 64  # of a block, at least: the steps in memory at once, however large T is
-ROWS = 256  # of a block, over all steps, at least: enough for efficient products
+STEPS = 64  # least number of steps in a block
+ROWS = 256  # least number of rows in a block, over all its steps: enough for efficient products
 
 
 class Weights(NamedTuple):
@@ -63,15 +63,15 @@ class SequenceMask(NamedTuple):
 
 
 class StepMasks(NamedTuple):
-    """What the steps of a sweep take beside their usual arguments, in this order; or None."""
+    """The further arguments of the steps of a sweep, each an array or None."""
 
-    dropout: Array | None  # (B, H), by which what the products with U read is multiplied
+    dropout: Array | None  # (B, H), multiplies the operands of the products with U
     zoneout: Array | None  # (T, B, H), 1 where a unit keeps its state, else 0
     cut: Array | None  # (T, B, 1) of bool: the steps after which a state starts anew
-    start: Array | None = None  # (B, H), from which it does, with a cut alone; None: from 0
+    start: Array | None = None  # (B, H), the state after a cut; None: 0
 
     def steps(self, block: slice) -> Extra:
-        """Return those of a block."""
+        """Return the further arguments of a block's steps."""
         d, k, cut, start = self
         given = [(Kind.BATCH, d)] if d is not None else []
         given += [(Kind.STEPS, k[block, :, :])] if k is not None else []
@@ -82,15 +82,15 @@ class StepMasks(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs of a block."""
+    """The arrays of a block that its backward pass needs."""
 
     states: Array  # (K + 1, B, H), in the order of time
-    saved: Sequence[Array]  # what each step saved, each (K, B, H)
-    outputs: Array  # (K, B, H), the state that each step arrived at
+    saved: Sequence[Array]  # the residuals of the steps, each (K, B, H)
+    outputs: Array  # (K, B, H), the h' of each step, before a cut resets it
 
 
 class Segment(NamedTuple):
-    """Blocks that the backward pass recomputes together, or none of them."""
+    """Consecutive blocks, whose residuals are all kept or all recomputed by the backward pass."""
 
     blocks: Sequence[slice]  # in the order in which the sweep reads them
     h: Array  # (B, H), the state before the first
@@ -120,11 +120,10 @@ class Sweep(NamedTuple):
         segment: int | None = None,
         outputs: bool = True,
     ) -> tuple[Array | None, Array, list[Segment]]:
-        """Run x (T, B, I) from h (B, H).
+        """Run x (T, B, I) from h (B, H); return y (T, B, H), the last state (B, H), the segments.
 
-        keep: whether a backward pass will follow. segment: the number of steps that it recomputes
-        together; None keeps all residuals. Returns y (T, B, H), or None without `outputs`; the last
-        state (B, H); and with `keep` what `backward` needs.
+        keep: whether a backward pass will follow; the segments are for it. segment: the number of
+        steps that it recomputes together; None keeps all residuals. y is None without `outputs`.
         """
         (T, B, _), run, mask = x.shape, self.run, None
         y = run.output((T, B, h.shape[-1]), x.dtype) if outputs else None
@@ -179,7 +178,7 @@ class Sweep(NamedTuple):
         return output.array(), dh, total or self._zeros((x.shape[1],) if by_row else ())
 
     def _zeros(self, rows: Shape) -> list[Array]:
-        """Return the gradients of a sequence without steps; rows: their leading axes."""
+        """Return the zero gradients of an empty sequence; rows: their leading axes."""
         (W, _, (U, *c)), run = self.weights, self.run
         vectors = 4 if self.variant.gains else 1 + len(c)  # gains and biases, each (3H,)
         like = [W, U, *[W[:, 0]] * vectors]
@@ -187,15 +186,15 @@ class Sweep(NamedTuple):
         return [run.xp.zeros(shape, dtype=W.dtype, device=run.device) for shape in shapes]
 
     def one_block(self, x: Array, h: Array) -> tuple[Array, Array]:
-        """Run x (T, B, I) from h (B, H) as one block; return the states after each step, the last.
+        """Run x (T, B, I) from h (B, H) as one block; return all h' (T, B, H), and the last.
 
-        They are in memory of their own.
+        Both are in memory of their own.
         """
         found, h = self._block(self._packed(x), x, h, slice(0, x.shape[0]), None, False)
         return self.run.as_contiguous(found.outputs), h
 
     def one_block_kept(self, x: Array, h: Array) -> tuple[Residuals, Array]:
-        """Run the same for a backward pass; return what it needs, and the last state."""
+        """Run x from h as one block, and keep the residuals; return these, and the last state."""
         return self._block(self._packed(x), x, h, slice(0, x.shape[0]), None, True)
 
     def one_block_back(
@@ -227,7 +226,7 @@ class Sweep(NamedTuple):
         return residuals
 
     def _packed(self, x: Array) -> Weights:
-        """Return the weights as the runner multiplies so many rows by them."""
+        """Return the weights, packed if the runner does so for products of this many rows."""
         W, b, (U, *c) = self.weights
         packed, U = self.run.pack_weights(W, U, x.shape[0] * x.shape[1])
         return self.weights if packed is W else Weights(packed, b, (U, *c))
@@ -241,7 +240,7 @@ class Sweep(NamedTuple):
         mask: StepMask | None,
         keep: bool,
     ) -> tuple[Residuals, Array]:
-        """Run one block forward; return what it leaves, and the state after it."""
+        """Run one block forward; return its residuals, and the state after it."""
         run, (W, b, recurrent) = self.run, weights
         extra = None if self.masks is None else self.masks.steps(block)
         a = run.affine(self._read(x, block, mask), W, b)
@@ -316,7 +315,7 @@ class Sweep(NamedTuple):
     def _operands(
         self, d: Array, h: Array, saved: Sequence[Array]
     ) -> tuple[Array, Sequence[Array]]:
-        """Return h and what the steps saved, as the products with U diag(d) read them."""
+        """Return h and the residuals, where operands of products with U are multiplied by d."""
         reads = self.variant.reads
         return h * d, [v * d if n in reads else v for n, v in enumerate(saved)]
 
@@ -329,7 +328,7 @@ class Sweep(NamedTuple):
 
 
 def steps_of_block(B: int) -> int:
-    """Return K, how many steps of B rows are one block."""
+    """Return K, the number of steps in a block of B rows."""
     return max(STEPS, ROWS // max(B, 1))
 
 

@@ -26,8 +26,8 @@ class Differentiable(Parametrised, Protocol):
         """Outputs, their derivatives, and the pullback of both."""
 
 
-def along(layer: Layer, params_dot: Mapping[str, Array | None]) -> Any:
-    """Return the layer over dual numbers; its parameters without an entry are constants."""
+def dual_layer(layer: Layer, params_dot: Mapping[str, Array | None]) -> Any:
+    """Return the layer over dual numbers; parameters that are not in params_dot are constants."""
     home = dual(layer.backend)
     twin = layer.over(home, layer.dtype, ())
     arrays = {name: home.lift(v, params_dot.get(name)) for name, v in layer.params.items()}
@@ -36,7 +36,7 @@ def along(layer: Layer, params_dot: Mapping[str, Array | None]) -> Any:
 
 
 def lift(backend: Backend, dtype: str, name: str, value: Array, dot: Array | None) -> Array:
-    """Return an argument with its derivative, which must be given in the form of the argument."""
+    """Return an argument as a dual number; its derivative `dot` must have its shape and dtype."""
     if dot is None:
         return None if value is None else dual(backend).lift(value, None)
     if value is None:
@@ -79,23 +79,23 @@ def _check_dot(
         raise ShapeError(f"{told} is {shapes[0]}, expected {shapes[1]}, the shape of {name}")
 
 
-def refuse_nothing(names: str, *dots: object) -> None:
+def refuse_no_direction(names: str, *dots: object) -> None:
     """Raise ValueError where no direction is given."""
     if all(dot is None for dot in dots):
         raise ValueError(f"there is no direction to differentiate along: give one of {names}")
 
 
-def parted(backend: DualBackend, tree: Pytree) -> tuple[Pytree, Pytree]:
-    """Return the values of a tree of dual numbers, and their derivatives."""
+def split_duals(backend: DualBackend, tree: Pytree) -> tuple[Pytree, Pytree]:
+    """Split a tree of dual numbers into the tree of values and that of derivatives."""
     xp = backend.constants.xp
-    return _mapped(value_of, tree), _mapped(lambda v: dot_of(xp, v), tree)
+    return _tree_map(value_of, tree), _tree_map(lambda v: dot_of(xp, v), tree)
 
 
-def _mapped(function: Callable[[Array], Array], tree: Pytree) -> Pytree:
+def _tree_map(function: Callable[[Array], Array], tree: Pytree) -> Pytree:
     if isinstance(tree, dict):
-        return {name: _mapped(function, v) for name, v in tree.items()}
+        return {name: _tree_map(function, v) for name, v in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)([_mapped(function, v) for v in tree])
+        return type(tree)([_tree_map(function, v) for v in tree])
     return None if tree is None else function(tree)
 
 
@@ -114,7 +114,7 @@ class DualPullback:
     ) -> tuple[Derivatives, Derivatives]:
         """Return (grads, dx, dh0[, dstart]) and (grads_dot, dx_dot, dh0_dot[, dstart_dot])."""
         dy, dh_n = self._lift("dy", dy, dy_dot), self._lift("dh_n", dh_n, dh_n_dot)
-        return parted(self._backend, self._pullback(dy, dh_n))
+        return split_duals(self._backend, self._pullback(dy, dh_n))
 
     def _lift(self, name: str, value: Array | None, dot: Array | None) -> Array | None:
         return lift(self._backend.constants, self._dtype, name, value, dot)
@@ -133,7 +133,7 @@ class DualChainPullback(DualPullback):
         """Return (grads, dx, dstate) and (grads_dot, dx_dot, dstate_dot)."""
         dy = self._lift("dy", dy, dy_dot)
         dstate = lift_states(self._lift, "dstate", dstate, dstate_dot)
-        return parted(self._backend, self._pullback(dy, dstate))
+        return split_duals(self._backend, self._pullback(dy, dstate))
 
 
 def lift_states(

@@ -53,7 +53,7 @@ def weights(
 
 
 def normalised_weights(xp: Namespace, W: Array, U: Array, *others: Array) -> Weights:
-    """Return those of layer normalisation, whose biases and gains are vectors of a step."""
+    """Return the weights of a sweep with layer normalisation, whose steps take biases and gains."""
     *gains, b, c = others if len(others) == 4 else (*others, None, None)
     W, b, recurrent = weights(xp, True, W, U, b, c)
     b = xp.zeros_like(gains[0]) if b is None else b
@@ -61,7 +61,7 @@ def normalised_weights(xp: Namespace, W: Array, U: Array, *others: Array) -> Wei
 
 
 def variant_advice(missing: set[str], unused: set[str]) -> str:
-    """Return what an error says where weights are of the other variant, else nothing."""
+    """Return a hint for an error where the weights fit another setting, else ""."""
     if any("bias_hh" in name for name in unused):
         return (
             "; bias_hh belongs to reset_after=True, which PyTorch's and most of Keras' weights need"

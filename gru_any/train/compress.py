@@ -50,7 +50,7 @@ class Wire:
         return encode(decode(self.got, self.dtype).sum(axis=0), self.dtype)
 
     def share(self) -> HostArray:
-        """Return the same sum in float32: what all ranks would get of this rank's part."""
+        """Return the sum of the parts in `got` as all ranks will decode it: rounded, in float32."""
         return decode(self.add(), self.dtype)
 
     def unpack(self) -> None:

@@ -111,7 +111,7 @@ class Alone:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and prints."""
+        """Return whether this is the rank that writes and prints."""
         return self.rank == 0
 
     def rows(self, of: int) -> slice:
@@ -139,7 +139,7 @@ class Alone:
     def sum_whole(
         self, grads: dict[str, Array], loss: Array, own: Wishes
     ) -> tuple[dict[str, Array], Array]:
-        """Return the same for gradients that lead to no update yet, and whole in any case."""
+        """Return the sums of whole gradients, of which no update is made yet; see `sum`."""
         return grads, loss
 
     def start_sum(self, grads: Arrays) -> None:
@@ -278,7 +278,7 @@ class Ranks(Alone):
         return [pickle.loads(part.tobytes()) for part in np.split(found, np.cumsum(sizes)[:-1])]
 
     def wishes(self, own: Wishes) -> Wishes:
-        """Return what the ranks wished in the last sum, or before it the first one's wishes."""
+        """Return the wishes exchanged in the last sum; before any sum, those of the first rank."""
         if self._agreed is None:
             self._agreed = self.lead(lambda: own)
         return self._agreed
@@ -299,7 +299,7 @@ class Ranks(Alone):
     def sum_whole(
         self, grads: dict[str, Array], loss: Array, own: Wishes
     ) -> tuple[dict[str, Array], Array]:
-        """Return the same for gradients that lead to no update yet, and whole in any case."""
+        """Return the sums of whole gradients, of which no update is made yet; see `sum`."""
         return self._finished(self._new(grads), grads, loss, own)
 
     def _new(self, grads: Arrays, sharded: bool = False) -> Exchange:

@@ -122,7 +122,7 @@ class Exchange:
         """Return an array where the buffers are."""
         return array if self._on_device else to_numpy(array)
 
-    def _settle(self) -> None:
+    def _wait_for_device(self) -> None:
         """Wait until what the device was asked for is in the buffers."""
         if self._on_device:
             self._backend.synchronize()
@@ -132,7 +132,7 @@ class Exchange:
             if self.sharded:
                 return self._nccl.reduce_scatter(bucket.buffer, bucket.own)
             return self._nccl.all_reduce(bucket.buffer)
-        self._settle()
+        self._wait_for_device()
         if bucket.wire is not None:
             bucket.wire.pack()
             return self._comm.Ialltoall(bucket.wire.sent, bucket.wire.got)
@@ -143,7 +143,7 @@ class Exchange:
     def _gather(self, buffer: Array) -> object:
         if self._nccl is not None:
             return self._nccl.all_gather(buffer)
-        self._settle()
+        self._wait_for_device()
         return self._comm.Iallgather(self._watch.in_place, buffer)
 
     def _add_compressed(self) -> None:

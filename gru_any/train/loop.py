@@ -277,7 +277,7 @@ def _checked(plan: Plan, valid: bool) -> Plan:
 
 
 def _optional(check: Callable[..., Number]) -> Callable[..., Number | None]:
-    """Return the same check, which lets None pass."""
+    """Return a check that lets None pass, too."""
     return lambda name, value, *more, **named: (
         None if value is None else check(name, value, *more, **named)
     )

@@ -127,7 +127,7 @@ class Optimizer:
         raise NotImplementedError
 
     def _update(self, xp: Namespace, name: str, p: Array, g: Array, group: Settings) -> Array:
-        """Return what is subtracted from the parameter."""
+        """Return the step to subtract from the parameter."""
         raise NotImplementedError
 
     def step(

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ..checkpoint import NAMES
 from ..checkpoint import RUN_FORMAT as FORMAT
-from ..files import clear_temporaries, settle, write_atomically
+from ..files import clear_temporaries, fsync_folder, write_atomically
 from ..tensors import DamagedError, check_digest, content_of, digest, read
 from ..typing import HostArray
 
@@ -42,7 +42,7 @@ def store(folder: Path, header: Header, arrays: Mapping[str, HostArray]) -> None
     if newest.exists():
         os.replace(newest, before)
     os.replace(made, newest)
-    settle(folder)
+    fsync_folder(folder)
 
 
 def restore(folder: Path) -> tuple[Header, dict[str, HostArray]] | None:

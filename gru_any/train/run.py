@@ -1,4 +1,4 @@
-"""A training run: all that changes while it goes on, and how it is saved and resumed."""
+"""The state of a training run, and how it is saved and resumed."""
 
 import math
 import sys

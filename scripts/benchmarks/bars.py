@@ -27,7 +27,7 @@ def bars(case: Any, mode: str, after: bool, threads: int) -> list[Bar]:
 
 
 def _on_others(case: Any, mode: str) -> list[Bar]:
-    """Return those of JAX, and in cells of a millisecond or more those of other arrays."""
+    """Return the bars on JAX, and in cells of a millisecond or more those on other arrays."""
     T, B, I, H = case
     found = [Bar("jax", 1.0, ("flax", "equinox"))]
     if mode == "forward":

@@ -100,20 +100,20 @@ def _seconds(call: Call) -> float:
 
 
 def onnx_model(x: Any, gru: Any) -> bytes:
-    """The same layer as one node of ONNX, whose gates stand in the order z, r, n."""
+    """Return `gru` as one node of ONNX, whose gates are in the order z, r, n."""
     import onnx
     from onnx import helper
 
-    def turned(name: str) -> np.ndarray:
+    def as_zrn(name: str) -> np.ndarray:
         r, z, n = np.split(gru.params[name], 3)
         return np.concatenate([z, r, n])
 
     H = gru.hidden_size
-    second = turned("bias_hh_l0") if gru.reset_after else np.zeros(3 * H, "float32")
+    second = as_zrn("bias_hh_l0") if gru.reset_after else np.zeros(3 * H, "float32")
     arrays = {
-        "W": turned("weight_ih_l0")[None],
-        "R": turned("weight_hh_l0")[None],
-        "B": np.concatenate([turned("bias_ih_l0"), second])[None],
+        "W": as_zrn("weight_ih_l0")[None],
+        "R": as_zrn("weight_hh_l0")[None],
+        "B": np.concatenate([as_zrn("bias_ih_l0"), second])[None],
     }
     node = helper.make_node(
         "GRU", ["x", *arrays], ["y"], hidden_size=H, linear_before_reset=int(gru.reset_after)

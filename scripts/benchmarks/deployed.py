@@ -13,7 +13,7 @@ STEPS = 100  # of a sequence
 
 
 class MissingError(Exception):
-    """What a contender lacks."""
+    """A contender cannot run here: a library or a tool is missing."""
 
 
 class Deployed(NamedTuple):
@@ -81,7 +81,7 @@ def c_float32(folder: str, H: int, weights: str = "float32") -> Deployed:
 
 
 def c_int8(folder: str, H: int) -> Deployed:
-    """The same with int8 weights."""
+    """The C code with int8 weights."""
     return c_float32(folder, H, "int8")
 
 

@@ -28,7 +28,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTEC
 
 
 def seconds(code: str, library: str) -> tuple[float, float]:
-    """How long a process takes, and how long of it a processor is busy with it."""
+    """Return the wall-clock and the processor seconds of a process."""
     start, before = time.perf_counter(), _computing()
     subprocess.run([sys.executable, "-c", code, library], check=True, env=ENVIRONMENT)
     return time.perf_counter() - start, _computing() - before

@@ -32,7 +32,7 @@ def twin(chain: Chain) -> Any:
             made.append(torch.nn.Dropout(layer.p))
         weights = {k: torch.tensor(gru_any.to_numpy(v)) for k, v in layer.params.items()}
         for name, weight in made[-1].named_parameters():
-            torch.nn.init.zeros_(weight)  # bias_hh, which reset before has not
+            torch.nn.init.zeros_(weight)  # bias_hh, which reset_after=False lacks
             weight.data += weights.get(name, 0)
     return torch.nn.ModuleList(made)
 

@@ -190,7 +190,7 @@ def measured() -> dict[str, Any]:
 
 
 def launched(ranks: int, what: str, rows: int = 32) -> dict[str, Any]:
-    """Return what the first of so many ranks prints."""
+    """Run this script on so many ranks, and return the JSON that the first one prints."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     launcher = shutil.which("mpiexec", path=path) or sys.exit("there is no mpiexec")
     done = subprocess.run(

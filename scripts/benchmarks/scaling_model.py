@@ -63,7 +63,7 @@ def all_reduce(size: float, ranks: int, link: Link | None) -> float:
 
 
 def all_reduce_in_boxes(size: float, ranks: int, cluster: Cluster) -> float:
-    """Return the same where each rank of a box sums its part of the buffer with other boxes."""
+    """Return the seconds of an all-reduce within each box, then between boxes, rank by rank."""
     if ranks == 1:
         return 0.0
     inside = min(ranks, cluster.box)

@@ -43,7 +43,7 @@ def work() -> None:
 
 
 def prepare(gru: Any, T: int, B: int, mode: str) -> Callable[[], object]:
-    """The call of a cell."""
+    """Return the call to time in a cell."""
     rng, sizes = np.random.default_rng(0), (gru.input_size, gru.hidden_size)
     x, dy = (rng.standard_normal((T, B, n)).astype("float32") for n in sizes)
     return (lambda: gru(x)) if mode == "forward" else (lambda: gru.vjp(x)[1](dy))

@@ -47,7 +47,7 @@ def work() -> None:
 
 
 def prepared(case: list[int], mode: str, reset_after: bool) -> Callable[[], object]:
-    """The call of a cell, by names that all versions have."""
+    """Return the call to time in a cell, by names that all versions have."""
     from gru_any import GRU
 
     (T, B, I, H), rng = case, np.random.default_rng(0)

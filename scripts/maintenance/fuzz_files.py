@@ -215,7 +215,7 @@ def memory(what: str) -> int:
 
 
 def watched(reader: Reader, folder: Path) -> Callable[[bytes], None]:
-    """Return what reads one file, and raises where it does harm."""
+    """Return a function that reads one file, and raises if reading does harm."""
     path, harm = folder / f"file.{reader.ending}", []
     reading = False
 

@@ -130,8 +130,8 @@ def draw(case: Case, rng: Any, shape: tuple[int, ...]) -> Any:
     return v.astype(case.dtype)
 
 
-def laid_out(v: Any, layout: str) -> Any:
-    """The same array (T, B, n) with other strides, or not to be written."""
+def with_layout(v: Any, layout: str) -> Any:
+    """Return the array (T, B, n) with other strides, unaligned, or read-only."""
     if layout == "strided":
         return np.repeat(v, 2, axis=-1)[..., ::2]
     if layout == "transposed":
@@ -179,7 +179,7 @@ def numbers(case: Case) -> Numbers:
     if case.kind in ("tiny", "denormal"):
         weights = {k: draw(case, rng, v.shape) if rng.random() < 0.3 else v
                    for k, v in weights.items()}  # fmt: skip
-    arrays = (v if v is None else laid_out(v, case.layout) for v in (x, h0, dy, dh))
+    arrays = (v if v is None else with_layout(v, case.layout) for v in (x, h0, dy, dh))
     return Numbers(*arrays, steps, {k: v.astype(case.dtype) for k, v in weights.items()})
 
 

@@ -113,7 +113,7 @@ def verdict(mistake: Mistake) -> str:
 
 
 def cells(mistake: Mistake, trained: GRU) -> list[str]:
-    """Return what can be measured of a mistake without training."""
+    """Return the cells of a mistake in the table: all that is measured without training."""
     first, cosines = errors(mistake, *demo(mistake.reset_after, 0))
     last, _ = errors(mistake, trained, demo(mistake.reset_after, 0)[1])
     before = [f"{v:.3f}" for v in first] + [f"{v:.2f}" for v in cosines[:2]]

@@ -62,7 +62,7 @@ BY_HAND = [
 
 
 def replacements(node: ast.AST) -> Iterator[ast.AST]:
-    """What can go wrong at one place of a formula."""
+    """Yield wrong nodes in place of one node of a formula."""
     if isinstance(node, ast.BinOp):
         if isinstance(node.op, (ast.Add, ast.Sub)):
             other = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
@@ -98,7 +98,7 @@ def changed(file: str, tree: ast.Module, i: int, wrong: ast.AST, tests: list[str
 
 
 def alternatives(node: ast.AST) -> Iterator[ast.AST]:
-    """What a slip makes of an expression of ordinary code."""
+    """Yield wrong nodes in place of one expression of ordinary code."""
     yield from replacements(node)
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARED:
         yield ast.Compare(node.left, [COMPARED[type(node.ops[0])]()], node.comparators)

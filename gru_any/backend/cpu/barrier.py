@@ -19,14 +19,14 @@ from ...typing import HostArray
 Lowering: TypeAlias = tuple[Any, Callable[..., ir.Value]]  # Numba's signature and what emits code
 
 LINE = 8  # elements of int64 in a cache line
-SPINS = 50_000  # some 50 us; to yield gives a busy neighbour milliseconds
+SPINS = 50_000  # some 50 us; yielding gives a busy neighbour milliseconds
 YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
 
 def intrinsic(function: Callable[..., Lowering | None]) -> Callable[..., Any]:
-    """Return what compiled code calls, without the first argument of the function given.
+    """Typed `numba.extending.intrinsic`: compiled code calls the result without `typing`.
 
-    That returns None where it does not take arguments of these types.
+    `function` returns None where it does not take arguments of these types.
     """
     found: Callable[..., Any] = extending.intrinsic(function)
     return found
@@ -69,7 +69,7 @@ def fetch_add(typing: object, array: types.Array, i: types.Type, value: types.Ty
 def compare_and_swap(
     typing: object, array: types.Array, i: types.Type, old: types.Type, new: types.Type
 ) -> Lowering:
-    """Set array[i] = new if it is old; tell whether it was."""
+    """Set array[i] = new if it equals old; return whether it did."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
         place = _pointer(context, builder, array, args)
@@ -112,7 +112,7 @@ def wait_for(sync: HostArray, i: int, least: int) -> None:
 
 @njit(nogil=True)
 def count_members(sync: HostArray, most: int, polls: int) -> int:
-    """Return how many members have joined, the caller included, after at most so many polls."""
+    """Return how many members have joined, the caller included, after at most `polls` polls."""
     there = 1
     for _ in range(polls):
         while there < most and load_acquire(sync, LINE * (there + 1)):
@@ -124,10 +124,10 @@ def count_members(sync: HostArray, most: int, polls: int) -> int:
 
 @njit(nogil=True)
 def join_team(sync: HostArray, me: int) -> tuple[int, int]:
-    """Join; return the number of the member and the size of the team, once it is known.
+    """Join the team; return the member's number and the size of the team, once it is known.
 
-    Who made the team is number 0. The others are numbered as they come; `me` is then any other. A
-    team that was given up has the size 1.
+    me: 0 for the thread that made the team, which is number 0. The others are numbered as they
+    come. A team that was given up has the size 1.
     """
     if len(sync) == 0:
         return 0, 1
@@ -151,6 +151,6 @@ def barrier_wait(sync: HostArray, me: int, team: int, number: int) -> int:
 
 @njit(nogil=True)
 def share_of(H: int, unit: int, me: int, team: int) -> tuple[int, int]:
-    """Return the first and last unit of one member, in whole pieces of `unit`."""
+    """Return the range of units of one member, first and past the last, in multiples of `unit`."""
     pieces = -(-H // unit)
     return unit * (me * pieces // team), min(H, unit * ((me + 1) * pieces // team))

@@ -17,7 +17,7 @@ from ...typing import DType, HostArray, Shape
 from ..alignment import aligned
 from . import tuning
 
-LARGE = 1 << 17  # bytes from which on the address of a result matters
+LARGE = 1 << 17  # bytes, from which on results are aligned
 
 _owners: dict[int, deque[HostArray]] = {}  # by their size
 
@@ -32,14 +32,14 @@ def empty(shape: Shape, dtype: DType) -> HostArray:
 
 
 def result(shape: Shape, dtype: DType) -> HostArray:
-    """Return an uninitialised array for a user, which JAX can take as it is where it is large."""
+    """Return an uninitialised array for a user; a large one is aligned, as JAX wants it."""
     if math.prod(shape) * dtype.itemsize < LARGE:
         return np.empty(shape, dtype)
     return aligned(shape, dtype)
 
 
 class Scratch(threading.local):
-    """Uninitialised arrays, which each thread keeps for its next call if they are small."""
+    """Uninitialised arrays that each thread reuses in its next call, if they are small."""
 
     held: tuple[tuple[int, ...], list[HostArray]] = (), []
 
@@ -47,7 +47,7 @@ class Scratch(threading.local):
         self.make = make
 
     def arrays(self, *sizes: int) -> list[HostArray]:
-        """Return what `make` makes for these sizes, perhaps before."""
+        """Return arrays made by `make` for these sizes, those of the last call if they fit."""
         kept, arrays = self.held
         if kept != sizes:
             arrays = self.make(*sizes)

@@ -1,8 +1,8 @@
-"""The folder of compiled code. What lies there is executed, so none but its owner may write there.
+"""The folder of compiled code, which is executed: so nobody but its owner may write there.
 
-Numba finds machine code by the path of the source, and loads it by pickle. So before anything is
-taken from the folder, it must belong to this user or to root, no other may be able to write there,
-and source must be what would be written now.
+Numba finds machine code by the path of the source, and loads it by pickle. So nothing is read from
+the folder unless it belongs to this user or to root, others cannot write there, and the source in
+it is what would be written now.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...files import write_atomically
 
-POSIX = os.name == "posix"  # elsewhere a profile's folder is its user's own
+POSIX = os.name == "posix"  # on Windows a user's profile is private
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -22,13 +22,13 @@ class UntrustedError(OSError):
 
 
 @cache
-def told(why: str) -> None:
-    """Warn once that the folder is not used."""
+def warn_once(why: str) -> None:
+    """Warn, once per reason, that the folder is not used."""
     warnings.warn(f"{why}: code is compiled in memory, anew in each process", RuntimeWarning, 4)
 
 
 def chosen() -> Path:
-    """Return the folder that GRU_ANY_CACHE names, or else the usual one."""
+    """Return the folder that GRU_ANY_CACHE names, else the default one."""
     named = os.environ.get("GRU_ANY_CACHE")
     return Path(named) if named else _usual()
 
@@ -90,9 +90,9 @@ def discard(folder: Path, name: str) -> None:
 
 
 def store(folder: Path, name: str, source: str) -> bool:
-    """Write the source of an entry where there is none or another -> whether that was needed.
+    """Write the source of an entry, unless it is there already; return whether it was written.
 
-    Machine code is removed where it is of another source, or may be of another user.
+    Machine code is removed if it is of another source, or may be of another user.
     """
     path, content = folder / f"{name}.py", source.encode()
     found = path.read_bytes() if path.is_file() and not path.is_symlink() else None

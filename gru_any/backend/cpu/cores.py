@@ -1,7 +1,7 @@
-"""How many processors this process may use, and whether others hold them.
+"""How many processors this process may use, and whether other processes keep them busy.
 
-A team of threads is as slow as its slowest member. Where another process holds the processor of a
-member, all others wait for it, for some milliseconds at each barrier.
+A team of threads is as slow as its slowest member. If another process runs on a member's processor,
+all others wait for that member, for some milliseconds at each barrier.
 """
 
 import math
@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 FRESH = 0.1  # seconds for which an answer of the system is kept; reading it takes 0.1 ms
-PAUSE = 10  # times what was lost, for which threads are not shared
+PAUSE = 10  # times the time lost, for which calls run on one thread
 LONGEST_PAUSE = 1.0  # seconds
 
 
 class _Answer(threading.local):
-    """What the system said last; each thread has an affinity of its own."""
+    """The system's last answer, one for each thread, since threads have their own affinity."""
 
     until, cores = 0.0, 1
 
@@ -60,7 +60,7 @@ def quota(root: Path = Path("/")) -> float:
 def _quotas(
     root: Path, mounts: tuple[str, ...], group: str, read: Callable[[Path], float]
 ) -> Iterator[float]:
-    """The quotas of a control group and of all that hold it, as far as they are seen here."""
+    """Yield the quotas of a control group and of its parents, as far as they are visible."""
     inside = PurePosixPath(group.lstrip("/"))
     for mount in mounts:
         for folder in (inside, *inside.parents):
@@ -79,22 +79,22 @@ def _version_1(folder: Path) -> float:
 
 
 class Crowd:
-    """Decides when work is not shared, because others hold the processors.
+    """Decides when calls run on one thread, because other processes keep the processors busy.
 
-    A call that lost time is followed by a pause of ten times that, and by one twice as long where
-    the next call loses time too. So what others cost is bounded, and threads come back when they
-    have gone.
+    A shared call that lost time is followed by a pause of ten times that, and by one twice as long
+    if the next shared call loses time too. So the loss is bounded, and calls use threads again when
+    the processors are free.
     """
 
     def __init__(self) -> None:
         self._until = self._pause = 0.0
 
     def present(self) -> bool:
-        """Decide whether to use one thread for now."""
+        """Return whether calls should run on one thread now."""
         return time.monotonic() < self._until
 
     def note(self, lost: float) -> None:
-        """Take note of the most seconds that a thread of a shared call lost."""
+        """Note the most seconds that a thread of a shared call lost."""
         if lost:
             self._pause = min(LONGEST_PAUSE, max(PAUSE * lost, 2 * self._pause))
             self._until = time.monotonic() + self._pause

@@ -1,4 +1,4 @@
-"""Numba's runner, which leaves to NumPy's what Numba turns out not to compile here."""
+"""Numba's runner, which falls back to NumPy's where Numba fails to compile."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from .packed import PackedMatrix
 
 
 class Numba(numba.Numba):
-    """Runs blocks of steps with compiled loops where they compile, else as NumPy does."""
+    """Runs blocks of steps with compiled loops, or as the NumPy runner if these do not compile."""
 
     def multiply(self, left: Any, right: Any, out: Any) -> None:
         try:
@@ -94,7 +94,7 @@ class Numba(numba.Numba):
 def _guarded(
     prepare: Callable[..., Any], instead: Callable[..., Any], run: Numba, arguments: Any
 ) -> Any:
-    """Return the function of two arrays that a method prepares, or else another one."""
+    """Return the function of two arrays that `prepare` makes, and that of `instead` if it fails."""
     general = instead(run, *arguments)
     try:
         fast = prepare(*arguments)

@@ -99,7 +99,7 @@ class Operands(NamedTuple):
 
 
 def scale_rows(stored: str) -> int:
-    """Return how many rows of a panel stand before its weights."""
+    """Return how many rows of a panel, the scales, stand before its weights."""
     return SCALE_ROWS if stored == "int8" else 0
 
 
@@ -126,7 +126,7 @@ class Emitter:
         self.group = GROUP.get(self.stored, 1)
 
     def address(self, start: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
-        """Return a pointer to a value of this type, so many elements after an address."""
+        """Return a pointer to a value of this type, `offset` elements after an address."""
         b = self.builder
         return b.inttoptr(b.add(start, b.mul(offset, INDEX(self.size))), kind.as_pointer())
 
@@ -312,7 +312,7 @@ class Columns(NamedTuple):
 def columns_of(
     emit: Emitter, of: Operands, p: ir.Value, panels: int, gates: int, units: ir.Value | None
 ) -> Columns:
-    """Return where the columns of some panels from p on stand; units: that are left, to mask."""
+    """Return where the columns of some panels from p on are; units: how many are left, to mask."""
     add, mul, V = emit.builder.add, emit.builder.mul, VECTORS[gates]
     found, width = Columns([], [], []), V * emit.lanes
     for q in range(panels):
@@ -352,7 +352,7 @@ def _next_panel(
 
 
 def tiles(rows: int, panels: int, gates: int, stored: str) -> Function:
-    """Return a function that fills rows of y by tiles of one shape, and gives the first row left.
+    """Return a function that fills rows of y with equal tiles, and returns the first row left.
 
     At the right edge the tiles are one panel wide, since a mask costs time.
     """
@@ -503,7 +503,7 @@ def pack_rows(
     start: int,
     stop: int,
 ) -> None:
-    """Pack x, stored by columns, so that tiles read it from one end to the other: MR rows by k."""
+    """Pack x, stored by columns, MR rows at a time, in the order in which tiles read it."""
     for k in range(start, stop):
         for i in range(0, rows, MR):
             copy_vector(bits, MR, x, i + k * x_column, room, i * deep + (k - start) * MR)
@@ -513,7 +513,7 @@ def pack_rows(
 def transpose_square(
     typing: object, bits: Type, source: Type, apart: Type, target: Type, width: Type
 ) -> Lowering | None:
-    """Copy the transpose of a square, as many elements each way as a vector has.
+    """Transpose a square of as many rows and columns as a vector has lanes.
 
     Its rows are `apart` elements apart at the source, and `width` at the target.
     """
@@ -545,7 +545,7 @@ def transpose_square(
 
 @njit(nogil=True, error_model="numpy")
 def pack(bits: int, M: HostArray, P: HostArray, gates: int, low: int, high: int) -> None:
-    """Pack M^T (N, K) into some of the panels, with zeros beside the last units."""
+    """Pack M^T, given M (N, K), into panels low to high, padding the last units with zeros."""
     (_, K, width), H, square, size = P.shape, len(M) // gates, VECTOR_BYTES * 8 // bits, bits // 8
     units, down, across = width // gates, M.strides[0] // size, M.strides[1] // size
     source, target = intp(M.ctypes.data), intp(P.ctypes.data)
@@ -576,6 +576,6 @@ def pack(bits: int, M: HostArray, P: HostArray, gates: int, low: int, high: int)
 
 @njit(nogil=True, error_model="numpy")
 def pack_units(bits: int, M: HostArray, P: HostArray, gates: int, left: int, right: int) -> None:
-    """Pack M^T into those panels that hold some of the units from left to right."""
+    """Pack M^T into the panels of the units from left to right."""
     units = P.shape[2] // gates
     pack(bits, M, P, gates, left // units, -(-right // units))

@@ -1,17 +1,17 @@
-"""Compiled work handed to other threads without the interpreter, within about a microsecond.
+"""Hand compiled work to other threads without the interpreter, within about a microsecond.
 
-A worker is a thread that runs `serve`, and looks into its box for work. Whoever has work (`share`)
-writes it into the boxes of some workers, does a part of it, and then whatever no worker has begun.
-So nothing waits for a worker that is late, asleep, or kept off its processor.
+A worker is a thread that runs `serve`, and polls its box for jobs. The caller of `share` writes
+jobs into the boxes of some workers, does its own part, and then every job that no worker has begun.
+So it never waits for a worker that is late, asleep, or kept off its processor.
 
-A box is a row of int64, in lines of the cache of their own for those who write:
+A box is a row of int64. Fields with different writers are in different cache lines:
 
-    TICKET   number of the latest job; what belongs to it stands behind it (`ENTRY` ... `ME`)
-    REGION   0, or the address of OpenMP's function that starts a parallel region: no thread looks
-             into the box before that
-    CLAIMED  number of the latest job that was begun, by the worker or by its giver
-    DONE     number of the latest job that the worker has ended; `LOST`: see `lost`
-    AWAKE    1 while the worker looks into the box
+    TICKET   number of the latest job, whose fields follow (`ENTRY` ... `ME`)
+    REGION   0, or the address of OpenMP's function that starts a parallel region, before which no
+             thread polls the box
+    CLAIMED  number of the latest job that was begun, by the worker or by the caller
+    DONE     number of the latest job that the worker has finished; `LOST`: see `lost`
+    AWAKE    1 while the worker polls the box
 
 A job is a call function(first, last, me, *arguments) of a compiled function: `ENTRY` is the address
 of code that takes the address of the tuple of arguments (`BLOCK`) and the three numbers.
@@ -47,9 +47,9 @@ TICKET, ENTRY, BLOCK, FIRST, LAST, ME, REGION = range(7)
 CLAIMED, DONE, LOST = range(LINE, LINE + 3)
 AWAKE = 2 * LINE
 WORDS = 3 * LINE  # of a box
-LOOKS = 16  # into the box between two yields
+LOOKS = 16  # polls of the box between two yields
 WALL, OWN = 1, 3  # clocks as Linux numbers them: of the system, of the calling thread
-USUAL = 200_000  # nanoseconds of a job that the system itself may take
+USUAL = 200_000  # nanoseconds of a job that the system itself may use
 INDEX, INDEX32 = ir.IntType(64), ir.IntType(32)
 ENTRY_TYPE = ir.FunctionType(ir.VoidType(), [INDEX] * 4)
 # what a region calls, with its argument, in how many threads (0: the usual number), and flags
@@ -58,9 +58,9 @@ REGION_TYPE = ir.FunctionType(ir.VoidType(), [INDEX, INDEX, INDEX32, INDEX32])
 
 
 def entry_of(function: Any, kind: ir.FunctionType = ENTRY_TYPE) -> Callable[..., Any]:
-    """Return an intrinsic: the addresses of code that calls a function, and of its arguments.
+    """Return an intrinsic that gives the addresses of code that calls a function, and of arguments.
 
-    It takes the tuple of the arguments. These are there until its caller returns.
+    It takes the tuple of the arguments, which stay valid until its caller returns.
     """
     numbers = len(kind.args) - 1  # before the arguments
 
@@ -104,7 +104,7 @@ def enter(typing: object, entry: Type, block: Type, first: Type, last: Type, me:
 
 @intrinsic
 def start_region(typing: object, region: Type, entry: Type, block: Type) -> Lowering:
-    """Have the threads of a parallel region of OpenMP make the call, the caller among them."""
+    """Make the call on all threads of a parallel region of OpenMP, the caller's among them."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
         function = builder.inttoptr(args[0], REGION_TYPE.as_pointer())
@@ -134,7 +134,7 @@ def clock(typing: object, of: Type) -> Lowering:
 
 @intrinsic
 def processor(typing: object) -> Lowering:
-    """Return the number of the processor that this runs on; -1 where the system does not tell."""
+    """Return the number of the present processor; -1 where the system does not tell."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: object, args: list[ir.Value]) -> ir.Value:
         if sys.platform != "linux":
@@ -148,9 +148,9 @@ def processor(typing: object) -> Lowering:
 
 @njit(nogil=True)
 def lost(wall: int, own: int) -> int:
-    """Return the nanoseconds for which others held the processor, if they are more than is usual.
+    """Return the nanoseconds that a job waited for its processor; 0 if no more than is usual.
 
-    wall, own: the clocks when it began.
+    wall, own: both clocks when the job began.
     """
     passed = clock(WALL) - wall
     waited = passed - (clock(OWN) - own)
@@ -159,7 +159,7 @@ def lost(wall: int, own: int) -> int:
 
 @njit(nogil=True)
 def work(box: HostArray) -> bool:
-    """Do what was put into a box, if nobody has begun it; return whether there was something."""
+    """Run the job in a box, unless it was begun already; return whether it ran."""
     ticket = load_acquire(box, TICKET)
     if load_acquire(box, CLAIMED) == ticket or not compare_and_swap(
         box, CLAIMED, ticket - 1, ticket
@@ -174,7 +174,7 @@ def work(box: HostArray) -> bool:
 
 @njit(nogil=True)
 def serve(box: HostArray, yields: int) -> None:
-    """Do what is put into a box, until nothing has come for so many yields of the processor."""
+    """Run the jobs that come into a box, until none has come for `yields` yields."""
     store_release(box, AWAKE, 1)
     idle = 0
     while idle < yields * LOOKS:
@@ -197,7 +197,7 @@ def lead(
     entry: int,
     block: int,
 ) -> int:
-    """Do the caller's part of a call, then what nobody has begun; return what `share` does."""
+    """Do the caller's part, then every job not begun; return the most nanoseconds lost."""
     team, wall, own = len(sync) > 0, clock(WALL), clock(OWN)
     if team:
         store_release(sync, 0, count_members(sync, len(hired) + 1, polls))
@@ -228,7 +228,10 @@ def member(
     block: int,
     found: HostArray,
 ) -> None:
-    """Do the part of a thread of a region: the first to come leads. found: (come, lost)."""
+    """Do one thread's part in a parallel region, where the first thread leads.
+
+    found: the number of threads so far, and the most nanoseconds lost.
+    """
     me = fetch_add(found, 0, 1)
     if me == 0:
         found[1] = lead(boxes, hired, edges, sync, polls, entry, block)
@@ -249,14 +252,14 @@ def share(
     entry: int,
     block: int,
 ) -> tuple[int, int]:
-    """Make a call for all rows, the hired workers taking their part.
+    """Run a call for all rows, shared by the caller and the hired workers.
 
-    boxes: of all workers; hired: the numbers of those who may take part. edges: the first rows of
-    the parts, and the one after the last, for one more than are hired. Or, with `sync`, a team:
-    each part is all rows, and `sync` is as of `barrier.py`. polls: how often to look for those who
-    join a team; others are left out. entry, block: of the call; see `entry_of`.
+    boxes: of all workers; hired: the numbers of those who may take part. edges: the first row of
+    each part, the caller's first, and the row after the last. With `sync` (see `barrier.py`) they
+    are a team instead, and each part is all rows. polls: how often to look who has joined a team;
+    others are left out. entry, block: of the call; see `entry_of`.
 
-    Returns the most nanoseconds that a thread lost to others, and the processor of the caller.
+    Returns the most nanoseconds that a thread lost to other processes, and the caller's processor.
     """
     team = len(sync) > 0
     for i in range(len(hired)):

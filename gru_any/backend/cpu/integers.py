@@ -48,7 +48,7 @@ SUPPORTED = bool(llvmlite.binding.get_host_cpu_features().get(NEEDED))  # whethe
 LEVELS = 32767
 DEPTH = 512  # of the products of q and w: their sums are below 2^31
 PANELS = 2  # of a tile
-# bits of the float32 between which the largest entry of x must be, lest s and s c overflow
+# bits of the bounds of the largest |x|, outside of which s or s c would over- or underflow
 SMALLEST, LARGEST = (int(np.float32(v).view(np.int32)) for v in (1e-30, 1e6))
 
 
@@ -80,7 +80,7 @@ def tile(panels: int, gates: int) -> Function:
             totals = [cgutils.alloca_once_value(b, zeros) for _ in columns.of_y]
 
             def weights(first: ir.Value, k: ir.Value, c: ir.Constant, rows: int) -> ir.Value:
-                """Widen those of two rows, or of one beside what is multiplied by zero."""
+                """Widen the weights of two rows, or of one, whose partner is multiplied by 0."""
                 place = add(mul(add(first, k), row), mul(c, INDEX(rows)))
                 if rows * c.constant % LINE_BYTES == 0:
                     emit.prefetch(of.panels, add(place, INDEX(AHEAD_BYTES)))

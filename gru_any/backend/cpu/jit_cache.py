@@ -1,4 +1,4 @@
-"""Written source as a module for Numba, which keeps machine code only of source in a file."""
+"""Generated source as modules, in files, since Numba caches the machine code of files alone."""
 
 import ast
 import hashlib
@@ -15,9 +15,9 @@ from threading import get_ident
 from types import ModuleType
 from typing import Any
 
-from .code_folder import UntrustedError, chosen, discard, prepare, store, told
+from .code_folder import UntrustedError, chosen, discard, prepare, store, warn_once
 
-LIKELY = ("builtins", "llvmlite", "numba", "pickle", "_pickle", "gru_any")  # of its errors
+LIKELY = ("builtins", "llvmlite", "numba", "pickle", "_pickle", "gru_any")  # modules of its errors
 _failures: list[str] = []  # why Numba is no longer used
 
 
@@ -31,7 +31,7 @@ def problem() -> str:
 
 
 def give_up(error: Exception) -> None:
-    """Use Numba no more in this process, and say so once."""
+    """Stop using Numba in this process, with one warning."""
     if not _failures:
         _failures.append(f"Numba cannot compile here ({_shown(error.__cause__ or error)})")
         warnings.warn(
@@ -40,10 +40,10 @@ def give_up(error: Exception) -> None:
 
 
 def rescued(error: Exception, again: Callable[[], Any], instead: Callable[[], Any]) -> Any:
-    """Return what can be had after an error: instead(), if Numba may have raised it.
+    """Recover from an error: return instead(), and give Numba up, if it may have raised the error.
 
-    Numba is then not asked again. An error of the cache folder is tried again first, without what
-    lies there: what was compiled is in memory then, or is compiled anew.
+    After an error of the cache folder the machine code there is removed, and again() is tried
+    first. Any other error is raised.
     """
     if (foreign := hidden(error)) is not None:
         raise foreign
@@ -61,20 +61,20 @@ def rescued(error: Exception, again: Callable[[], Any], instead: Callable[[], An
 
 
 def may_be_cached(error: Exception) -> bool:
-    """Whether the cache folder may be to blame: it has gone, or what it holds is damaged."""
+    """Whether an error may come from the cache folder, which was removed or is damaged."""
     root = type(error).__module__.partition(".")[0]
     damaged = root in ("pickle", "_pickle") or isinstance(error, (EOFError, ValueError, KeyError))
     return damaged or (isinstance(error, OSError) and error.errno is not None)
 
 
 def may_be_numbas(error: Exception) -> bool:
-    """Whether Numba may have raised it, and not, say, a signal handler of the caller."""
+    """Whether Numba may have raised an error, and not, say, a signal handler of the caller."""
     root = type(error).__module__.partition(".")[0]
     return root in LIKELY and not isinstance(error, (MemoryError, TimeoutError))
 
 
 def hidden(error: BaseException) -> BaseException | None:
-    """Return the error of a signal handler that was raised inside of Numba, which hides it."""
+    """Return the error of a signal handler that Numba wraps in one of its own; None without one."""
     while isinstance(error, SystemError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, Exception) and (may_be_numbas(error) or may_be_cached(error)):
@@ -84,7 +84,7 @@ def hidden(error: BaseException) -> BaseException | None:
 
 @cache
 def trial() -> str:
-    """Compile a function of one line: "" where that succeeds, else what went wrong."""
+    """Compile a function of one line; return "" if that succeeds, else what went wrong."""
     try:
         import numba
 
@@ -130,11 +130,11 @@ def compiled(source: str) -> Any:
     if _failures:
         raise CompileError(_failures[0])
     name = f"gru_any_{_key(source)}"
-    for _ in range(2):  # with what is cached, and then without
+    for _ in range(2):  # with the cached machine code, then without
         try:
             return _from_file(name, source)
         except UntrustedError as e:
-            told(str(e))
+            warn_once(str(e))
             break
         except OSError:  # no space, nothing may be written there
             break
@@ -152,16 +152,16 @@ def compiled(source: str) -> Any:
 
 
 def _key(source: str) -> str:
-    """Return a name for what the source and all that it imports compile to on this machine."""
+    """Return a digest of the source, of what it imports, of Numba's version and the machine."""
     import numba
 
     imported = [_content(name) for name in imports_of(source)]
-    told = f"{source}{numba.__version__}{platform.processor()}{platform.machine()}"
-    return hashlib.sha256(b"".join([told.encode(), *imported])).hexdigest()[:16]
+    warn_once = f"{source}{numba.__version__}{platform.processor()}{platform.machine()}"
+    return hashlib.sha256(b"".join([warn_once.encode(), *imported])).hexdigest()[:16]
 
 
 def imports_of(source: str) -> list[str]:
-    """Return the modules of this folder that a source imports; it names all that these import."""
+    """Return the modules of this package that a source imports; it lists indirect imports too."""
     found = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.module == __package__:
@@ -173,33 +173,33 @@ def imports_of(source: str) -> list[str]:
 
 @cache
 def _content(name: str) -> bytes:
-    """Read what there is of a module: a file, one in a zip, or byte code alone."""
+    """Read a module's file, which may be in a zip, or byte code alone."""
     spec = find_spec(name)
     content: bytes = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]
     return content
 
 
 def _from_file(name: str, source: str) -> Any:
-    """Run source that is checked, not what Python compiled of it before."""
+    """Run the source itself, and not Python's cached byte code, which is not checked."""
     folder, text = chosen(), f'"""Written by gru_any; safe to delete."""\nCACHE = True\n{source}'
     prepare(folder)
     if store(folder, name, text):
         print("gru_any: compiling (once for each kind of GRU)", file=sys.stderr)
-    module = sys.modules[name] = ModuleType(name)  # Numba looks it up
+    module = sys.modules[name] = ModuleType(name)  # where Numba looks for it
     module.__file__ = str(folder / f"{name}.py")
     exec(compile(text, module.__file__, "exec"), vars(module))
     return module
 
 
 def discard_machine_code(name: str = "*") -> None:
-    """Remove what is compiled of a source, or of all, where that can be done."""
+    """Remove the machine code of one source, or of all, if the folder allows it."""
     with suppress(OSError, RuntimeError):  # as where there is no home
         discard(chosen(), name if name != "*" else "gru_any_*")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file of this thread's own, which takes the place of another once it is written."""
+    """Give a temporary path of this thread, which replaces `path` at the end."""
     part = path.with_suffix(f".{os.getpid()}.{get_ident()}.part")
     yield part
     os.replace(part, path)

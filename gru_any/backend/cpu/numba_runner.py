@@ -1,8 +1,8 @@
-"""How Numba runs a block of steps: the traced equations, as one compiled walk over all steps.
+"""How Numba runs a block of steps: the traced equations, as one compiled scan over all steps.
 
-Rows of a batch do not need each other, so they are split over threads, which never wait for one
-another. Where there are few rows and many units, the units are split, and the threads wait for each
-other at each product. All products are our own: BLAS keeps its threads busy for a while after each.
+Rows of a batch are independent, so they are split over threads, which never wait for one another.
+Where there are few rows and many units, the units are split, and the threads meet at a barrier
+before each product. All products are our own: BLAS keeps its threads spinning after each.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Numba(NumPy):
         return W, U
 
     def affine(self, x: Any, W: Any, b: Any) -> Any:
-        """Return an `Input`, which the walk computes."""
+        """Return an `Input`: the scan computes the product."""
         return Input(x, W, b)
 
     def multiply(self, left: Any, right: Any, out: Any) -> None:
@@ -63,7 +63,7 @@ class Numba(NumPy):
         stored = cache(lambda: scan.stored_step(W.matrix, b, U.matrix, vectors))
 
         def one(x: Any, h: Any) -> Any:
-            panels = tuning.frozen_packed(len(x), elements, not wide())
+            panels = tuning.frozen_packed(len(x), elements, not has_512_bits())
             return (packed if panels else stored)()(x, h)
 
         return one
@@ -81,7 +81,7 @@ class Numba(NumPy):
 
         def block(x: Any, h: Any) -> tuple[Any, Any]:
             K, B, _ = x.shape
-            panels = tuning.frozen_packed(K * B, elements, K == 1 and not wide())
+            panels = tuning.frozen_packed(K * B, elements, K == 1 and not has_512_bits())
             return (packed if panels else stored)(x, h)
 
         return block
@@ -170,7 +170,7 @@ class Numba(NumPy):
 
 
 @cache
-def wide() -> bool:
+def has_512_bits() -> bool:
     """Return whether vectors have 512 bits."""
     from .gemm import AVX512  # which needs Numba
 
@@ -178,7 +178,7 @@ def wide() -> bool:
 
 
 def _frozen(M: Any, small: str, parts: Any) -> PackedMatrix:
-    """Return a matrix with its panels; parts: as of `SmallMatrix`."""
+    """Return a matrix packed for good; small and parts: as of `SmallMatrix`."""
     if small:
         return SmallMatrix(M, small, parts)
     packed = PackedMatrix(M)
@@ -188,7 +188,7 @@ def _frozen(M: Any, small: str, parts: Any) -> PackedMatrix:
 
 
 class Input(NamedTuple):
-    """x W^T + b, to be computed: x (K, B, I), W (3H, I), b (3H,) or None."""
+    """The operands of x W^T + b, not computed yet: x (K, B, I), W (3H, I), b (3H,) or None."""
 
     x: Any
     W: Any
@@ -214,7 +214,7 @@ def _backwards(K: int, reverse: bool) -> tuple[Any, Any, Any]:
 
 @lru_cache(maxsize=64)
 def forward_scan(step: Step, vectors: int, keep: bool, dtype: DType, extra: Kinds = ()) -> "Scan":
-    """Return what runs a forward scan of a block."""
+    """Return the compiled forward scan of a step."""
     return Scan(forward_schedule(step, vectors, keep, HOST, extra), dtype.name)
 
 
@@ -222,12 +222,12 @@ def forward_scan(step: Step, vectors: int, keep: bool, dtype: DType, extra: Kind
 def backward_scan(
     step: Step, saved: int, given: bool, taps: bool, dtype: DType, extra: Kinds = ()
 ) -> "Scan":
-    """Return what runs a backward scan of a block."""
+    """Return the compiled backward scan of a step."""
     return Scan(backward_schedule(step, saved, given, taps, HOST, extra), dtype.name)
 
 
 class Scan:
-    """Runs a scan in compiled code; widths: of the residuals or the parts, in columns."""
+    """A scan in compiled code; widths: columns of each residual, or of each gradient."""
 
     def __init__(self, schedule: Schedule, dtype: str) -> None:
         self.schedule, self.source = schedule, NumbaSource(schedule, dtype)
@@ -235,7 +235,7 @@ class Scan:
 
     @cached_property
     def scan(self) -> Callable[..., tuple[int, int]]:
-        """The compiled function, which threads share."""
+        """The compiled scan with packed matrices, for one or several threads."""
         function: Callable[..., tuple[int, int]] = compiled(self.source.scan()).shared
         return function
 
@@ -245,34 +245,34 @@ class Scan:
 
     @cached_property
     def few(self) -> Callable[..., None]:
-        """That for so few rows and steps that the matrices are not worth packing; one thread."""
+        """The compiled scan with matrices as they are stored, for few rows; on one thread."""
         function: Callable[..., None] = self._stored.few
         return function
 
     @cached_property
     def functions(self) -> HostArray:
-        """What multiplies by matrices as they are stored; see `stored.multiply`."""
+        """The addresses of products by matrices as they are stored; see `stored.multiply`."""
         return unpacked.addresses(np.dtype(self.source.dtype))
 
     @cached_property
     def step(self) -> Callable[..., None]:
-        """That for few rows and a single step; see `NumbaSource.step`."""
+        """The compiled single step of few rows; see `NumbaSource.step`."""
         function: Callable[..., None] = compiled(self.source.step()).step
         return function
 
     @cached_property
     def step_of_panels(self) -> Callable[..., None]:
-        """The same with the matrices packed, whatever the rows; see `NumbaSource.packed_step`."""
+        """The compiled single step with packed matrices; see `NumbaSource.packed_step`."""
         function: Callable[..., None] = compiled(self.source.packed_step()).step
         return function
 
     def products(self, H: int) -> list[tuple[slice, Product]]:
-        """Each product, with the rows of U in it."""
+        """Return each product, with the rows of U in it."""
         found = [gemm.product for gemm in self.schedule.gemms]
         return [(slice(op.rows.start * H, op.rows.stop * H), op) for op in found]
 
     def read(self, U: HostArray) -> list[HostArray]:
-        """The matrix by which each product multiplies from the right."""
+        """Return the right operand of each product."""
         pairs = self.products(U.shape[1])
         return [U[rows].T if op.transposed else U[rows] for rows, op in pairs]
 
@@ -284,9 +284,9 @@ class Scan:
         vectors: list[HostArray],
         reverse: bool,
     ) -> OneBlock:
-        """Return what runs blocks of steps by the panels of frozen weights, with few calls.
+        """Return a function that runs blocks with the panels of frozen weights; see `OneBlock`.
 
-        It gives the states and a copy of the last. W (3H, I); U (3H, H); b: (3H,) or None.
+        W: (3H, I); U: (3H, H); b: (3H,) or None.
         """
         H, dtype, parts, panels = U.shape[1], U.dtype, self._parts(U, W), self._panels(U, W)
         sources = [M.source(rows, transposed) for M, rows, transposed, _ in parts]
@@ -304,7 +304,7 @@ class Scan:
         def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             K, B, _ = x.shape
             functions = _kernels(stored, K, B, size)
-            if K == 1 and not tuning.step_shared(B * size, wide(), count):
+            if K == 1 and not tuning.step_shared(B * size, has_512_bits(), count):
                 y, new = np.empty((B, H), dtype), np.empty((B, H), dtype)
                 self.step_of_panels(functions, ascarray(x[0]), ascarray(h), y, new, *given)
                 return y[None], new
@@ -334,7 +334,7 @@ class Scan:
         vectors: list[HostArray],
         reverse: bool,
     ) -> OneBlock:
-        """Return the same for so few rows that the matrices are read as they are stored."""
+        """Return such a function for few rows, which reads the matrices as they are stored."""
         H, dtype, size = U.shape[1], U.dtype, W.size + U.size
         b = np.zeros(3 * H, dtype) if b is None else b
         W, U, b, *vectors = map(ascarray, (W, U, b, *vectors))
@@ -354,9 +354,9 @@ class Scan:
     def stored_step(
         self, W: HostArray, b: HostArray | None, U: HostArray, vectors: list[HostArray]
     ) -> OneStep:
-        """Return the same for matrices that are read as copies of what each product multiplies by.
+        """Return a function that runs one step of few rows, with copies of the products' operands.
 
-        With small sizes a call costs less.
+        A call with small sizes costs less than one of `stored_block`.
         """
         few, functions = self.step, self.functions
         b = np.zeros(len(W), W.dtype) if b is None else b
@@ -376,9 +376,9 @@ class Scan:
         ended: HostArray,
         arrays: list[HostArray],
     ) -> None:
-        """Fill the results by matrices as they are stored, in a team where there is one.
+        """Fill the results, with matrices as they are stored; members: threads of the team.
 
-        arrays: U, then what `few` takes after it, the results at the end.
+        arrays: U, then the further arguments of `few`, the results at the end.
         """
         if members < 2:
             self.few(self.functions, *steps, ended, *arrays)
@@ -391,13 +391,13 @@ class Scan:
     def _parts(
         self, U: PackedMatrix, W: PackedMatrix | None
     ) -> list[tuple[PackedMatrix, slice, bool, int]]:
-        """The matrix of each product with its rows, whether it is transposed, and its gates."""
+        """Return the matrix of each product, its rows, whether it is transposed, and its gates."""
         H = U.shape[1]
         parts = [(U, rows, op.transposed, len(op.outputs)) for rows, op in self.products(H)]
         return parts if W is None else [*parts, (W, slice(0, 3 * H), True, 3)]
 
     def _panels(self, U: PackedMatrix, W: PackedMatrix) -> list[HostArray]:
-        """The panels of each product, then those of W."""
+        """Return the panels of each product, then those of W."""
         parts = self._parts(U, W)
         return [M.panels(rows, transposed, gates) for M, rows, transposed, gates in parts]
 
@@ -409,10 +409,10 @@ class Scan:
         U: PackedMatrix,
         W: PackedMatrix | None = None,
     ) -> None:
-        """Fill the arrays that results go to.
+        """Run the scan, which fills the arrays of results.
 
-        arrays: the state (., B, H), then the others as `NumbaSource.arrays`, and of a forward scan
-        x and the bias; U (3H, H); W (3H, I) of a forward scan.
+        arrays: the state (., B, H), the others in the order of `NumbaSource.arrays`, and for a
+        forward scan x and the bias. U: (3H, H). W: (3H, I), for a forward scan.
         """
         (B, H), K, dtype = arrays[0].shape[1:], len(steps[0]), arrays[0].dtype
         wanted = self._parts(U, W)
@@ -453,5 +453,5 @@ def _after(path: HostArray, reverse: bool) -> tuple[HostArray, HostArray]:
 
 
 def _ended(alive: Any) -> Any:
-    """Which rows have ended at which step, (K, B)."""
+    """Return which rows are skipped at which step, (K, B)."""
     return ~alive.block[:, :, 0]

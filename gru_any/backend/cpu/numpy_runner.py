@@ -50,7 +50,9 @@ class NumPy(Plain):
         (K, B, I), N = x.shape, len(W)
         x = np.ascontiguousarray(x)  # NumPy calls no BLAS where strides are 0 or negative
         a = self._empty((K, B, N), x.dtype)
-        if I == 1 or (b is not None and K * B > I):  # BLAS adds b at less cost, and is slow at 1
+        if I == 1 or (
+            b is not None and K * B > I
+        ):  # BLAS adds b at less cost; it is slow for I = 1
             x, W, b = _wider(x, 1), _wider(W, 0 if b is None else b), None
         np.matmul(W, transposed(x), out=transposed(a))
         if b is not None:
@@ -168,7 +170,7 @@ def _zero(v: Any, alive: Any) -> None:
 
 
 def further(extra: Extra | None, K: int) -> list[Any]:
-    """Return the further arguments of K steps but vectors, each (N, B) for each step."""
+    """Return the further arguments that are no vectors, as sequences of K arrays (N, B)."""
     if extra is None:
         return []
     # transposed in memory, as the loops of a step want it
@@ -177,24 +179,24 @@ def further(extra: Extra | None, K: int) -> list[Any]:
 
 
 def vectors_of(extra: Extra | None) -> list[Any]:
-    """Return those of the further arguments that are vectors."""
+    """Return the further arguments that are vectors."""
     return [] if extra is None else [v for v in extra.arrays if v.ndim == 1]
 
 
 def spread(vectors: Iterable[Any], B: int) -> list[Any]:
-    """(H,) -> (H, B) each, or (H, 1) which is as much."""
+    """Repeat vectors (H,) to (H, B); (H, 1) for one row."""
     return [c[:, None] if B == 1 else c[:, None].repeat(B, axis=1) for c in vectors]
 
 
 class Filled:
-    """An array for a user that is filled block by block, or made of one small block at once."""
+    """An array for a user, filled block by block; one small block becomes the array."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self._shape, self._dtype = shape, dtype
         self._array: HostArray | None = None
 
     def put(self, block: slice, piece: Any, alive: Any = None) -> None:
-        """Write the piece where it belongs, as the array's dtype."""
+        """Store the piece of these steps, cast to the array's dtype."""
         if self._array is None and piece.shape == self._shape and piece.nbytes < LARGE:
             self._array = piece.astype(self._dtype, "C")  # costs less than to fill it
         else:
@@ -203,27 +205,27 @@ class Filled:
             _zero(self.array()[block], alive)
 
     def array(self) -> Any:
-        """The array."""
+        """Return the array."""
         if self._array is None:
             self._array = result(self._shape, self._dtype)
         return self._array
 
 
 def _wider(v: Any, last: Any) -> Any:
-    """(..., N) -> (..., N + 1), a last column beside it."""
+    """Append a column to v (..., N); return (..., N + 1)."""
     wider = empty((*v.shape[:-1], v.shape[-1] + 1), v.dtype)
     wider[..., :-1], wider[..., -1] = v, last
     return wider
 
 
 def columns_of(v: Any, n: int) -> list[Any]:
-    """(K, B, nH) -> n arrays (K, H, B) over the same memory."""
+    """Split v (K, B, nH) into n views (K, H, B)."""
     H = v.shape[-1] // n
     return [transposed(v)[:, i * H : (i + 1) * H] for i in range(n)]
 
 
 def steps_over(arrays: list[Any], alive: Any, backwards: bool) -> Any:
-    """What the walk takes at each step: an entry of each array, and which rows have ended."""
+    """Iterate over the steps: an entry of each array, and the mask of skipped rows, or None."""
     ended = [None if mask is None else ~mask.T for mask in alive or [None] * len(arrays[-1])]
     # a list, since CPython 3.11 loses a tuple where a generator stands behind the star
     return zip(*[v[::-1] if backwards else v for v in (*arrays, ended)], strict=True)

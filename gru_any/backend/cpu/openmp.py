@@ -1,8 +1,8 @@
-"""The threads of OpenMP, lent to our compiled code by a library that has them awake.
+"""Run our compiled code on the OpenMP threads of another library, such as PyTorch.
 
-PyTorch's threads poll for some milliseconds after each of its operations. Threads of ours would get
-the processors only between two such polls. So inside of `lent` work is shared by the same threads:
-a call starts a parallel region of the OpenMP that this process has loaded.
+PyTorch's threads poll for some milliseconds after each of its operations, and threads of ours would
+compete with them for the processors. So inside of the context `lent` our work runs on those
+threads: a call starts a parallel region of the OpenMP that this process has loaded.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ class _Found(NamedTuple):
 
 
 class Lent(threading.local):
-    """A context in which a thread's work is shared by OpenMP's threads, if there are enough."""
+    """A context in which a thread shares its work with OpenMP's threads, if there are enough."""
 
     open = False
     forked = False  # in a child, where OpenMP's threads are missing
@@ -42,7 +42,7 @@ class Lent(threading.local):
 
 
 class Region:
-    """Threads of a parallel region that is yet to start; what calls them is `handoff.share`."""
+    """The threads of a parallel region, which `handoff.share` will start."""
 
     def __init__(self, address: int, most: int) -> None:
         from .handoff import REGION, WORDS
@@ -52,7 +52,7 @@ class Region:
         self.free: deque[int] = deque()
 
     def hire(self, wanted: int, taken: list[int]) -> list[int]:
-        """Return the numbers of those who are called; nobody is taken from anybody."""
+        """Return the numbers of the threads that take part; `taken` stays empty."""
         return list(range(wanted))
 
     def keep_off(self, processor: int) -> None:
@@ -68,7 +68,7 @@ def region(wanted: int) -> Region | None:
 
 @cache
 def _openmp() -> _Found | None:
-    """Return GNU's interface, which Intel's and LLVM's have too; None where none is loaded."""
+    """Return the functions of the loaded OpenMP, by GNU's interface; None where none is loaded."""
     try:
         here = ctypes.CDLL(None)
         address = ctypes.cast(here.GOMP_parallel, ctypes.c_void_p).value

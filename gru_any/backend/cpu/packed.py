@@ -1,4 +1,4 @@
-"""Matrices of weights packed into panels for the compiled products, and a product of such."""
+"""Weight matrices packed into panels for the compiled products, and a product with such panels."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -85,7 +85,7 @@ def _for_gates(kernel: str, fields: Mapping[str, str]) -> str:
 
 
 def _has_single(stored: DType) -> bool:
-    """Whether there are products of a single row in integers."""
+    """Whether panels of this dtype have a product of a single row in integers."""
     from .integers import SUPPORTED
 
     return stored == np.int8 and SUPPORTED
@@ -102,8 +102,8 @@ def _addresses(stored: DType, single: bool) -> list[int]:
 def kernel_addresses(stored: DType, single: bool, single_input: bool) -> HostArray:
     """Return the macro-kernels for 1, 2 and 3 gates, and for the product of x with 3.
 
-    stored: dtype of panels. single, single_input: these products have one row, and may be of
-    integers; see `tuning.integers`.
+    stored: dtype of panels. single, single_input: whether the products with U, and that of x, have
+    one row and may be computed in integers; see `tuning.integers`.
     """
     return np.array([*_addresses(stored, single), _addresses(stored, single_input)[2]])
 
@@ -126,7 +126,7 @@ class PackedMatrix:
 
     @property
     def dtype(self) -> DType:
-        """That of the arithmetic."""
+        """The dtype of the arithmetic."""
         return self.matrix.dtype
 
     @property
@@ -139,11 +139,11 @@ class PackedMatrix:
 
     @property
     def arrays(self) -> list[HostArray]:
-        """The matrix and the copies of it."""
+        """The matrix and its packed copies."""
         return [self.matrix, *self.packed.values()]
 
     def panels(self, rows: slice, transposed: bool, gates: int) -> HostArray:
-        """Return matrix[rows].T or matrix[rows] as panels, for so many gates side by side."""
+        """Return matrix[rows].T or matrix[rows] as panels, with `gates` gates side by side."""
         key = rows.start, rows.stop, transposed, gates
         if key not in self.packed:
             source, P = self.source(rows, transposed), self.empty_panels(rows, transposed, gates)
@@ -153,11 +153,11 @@ class PackedMatrix:
         return self.packed[key]
 
     def source(self, rows: slice, transposed: bool) -> HostArray:
-        """Return the transpose of what the panels hold, from which they are packed."""
+        """Return the array that panels are packed from, the transpose of their content."""
         return self.matrix[rows] if transposed else self.matrix[rows].T
 
     def empty_panels(self, rows: slice, transposed: bool, gates: int) -> HostArray:
-        """Return panels that are yet to be filled, from the start of a line of the cache on."""
+        """Return uninitialised panels, aligned to a cache line."""
         from .gemm import LINE_BYTES, VECTOR_BYTES, VECTORS
 
         K, dtype = self.shape[1], self.matrix.dtype
@@ -186,11 +186,10 @@ def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> No
 
 
 def ascarray(v: HostArray) -> HostArray:
-    """Return an array in the layout that compiled code takes, a copy where v has another.
+    """Return v contiguous, aligned and writable, as compiled code takes it; a copy if need be.
 
-    That is contiguous, aligned and not read-only. To let Numba find out takes 0.2 ms. What is
-    read-only, as JAX's arrays are, is copied where it is small; compiled code writes into nothing
-    that it is given.
+    A large read-only array, such as JAX's, is not copied but passed as writable: compiled code does
+    not write into its inputs. (Numba's own check of an argument takes 0.2 ms.)
     """
     flags = v.flags
     if flags.carray:
@@ -201,17 +200,17 @@ def ascarray(v: HostArray) -> HostArray:
 
 
 def writable(v: HostArray) -> HostArray:
-    """Return an array over the same memory that compiled code takes, and must not write into."""
+    """Return a read-only array as one that NumPy takes for writable; it must not be written to."""
     return np.asarray(_Alias(v))
 
 
 def ascarrays(arrays: Iterable[HostArray]) -> list[HostArray]:
-    """Return several in this layout, which most have."""
+    """Return several arrays as `ascarray` does."""
     return [v if v.flags.carray and type(v) is np.ndarray else ascarray(v) for v in arrays]
 
 
 class _Alias:
-    """The memory of a read-only array, as one that NumPy takes for writable."""
+    """The memory of a read-only array, declared writable by the array interface."""
 
     def __init__(self, v: HostArray) -> None:
         self.owner, interface = v, v.__array_interface__

@@ -10,9 +10,9 @@ from .packed import PackedMatrix
 
 
 class SmallMatrix(PackedMatrix):
-    """A matrix (N, K) of rounded weights, of which nothing is kept but the panels.
+    """A matrix (N, K) of rounded weights, stored as panels alone.
 
-    parts: the rows of each product with a transpose, and its gates, which stand side by side.
+    parts: the rows of each product (with their transpose), and its number of gates.
     """
 
     def __init__(self, matrix: HostArray, small: str, parts: Sequence[tuple[slice, int]]) -> None:
@@ -23,11 +23,11 @@ class SmallMatrix(PackedMatrix):
             if scale is not None:  # in the first rows of each panel
                 head = _arranged(scale[rows, None], gates).view(np.int8)
                 panels = np.concat((head.reshape(len(panels), -1, panels.shape[2]), panels), axis=1)
-            self.packed[rows.start, rows.stop, True, gates] = _from_line(panels)
+            self.packed[rows.start, rows.stop, True, gates] = _aligned(panels)
 
     @property
     def matrix(self) -> HostArray:  # type: ignore[override]
-        """The matrix in float32, made anew at each call."""
+        """The matrix in float32, computed anew at each access."""
         found = np.empty(self.shape, np.float32)
         for (start, stop, _, gates), panels in self.packed.items():
             head = panels.shape[1] - self.shape[1]
@@ -53,7 +53,7 @@ class SmallMatrix(PackedMatrix):
 
 
 def _arranged(v: HostArray, gates: int) -> HostArray:
-    """Copy v (N, K) into panels (P, K, gates * units), with zeros beside the last units."""
+    """Copy v (N, K) into panels (P, K, gates * units), padding the last units with zeros."""
     from .gemm import VECTOR_BYTES, VECTORS
 
     (N, K), units = v.shape, VECTORS[gates] * VECTOR_BYTES // 4  # whose arithmetic is float32
@@ -65,7 +65,7 @@ def _arranged(v: HostArray, gates: int) -> HostArray:
 
 
 def _rearranged(panels: HostArray, N: int, gates: int) -> HostArray:
-    """Return v (N, K) of its panels."""
+    """Return the v (N, K) that `_arranged` copied into panels."""
     panels, (count, K, width) = _grouped(panels, back=True), panels.shape
     by_gate = panels.reshape(count, K, gates, width // gates).transpose(2, 0, 3, 1)
     return by_gate.reshape(gates, -1, K)[:, : N // gates].reshape(N, K)
@@ -83,8 +83,8 @@ def _grouped(panels: HostArray, back: bool = False) -> HostArray:
     return found
 
 
-def _from_line(v: HostArray) -> HostArray:
-    """Copy an array to where a line of the cache starts."""
+def _aligned(v: HostArray) -> HostArray:
+    """Copy an array to memory aligned to a cache line."""
     from .gemm import LINE_BYTES
 
     room = np.empty(v.nbytes + LINE_BYTES, np.uint8)

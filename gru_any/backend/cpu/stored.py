@@ -1,4 +1,4 @@
-"""Matrix products for Numba with a matrix as it is stored, where rows are too few to pack it for.
+"""Matrix products for Numba with unpacked matrices, for so few rows that packing does not pay.
 
     y = x M^T   dots    a tile of y is some rows of x by some rows of M; k runs along the lanes of
                         a vector, which are added at the end
@@ -25,7 +25,7 @@ cgutils: Any = untyped_cgutils
 Function: TypeAlias = Callable[..., Any]  # compiled
 Type: TypeAlias = types.Type  # of a value in compiled code
 DOTS = ((4, 4), (2, 8), (1, 8)) if AVX512 else ((4, 2), (2, 4), (1, 8))  # rows of x, and of M
-BLOCK = 16  # rows of M that all rows of x meet while they are in the cache
+BLOCK = 16  # rows of M that all rows of x are multiplied by while they are in the cache
 STRIPS = ((4, 4), (2, 4), (1, 16)) if AVX512 else ((4, 2), (2, 4), (1, 8))  # rows, and vectors
 FEWER = 4  # vectors where a wider tile finds too few columns
 
@@ -104,7 +104,7 @@ def _sums_of_lanes(emit: Emitter, vectors: list[ir.Value]) -> list[ir.Value]:
 def _pieces(
     emit: Emitter, vectors: list[ir.Value], first: int, count: int
 ) -> list[tuple[int, ir.Value]]:
-    """Cut so many elements, from the first on, out of vectors; each piece with its place."""
+    """Cut `count` elements, from `first` on, out of vectors; return pieces with their offsets."""
     found, n, size = list[tuple[int, ir.Value]](), emit.lanes, min(count, emit.lanes)
     for start in range(first, first + count, size):
         v, lanes = vectors[start // n], [start % n + i for i in range(size)]
@@ -240,7 +240,7 @@ def multiply(
 ) -> None:
     """Fill y with x[:, column : column + K] M or M^T in some rows and columns.
 
-    functions: addresses of those that multiply by M and by its transpose. M and y are contiguous.
+    functions: the addresses of the products by M and by M^T. M and y are contiguous.
     """
     size, K = y.itemsize, M.shape[1 if transposed else 0]
     row, across = x.strides[0] // size, x.strides[1] // size

@@ -1,4 +1,4 @@
-"""Work over a few threads, for compiled code that releases the interpreter lock."""
+"""Share compiled code, which releases the interpreter lock, among a few threads."""
 
 import os
 import sys
@@ -28,13 +28,13 @@ def serve(box, yields):
 """
 NOBODY = np.zeros(0, np.int64)
 NO_BOXES = np.zeros((0, 0), np.int64)
-NO_TEAM = np.zeros(0, np.int64)  # `sync` of a thread that shares its work with no other
+NO_TEAM = np.zeros(0, np.int64)  # `sync` where threads do not form a team
 
 crowd = cores.Crowd()
 
 
 class Hands(NamedTuple):
-    """Who shares a call of compiled code; the first arguments of `handoff.share`."""
+    """The threads that share a call, and how: the first arguments of `handoff.share`."""
 
     boxes: HostArray
     hired: HostArray
@@ -58,19 +58,19 @@ def _asked() -> int:
 
 
 class _Workers:
-    """Threads that look for work for a while after they had some, and then sleep.
+    """Worker threads, which poll for jobs for a while after each one, and then sleep.
 
-    Linux often wakes a thread on the processor of who wakes it, to wait there for that one. So
-    theirs are all but that of who hires them.
+    Linux often wakes a thread on the processor of the thread that wakes it, where it has to wait.
+    So workers may run on all processors but that of their caller.
     """
 
     def __init__(self, most: int) -> None:
         from .handoff import AWAKE, WORDS
 
-        # here, since a fork in the middle of it would leave the child a lock that nobody opens
+        # compiled here, since a fork during it would leave the child with a lock held for ever
         self._serve = compiled(SOURCE).serve
         self.boxes, self._awake = _aligned((most, WORDS)), AWAKE
-        self.free = deque(range(most))  # the others do somebody else's work
+        self.free = deque(range(most))  # the others work for another caller
         self._wake = [threading.Lock() for _ in range(most)]
         for lock in self._wake:
             lock.acquire()
@@ -78,22 +78,22 @@ class _Workers:
         self._away_from = -1
 
     def hire(self, wanted: int, taken: list[int]) -> list[int]:
-        """Call up to so many that are free.
+        """Wake up to `wanted` free workers, and return their numbers.
 
-        taken: the caller's list of those who are no longer `free`. He gives them back, also where
-        a signal ends this in the middle.
+        taken: a list of the caller, to which the workers are moved from `free`. The caller moves
+        them back, even if a signal interrupts this method.
         """
-        with suppress(IndexError):  # no more; without steps of Python, between which signals come
+        with suppress(IndexError):  # no more; in one call, so that no signal comes in between
             taken.extend(islice(iter(self.free.pop, None), wanted))
         hired = list(takewhile(self._is_there, taken))
         for worker in hired:
             if not self.boxes[worker, self._awake]:
-                with suppress(RuntimeError):  # it is on its way
+                with suppress(RuntimeError):  # it is waking up already
                     self._wake[worker].release()
         return hired
 
     def keep_off(self, processor: int) -> None:
-        """Have all run on other processors than this."""
+        """Let all workers run on other processors than this one."""
         if processor == self._away_from:
             return
         self._away_from = processor
@@ -104,7 +104,7 @@ class _Workers:
                     os.sched_setaffinity(thread.native_id or 0, others)
 
     def _is_there(self, worker: int) -> bool:
-        """Start its thread if it has none; return False where it cannot be had."""
+        """Start a worker's thread if it has none; return False if that fails."""
         if worker not in self._started:
             thread = threading.Thread(
                 target=self._work, args=(worker,), name="gru_any", daemon=True
@@ -120,14 +120,14 @@ class _Workers:
 
     def _work(self, worker: int) -> None:
         here = threading.current_thread()
-        # two would do the same work, where a signal came between the start and its note
+        # a second thread, started because a signal came before the first was noted, ends here
         while self._started.setdefault(worker, here) is here:
             self._wake[worker].acquire()
             self._serve(self.boxes[worker], tuning.current.idle_yields)
 
 
 def _aligned(shape: tuple[int, int]) -> HostArray:
-    """Return zeros of int64 from the start of a line of the cache on."""
+    """Return zeros of int64, aligned to a cache line."""
     room = np.zeros(shape[0] * shape[1] + 8, np.int64)
     start = -room.ctypes.data % 64 // 8
     return room[start : start + shape[0] * shape[1]].reshape(shape)
@@ -150,12 +150,12 @@ if hasattr(os, "register_at_fork"):
 
 @lru_cache(maxsize=64)
 def alone(rows: int) -> Hands:
-    """Nobody but the caller, who takes all rows."""
+    """Return the hands of a call that its caller runs alone, on all rows."""
     return Hands(NO_BOXES, NOBODY, np.array((0, rows)), NO_TEAM, 0)
 
 
 def parallel_for(call: Call, rows: int, work: int) -> None:
-    """Have a call share its rows with other threads; work: in multiply-adds."""
+    """Run a call with its rows split over threads; work: in multiply-adds."""
     pieces = tuning.pieces(rows, work, count())
     if pieces < 2 or crowd.present():
         call(alone(rows))
@@ -172,10 +172,10 @@ def parallel_for(call: Call, rows: int, work: int) -> None:
 
 
 def run_team(call: Call, rows: int, most: int) -> None:
-    """Have a call share each step of all rows with a team, whose members wait for one another.
+    """Run a call by a team of threads, which share the units of each step and meet at barriers.
 
-    Those that are not there in time are left out, and all others where other processes hold the
-    processors.
+    Threads that do not join in time are left out; while other processes keep the processors busy,
+    the caller runs alone.
     """
     if crowd.present():
         call(alone(rows))
@@ -195,9 +195,9 @@ def _line() -> int:
 
 
 def _shared(call: Call, wanted: int, split: Callable[[int], tuple[list[int], HostArray]]) -> None:
-    """Make a call with helpers, and take note of what threads lost to others.
+    """Run a call with helpers, and note the time that threads lost to other processes.
 
-    split: given how many helpers there are, returns `edges` and `sync`.
+    split: returns `edges` and `sync` for a number of helpers.
     """
     workers = openmp.region(wanted) or _workers()
     taken: list[int] = []
@@ -207,6 +207,6 @@ def _shared(call: Call, wanted: int, split: Callable[[int], tuple[list[int], Hos
         numbers = np.array(hired, np.int64), np.array(edges), sync, tuning.current.wake_polls
         lost, processor = call(Hands(workers.boxes, *numbers))
     finally:
-        workers.free.extend(taken)  # no function of Python, at whose start a signal may come
+        workers.free.extend(taken)  # a single C call, which no signal interrupts
     crowd.note(lost * 1e-9)
     workers.keep_off(processor)

@@ -1,4 +1,4 @@
-"""Which way of running is taken for which sizes on the CPU: the numbers, and the decisions.
+"""Thresholds on the CPU, and the functions that decide by them how a size runs.
 
 Each value says its unit, what it decides, and where it comes from:
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Tuning(NamedTuple):
-    """The values. Work is in multiply-adds; rows are rows of a product: steps times batch."""
+    """The thresholds. Work is in multiply-adds; rows are rows of a product: steps times batch."""
 
     # threads
     thread_work: int = 1_000_000  # work of a thread, at least, about 15 us; loop
@@ -62,14 +62,14 @@ current = Tuning()  # tests replace it
 
 
 def packed(rows: int) -> bool:
-    """Decide whether weights are packed for products of so many rows."""
+    """Decide whether weights are packed for products of `rows` rows."""
     return rows > current.packed_rows
 
 
 def frozen_packed(rows: int, elements: int, narrow_step: bool = False) -> bool:
-    """Decide whether rows are multiplied by the panels of frozen weights of so many elements.
+    """Decide whether frozen weights are read as panels; elements: of the weights.
 
-    narrow_step: in a single step, by vectors of 256 bits.
+    narrow_step: whether it is a single step, with vectors of 256 bits.
     """
     v, work = current, rows * elements
     if narrow_step:
@@ -78,7 +78,7 @@ def frozen_packed(rows: int, elements: int, narrow_step: bool = False) -> bool:
 
 
 def integers(rows: int, elements: int) -> bool:
-    """Decide whether rows are multiplied in integers by weights of int8, so many in all."""
+    """Decide whether products with int8 weights are computed in integers; elements: of these."""
     return rows == 1 and elements >= current.integer_elements
 
 
@@ -88,32 +88,32 @@ def in_place(rows: int, K: int, N: int) -> bool:
 
 
 def inputs_at_once(rows: int) -> bool:
-    """Decide whether packed input products of all steps of a block are one; rows: of the batch."""
+    """Decide whether the input products of a block are one product; rows: of the batch."""
     return rows < current.few_rows
 
 
 def shared(work: int) -> bool:
-    """Decide whether work may be worth more than one thread, before these are counted."""
+    """Decide whether work may pay for a second thread; asked before threads are counted."""
     return work >= 2 * current.thread_work
 
 
 def step_shared(work: int, wide: bool, threads: Callable[[], int]) -> bool:
-    """Decide whether a single step may be worth more than one thread. threads: counts them."""
+    """Decide whether a single step may use several threads; threads: counts those available."""
     v = current
     least = min(v.team_work, 2 * v.thread_work) if wide else v.narrow_shared
     return work >= least and threads() > 1
 
 
 def pieces(rows: int, work: int, threads: int) -> int:
-    """Decide how many threads rows are split over; less than 2: they are not."""
+    """Decide over how many threads rows are split; below 2 they are not."""
     return min(threads, work // current.thread_work, rows // current.thread_rows)
 
 
 def team(steps: int, rows: int, units: int, size: int, unpacked: bool, threads: int) -> int:
-    """Decide how many threads share the units of a block; less than 2: its rows may be split.
+    """Decide how many threads share the units of a block; below 2 its rows may be split.
 
-    rows: of the batch. size: elements of all its matrices. unpacked: these must be packed first,
-    of which each thread then packs its part.
+    rows: of the batch. size: elements of all matrices. unpacked: whether these must be packed
+    first, each thread its part.
     """
     v, of_step = current, rows * size
     few = rows < v.few_rows and of_step >= v.team_step_work and steps * of_step >= v.team_work
@@ -125,7 +125,7 @@ def team(steps: int, rows: int, units: int, size: int, unpacked: bool, threads: 
 
 
 def team_in_place(steps: int, rows: int, units: int, size: int, threads: Callable[[], int]) -> int:
-    """Decide the same for matrices as they are stored. threads: counts them."""
+    """Decide the size of such a team for unpacked matrices; threads: counts those available."""
     v, of_step = current, rows * size
     if of_step < v.team_step_work or not shared(steps * of_step):
         return 1

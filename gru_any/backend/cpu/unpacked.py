@@ -1,4 +1,4 @@
-"""A product of matrices as they are stored, compiled, its rows split over threads."""
+"""A compiled product of unpacked matrices, whose rows are split over threads."""
 
 from functools import lru_cache
 from typing import Any
@@ -70,7 +70,7 @@ def _compiled(dtype: DType) -> tuple[Any, HostArray]:
 
 
 def addresses(dtype: DType) -> HostArray:
-    """Return the addresses of what multiplies by a matrix as it is stored, and by its transpose."""
+    """Return the addresses of the products by an unpacked matrix, and by its transpose."""
     return _compiled(dtype)[1]
 
 

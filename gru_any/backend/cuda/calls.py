@@ -17,11 +17,11 @@ from .recording import CapturedCall, GraphCache, Lease, leaves, signature
 
 
 class Context(NamedTuple):
-    """How the calls of a runner run.
+    """The settings under which a runner launches.
 
-    stream: the number of their stream, whose workspace they use.
-    exclusive: they hold all workspaces, and use each plan only once.
-    overlapped: their outputs are read by another stream, block by block.
+    stream: the number of the stream, whose workspace is used.
+    exclusive: whether all workspaces are held; each plan is then used only once.
+    overlapped: whether another stream reads the outputs, block by block.
     """
 
     stream: int = 0
@@ -36,11 +36,11 @@ class Filled:
         self.xp, self._array = xp, array
 
     def put(self, block: slice, piece: Array, alive: Alive = None) -> None:
-        """Write the piece where it belongs."""
+        """Store the piece of these steps."""
         self._array[block] = running(self.xp, piece, alive)
 
     def array(self) -> Array:
-        """The array."""
+        """Return the array."""
         return self._array
 
 
@@ -71,7 +71,7 @@ class Arriving:
 class Calls(Plain):
     """Schedules calls on the device of `ops`: concurrent and captured where possible.
 
-    way: as for `CUDA`; precision: of products in float32, "full" or "tf32".
+    way, precision: as in `CUDA`.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class Calls(Plain):
 
     @contextmanager
     def _on_stream(self, n: int, start: Event, ends: list[Event]) -> Iterator[Self]:
-        """Enter stream n after the event `start`, and append its end to `ends`.
+        """Enter stream n after the event `start`; yield its runner, and append its end to `ends`.
 
-        Gives the runner for that stream. Stream 0 is the current one.
+        Stream 0 is the current one.
         """
         if n == 0:
             yield self
@@ -185,7 +185,7 @@ class Calls(Plain):
         steps: int | None = None,
         tape: object = None,
     ) -> tuple[Pytree, object]:
-        """Run the call; from the second call of a shape on, capture it and replay it."""
+        """Run the call; from the second call with the same shapes on, as a captured graph."""
         lease = tape if isinstance(tape, Lease) else None
         tape = lease.call.tape if lease else tape
 
@@ -238,7 +238,7 @@ class Calls(Plain):
             return None
 
     def recorded(self, steps: int | None) -> str:
-        """Say in words whether a call of so many steps is captured as a whole, and if not, why."""
+        """Say in words whether a call of `steps` steps is captured as a whole, and if not, why."""
         if self.way in ("eager", "blocks"):
             return f"Calls are not recorded as a whole: GRU_ANY_CUDA is set to {self.way}."
         if not self.whole_calls:

@@ -1,4 +1,4 @@
-"""Diagnose why CuPy cannot use a CUDA device here."""
+"""Whether CuPy can use a CUDA device here, and if not, why."""
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +12,12 @@ WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-5-0
 INSTALL = 'pip install "gru-any[cuda13]" (driver 580 or newer) or "gru-any[cuda12]" (driver 525)'
 # an array library on CUDA devices -> the module with its `operations`; others register here
 OPERATIONS = {"cupy": "gru_any.backend.cuda.ops"}
-BY_DLPACK = {2: "cupy"}  # which of them reads memory of this kind: kDLCUDA
+BY_DLPACK = {2: "cupy"}  # device type of DLPack (kDLCUDA) -> the library that reads it
 NO_DEVICE, OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDriver
 
 
 class Home(Protocol):
-    """What is asked of a `Backend` here."""
+    """The attributes of a `Backend` that are needed here."""
 
     @property
     def name(self) -> str: ...  # noqa: D102

@@ -1,7 +1,7 @@
 """Sums over processes in the memory of their devices, by NCCL.
 
-Every operation runs on a stream of its own, after all that the current stream was asked for. The
-host goes on, and asks later whether it is done: if a process dies, it never is.
+Every operation runs on a stream of its own, after all work of the current stream. The host goes on,
+and polls whether it is done: if a process dies, it never is.
 """
 
 import importlib
@@ -17,15 +17,15 @@ from .device import OPERATIONS, Home, current
 from .operations import Event, Operations
 
 READY = "ready"
-GRACE = 3.0  # seconds in which NCCL gives up what it does
+GRACE = 3.0  # seconds for NCCL to abort
 
 
 class Offer(NamedTuple):
-    """What a process brings along.
+    """What a process tells the others before NCCL starts.
 
     problem : why NCCL cannot be used there, or ""
     device : its machine and device
-    meeting : where all processes find each other, from the first of them
+    meeting : NCCL's unique id, from the first process
     """
 
     problem: str
@@ -34,7 +34,7 @@ class Offer(NamedTuple):
 
 
 def offer(backend: Home, first: bool) -> Offer:
-    """Return what this process brings along."""
+    """Return this process' offer; first: whether it is the first process."""
     try:
         ops = _operations(backend)
         nccl = ops.nccl()
@@ -46,7 +46,7 @@ def offer(backend: Home, first: bool) -> Offer:
 
 
 def obstacle(offers: Sequence[Offer]) -> str:
-    """Say why these processes cannot use NCCL, which wants a device for each; "" if they can."""
+    """Say why these processes cannot use NCCL, which needs a device for each; "" if they can."""
     ranks: dict[str, int] = {}
     for rank, each in enumerate(offers):
         if each.problem:
@@ -57,7 +57,7 @@ def obstacle(offers: Sequence[Offer]) -> str:
 
 
 class Pending:
-    """An operation that goes on, to be polled like a request of MPI."""
+    """A running operation, polled like a request of MPI."""
 
     def __init__(self, event: Event, comm: Any) -> None:
         self._event, self._comm = event, comm
@@ -71,7 +71,7 @@ class Pending:
 
 
 class Communicator:
-    """NCCL between all processes. A thread makes it, since NCCL's call may wait for ever."""
+    """NCCL's communicator of all processes, made in a thread, since NCCL may wait for ever."""
 
     def __init__(self, backend: Home, offers: Sequence[Offer], rank: int, seconds: float) -> None:
         self._ops, self._rank, self._size = _operations(backend), rank, len(offers)
@@ -91,20 +91,20 @@ class Communicator:
             self._state = f"{type(e).__name__}: {e}, on rank {self._rank}"
 
     def state(self) -> str:
-        """Return `READY`, why it could not be made, or "" while that is not known."""
+        """Return `READY`, why NCCL could not start, or "" while it is starting."""
         late = time.monotonic() - self._began > self._seconds
         return self._state or (f"it did not start within {self._seconds:g} s" if late else "")
 
     def all_reduce(self, buffer: Array) -> Pending:
-        """Add the buffers of all processes, in place."""
+        """Sum the buffers of all processes, in place."""
         return self._start("allReduce", buffer, buffer, buffer.size, self._nccl.NCCL_SUM)
 
     def reduce_scatter(self, buffer: Array, own: Array) -> Pending:
-        """Put this process' part of the sum of all buffers into `own`."""
+        """Write this process' part of the sum of all buffers into `own`."""
         return self._start("reduceScatter", buffer, own, own.size, self._nccl.NCCL_SUM)
 
     def all_gather(self, buffer: Array) -> Pending:
-        """Put each process' part of its buffer into all buffers."""
+        """Copy each process' part of its buffer into the buffers of all."""
         part = buffer.size // self._size
         own = buffer[self._rank * part : (self._rank + 1) * part]
         return self._start("allGather", own, buffer, part)
@@ -120,7 +120,7 @@ class Communicator:
             return Pending(self._ops.event(), self._comm)
 
     def abort(self) -> None:
-        """Give up what goes on and free all, unless that takes too long."""
+        """Abort running operations and free the communicator, unless that takes too long."""
 
         def end() -> None:
             self._making.join()

@@ -1,4 +1,4 @@
-"""What blocks of steps and captured calls ask of a device.
+"""The operations of a device that scans and captured calls need.
 
 `ops.Ops` does it with CuPy, and `gru_any.testing.fake_cuda` on the host.
 """
@@ -87,13 +87,13 @@ class Operations(Protocol):
         """Return matrix products with a handle and a workspace of their own."""
 
     def stream(self) -> Hashable:
-        """Return what tells the current stream from others."""
+        """Return a key of the current stream."""
 
     def handle(self) -> int:
-        """Return the current stream as CUDA's libraries take it."""
+        """Return the handle of the current stream, for CUDA's libraries."""
 
     def device(self) -> str:
-        """Return what tells the current device from others of this machine, in all processes."""
+        """Return a name of the current device, the same in all processes of this machine."""
 
     def nccl(self) -> Any:
         """Return NCCL, a module like `cupy.cuda.nccl`; ImportError if there is none."""
@@ -117,4 +117,4 @@ class Operations(Protocol):
         """Allocate this thread's new arrays from the pool."""
 
     def capture(self, launches: Callable[[], None]) -> Graph:
-        """Capture what the function launches as a graph, without running it."""
+        """Capture the launches of a function as a graph, without running them."""

@@ -49,7 +49,7 @@ class Plan:
     def __call__(
         self, arrays: dict[str, Array], alive: Array | None, state: Array, U: Array
     ) -> Array:
-        """Run the block over these arrays, from this state (B, H) -> the last state, a copy."""
+        """Run the block on these arrays from this state (B, H); return a copy of the last state."""
         for array in (STATE, NARROW):
             if array.name in self.buffers:
                 self.buffers[array.name][...] = state
@@ -71,7 +71,7 @@ class Plan:
             self.graph.launch()
 
     def steps(self) -> None:
-        """Launch everything, step after step; nothing here allocates memory."""
+        """Launch all steps; nothing here allocates memory, since it is captured."""
         B, H = self.sizes
         threads = min(tuning.current.block_threads, -(-H // 32) * 32)
         rows, number = min(B, 65535), self.buffers[STATE.name].itemsize
@@ -86,15 +86,15 @@ class Plan:
                 else:
                     numbers = [table, t, t + self.shift, B, H, *owned[n]]
                     kernel = self.scan.kernels[n]
-                    # a row whose threads wait for each other is that of one block
+                    # threads that meet at a barrier share a row, so that one block has all of it
                     grid = (1 if kernel.barrier else -(-H // threads), rows)
                     shared = threads * number if kernel.barrier else 0
                     self.ops.launch(kernel, grid, threads, numbers, shared)
 
     def _multiply(self, gemm: Gemm) -> None:
-        """Out (B, N) = left (B, k) @ M, where M is U[rows]^T or U[rows], all row by row.
+        """Compute out (B, N) = left (B, k) @ M, all row-major, where M is U[rows]^T or U[rows].
 
-        cuBLAS reads column by column, so for it this is out^T = M^T left^T.
+        cuBLAS is column-major, so for it this is out^T = M^T left^T.
         """
         B, H = self.sizes
         rows, transposed = gemm.product.rows, gemm.product.transposed
@@ -107,9 +107,9 @@ class Plan:
 
 
 def place(ops: Operations, array: Array | None) -> tuple[int, int, int]:
-    """Address of an array (K, B, N), (B, N) or (H,), and how far apart its steps and rows are.
+    """Return the address of an array (K, B, N), (B, N) or (H,), and its strides of steps and rows.
 
-    Zeros for None.
+    All are 0 for None.
     """
     if array is None:
         return 0, 0, 0
@@ -139,12 +139,12 @@ class Workspace:
     def __init__(self, ops: Operations, precision: str) -> None:
         self.ops, self.precision, self.lock = ops, precision, threading.RLock()
         self.plans: OrderedDict[Hashable, Any] = OrderedDict()
-        self.done: Any = None  # an event, and the stream it was recorded on
+        self.done: Any = None  # the end of the last use, an event, and its stream
         self.stream: Any = None
 
     @cached_property
     def blas(self) -> Any:
-        """The products, with a handle and a workspace of our own."""
+        """cuBLAS' products, with a handle and a workspace of our own."""
         return self.ops.blas(self.precision)
 
     @contextmanager
@@ -160,7 +160,7 @@ class Workspace:
                 self.done, self.stream = self.ops.event(), stream
 
     def plan(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The plan of this key, made where there is none; those not used for long go."""
+        """Return the plan of this key, made if need be; drop those not used for longest."""
         if key not in self.plans:
             self.plans[key] = make()
             while len(self.plans) > tuning.current.plans:

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL:
 
 
 class Products:
-    """Matrix products on CuPy's current stream, as `operations.Blas` describes them.
+    """Matrix products on CuPy's current stream; see `operations.Blas`.
 
     precision: "full" or, for float32, "tf32".
     """
@@ -100,9 +100,9 @@ class Products:
 
 
 def multiply(ops: Operations, blas: Blas, left: Array, right: Array, out: Array) -> None:
-    """Fill out (m, n) with left (m, k) @ right (k, n), row by row: C^T = right^T left^T to cuBLAS.
+    """Fill out (m, n) with left (m, k) @ right (k, n); to cuBLAS it is out^T = right^T left^T.
 
-    out is contiguous, and float32 for halves.
+    out is contiguous, and float32 for half precision.
     """
     (m, k), n, dtype = left.shape, right.shape[1], str(left.dtype)
     left, l_transposed, l_apart = _as_stored(ops, left)
@@ -112,7 +112,7 @@ def multiply(ops: Operations, blas: Blas, left: Array, right: Array, out: Array)
 
 
 def _as_stored(ops: Operations, v: Array) -> tuple[Array, bool, int]:
-    """The matrix, whether it is stored column by column, and how far apart rows (columns) are."""
+    """Return the matrix, whether it is column-major, and its leading dimension."""
     rows, columns = (stride // v.itemsize for stride in v.strides)
     if columns == 1 and rows >= v.shape[1]:
         return v, False, rows

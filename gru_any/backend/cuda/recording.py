@@ -32,7 +32,7 @@ from .operations import Operations
 
 
 def leaves(nested: Pytree) -> Iterator[Array | None]:
-    """Yield the arrays and the Nones."""
+    """Yield the arrays and the Nones in nested tuples, lists and dicts."""
     if isinstance(nested, dict):
         nested = tuple(nested.values())
     if isinstance(nested, (tuple, list)):
@@ -42,25 +42,25 @@ def leaves(nested: Pytree) -> Iterator[Array | None]:
         yield nested
 
 
-def mapped(function: Callable[[Array], Array], nested: Pytree) -> Pytree:
-    """Apply the function to each array."""
+def tree_map(function: Callable[[Array], Array], nested: Pytree) -> Pytree:
+    """Apply the function to each array of a tree."""
     if nested is None:
         return None
     if isinstance(nested, dict):
-        return {name: mapped(function, part) for name, part in nested.items()}
+        return {name: tree_map(function, part) for name, part in nested.items()}
     if isinstance(nested, (tuple, list)):
-        parts = [mapped(function, part) for part in nested]
+        parts = [tree_map(function, part) for part in nested]
         return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
     return function(nested)
 
 
 def signature(arrays: Pytree) -> Hashable:
-    """Return the shapes and dtypes, as a key."""
+    """Return the shapes and dtypes of a tree's arrays, as a key."""
     return tuple(None if v is None else (tuple(v.shape), str(v.dtype)) for v in leaves(arrays))
 
 
 class CapturedCall:
-    """The captured launches of a function, over arrays of its own.
+    """A function's launches, captured over inputs and results in a pool of their own.
 
     leased: whether a caller may still read the tape; backward: captured calls that read it.
     """
@@ -74,7 +74,7 @@ class CapturedCall:
         self.ops, self.leased, self.backward = ops, False, GraphCache()
         self.pool = ops.pool()
         with ops.memory(self.pool):
-            self.inputs = mapped(lambda v: ops.empty(tuple(v.shape), str(v.dtype)), arrays)
+            self.inputs = tree_map(lambda v: ops.empty(tuple(v.shape), str(v.dtype)), arrays)
 
         def launches() -> None:
             self.results, self.tape = function(self.inputs)
@@ -85,7 +85,7 @@ class CapturedCall:
             self.graph = ops.capture(launches)
 
     def __del__(self) -> None:
-        """Free the pool's memory: a CuPy pool that is destroyed leaks what it still holds."""
+        """Free the pool's memory, which a CuPy pool leaks when it is destroyed."""
         pool = self.pool
         vars(self).clear()
         pool.free_all_blocks()
@@ -100,11 +100,11 @@ class CapturedCall:
         """Replay the call on these arguments, and return copies of the results."""
         self.fill(arrays)
         self.graph.launch()
-        return mapped(self.ops.copy, self.results)
+        return tree_map(self.ops.copy, self.results)
 
 
 class Lease:
-    """Keeps a captured call, and the tape in its memory, from being replayed by others."""
+    """Keeps a captured call, whose memory holds the tape, from being replayed by others."""
 
     def __init__(self, call: CapturedCall) -> None:
         self.call, call.leased = call, True
@@ -114,10 +114,10 @@ class Lease:
 
 
 class GraphCache:
-    """The captured calls of the keys used last.
+    """The captured calls of the most recently used keys.
 
-    refused: whether the device refused a capture; captures: how many were tried; calls: how many
-    calls there were.
+    refused: whether the device refused a capture; captures: the number of captures tried; calls:
+    the number of calls.
     """
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ class GraphCache:
     def find(
         self, key: Hashable, capture: Callable[[], CapturedCall | None]
     ) -> CapturedCall | None:
-        """Return one that is not leased, captured if need be; None where there can be none."""
+        """Return a captured call that is not leased, new if need be; None to run uncaptured."""
         copies = self.kept.get(key, [])
         found = next((call for call in copies if not call.leased), None)
         few = len(copies) < tuning.current.captured_copies

@@ -1,8 +1,8 @@
 """How a CUDA device runs a block of steps: one kernel between two products, captured and replayed.
 
-The loop over the steps is written against a handful of operations (operations.py). So it can run
-launch by launch, be captured as a CUDA graph, or run on the fake device of the tests. How whole
-calls are captured is in calls.py.
+The scan is written against a handful of operations (operations.py). So it can run launch by launch,
+be captured as a CUDA graph, or run on the fake device of the tests. Whole calls are captured in
+calls.py.
 """
 
 import importlib
@@ -73,12 +73,12 @@ class CUDA(Calls):
     def multiply(self, left: Array, right: Array, out: Array) -> None:
         """Fill out with left @ right by cuBLAS: CuPy refuses its own products in a capture.
 
-        Of halves it is in float32, which CuPy would round.
+        The product of half-precision matrices is float32, which CuPy would round.
         """
         if not (left.size and right.size) or str(left.dtype) not in KINDS:
             out[...] = left @ right
             return
-        if right.dtype != left.dtype:  # states, beside halves
+        if right.dtype != left.dtype:  # states are float32 beside half precision
             right = self.xp.astype(right, left.dtype)
         with self.locked():
             multiply(self.ops, self.workspace.blas, left, right, out)
@@ -92,7 +92,7 @@ class CUDA(Calls):
         return reduced(self, weights, h, saved, parts, self._sums)
 
     def _sums(self, shape: Shape, dtype: DType) -> Array:
-        """Return memory for sums of numbers of this dtype, which are float32 for halves."""
+        """Return an array for sums of this dtype; for half precision they are float32."""
         return self.ops.empty(shape, "float32" if dtype.itemsize == 2 else str(dtype))
 
     def affine(self, x: Array, W: Array, b: Array | None) -> Array:
@@ -116,14 +116,16 @@ class CUDA(Calls):
         if not B or str(h.dtype) not in ("float32", "float64"):
             return super().forward(step, a, h, recurrent, alive, reverse, keep, extra)
         U, *vectors = recurrent
-        walk = forward_scan(step, len(vectors), keep, str(h.dtype), extra=kinds_of(extra))
+        scan = forward_scan(step, len(vectors), keep, str(h.dtype), extra=kinds_of(extra))
         path = self._empty((K + 1, B, H), h)
         path[K if reverse else 0, :, :] = h
-        saved = tuple(self._empty((K, B, n * H), h) for n in walk.widths)  # 1 - z of a half is 0
+        saved = tuple(
+            self._empty((K, B, n * H), h) for n in scan.widths
+        )  # float32, as 1 - z rounds to 0
         arrays = {"a": a, "path": path, **_named("c", vectors), **_named("s", saved)}
         arrays |= _further(extra)
         order = range(K - 1, -1, -1) if reverse else range(K)
-        self._run(walk, arrays, alive, h, U, order, 0 if reverse else 1)
+        self._run(scan, arrays, alive, h, U, order, 0 if reverse else 1)
         return path, saved or None
 
     def backward(
@@ -143,18 +145,18 @@ class CUDA(Calls):
         if not B or str(dh.dtype) not in ("float32", "float64"):
             return super().backward(step, dy, dh, previous, saved, U, alive, reverse, taps, extra)
         kinds = dy is not None, taps, str(dh.dtype)
-        walk = backward_scan(step, len(saved), *kinds, extra=kinds_of(extra))
-        parts = [self._empty((K, B, n * H), U) for n in walk.widths]
+        scan = backward_scan(step, len(saved), *kinds, extra=kinds_of(extra))
+        parts = [self._empty((K, B, n * H), U) for n in scan.widths]
         arrays = {"dy": dy, "previous": previous, **_further(extra)}
         arrays |= {**_named("s", saved), **_named("p", parts)}
         order = range(K) if reverse else range(K - 1, -1, -1)
-        dh = self._run(walk, arrays, alive, dh, U, order, 0)
+        dh = self._run(scan, arrays, alive, dh, U, order, 0)
         g = parts.pop() if taps else None
         return tuple(parts), dh, g
 
     def _run(
         self,
-        walk: Scan,
+        scan: Scan,
         arrays: dict[str, Array | None],
         alive: Alive,
         state: Array,
@@ -162,29 +164,31 @@ class CUDA(Calls):
         order: range,
         shift: int,
     ) -> Array:
-        """Fill the result arrays, step after step in this order, and return the last state.
+        """Run the steps in this order, which fills the result arrays; return the last state.
 
         shift: from the index of a step to that of its new state in `path`.
         """
-        arrays = {name: None if v is None else _tight(self.xp, v) for name, v in arrays.items()}
+        arrays = {
+            name: None if v is None else _unit_stride(self.xp, v) for name, v in arrays.items()
+        }
         mask = None if alive is None else alive.block
         kinds = [(n, str(v.dtype)) for n, v in (*arrays.items(), ("U", U)) if v is not None]
-        walk = typed(walk, tuple((n, kind) for n, kind in kinds if kind != walk.number))
+        scan = typed(scan, tuple((n, kind) for n, kind in kinds if kind != scan.number))
         (B, H), device = state.shape, (self.ops.multiprocessors, self.ops.shared)
-        if self.way == "whole" and holds(walk, B, H, *device):
-            return self._cooperative(walk, arrays, mask, state, U, order, shift)
-        if self.way in ("persistent", "whole") and fits(walk, state.shape[1]):
-            return self._persistent(walk, arrays, mask, state, U, order, shift)
-        workspace, sizes, walk = self.workspace, state.shape, walk.narrow
-        make = partial(Plan, self.ops, workspace.blas, walk, sizes, order, shift)
+        if self.way == "whole" and holds(scan, B, H, *device):
+            return self._cooperative(scan, arrays, mask, state, U, order, shift)
+        if self.way in ("persistent", "whole") and fits(scan, state.shape[1]):
+            return self._persistent(scan, arrays, mask, state, U, order, shift)
+        workspace, sizes, scan = self.workspace, state.shape, scan.narrow
+        make = partial(Plan, self.ops, workspace.blas, scan, sizes, order, shift)
         if self.context.exclusive:
             return make()(arrays, mask, state, U)
         with self.locked():
-            return workspace.plan((walk, sizes, order, shift), make)(arrays, mask, state, U)
+            return workspace.plan((scan, sizes, order, shift), make)(arrays, mask, state, U)
 
     def _persistent(
         self,
-        walk: Scan,
+        scan: Scan,
         arrays: dict[str, Array | None],
         mask: Array | None,
         state: Array,
@@ -195,18 +199,18 @@ class CUDA(Calls):
         """Run all steps in one kernel, whose thread blocks are independent of one another."""
         B, H = state.shape
         rows = min(-(-B // self.ops.multiprocessors), ROWS)
-        kernel, last = persistent_kernel(walk, H, rows), self._empty(state.shape, state)
+        kernel, last = persistent_kernel(scan, H, rows), self._empty(state.shape, state)
         U, state = (self.xp.ascontiguousarray(v) for v in (U, state))
         numbers = [len(order), B, order[0], order.step, shift, *place(self.ops, mask)]
         numbers += [self.ops.pointer(v) for v in (U, state, last)]
-        numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
-        shared = shared_numbers(walk, H, rows) * state.itemsize
+        numbers += [n for name in scan.arrays for n in place(self.ops, arrays[name])]
+        shared = shared_numbers(scan, H, rows) * state.itemsize
         self.ops.launch(kernel, (-(-B // rows), 1), 3 * H, numbers, shared)
         return last
 
     def _cooperative(
         self,
-        walk: Scan,
+        scan: Scan,
         arrays: dict[str, Array | None],
         mask: Array | None,
         state: Array,
@@ -219,13 +223,13 @@ class CUDA(Calls):
         own, last = units(H, self.ops.multiprocessors), self._empty(state.shape, state)
         U, state = (self.xp.ascontiguousarray(v) for v in (U, state))
         counter = self.xp.zeros((1,), dtype=self.xp.uint32, device=self.device)
-        shared = [self._empty((2, B, v.columns * H), state) for v in exchanged(walk)]
+        shared = [self._empty((2, B, v.columns * H), state) for v in exchanged(scan)]
         numbers = [len(order), order[0], order.step, shift, *place(self.ops, mask)]
         numbers += [self.ops.pointer(v) for v in (U, state, last, counter, *shared)]
-        numbers += [n for name in walk.arrays for n in place(self.ops, arrays[name])]
-        size = shared_by_all(walk, B, H, own) * state.itemsize
+        numbers += [n for name in scan.arrays for n in place(self.ops, arrays[name])]
+        size = shared_by_all(scan, B, H, own) * state.itemsize
         with self.locked():
-            kernel = cooperative_kernel(walk, B, H, own)
+            kernel = cooperative_kernel(scan, B, H, own)
             self.ops.launch(kernel, (-(-H // own), 1), threads(B, own), numbers, size)
         return last
 
@@ -234,7 +238,7 @@ class CUDA(Calls):
 
 
 def runner_on(backend: Backend, way: str, precision: str) -> CUDA:
-    """Return the runner of an array library that has registered its operations."""
+    """Return the runner of an array library that is registered in `OPERATIONS`."""
     ops = importlib.import_module(OPERATIONS[backend.name]).operations()
     return CUDA(backend.xp, backend.device, ops, way, precision)
 
@@ -251,6 +255,6 @@ def _further(extra: Extra | None) -> dict[str, Array]:
     return dict(zip(names, extra.arrays, strict=True))
 
 
-def _tight(xp: Namespace, v: Array) -> Array:
+def _unit_stride(xp: Namespace, v: Array) -> Array:
     """Make the last axis contiguous, as the kernels expect it to be."""
     return v if v.strides[-1] == v.itemsize else xp.ascontiguousarray(v)

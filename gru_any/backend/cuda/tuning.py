@@ -1,4 +1,4 @@
-"""Which way of running is taken for which sizes on CUDA: the numbers, and the decisions.
+"""Thresholds on CUDA, and the functions that decide by them how a size runs.
 
 None of them was measured: this code has not run on a device. `python scripts/gpu_check.py` measures
 both decisions of `idle` and of the largest sizes of the persistent kernel.
@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 
 class Tuning(NamedTuple):
-    """The values, all chosen."""
+    """The thresholds, all chosen and not measured."""
 
     # streams
     streams: int = 2  # that may run at the same time: two directions of a layer, or two layers
@@ -44,12 +44,12 @@ def overlaps(elements: int) -> bool:
 
 
 def captures(steps: int) -> bool:
-    """Decide whether a call of so many steps, layers and directions counted, is captured whole."""
+    """Decide whether a whole call is captured; steps: layers and directions counted."""
     return steps <= current.captured_steps
 
 
 def captures_again(captures: int, calls: int) -> bool:
-    """Decide whether so many calls have paid for one more capture."""
+    """Decide whether the calls so far pay for one more capture."""
     return captures < current.captured_shapes + calls // current.calls_of_capture
 
 

@@ -173,7 +173,7 @@ def layers_of(description: Config) -> list[Config]:
 
 
 def places_of(parts: list[Part]) -> list[str]:
-    """Where in a file of Keras 3 each part's arrays are: its class, numbered."""
+    """Return the folder of each part in a file of Keras 3: its class in snake case, numbered."""
     counts: Counter[str] = Counter()
     places = []
     for part in parts:
@@ -228,7 +228,7 @@ def _by_place(arrays: Iterable[str]) -> dict[str, Places]:
 
 
 def _locate_older(groups: dict[str, Places], part: Part) -> Places:
-    """Return the same from names such as gru/gru_cell/kernel:0."""
+    """Return the places of a part's arrays, found by names such as gru/gru_cell/kernel:0."""
     top, *inner = part.name.split("/")
     cells: dict[str, Places] = {}
     for name, path in groups.get(top, {}).items():
@@ -246,7 +246,7 @@ def _locate_older(groups: dict[str, Places], part: Part) -> Places:
 
 
 def _prefixes(folders: list[str], part: Part) -> dict[str, str]:
-    """Return what Keras 3 calls the cells in these folders of a recurrent layer."""
+    """Return the folders of Keras 3 for these older folders of a recurrent layer's cells."""
     cell = part.config.get("cell", {})
     if len(folders) == 1 and cell.get("class_name") != "StackedRNNCells":
         return {folders[0]: "cell/"}
@@ -262,7 +262,7 @@ def _prefixes(folders: list[str], part: Part) -> dict[str, str]:
 
 
 def _directions(one: str, two: str) -> dict[str, str] | None:
-    """Return the same for a Bidirectional, whose forward layer is named so; None for others."""
+    """Return the folders of Keras 3 for the two cells of a Bidirectional; None for other layers."""
     first, second = set(one.split("/")), set(two.split("/"))
     own = [any(name.startswith("forward_") for name in s) for s in (first - second, second - first)]
     if sorted(own) != [False, True]:

@@ -153,7 +153,7 @@ def _check_calls(description: Config) -> None:
 
 
 def _tensors(calls: object) -> Iterator[Tensor]:
-    """Yield what calls take."""
+    """Yield the tensors among the recorded arguments of a call, however nested."""
     if isinstance(calls, dict):
         if "keras_history" in calls:
             yield Tensor(*calls["keras_history"])
@@ -341,7 +341,7 @@ def _recurrent_dropout(config: Config) -> Options:
 
 
 def _places(config: Config, count: int) -> list[str]:
-    """Where the cells of a GRU or an RNN are inside of it."""
+    """Return the folders of the cells within a GRU or an RNN."""
     if config.get("cell", {}).get("class_name") != "StackedRNNCells":
         return ["cell/"]
     return [f"cell/cells/gru_cell{f'_{i}' if i else ''}/" for i in range(count)]

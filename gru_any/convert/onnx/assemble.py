@@ -110,7 +110,7 @@ def _groups(layers: list[FoundLayer]) -> list[list[FoundLayer]]:
 
 
 def _marks(layer: FoundLayer) -> object:
-    """Return what the layers of one GRU have in common."""
+    """Return a key that is equal for layers that may be of one GRU."""
     settings = {k: v for k, v in layer.settings.items() if k != "input_size"}
     return layer.kind, settings, layer.first and layer.first.name, layer.last
 

@@ -98,7 +98,7 @@ class SymbolicArray:
     by: str | None = None
 
     def arranged(self, axes: Sequence[Axis]) -> Self:
-        """Return the same elements with other axes."""
+        """Return this array with other names of its axes."""
         return replace(self, axes=tuple(axes))
 
 
@@ -163,7 +163,7 @@ def symbolic(v: object) -> SymbolicArray:
 
 
 def kind_of(value: object) -> str:
-    """Return what a node was given, as messages say it."""
+    """Return a phrase for an error message: the kind and shape of a value."""
     if value is None:
         return "nothing"
     if isinstance(value, np.ndarray):

@@ -41,7 +41,7 @@ def read_functions(node: Node, directions: int) -> dict[str, Any]:
 
 
 def _read(node: Node, name: str, lists: Mapping[str, list[float]]) -> object:
-    """Return one activation, for which numbers are taken off the lists."""
+    """Return one activation, and take its numbers off the lists."""
     ours = KNOWN.get(name.lower())
     if ours is None:
         node.refuse(f"has the activation {name!r}, expected one of {', '.join(NAMES)}")

@@ -6,7 +6,7 @@ from .walk import Walk
 
 
 def step(walk: Walk, node: Node, v: SymbolicArray, axis: int, row: int) -> SymbolicArray | None:
-    """Return one step of a sequence, where it is the last state; None if the axis is not time."""
+    """Return the last state, if the step of y is that; None if the axis is not time."""
     place = axis % len(v.axes)
     if not v.axes[place] or v.axes[place] != walk.time:
         return None

@@ -43,7 +43,7 @@ def embedding(walk: Walk, node: Node, table: Value, x: Value) -> SymbolicArray |
 
 
 def _picked(walk: Walk, node: Node, v: SymbolicArray, at: HostArray) -> SymbolicArray | None:
-    """Return one step, or one of two directions."""
+    """Return the element that Gather or Slice takes: one step, or one of two directions."""
     axis = node.attributes.get("axis", 0) % len(v.axes)
     if at.dtype.kind != "i":
         return None

@@ -142,7 +142,7 @@ def loop(
 
 
 def _start(v: Value) -> Symbol:
-    """Return what a carried value is inside of the body."""
+    """Return the symbol for a carried value within the body of the loop."""
     if isinstance(v, (Zeros, SymbolicArray)):
         return H
     if isinstance(v, np.ndarray) and v.dtype.kind == "i" and v.ndim == 0 and v == 0:

@@ -255,7 +255,7 @@ def divided(node: Node, a: Value, b: Value) -> Value:
 
 
 def less(node: Node, a: Value, b: Value) -> Value:
-    """The operator Less; of a size it may ask whether it is more than 0."""
+    """The operator Less; with an unknown size it can only compare 0."""
     a, b = constant_of(node, a), constant_of(node, b)
     if b.dtype == object and b.size == 1 and a.dtype != object and not a.any():
         return Positive(b.flat[0])

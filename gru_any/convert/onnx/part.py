@@ -184,7 +184,7 @@ def _above(
 
 
 def _role(node: NodeProto, place: int, chosen: bool) -> str | None:
-    """Return what an input of the small graph is; W, R and B are refused where they are read."""
+    """Return the role of an input of the part. W, R and B are refused where they are read."""
     if chosen:
         return ARGUMENTS.get(place, "weights")
     if node.op_type in PASSING or (node.op_type == "ReverseSequence" and place == 1):

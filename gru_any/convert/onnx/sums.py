@@ -15,7 +15,7 @@ from .walk import COMBINED, Walk
 
 
 def half(v: SymbolicArray, place: int, d: int, kept: bool = False) -> SymbolicArray | None:
-    """Return one of two directions; None where the axis is not theirs. kept: as an axis of 1."""
+    """Return one direction, or None if the axis is not of directions. kept: keep an axis of 1."""
     axis = v.axes[place]
     if v.kind != "layer" or not axis or axis[0].size != 2 or axis[0].name[:10] != "directions":
         return None

@@ -1,4 +1,4 @@
-"""What is known on the way through a graph, and the checks that every layer shares."""
+"""The symbolic execution of a graph: the values so far, and the checks all layers share."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +42,7 @@ class Claim(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the last GRU read."""
+    """The input of the last GRU."""
 
     read: Value
     stage: int  # of what it put out
@@ -51,7 +51,7 @@ class Source(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a layer puts out: the stage and the axis of features."""
+    """The output of a layer: its stage and its axis of features."""
 
     stage: int
     features: Axis
@@ -115,13 +115,13 @@ class Walk:
         self.room = 2 * whole + MEGABYTE
 
     def spend(self, node: Node, arguments: Sequence[object]) -> None:
-        """Refuse constants that grow without end."""
+        """Refuse a node once the constants read exceed the budget, which bounds their growth."""
         self.budget -= sum(v.nbytes for v in arguments if isinstance(v, np.ndarray))
         if self.budget < 0:
             node.refuse("makes a larger constant than the file holds")
 
     def keep(self, node: Node, results: Sequence[object]) -> None:
-        """Refuse constants that fill the memory; views of others take none."""
+        """Refuse a node once the constants kept exceed the room for them; views take none."""
         self.room -= sum(v.nbytes for v in results if isinstance(v, np.ndarray) and v.base is None)
         if self.room < 0:
             node.refuse("makes larger constants than the file holds")
@@ -129,7 +129,7 @@ class Walk:
     # the sequence that goes from layer to layer --------------------------------------------------
 
     def sequence(self, node: Node, v: Value, sorted_rows: bool = False) -> SymbolicArray:
-        """Return what a layer reads; refuse all but the last layer's output or the first input."""
+        """Return the input of a layer: only the last layer's output or the first input."""
         if isinstance(v, SymbolicArray) and v.kind == "state":
             why = self.reason_against_last(v)
             return node.refuse(why) if why else self.add_last(v)
@@ -153,7 +153,7 @@ class Walk:
         return self.stage or (self.entry, None)
 
     def open_for_twin(self, node: Node, x: Value, direction: str) -> None:
-        """Check that a GRU may read x: it is new, or the GRU before read it the other way."""
+        """Check that a GRU may read x: nothing has, or only the GRU of the other direction."""
         read = replace(x, flipped=(), by=None) if isinstance(x, SymbolicArray) else x
         twins = [(read, self.stage, d) for d in ("forward", "reverse") if d != direction]
         if len(twins) == 1 and self.source and self.source[:3] == twins[0] and not self.pair:
@@ -185,7 +185,7 @@ class Walk:
         return self.stage
 
     def check_features(self, node: Node, axis: Axis, width: int) -> None:
-        """Refuse what is not all that the layer before puts out, in its order."""
+        """Refuse features that are not all those of the layer before, in their order."""
         if axis != self.features:
             node.refuse(
                 f"reads {size(axis)} features, which are not the {size(self.features)} that the "
@@ -195,7 +195,7 @@ class Walk:
             node.refuse(f"reads {size(axis)} features, and has weights for {width}")
 
     def fits(self, axis: Axis, wanted: int) -> bool:
-        """Whether an axis has the length that weights give it; a free one has it from now on."""
+        """Return whether an axis has the length that weights ask for; a free axis takes it on."""
         found = size(axis)
         if not isinstance(found, Size):
             return found == wanted
@@ -269,14 +269,14 @@ class Walk:
 
 
 def _read_names(graph: "GraphProto") -> set[str]:
-    """The names that a graph reads or puts out, the graphs in its nodes among them."""
+    """Return the names that a graph and the graphs within its nodes read or put out."""
     inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     names = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
     return names.union(*map(_read_names, inner))
 
 
 def _input(value: "ValueInfoProto") -> tuple[SymbolicArray, str]:
-    """What is known of an input of the graph, and its dtype."""
+    """Return the symbolic array of an input of the graph, and its dtype."""
     kind, name = value.type.tensor_type, value.name
     if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
         raise ValueError(f"the input {name!r} does not say how many axes it has")

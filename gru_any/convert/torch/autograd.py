@@ -125,7 +125,7 @@ def _(
 
 
 class _Context(Protocol):
-    """What PyTorch keeps between a call and its backward pass."""
+    """The context of autograd: it keeps a call's values for its backward pass."""
 
     gru: GRU | None
     settings: str
@@ -257,26 +257,26 @@ class Back(torch.autograd.Function):
 
 
 class RunTransformed(Run):
-    """`Run` with words for forward mode, at which `torch.compile` would break the graph."""
+    """`Run` that refuses forward mode in words; a `jvp` makes `torch.compile` break the graph."""
 
     @staticmethod
     def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> NoReturn:
-        """Refuse."""
+        """Refuse forward mode."""
         raise RuntimeError(ONLY_FIRST.format("forward-mode derivatives"))
 
 
 class BackTransformed(Back):
-    """`Back` likewise."""
+    """`Back` that refuses forward mode in words."""
 
     jvp = RunTransformed.jvp
 
 
 class RunEager(torch.autograd.Function):
-    """`Run` where nothing but autograd looks on, in the form that PyTorch calls at less cost."""
+    """`Run` for calls outside of transforms, in the form that PyTorch calls at less cost."""
 
     @staticmethod
     def forward(ctx: _Context, *inputs: Any) -> Tensors:
-        """Return what `Run` does."""
+        """Return the results of `Run`."""
         output = Run.forward(*inputs)
         Run.setup_context(ctx, inputs, output)
         return output

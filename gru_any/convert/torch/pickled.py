@@ -252,7 +252,7 @@ def unpickle(file: IO[bytes], note: Callable[[Stored], None] = lambda stored: No
 
 
 def _constant(op: str, argument: Any, popped: Callable[[int], list[Any]]) -> object:
-    """Return what an operation without further effects puts onto the stack."""
+    """Return the value that an operation without other effects puts onto the stack."""
     if op in NUMBERS_AND_TEXT:
         return argument
     if op in LITERALS:
@@ -291,7 +291,7 @@ def _stored(found: object) -> Stored:
 
 
 def _call(function: object, arguments: object) -> object:
-    """Return what a function of PyTorch makes; ValueError for other functions."""
+    """Return the result of a known function of PyTorch; ValueError for other functions."""
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise ValueError("it holds more than tensors: a call of what is no function")
     name = function.name

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 
 def pieces(lengths: HostArray, start: int = 0, stop: int | None = None) -> list[Piece]:
-    """Cut rows whose lengths descend where most padding is left out, as long as it is worth it."""
+    """Cut rows of descending lengths where it saves most padding, as long as it is worth it."""
     stop = len(lengths) if stop is None else stop
     longest = int(lengths[start])
     cuts = np.arange(start + ROWS, stop - ROWS + 1)

@@ -79,7 +79,7 @@ def _check(model: object) -> None:
 
 
 def _why_not(module: torch.nn.Module) -> str | None:
-    """Return why a module is left alone, nothing where it is no GRU at all; None if it is not."""
+    """Return why a module is not replaced: None if it is, "" if it is no GRU at all."""
     kind = torch.nn.utils.parametrize.type_before_parametrizations(module)
     if isinstance(module, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", "") in ("GRU", "GRUCell")
@@ -100,11 +100,11 @@ def _why_not(module: torch.nn.Module) -> str | None:
         return "its forward was replaced"
     if module.proj_size:
         return "it has a projection, which gru_any lacks"
-    return _why_not_these(module)
+    return _why_not_weights(module)
 
 
-def _why_not_these(module: torch.nn.Module) -> str | None:
-    """Return what in a GRU's weights keeps gru_any from it, or None."""
+def _why_not_weights(module: torch.nn.Module) -> str | None:
+    """Return why the weights of a GRU keep it from being replaced, or None."""
     for weight in module.parameters():
         if weight.device.type not in ("cpu", "meta"):
             return f"it is on {weight.device}, where PyTorch's own operator serves it"

@@ -97,7 +97,7 @@ def run(command: list[str], folder: PathLike) -> str:
 
 
 def features(command: list[str]) -> list[str]:
-    """Return those of the processor's features of which the compiler makes use."""
+    """Return the features of this processor that the compiler uses."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "empty.c").touch()
         macros = run([*command, "-dM", "-E", "empty.c"], folder)

@@ -170,7 +170,7 @@ class CStream:
             return
         given, sizes = list(state) if self.about["chain"] else [state], self.about["states"]
         if len(given) != len(sizes):
-            raise ValueError(f"state holds {len(given)}, expected {len(sizes)}")
+            raise ValueError(f"state holds {len(given)}, expected {len(sizes)}: one for each GRU")
         for h, (L, H) in zip(given, sizes, strict=True):
             letters = "(L, H)" if np.ndim(h) == 2 else "(L, B, H)"
             check_shape("state", h, letters, {"L": L, "B": 1, "H": H})

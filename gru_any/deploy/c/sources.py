@@ -139,7 +139,7 @@ def _body(parts: Parts, int8: bool) -> Iterable[str]:
             yield _row(part, y, int8)
         elif part.source:
             h = f"state->{part.name}_h"
-            yield f"{part.name}_step(weights, {x}, {h}, state->work);"
+            yield f"step_{part.name}(weights, {x}, {h}, state->work);"
             if part is last:
                 yield f"for (size_t j = 0; j < {part.outputs}; j++)\n    y[j] = {h}[j];"
         else:

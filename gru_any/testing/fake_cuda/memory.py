@@ -175,7 +175,7 @@ class Allocation:
         self.live = True
 
     def free(self) -> None:
-        """Mark it as owned by nobody, and fill it with NaN, whatever the floating dtype."""
+        """Mark it as free, and fill it with bytes that are NaN in every floating dtype."""
         self.bytes.fill(255)
         self.live = False
 
