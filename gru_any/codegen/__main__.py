@@ -38,9 +38,9 @@ out here, as in a call without a gradient.
 `gru_any/codegen/schedule.py` cuts the program at its products. Between two products is a group of
 element-wise operations, which loads columns, computes, and stores results. Which buffers there are,
 and where each column is stored, is decided here, once for all targets. A buffer `q` holds the
-output of a product, `x` the operand of one, and `t` a column that a later group needs. `a(3)` means that `a` is three columns wide, and `a.0` is the
-first of them. On the host, `path` holds the states of all steps: `path[before]` is the state
-before the step, `path[after]` the one after it.
+output of a product, `x` the operand of one, and `t` a column that a later group needs. `a(3)` means
+that `a` is three columns wide, and `a.0` is the first of them. On the host, `path` holds the states
+of all steps: `path[before]` is the state before the step, `path[after]` the one after it.
 
 {host}
 
