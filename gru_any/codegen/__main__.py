@@ -15,11 +15,10 @@ PAGE = """\
 
 # One equation becoming each target's code
 
-`python -m gru_any.codegen` prints this page from the code, and a test holds it to that. It follows
-one step, the GRU with the reset gate before the product, from
-[`gru_any/equations.py`](../gru_any/equations.py) to NumPy, Numba, CUDA, C and
-JavaScript. The backward step takes the same way, except to C and JavaScript, where models only
-infer.
+`python -m gru_any.codegen` prints this page from the code, and a test checks that the two agree. It
+follows one step, the GRU with the reset gate before the product, from
+[`gru_any/equations.py`](../gru_any/equations.py) to NumPy, Numba, CUDA, C and JavaScript. The
+backward step goes through the same stages, but not to C and JavaScript, which are for inference.
 
 ## The equation
 
@@ -27,21 +26,21 @@ infer.
 
 ## The program
 
-`gru_any/codegen/trace.py` calls the function once with stand-ins for its arrays and notes each
+`gru_any/codegen/trace.py` calls the function once with stand-ins for its arrays and records each
 operation. Each `v` is a column: an array (B, H). `v0, v1, v2` are the thirds of `a`, and `v3` is
-`h`. `U[0:2]` counts rows of U in units of H, so it stands for the first 2H rows. The residuals are
-left out here, as in a call without a gradient.
+`h`. Rows of U are counted in units of H, so `U[0:2]` is the first 2H rows. The residuals are left
+out here, as in a call without a gradient.
 
 {program}
 
 ## The schedule
 
-`gru_any/codegen/schedule.py` cuts the program at its products. Between two products is a group,
-which loads columns, computes and stores. All decisions are made here: which buffers there are, and
-where each column is stored. A buffer `q` holds the output of a product, `x` the operand of one, and
-`t` a column that a later group needs. `a(3)` means that `a` is three columns wide, and `a.0` is the
-first of them. On the host, `path` holds the states of all steps: `path[before]` is the state
-before the step, `path[after]` the one after it.
+`gru_any/codegen/schedule.py` cuts the program at its products. Between two products is a group of
+element-wise operations, which loads columns, computes, and stores results. Which buffers there are,
+and where each column is stored, is decided here, once for all targets. A buffer `q` holds the
+output of a product, `x` the operand of one, and `t` a column that a later group needs. `a(3)` means
+that `a` is three columns wide, and `a.0` is the first of them. On the host, `path` holds the states
+of all steps: `path[before]` is the state before the step, `path[after]` the one after it.
 
 {host}
 
@@ -50,12 +49,12 @@ On a CUDA device the state has one place, which each step overwrites; a second s
 
 {device}
 
-A product can also add to the state there, which saves a buffer in the backward pass.
+On a device, a product can also add to the state, which saves a buffer in the backward pass.
 
 ## NumPy
 
-`gru_any/codegen/numpy_source.py` prints a call for each operation. It writes into memory whose
-value no later operation needs. The gates r and z are side by side, so one call does both
+`gru_any/codegen/numpy_source.py` prints a call for each operation. Results overwrite memory whose
+contents no later operation needs. The gates r and z are side by side, so one call computes both
 (`q0_0_1`).
 
 {numpy}
@@ -63,17 +62,17 @@ value no later operation needs. The gates r and z are side by side, so one call 
 ## Numba
 
 `gru_any/codegen/numba_source.py` prints a loop for each group, in which intermediate results stay
-in registers. Below is the function for few rows, without its imports, products and `tanh`. For
-many rows the same loops are called with packed weights and from several threads.
+in registers. Below is the function for few rows; its imports, products and `tanh` are left out. For
+many rows the same loops are used, with packed weights and several threads.
 
 {numba}
 
 ## CUDA
 
 `gru_any/codegen/cuda_source.py` prints a kernel for each group; cuBLAS does the products. The
-`table` has the addresses of arrays and their strides, so that a captured graph can be replayed
-over other arrays. `cuda_persistent.py` and `cuda_cooperative.py` print kernels that run all steps,
-from the same schedule. The first group:
+`table` holds the addresses and strides of the arrays, so that a captured graph can be replayed over
+other arrays. `cuda_persistent.py` and `cuda_cooperative.py` print kernels that run all steps, from
+the same schedule. Here is the kernel of the first group:
 
 {cuda}
 
