@@ -37,6 +37,24 @@ def results(gru, x, h0, dy, dh_n, **general):
 
 
 @EVERY
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_layout_of_a_state_changes_no_bit(path, layers):
+    gru = GRU(1, 16, layers, bias=False, seed=0)
+    x, dy = np.ones((1, 1, 1), "float32"), np.ones((1, 1, 16), "float32")
+    h0 = np.random.default_rng(0).standard_normal((layers, 1, 16), dtype="float32")
+    raw = np.frombuffer(b" " + h0.tobytes(), np.uint8)[1:]
+    others = [
+        np.ascontiguousarray(h0[:, :, ::-1])[:, :, ::-1],
+        raw.view("float32").reshape(h0.shape),
+    ]
+    with running(path):
+        expected, _ = results(gru, x, h0, dy, h0)
+        for other in others:
+            found, _ = results(gru, x, other, dy, h0)
+            assert all(map(np.array_equal, found, expected))
+
+
+@EVERY
 @VARIANTS
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (64, 3), (4, 64)])
 @pytest.mark.parametrize(

@@ -641,7 +641,10 @@ class GRU(Layer):
         shape = states, B, self.hidden_size
         if h0 is None:
             return x, home.zeros(shape, self.dtype)
-        return (x, h0) if home.plain(h0, self.dtype) and h0.shape == shape else None
+        if not home.plain(h0, self.dtype) or h0.shape != shape:
+            return None
+        # the long way copies it, and products of other layouts may be rounded in another way
+        return (x, h0) if h0.flags.c_contiguous and h0.flags.aligned else None
 
     def _by_block(self, outputs: bool, x: Array, h0: Array) -> tuple[Any, Array]:
         """Return y and h_n of a call of one block, through all layers."""

@@ -201,6 +201,7 @@ class Watch:
     def _abort(self) -> NoReturn:
         self.dismiss_sentinel()
         self.give_up()
+        time.sleep(0.1)  # the launcher may drop what it has not yet read of our last words
         self.comm.Abort(1)
         raise SystemExit(1)  # Abort does not return
 
