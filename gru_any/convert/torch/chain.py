@@ -34,8 +34,8 @@ def _recurrent(layer: gru.GRU | cell.GRUCell) -> GRU | GRUCell:
     layer.over(layer.backend, layer.dtype, ())  # refused by a frozen model
     if lost := [f"{name}={layer.settings[name]!r}" for name in OURS if name in layer.settings]:
         raise ValueError(
-            f"{', '.join(lost)} of the model has no counterpart in a torch.nn.Module, which would "
-            "train or infer otherwise: train it here, or make the GRU without"
+            f"{', '.join(lost)} of the model has no counterpart in the module of as_module, which "
+            "would train or infer otherwise: make a gru_any.convert.torch.GRU with it, or train here"
         )
     kind = GRU if isinstance(layer, gru.GRU) else GRUCell
     if kind is GRUCell:
