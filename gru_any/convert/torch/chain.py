@@ -35,7 +35,7 @@ def _recurrent(layer: gru.GRU | cell.GRUCell) -> GRU | GRUCell:
     if lost := [f"{name}={layer.settings[name]!r}" for name in OURS if name in layer.settings]:
         raise ValueError(
             f"{', '.join(lost)} of the model has no counterpart in the module of as_module, which "
-            "would train or infer otherwise: make a gru_any.convert.torch.GRU with it, or train here"
+            "would train otherwise: make a gru_any.convert.torch.GRU with it, or train it here"
         )
     kind = GRU if isinstance(layer, gru.GRU) else GRUCell
     if kind is GRUCell:
