@@ -134,7 +134,7 @@ def changes(cluster: Cluster) -> dict[str, tuple[float, int]]:
         "a tenth of the bandwidth": up_to(where=other(bandwidth=between.bandwidth / 10)),
         "ten times the latency": up_to(where=other(latency=10 * between.latency)),
         "no overlap": up_to(GPU._replace(overlap=0.0)),
-        "a step of time in 1 us in place of 5": up_to(GPU._replace(fixed=GPU.fixed / 5)),
+        "a time step in 1 us in place of 5": up_to(GPU._replace(fixed=GPU.fixed / 5)),
     }
 
 
