@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...typing import DType, HostArray
+from ..alignment import aligned
 from ..rounding import restore, round_weights
 from .packed import PackedMatrix
 
@@ -23,7 +24,7 @@ class SmallMatrix(PackedMatrix):
             if scale is not None:  # in the first rows of each panel
                 head = _arranged(scale[rows, None], gates).view(np.int8)
                 panels = np.concat((head.reshape(len(panels), -1, panels.shape[2]), panels), axis=1)
-            self.packed[rows.start, rows.stop, True, gates] = _aligned(panels)
+            self.packed[rows.start, rows.stop, True, gates] = _aligned_copy(panels)
 
     @property
     def matrix(self) -> HostArray:  # type: ignore[override]
@@ -83,12 +84,8 @@ def _grouped(panels: HostArray, back: bool = False) -> HostArray:
     return found
 
 
-def _aligned(v: HostArray) -> HostArray:
+def _aligned_copy(v: HostArray) -> HostArray:
     """Copy an array to memory aligned to a cache line."""
-    from .gemm import LINE_BYTES
-
-    room = np.empty(v.nbytes + LINE_BYTES, np.uint8)
-    start = -room.ctypes.data % LINE_BYTES
-    aligned = room[start : start + v.nbytes].view(v.dtype).reshape(v.shape)
-    aligned[...] = v
-    return aligned
+    copy = aligned(v.shape, v.dtype)
+    copy[...] = v
+    return copy

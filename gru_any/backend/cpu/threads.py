@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from ...typing import HostArray
+from ..alignment import aligned
 from . import cores, openmp, tuning
 from .jit_cache import compiled
 
@@ -69,7 +70,7 @@ class _Workers:
 
         # compiled here, since a fork during it would leave the child with a lock held for ever
         self._serve = compiled(SOURCE).serve
-        self.boxes, self._awake = _aligned((most, WORDS)), AWAKE
+        self.boxes, self._awake = _aligned_zeros((most, WORDS)), AWAKE
         self.free = deque(range(most))  # the others work for another caller
         self._wake = [threading.Lock() for _ in range(most)]
         for lock in self._wake:
@@ -126,11 +127,11 @@ class _Workers:
             self._serve(self.boxes[worker], tuning.current.idle_yields)
 
 
-def _aligned(shape: tuple[int, int]) -> HostArray:
+def _aligned_zeros(shape: tuple[int, int]) -> HostArray:
     """Return zeros of int64, aligned to a cache line."""
-    room = np.zeros(shape[0] * shape[1] + 8, np.int64)
-    start = -room.ctypes.data % 64 // 8
-    return room[start : start + shape[0] * shape[1]].reshape(shape)
+    zeros = aligned(shape, np.dtype(np.int64))
+    zeros[...] = 0
+    return zeros
 
 
 @cache
