@@ -291,9 +291,8 @@ def test_modes_and_thresholds_are_those_of_each_call(monkeypatch):
 def test_threads_are_those_of_each_call(monkeypatch):
     from gru_any.backend.cpu import numba_runner
 
-    monkeypatch.setattr(
-        numba_runner, "has_512_bits", lambda: True
-    )  # shorter vectors share larger steps
+    # shorter vectors share larger steps
+    monkeypatch.setattr(numba_runner, "has_512_bits", lambda: True)
     frozen, members = freeze(GRU(128, 256, seed=0)), []
     x, h0 = drawn(frozen, 1, 8)
     expected = frozen(x, h0)

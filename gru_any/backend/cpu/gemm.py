@@ -386,11 +386,11 @@ def macro_kernel(gates: int, stored: str) -> Function:
     stored: the dtype of the panels.
     """
     bits = BITS[stored]
-    many, some, one = (tiles(*shape, gates, stored) for shape in shapes(gates, stored))
-    MR = shapes(gates, stored)[0][0]
+    (tall, _), *_ = used = shapes(gates, stored)
+    many, some, one = (tiles(*shape, gates, stored) for shape in used)
     NR = VECTORS[gates] * VECTOR_BYTES * 8 // bits  # units of a panel
     size, element = bits // 8, {32: np.float32, 64: np.float64}[bits]
-    gap = -(-LINE_BYTES // size // MR)  # keeps rows off one set
+    gap = -(-LINE_BYTES // size // tall)  # keeps rows off one set
     KC = KC_BYTES // (gates * NR * np.dtype(stored).itemsize)
 
     def product(gemm: Gemm) -> None:
@@ -400,25 +400,16 @@ def macro_kernel(gates: int, stored: str) -> Function:
         for begin in range(first, last, MC):
             end, before = min(begin + MC, last), base
             stride = intp(0)
-            whole = end - (end - begin) % MR
+            whole = end - (end - begin) % tall
             for start in range(0, K, KC):
                 stop = min(start + KC, K)
                 direct = Operands(x, x_row, x_row, x_column, P, K, before, stride, y, H)
                 if x_row == 1:
+                    source, rows = x + begin * size, whole - begin
                     packed = intp(room.ctypes.data)  # here: Numba frees it after the last use
-                    pack_rows(
-                        bits,
-                        MR,
-                        x + begin * size,
-                        x_column,
-                        packed,
-                        deep,
-                        whole - begin,
-                        start,
-                        stop,
-                    )
-                    packed -= (begin * deep + start * MR) * size  # where row 0, k = 0 would be
-                    of = Operands(packed, deep, intp(1), intp(MR), P, K, before, stride, y, H)
+                    pack_rows(bits, tall, source, x_column, packed, deep, rows, start, stop)
+                    packed -= (begin * deep + start * tall) * size  # where row 0, k = 0 would be
+                    of = Operands(packed, deep, intp(1), intp(tall), P, K, before, stride, y, H)
                     many(of, begin, whole, low, high, start, stop)
                 else:
                     many(direct, begin, whole, low, high, start, stop)
@@ -494,7 +485,7 @@ def copy_vector(
 @njit(nogil=True)
 def pack_rows(
     bits: int,
-    MR: int,
+    tall: int,
     x: int,
     x_column: int,
     room: int,
@@ -503,10 +494,10 @@ def pack_rows(
     start: int,
     stop: int,
 ) -> None:
-    """Pack x, stored by columns, MR rows at a time, in the order in which tiles read it."""
+    """Pack x, stored by columns, `tall` rows at a time, in the order in which tiles read it."""
     for k in range(start, stop):
-        for i in range(0, rows, MR):
-            copy_vector(bits, MR, x, i + k * x_column, room, i * deep + (k - start) * MR)
+        for i in range(0, rows, tall):
+            copy_vector(bits, tall, x, i + k * x_column, room, i * deep + (k - start) * tall)
 
 
 @intrinsic

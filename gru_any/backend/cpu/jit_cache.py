@@ -156,8 +156,8 @@ def _key(source: str) -> str:
     import numba
 
     imported = [_content(name) for name in imports_of(source)]
-    warn_once = f"{source}{numba.__version__}{platform.processor()}{platform.machine()}"
-    return hashlib.sha256(b"".join([warn_once.encode(), *imported])).hexdigest()[:16]
+    described = f"{source}{numba.__version__}{platform.processor()}{platform.machine()}"
+    return hashlib.sha256(b"".join([described.encode(), *imported])).hexdigest()[:16]
 
 
 def imports_of(source: str) -> list[str]:
