@@ -275,7 +275,7 @@ def scanned(step, p, x, lengths=None):
 
 
 def flipped(x, lengths):
-    """Each row's own steps turned round."""
+    """Each row's own steps in reverse order."""
     out = x.copy()
     for row, n in enumerate(lengths):
         out[row, :n] = x[row, :n][::-1]

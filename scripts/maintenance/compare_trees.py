@@ -4,8 +4,9 @@
     python scripts/maintenance/compare_trees.py HEAD . --cases 100,1,64,64     before a commit
 
 Each tree is a commit, checked out into a folder of its own, or a folder. A process of each is asked
-in turn for the cells of `benchmark.py`, in every round in the other order, so that what else runs
-on the machine meets both. Printed is the time of the second over that of the first: the median of
+in turn for the cells of `benchmark.py`, so that what else runs on the machine meets both. Every
+round has new processes: where one happens to lie in memory can cost a tenth in all that it does.
+Printed is the time of the second over that of the first: the median of
 the rounds, and the quartiles. The exit code is 1 where a cell is slower: its lower quartile is
 above `SLOWER`.
 """
@@ -21,13 +22,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))  # benchmark.py; the package comes from the tree
 SLOWER = 1.1
+Result: TypeAlias = dict[str, Any]
 
 
 def work() -> None:
@@ -102,23 +105,29 @@ def checked_out(name: str) -> Iterator[tuple[Path, str]]:
             subprocess.run([*git, "worktree", "remove", "--force", str(path)], check=True)
 
 
-def measured(trees: list[Tree], cell: Any, rounds: int, seconds: float) -> list[float]:
-    """The time of the second tree over that of the first, round by round."""
-    once = max(tree.ask(cell, 1) for tree in trees)
-    calls, ratios = max(1, round(seconds / once)), []
-    for i in range(rounds):
-        times = [0.0, 0.0]
-        for n in (0, 1) if i % 2 else (1, 0):
-            times[n] = trees[n].ask(cell, calls)
-        ratios.append(times[1] / times[0])
-    return ratios
+def ratios_of(number: int, folders: list[Path], cells: list[Any],
+              args: argparse.Namespace) -> list[float]:  # fmt: skip
+    """The time of the second folder over that of the first in each cell, from new processes."""
+    trees = [Tree(folder, args.threads) for folder in folders]
+    try:
+        ratios = []
+        for i, cell in enumerate(cells, number):
+            once = max(tree.ask(cell, 1) for tree in trees)
+            calls, times = max(1, round(args.seconds / once)), [0.0, 0.0]
+            for n in (0, 1) if i % 2 else (1, 0):
+                times[n] = trees[n].ask(cell, calls)
+            ratios.append(times[1] / times[0])
+        return ratios
+    finally:
+        for tree in trees:
+            tree.close()
 
 
-def compare(trees: list[Tree], cells: list[Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(folders: list[Path], cells: list[Any], args: argparse.Namespace) -> list[Result]:
     """Measure and print each cell."""
+    rounds = [ratios_of(i, folders, cells, args) for i in trange(args.rounds, disable=None)]
     found = []
-    for cell in cells:
-        ratios = measured(trees, cell, args.rounds, args.seconds)
+    for cell, *ratios in zip(cells, *rounds, strict=True):
         low, median, high = (float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75)))
         (T, B, I, H), mode, after = cell
         size, variant = f"T={T} B={B} I={I} H={H}", "after" if after else "before"
@@ -151,13 +160,8 @@ def main() -> int:
     cells = [(list(case), mode, after) for case in cases for mode in ("forward", "training")
              for after in (True, False)]  # fmt: skip
     with checked_out(args.trees[0]) as old, checked_out(args.trees[1]) as new:
-        trees = [Tree(folder, args.threads) for folder, _ in (old, new)]
         print(f"{machine()}\ntime of {new[1]} over that of {old[1]}, {args.threads} threads")
-        try:
-            found = compare(trees, cells, args)
-        finally:
-            for tree in trees:
-                tree.close()
+        found = compare([old[0], new[0]], cells, args)
     slower = sum(result["ratio"][0] > SLOWER for result in found)
     middle = statistics.median(result["ratio"][1] for result in found)
     print(f"median of {len(found)} cells: {middle:.2f}; {slower} are slower")

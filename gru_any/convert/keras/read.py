@@ -282,7 +282,7 @@ def _sequences(part: Part) -> bool:
     if sequences and part.kind != "Bidirectional" and _flag(config, "go_backwards", False):
         raise ValueError(
             f"{part.name} has go_backwards and return_sequences: it returns its outputs in the "
-            "order in which it read, the last step first, and no layer here turns them round. "
+            "order in which it read, the last step first, and no layer here reverses them. "
             f'layer="{part.name}" gives GRU(reverse=True), whose y_t belongs to x_t'
         )
     return sequences

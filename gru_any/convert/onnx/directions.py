@@ -78,7 +78,7 @@ def cut(walk: Walk, node: Node, v: Value, *bounds: Value) -> SymbolicArray | Non
 
 def _reversed(node: Node, x: SymbolicArray, axis: Axis, by: str | None) -> SymbolicArray:
     if x.flipped not in ((), axis) or (x.flipped and x.by != by):
-        node.refuse("turns back another axis, or by other lengths, than was turned round before")
+        node.refuse("restores another axis, or by other lengths, than was reversed before")
     return replace(x, flipped=() if x.flipped else axis, by=None if x.flipped else by)
 
 

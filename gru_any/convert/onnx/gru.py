@@ -83,10 +83,10 @@ def _direction(node: Node, x: Value, lengths: Value, direction: str) -> tuple[st
     if not isinstance(x, SymbolicArray) or not x.flipped:
         return direction, name
     if direction != "forward":
-        node.refuse(f"reads a sequence that was turned round, in the direction {direction!r}")
+        node.refuse(f"reads a sequence that was reversed, in the direction {direction!r}")
     if x.by != name:
         node.refuse(
-            f"reads rows that were turned round {'as a whole' if x.by is None else 'by ' + x.by}, "
+            f"reads rows that were reversed {'as a whole' if x.by is None else 'by ' + x.by}, "
             f"and ends them {'nowhere' if name is None else 'by ' + name}; expected the same "
             "lengths for both"
         )
@@ -157,7 +157,7 @@ def _time_and_batch(walk: Walk, node: Node, x: SymbolicArray, layout: int) -> tu
             f"input: {shape_text(walk.lead)}"
         )
     if x.flipped not in ((), time):
-        node.refuse("reads what is turned round along another axis than time")
+        node.refuse("reads what is reversed along another axis than time")
     walk.time = time if walk.time is None else walk.time
     if time != walk.time or not time:
         node.refuse(

@@ -15,7 +15,7 @@ def step(walk: Walk, node: Node, v: SymbolicArray, axis: int, row: int) -> Symbo
         node.refuse("picks a last step after other layers than a GRU; pick it before them")
     if v.flipped or walk.pair or gru.settings["bidirectional"]:
         node.refuse(
-            "picks a step of a sequence that was read in both directions, or is turned round: it "
+            "picks a step of a sequence that was read in both directions, or is reversed: it "
             "is the last state of one direction at most; use Y_h, or read the GRU alone, "
             "load(path, node=...)"
         )
