@@ -191,6 +191,10 @@ def test_at_the_ends(path):
         assert not found["dstart"][:, 2].any()
         usual = results(gru, x, h0, dy, dh, resets=none, start=start, lengths=[5, 5, 3])
         assert not usual["dstart"].any()
+        one = results(gru, x[:1], h0, dy[:1], dh, resets=np.ones((1, 3), bool), start=start)
+        _, pullback = gru.vjp(x[:1], start)
+        assert np.allclose(one["dstart"], pullback(dy[:1], dh)[2], rtol=0, atol=1e-14)
+        assert one["dstart"].any()
 
 
 @pytest.mark.usefixtures("compiler")

@@ -40,14 +40,16 @@ OF_FUNCTIONS = ["tests/test_activations.py", "-k", "by_hand or by_complex_step o
 EQUATIONS = {"gru_any/equations.py": TESTS, "gru_any/activations.py": OF_FUNCTIONS}
 # what is changed at random, and the tests that should notice
 LAWS = "tests/test_laws.py tests/test_sequences.py tests/test_last.py tests/test_gradients.py"
+OPTIONS = "tests/test_start.py tests/test_regularisation.py tests/test_parts_of_gradients.py"
+CALLS = "tests/test_one_block.py tests/test_refusals.py tests/test_layers.py"
 TRAIN = "tests/test_layouts.py tests/test_train_input.py tests/test_train.py"
 HERE = ["-k", "not torch and not jax and not cupy and not fake_cuda and not compiled"]
 OTHERS = {
-    "gru_any/nn/sweep.py": [*LAWS.split(), "tests/test_tied.py", *HERE],
-    "gru_any/nn/stack.py": [*LAWS.split(), "tests/test_parts_of_gradients.py", *HERE],
-    "gru_any/nn/gru.py": [*LAWS.split(), "tests/test_refusals.py", "tests/test_layers.py", *HERE],
+    "gru_any/nn/sweep.py": [*LAWS.split(), *OPTIONS.split(), "tests/test_tied.py", *HERE],
+    "gru_any/nn/stack.py": [*LAWS.split(), *OPTIONS.split(), *HERE],
+    "gru_any/nn/gru.py": [*LAWS.split(), *CALLS.split(), *HERE],
     "gru_any/train/optim.py": ["tests/test_optim.py", "tests/test_mixed.py"],
-    "gru_any/nn/losses.py": ["tests/test_losses.py"],
+    "gru_any/nn/losses.py": ["tests/test_losses.py", "tests/test_first_mistakes.py"],
     "gru_any/train/data.py": [*TRAIN.split(), *HERE],
 }
 PRELOADED = ["numpy", "torch", "onnxruntime", "array_api_strict", "safetensors.numpy"]
