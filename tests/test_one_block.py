@@ -204,3 +204,14 @@ def test_what_is_wrong_is_refused_in_the_same_words():
         pullback(dy)
     with pytest.raises(TypeError, match="rng is 3"):
         gru.vjp(x, rng=3)
+
+
+def test_the_first_array_of_a_dtype_may_come_with_the_call(monkeypatch):
+    """What a backend knows of dtypes must not depend on the calls before."""
+    gru = GRU(3, 4, seed=0)
+    monkeypatch.setitem(vars(gru.backend), "_dtypes", {})
+    wide = {name: v.astype("float64") for name, v in gru.params.items()}
+    x = np.ones((2, 1, 3))
+    y, _ = gru.apply(wide, x)
+    assert y.dtype == np.float64
+    assert np.array_equal(y, gru.to(dtype="float64")(x)[0])

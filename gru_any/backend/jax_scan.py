@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
 from ..codegen.restart import restarted, restarted_backward
 from ..codegen.schedule import backward_program, forward_program
 from ..codegen.trace import Product, Program
@@ -27,11 +29,15 @@ class Operand:
     """
 
     def __init__(
-        self, U: Array, program: Program, by_rows: Callable[[Array, Array], Array] | None = None
+        self,
+        U: Array,
+        program: Program,
+        xp: Namespace,
+        by_rows: Callable[[Array, Array], Array] | None = None,
     ) -> None:
         H = U.shape[-1]
         self.U, self.shape, self.dtype = U, U.shape, U.dtype
-        self.made: dict[tuple[int, int, bool], Callable[[Array], Array]] = {}
+        self.made: dict[tuple[int, int, bool], Callable[[Array], Array | Gates]] = {}
         for op in program.ops:
             if isinstance(op, Product):
                 first, last = op.rows.start * H, op.rows.stop * H
@@ -39,6 +45,8 @@ class Operand:
                 key = first, last, op.transposed
                 if by_rows is not None and op.transposed:
                     self.made[key] = partial(by_rows, rows)
+                elif op.transposed and last - first > H:
+                    self.made[key] = partial(_gates, xp, (last - first) // H, rows.T)
                 else:
                     self.made[key] = partial(_times, rows.T if op.transposed else rows)
 
@@ -49,7 +57,7 @@ class Operand:
 
     T = property(lambda self: Rows(self, 0, self.shape[0], True))
 
-    def __rmatmul__(self, left: Array) -> Array:
+    def __rmatmul__(self, left: Array) -> "Array | Gates":
         return left @ Rows(self, 0, self.shape[0], False)
 
 
@@ -66,12 +74,43 @@ class Rows:
 
     T = property(transpose)
 
-    def __rmatmul__(self, left: Array) -> Array:
+    def __rmatmul__(self, left: Array) -> "Array | Gates":
         return self.of.made[self.key](left)
+
+
+class Gates(NDArrayOperatorsMixin):
+    """A stand-in for an array (B, nH) of n gates, each held apart, because the equations slice it.
+
+    JAX pads the gradient of a slice with zeros to the size of the whole, and adds all of them up.
+    In arithmetic it is the whole array.
+    """
+
+    def __init__(self, xp: Namespace, parts: Sequence[Array]) -> None:
+        self.xp, self.parts, self.size = xp, parts, parts[0].shape[-1]
+        self.shape = (*parts[0].shape[:-1], len(parts) * self.size)
+
+    def __getitem__(self, key: Any) -> Array:
+        columns = key[-1] if isinstance(key, tuple) else None
+        if isinstance(columns, slice) and len(self.shape) == 2:
+            first, last, step = columns.indices(self.shape[-1])
+            if (last - first, first % self.size, step) == (self.size, 0, 1):
+                return self.parts[first // self.size][key[:-1]]
+        return self.__jax_array__()[key]
+
+    def __jax_array__(self) -> Array:
+        return self.xp.concat(self.parts, axis=-1)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Array:
+        whole = (v.__jax_array__() if isinstance(v, Gates) else v for v in inputs)
+        return getattr(self.xp, ufunc.__name__)(*whole, **options)
 
 
 def _times(right: Array, left: Array) -> Array:
     return left @ right
+
+
+def _gates(xp: Namespace, count: int, right: Array, left: Array) -> Gates:
+    return Gates(xp, xp.split(left @ right, count, axis=-1))
 
 
 class Scan(Plain):
@@ -117,7 +156,7 @@ class Scan(Plain):
         xp, H, (U, *vectors) = self.xp, h.shape[-1], recurrent
         one_step = a.shape[0] == 1
         program = forward_program(step, len(vectors), keep, kinds_of(extra))
-        M = Operand(U, program, self._by_rows if a.shape[:2] == (1, 1) else None)
+        M = Operand(U, program, xp, self._by_rows if a.shape[:2] == (1, 1) else None)
         cut = extra is not None and extra.cut
         run = restarted(step, extra.start) if extra is not None and cut else step
 
@@ -126,7 +165,7 @@ class Scan(Plain):
         ) -> tuple[Array, Any]:
             parts, mask, entries = at
             further = () if extra is None else extra.of_step(entries)
-            new, saved = run(xp, xp.concat(parts, axis=-1), h, M, *vectors, *further)
+            new, saved = run(xp, Gates(xp, parts), h, M, *vectors, *further)
             h = new if mask is None else xp.where(mask, new, h)
             return h, (h, saved if keep else saved[len(saved) - cut :])
 
@@ -134,7 +173,7 @@ class Scan(Plain):
             if one_step:
                 return super().forward(step, a, h, (M, *vectors), alive, reverse, keep, extra)
             # thirds apart, since XLA slices them more slowly inside of the scan
-            parts = tuple(a[..., n : n + H] for n in range(0, a.shape[-1], H))
+            parts = tuple(xp.split(a, a.shape[-1] // H, axis=-1))
             steps = parts, None if alive is None else alive.block, _entries(extra)
             _, (states, saved) = self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
@@ -155,7 +194,7 @@ class Scan(Plain):
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         xp = self.xp
         kinds = len(saved), dy is not None, taps, kinds_of(extra)
-        M = Operand(U, backward_program(step, *kinds))
+        M = Operand(U, backward_program(step, *kinds), xp)
 
         def one(dh: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
             dy, h, saved, mask, entries = at

@@ -150,7 +150,9 @@ class Backend:
 
     def plain(self, array: Array, dtype: str) -> bool:
         """Return whether this backend is NumPy's, and `array` a plain ndarray of this dtype."""
-        return self.host and type(array) is np.ndarray and array.dtype == self._dtypes[dtype]
+        if not self.host or type(array) is not np.ndarray:
+            return False
+        return bool(array.dtype == (self._dtypes.get(dtype) or self.dtype(dtype)))
 
     def check(self, name: str, array: Array, dtype: str) -> None:
         """Raise TypeError where `array` is not of this library, device and dtype."""
