@@ -328,3 +328,39 @@ def test_a_device_that_refuses_a_whole_call(error, monkeypatch):
     assert count["replays"] - before > 2
     assert run.path(device.backend, 1000)[0] == "blocks"
     assert "CUDA refused to" in explain(device)
+
+
+@pytest.mark.parametrize("way", ["graph", "blocks", "eager"])
+def test_a_device_without_memory(way, monkeypatch):
+    """Whichever array it refuses, the error arrives, and the next call is right."""
+    monkeypatch.setattr(run, "chosen_on_cuda", way)
+    right, left = memory.allocate, [0]
+
+    class OutOfMemoryError(MemoryError):
+        """What CuPy raises."""
+
+    def allocate(shape, dtype):
+        left[0] -= 1
+        if not left[0]:
+            raise OutOfMemoryError(f"allocating {np.prod(shape) * np.dtype(dtype).itemsize} bytes")
+        return right(shape, dtype)
+
+    for module in (memory, fake):
+        if hasattr(module, "allocate"):
+            monkeypatch.setattr(module, "allocate", allocate)
+    host, device = pair(num_layers=2, bidirectional=True)
+    arrays = batch(host)
+    expected, failed = training(host, arrays), 0
+    for n in [*range(1, 60, 4), *range(60, 400, 17)]:
+        left[0] = n
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            try:
+                training(device, arrays)
+            except OutOfMemoryError:
+                failed += 1
+        left[0] = 0
+        assert_near(training(device, arrays), expected)
+        runner(device.backend).graphs.refused = False
+        run.forget(device.backend)
+    assert failed > 9

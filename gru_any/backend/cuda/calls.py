@@ -116,8 +116,23 @@ class Calls(Plain):
             return
         with self.ops.on(n):
             self.ops.wait(start)
-            yield self._within(self.context._replace(stream=n))
-            ends.append(self.ops.event())
+            try:
+                yield self._within(self.context._replace(stream=n))
+            finally:
+                ends.append(self.ops.event())
+
+    @contextmanager
+    def _joined_streams(self) -> Iterator[list[Event]]:
+        """Yield a list for the ends of other streams; let the current stream wait for all of them.
+
+        After an error too: the memory that the other streams still use is freed then.
+        """
+        ends: list[Event] = []
+        try:
+            yield ends
+        finally:
+            for end in ends:
+                self.ops.wait(end)
 
     def concurrent(self, calls: Sequence[Callable[[Runner], Result]]) -> list[Result]:
         """Run the first call on the current stream, each other one on a stream of its own."""
@@ -125,12 +140,10 @@ class Calls(Plain):
         if self.way == "whole" or len(calls) == 1:
             return super().concurrent(calls)
         start, results = self.ops.event(), []
-        ends: list[Event] = []
-        for n, call in enumerate(calls):
-            with self._on_stream(n % len(self.workspaces), start, ends) as run:
-                results.append(call(run))
-        for end in ends:
-            self.ops.wait(end)
+        with self._joined_streams() as ends:
+            for n, call in enumerate(calls):
+                with self._on_stream(n % len(self.workspaces), start, ends) as run:
+                    results.append(call(run))
         return results
 
     def pipeline(
@@ -144,13 +157,11 @@ class Calls(Plain):
         if alone or self.way in ("eager", "whole"):
             return super().pipeline(calls, x)
         start, passed = self.ops.event(), [x]  # kept alive until all streams have finished
-        ends: list[Event] = []
         overlapped = self._within(self.context._replace(overlapped=True))
-        for n, call in enumerate(calls):
-            with overlapped._on_stream(n % len(self.workspaces), start, ends) as run:
-                passed.append(call(run, passed[-1]))
-        for end in ends:
-            self.ops.wait(end)
+        with self._joined_streams() as ends:
+            for n, call in enumerate(calls):
+                with overlapped._on_stream(n % len(self.workspaces), start, ends) as run:
+                    passed.append(call(run, passed[-1]))
         for v in passed:
             if isinstance(v, Arriving):
                 v.events.clear()
