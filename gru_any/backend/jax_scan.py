@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from numpy.lib.mixins import NDArrayOperatorsMixin
-
 from ..codegen.restart import restarted, restarted_backward
 from ..codegen.schedule import backward_program, forward_program
 from ..codegen.trace import Product, Program
@@ -25,15 +23,15 @@ class Operand:
     """A stand-in for U (3H, H) whose slices and transposes are made once, before the scan.
 
     Inside of the scan XLA would slice and transpose U again in every step. by_rows: multiplies by
-    the transpose of a matrix without making it.
+    the transpose of a matrix without making it. apart: None, or what splits a product into gates.
     """
 
     def __init__(
         self,
         U: Array,
         program: Program,
-        xp: Namespace,
         by_rows: Callable[[Array, Array], Array] | None = None,
+        apart: Namespace | None = None,
     ) -> None:
         H = U.shape[-1]
         self.U, self.shape, self.dtype = U, U.shape, U.dtype
@@ -45,8 +43,8 @@ class Operand:
                 key = first, last, op.transposed
                 if by_rows is not None and op.transposed:
                     self.made[key] = partial(by_rows, rows)
-                elif op.transposed and last - first > H:
-                    self.made[key] = partial(_gates, xp, (last - first) // H, rows.T)
+                elif apart is not None and op.transposed and last - first > H:
+                    self.made[key] = partial(_gates, apart, (last - first) // H, rows.T)
                 else:
                     self.made[key] = partial(_times, rows.T if op.transposed else rows)
 
@@ -78,31 +76,21 @@ class Rows:
         return self.of.made[self.key](left)
 
 
-class Gates(NDArrayOperatorsMixin):
-    """A stand-in for an array (B, nH) of n gates, each held apart, because the equations slice it.
+class Gates:
+    """A stand-in for an array (B, nH) of n gates, each held apart. It can only be sliced by gate.
 
     JAX pads the gradient of a slice with zeros to the size of the whole, and adds all of them up.
-    In arithmetic it is the whole array.
     """
 
-    def __init__(self, xp: Namespace, parts: Sequence[Array]) -> None:
-        self.xp, self.parts, self.size = xp, parts, parts[0].shape[-1]
+    def __init__(self, parts: Sequence[Array]) -> None:
+        self.parts, self.size = parts, parts[0].shape[-1]
         self.shape = (*parts[0].shape[:-1], len(parts) * self.size)
 
-    def __getitem__(self, key: Any) -> Array:
-        columns = key[-1] if isinstance(key, tuple) else None
-        if isinstance(columns, slice) and len(self.shape) == 2:
-            first, last, step = columns.indices(self.shape[-1])
-            if (last - first, first % self.size, step) == (self.size, 0, 1):
-                return self.parts[first // self.size][key[:-1]]
-        return self.__jax_array__()[key]
-
-    def __jax_array__(self) -> Array:
-        return self.xp.concat(self.parts, axis=-1)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Array:
-        whole = (v.__jax_array__() if isinstance(v, Gates) else v for v in inputs)
-        return getattr(self.xp, ufunc.__name__)(*whole, **options)
+    def __getitem__(self, key: tuple[Any, slice]) -> Array:
+        first, last, step = key[-1].indices(self.shape[-1])
+        if key[0] is not Ellipsis or (last - first, first % self.size, step) != (self.size, 0, 1):
+            raise TypeError(f"{key} is no gate")
+        return self.parts[first // self.size]
 
 
 def _times(right: Array, left: Array) -> Array:
@@ -110,7 +98,7 @@ def _times(right: Array, left: Array) -> Array:
 
 
 def _gates(xp: Namespace, count: int, right: Array, left: Array) -> Gates:
-    return Gates(xp, xp.split(left @ right, count, axis=-1))
+    return Gates(xp.split(left @ right, count, axis=-1))
 
 
 class Scan(Plain):
@@ -156,26 +144,35 @@ class Scan(Plain):
         xp, H, (U, *vectors) = self.xp, h.shape[-1], recurrent
         one_step = a.shape[0] == 1
         program = forward_program(step, len(vectors), keep, kinds_of(extra))
-        M = Operand(U, program, xp, self._by_rows if a.shape[:2] == (1, 1) else None)
         cut = extra is not None and extra.cut
         run = restarted(step, extra.start) if extra is not None and cut else step
 
-        def one(
-            h: Array, at: tuple[tuple[Array, ...], Any, tuple[Array, ...]]
-        ) -> tuple[Array, Any]:
-            parts, mask, entries = at
-            further = () if extra is None else extra.of_step(entries)
-            new, saved = run(xp, Gates(xp, parts), h, M, *vectors, *further)
-            h = new if mask is None else xp.where(mask, new, h)
-            return h, (h, saved if keep else saved[len(saved) - cut :])
+        def scan(steps: tuple[Any, ...], apart: bool) -> Any:
+            M = Operand(U, program, apart=xp if apart else None)
+
+            def one(
+                h: Array, at: tuple[tuple[Array, ...], Any, tuple[Array, ...]]
+            ) -> tuple[Array, Any]:
+                parts, mask, entries = at
+                further = () if extra is None else extra.of_step(entries)
+                v = Gates(parts) if apart else xp.concat(parts, axis=-1)
+                new, saved = run(xp, v, h, M, *vectors, *further)
+                h = new if mask is None else xp.where(mask, new, h)
+                return h, (h, saved if keep else saved[len(saved) - cut :])
+
+            return self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)[1]
 
         with self._precision(self._products):
             if one_step:
+                M = Operand(U, program, self._by_rows if a.shape[1] == 1 else None)
                 return super().forward(step, a, h, (M, *vectors), alive, reverse, keep, extra)
             # thirds apart, since XLA slices them more slowly inside of the scan
             parts = tuple(xp.split(a, a.shape[-1] // H, axis=-1))
             steps = parts, None if alive is None else alive.block, _entries(extra)
-            _, (states, saved) = self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)
+            try:
+                states, saved = scan(steps, apart=True)
+            except (TypeError, AttributeError):  # a step that reads all gates at once
+                states, saved = scan(steps, apart=False)
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
         return xp.concat(ends), saved or None
 
@@ -194,7 +191,7 @@ class Scan(Plain):
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         xp = self.xp
         kinds = len(saved), dy is not None, taps, kinds_of(extra)
-        M = Operand(U, backward_program(step, *kinds), xp)
+        M = Operand(U, backward_program(step, *kinds))
 
         def one(dh: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
             dy, h, saved, mask, entries = at
