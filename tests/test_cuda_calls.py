@@ -13,7 +13,7 @@ from gru_any.backend import runner
 from gru_any.backend.cuda import calls, recording, tuning
 from gru_any.nn import sweep
 from gru_any.testing.fake_cuda import array as fake
-from gru_any.testing.fake_cuda import memory
+from gru_any.testing.fake_cuda import memory, ops
 from gru_any.testing.fake_cuda.memory import StreamError, count
 from gru_any.testing.fake_cuda.ops import Ops
 
@@ -345,9 +345,8 @@ def test_a_device_without_memory(way, monkeypatch):
             raise OutOfMemoryError(f"allocating {np.prod(shape) * np.dtype(dtype).itemsize} bytes")
         return right(shape, dtype)
 
-    for module in (memory, fake):
-        if hasattr(module, "allocate"):
-            monkeypatch.setattr(module, "allocate", allocate)
+    for module in (fake, ops):  # each has its own name for it
+        monkeypatch.setattr(module, "allocate", allocate)
     host, device = pair(num_layers=2, bidirectional=True)
     arrays = batch(host)
     expected, failed = training(host, arrays), 0

@@ -6,9 +6,8 @@
 Each tree is a commit, checked out into a folder of its own, or a folder. A process of each is asked
 in turn for the cells of `benchmark.py`, so that what else runs on the machine meets both. Every
 round has new processes: where one happens to lie in memory can cost a tenth in all that it does.
-Printed is the time of the second over that of the first: the median of
-the rounds, and the quartiles. The exit code is 1 where a cell is slower: its lower quartile is
-above `SLOWER`.
+Printed is the time of the second over that of the first: the median of the rounds, and the
+quartiles. The exit code is 1 where a cell is slower: its lower quartile is above `SLOWER`.
 """
 
 import argparse

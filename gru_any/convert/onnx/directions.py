@@ -41,11 +41,9 @@ def reverse_sequence(walk: Walk, node: Node, x: Value, lengths: Value) -> Symbol
     if isinstance(lengths, SymbolicArray) and lengths.kind == "input" and len(lengths.axes) == 1:
         by = lengths.key[0]
         if len(x.axes) != 3 or places["batch_axis"] == places["time_axis"]:
-            node.refuse(
-                f"turns round the rows of an array {shape_text(x.axes)}, expected (T, B, .)"
-            )
+            node.refuse(f"reverses the rows of an array {shape_text(x.axes)}, expected (T, B, .)")
     elif not isinstance(lengths, Full) or lengths.size != size(axis):
-        node.refuse("turns round something else than whole sequences")
+        node.refuse("reverses something else than whole sequences")
     return _reversed(node, x, axis, by)
 
 
@@ -65,7 +63,7 @@ def cut(walk: Walk, node: Node, v: Value, *bounds: Value) -> SymbolicArray | Non
     if by == -1:
         begins = start >= END or start in (-1, whole and whole - 1)
         if not begins or stop > (-END if whole is None else -whole - 1):
-            node.refuse("turns round something else than whole sequences")
+            node.refuse("reverses something else than whole sequences")
         return _reversed(node, v, axis, None)
     if v.kind == "input" or by != 1 or (start == 0 and stop >= (END if whole is None else whole)):
         return None
