@@ -7,7 +7,7 @@ import pytest
 from conftest import require, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear
-from gru_any.backend import Mode
+from gru_any.backend import Mode, jax_scan
 
 jax = require("jax")
 jnp = jax.numpy
@@ -56,6 +56,13 @@ def cases():
     return list(zip(KINDS, [None, "traced", "known", "traced", None], strict=True))
 
 
+@pytest.fixture(params=["inputs at once", "inputs in the scan"])
+def products(request, monkeypatch):
+    """When JAX's derivatives multiply the inputs: both ways, for a batch of any size."""
+    monkeypatch.setattr(jax_scan, "MANY", 1 if request.param == "inputs in the scan" else 10**9)
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(("kind", "lengths"), cases())
 def test_outputs_and_gradients_are_those_of_the_pullback(kind, lengths):
     gru = model(**KINDS[kind])
@@ -74,6 +81,7 @@ def test_outputs_and_gradients_are_those_of_the_pullback(kind, lengths):
     close(gradient, pullback(dy, dh))
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", ["one layer", "both ways"])
 def test_skipped_steps_and_resets_inside_of_jit(kind):
     gru = model(**KINDS[kind])
@@ -98,6 +106,7 @@ def test_skipped_steps_and_resets_inside_of_jit(kind):
         jax.jit(lambda x, resets: gru(x, resets=resets)[0])(x, flags["resets"])
 
 
+@pytest.mark.usefixtures("products")
 def test_a_checkpoint_and_our_own_pullback_inside_of_jit():
     gru = model(bidirectional=True, reset_after=True)
     x, h0, dy, dh = inputs(gru)
@@ -119,6 +128,7 @@ def test_a_checkpoint_and_our_own_pullback_inside_of_jit():
     close(taps, pullback.taps(dy, dh))
 
 
+@pytest.mark.usefixtures("products")
 def test_vmap_over_calls_and_for_gradients_of_each_example():
     gru = model(num_layers=2)
     xs, params = numbers(2, 6, 3, 2), dict(gru.params)
@@ -141,6 +151,36 @@ def test_vmap_over_calls_and_for_gradients_of_each_example():
         y, pullback = host.vjp(np.asarray(xs[0, :, n, :]))
         close({name: np.asarray(g[n]) for name, g in each.items()}, pullback(2 * y[0])[0])
     close(jax.vmap(lambda x: gru(x)[0])(xs), many[0])  # without jit
+
+
+@pytest.mark.parametrize("options", [{}, {"reset_after": True, "layer_norm": True}])
+def test_derivatives_of_many_rows(options):
+    """A directional derivative and a Hessian's product, with numbers from differences."""
+    gru = model(**options)
+    x, start = numbers(5, 40, 2), numbers(1, 40, 4, seed=1)
+    resets = np.random.default_rng(0).random((5, 40)) < 0.3
+    params = dict(gru.params)
+    along = {name: numbers(*p.shape, seed=2) for name, p in params.items()}
+
+    @jax.jit
+    def loss(params, start):
+        return jnp.mean(gru.apply(params, x, resets=resets, start=start)[0] ** 2)
+
+    def both(params, start):
+        return jax.grad(loss, (0, 1))(params, start)
+
+    def moved(e):
+        return {name: p + e * along[name] for name, p in params.items()}
+
+    gradient, step = both(params, start), 1e-5
+    (difference,) = jax.tree.leaves((loss(moved(step), start) - loss(moved(-step), start)) / 2e-5)
+    value = jax.jvp(lambda p: loss(p, start), (params,), (along,))[1]
+    close(value, difference, 1e-6)
+    close(sum((gradient[0][name] * along[name]).sum() for name in along), value)
+    pair = both(moved(step), start), both(moved(-step), start)
+    differences = jax.tree.map(lambda a, b: (a - b) / 2e-5, *pair)
+    product = jax.jvp(lambda p: both(p, start), (params,), (along,))[1]
+    close(product, differences, 1e-5)
 
 
 def test_compiling_takes_as_long_for_many_steps_as_for_few():

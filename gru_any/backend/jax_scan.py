@@ -7,7 +7,7 @@ steps as for 10. The gradient is JAX's own, of that scan.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from ..codegen.restart import restarted, restarted_backward
 from ..codegen.schedule import backward_program, forward_program
@@ -17,6 +17,8 @@ from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, kinds_of
 from .reference import Plain
 
 UNROLL = 1  # steps in one turn of the compiled loop
+MANY = 32  # rows from which derivatives multiply the inputs step by step
+PRODUCT = "product"  # the name of the products with U, all that is kept for the gradient
 
 
 class Operand:
@@ -24,6 +26,7 @@ class Operand:
 
     Inside of the scan XLA would slice and transpose U again in every step. by_rows: multiplies by
     the transpose of a matrix without making it. apart: None, or what splits a product into gates.
+    named: None, or what gives a product its name.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Operand:
         program: Program,
         by_rows: Callable[[Array, Array], Array] | None = None,
         apart: Namespace | None = None,
+        named: Callable[[Array], Array] | None = None,
     ) -> None:
         H = U.shape[-1]
         self.U, self.shape, self.dtype = U, U.shape, U.dtype
@@ -43,10 +47,10 @@ class Operand:
                 key = first, last, op.transposed
                 if by_rows is not None and op.transposed:
                     self.made[key] = partial(by_rows, rows)
-                elif apart is not None and op.transposed and last - first > H:
-                    self.made[key] = partial(_gates, apart, (last - first) // H, rows.T)
                 else:
-                    self.made[key] = partial(_times, rows.T if op.transposed else rows)
+                    right = rows.T if op.transposed else rows
+                    count = (last - first) // H if apart is not None and op.transposed else 1
+                    self.made[key] = partial(_times, apart, count, named, right)
 
     def __getitem__(self, key: slice | tuple[slice, ...]) -> "Rows":
         rows = key if isinstance(key, slice) else key[0]
@@ -93,12 +97,23 @@ class Gates:
         return self.parts[first // self.size]
 
 
-def _times(right: Array, left: Array) -> Array:
-    return left @ right
+def _times(
+    xp: Namespace | None,
+    gates: int,
+    named: Callable[[Array], Array] | None,
+    right: Array,
+    left: Array,
+) -> Array | Gates:
+    product = left @ right if named is None else named(left @ right)
+    return product if xp is None or gates == 1 else Gates(xp.split(product, gates, axis=-1))
 
 
-def _gates(xp: Namespace, count: int, right: Array, left: Array) -> Gates:
-    return Gates(xp.split(left @ right, count, axis=-1))
+class Inputs(NamedTuple):
+    """Of which x W^T + b is made: x (T, B, I), W (N, I) and b (N,)."""
+
+    x: Array
+    W: Matrix
+    b: Array | None
 
 
 class Scan(Plain):
@@ -108,11 +123,17 @@ class Scan(Plain):
 
     def __init__(self, xp: Namespace, device: Device, precision: str) -> None:
         import jax
+        from jax.ad_checkpoint import checkpoint_name
 
         super().__init__(xp, device)
         self._scan: Callable[..., Any] = jax.lax.scan
         self._dot: Callable[..., Array] = jax.lax.dot_general
         self._precision: Callable[..., AbstractContextManager[None]] = jax.default_matmul_precision
+        self._custom_jvp: Callable[..., Any] = jax.custom_jvp
+        self._jvp: Callable[..., Any] = jax.jvp
+        self._named: Callable[[Array], Array] = partial(checkpoint_name, name=PRODUCT)
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+        self._kept: Callable[..., Any] = partial(jax.checkpoint, policy=policy, prevent_cse=False)
         self._products = "highest" if precision == "full" else "default"
 
     def product(self, left: Array, right: Matrix) -> Array:
@@ -120,11 +141,15 @@ class Scan(Plain):
             return super().product(left, right)
 
     def affine(self, x: Array, W: Matrix, b: Array | None) -> InputProducts:
-        if x.shape[:2] != (1, 1):
-            return super().affine(x, W, b)
-        with self._precision(self._products):
-            a = self._by_rows(W, x[0, :, :])[None, :, :]
-        return a if b is None else a + b
+        return cast(InputProducts, Inputs(x, W, b))  # `forward` decides when they are multiplied
+
+    def _at_once(self, a: "Inputs | Array") -> Array:
+        if not isinstance(a, Inputs):
+            return a
+        if a.x.shape[:2] != (1, 1):
+            return super().affine(*a)
+        product = self._by_rows(a.W, a.x[0, :, :])[None, :, :]
+        return product if a.b is None else product + a.b
 
     def _by_rows(self, M: Matrix, left: Array) -> Array:
         """Return left @ M.T; of a single row the gradient to M is four times as fast this way."""
@@ -141,40 +166,70 @@ class Scan(Plain):
         keep: bool,
         extra: Extra | None = None,
     ) -> tuple[Array, Sequence[Array] | None]:
-        xp, H, (U, *vectors) = self.xp, h.shape[-1], recurrent
-        one_step = a.shape[0] == 1
+        xp, (U, *vectors) = self.xp, recurrent
+        inputs: Inputs | Array = a
+        T, B, _ = inputs.x.shape if isinstance(inputs, Inputs) else inputs.shape
         program = forward_program(step, len(vectors), keep, kinds_of(extra))
         cut = extra is not None and extra.cut
         run = restarted(step, extra.start) if extra is not None and cut else step
 
-        def scan(steps: tuple[Any, ...], apart: bool) -> Any:
-            M = Operand(U, program, apart=xp if apart else None)
+        def scan(apart: bool, inside: bool, *given: Any) -> Any:
+            """Run the steps. apart: with the gates apart. inside: x is multiplied in the scan."""
+            inputs, U, vectors, h, mask, arrays = given
+            of = None if extra is None else extra._replace(arrays=arrays)
+            M = Operand(U, program, apart=xp if apart else None, named=self._named)
+            right = inputs.W.T if inside else None
+            a = inputs.x if inside else _gates(xp, self._at_once(inputs))
 
-            def one(
-                h: Array, at: tuple[tuple[Array, ...], Any, tuple[Array, ...]]
-            ) -> tuple[Array, Any]:
-                parts, mask, entries = at
-                further = () if extra is None else extra.of_step(entries)
-                v = Gates(parts) if apart else xp.concat(parts, axis=-1)
+            def one(h: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
+                a, mask, entries = at
+                if right is not None:
+                    b = inputs.b
+                    a = _gates(xp, a @ right if b is None else a @ right + b)
+                further = () if of is None else of.of_step(entries)
+                v = Gates(a) if apart else xp.concat(a, axis=-1)
                 new, saved = run(xp, v, h, M, *vectors, *further)
                 h = new if mask is None else xp.where(mask, new, h)
                 return h, (h, saved if keep else saved[len(saved) - cut :])
 
+            # the rest of a step is computed again for the gradient: cheaper than to keep it
+            one = self._kept(one)
+            steps = a, mask, _entries(of)
             return self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)[1]
 
-        with self._precision(self._products):
-            if one_step:
-                M = Operand(U, program, self._by_rows if a.shape[1] == 1 else None)
-                return super().forward(step, a, h, (M, *vectors), alive, reverse, keep, extra)
-            # thirds apart, since XLA slices them more slowly inside of the scan
-            parts = tuple(xp.split(a, a.shape[-1] // H, axis=-1))
-            steps = parts, None if alive is None else alive.block, _entries(extra)
-            try:
-                states, saved = scan(steps, apart=True)
-            except (TypeError, AttributeError):  # a step that reads all gates at once
-                states, saved = scan(steps, apart=False)
+        def precise(*given: Any) -> Any:
+            with self._precision(self._products):
+                return scan(*given)
+
+        if T == 1:
+            with self._precision(self._products):
+                M = Operand(U, program, self._by_rows if B == 1 else None)
+                products = self._at_once(inputs)
+                return super().forward(
+                    step, products, h, (M, *vectors), alive, reverse, keep, extra
+                )
+        mask = None if alive is None else alive.block
+        given = inputs, U, tuple(vectors), h, mask, () if extra is None else extra.arrays
+        many = B >= MANY and isinstance(inputs, Inputs)
+        try:
+            states, saved = self._scanned(partial(precise, True), many)(*given)
+        except (TypeError, AttributeError):  # a step that reads all gates at once
+            states, saved = self._scanned(partial(precise, False), many)(*given)
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
         return xp.concat(ends), saved or None
+
+    def _scanned(self, scan: Callable[..., Any], many: bool) -> Callable[..., Any]:
+        """Return the scan that multiplies the inputs by W at once.
+
+        many: of so many rows JAX's derivatives do so step by step. They would keep the products of
+        all steps, and fresh memory takes more time than small products do.
+        """
+        at_once, inside = partial(scan, False), partial(scan, True)
+        if not many:
+            return at_once
+        found: Any = self._custom_jvp(at_once)
+        found.defjvp(partial(self._jvp, inside))
+        return cast(Callable[..., Any], found)
 
     def backward(
         self,
@@ -209,6 +264,11 @@ class Scan(Plain):
         with self._precision(self._products):
             dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=UNROLL)
         return parts, dh, gs
+
+
+def _gates(xp: Namespace, a: Array) -> Sequence[Array]:
+    """Return the thirds of a; inside of the scan XLA slices them more slowly."""
+    return cast(Sequence[Array], xp.split(a, 3, axis=-1))
 
 
 def _entries(extra: Extra | None) -> tuple[Array, ...]:
