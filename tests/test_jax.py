@@ -56,10 +56,11 @@ def cases():
     return list(zip(KINDS, [None, "traced", "known", "traced", None], strict=True))
 
 
-@pytest.fixture(params=["inputs at once", "inputs in the scan"])
+@pytest.fixture(params=["at once", "in the scan", "for derivatives in the scan"])
 def products(request, monkeypatch):
-    """When JAX's derivatives multiply the inputs: both ways, for a batch of any size."""
-    monkeypatch.setattr(jax_scan, "MANY", 1 if request.param == "inputs in the scan" else 10**9)
+    """When the inputs are multiplied: each way, for a batch of any size."""
+    monkeypatch.setattr(jax_scan, "MANY", 10**9 if request.param == "at once" else 1)
+    monkeypatch.setattr(jax_scan, "WIDE", 1 if request.param == "in the scan" else 10**9)
 
 
 @pytest.mark.usefixtures("products")
@@ -153,12 +154,13 @@ def test_vmap_over_calls_and_for_gradients_of_each_example():
     close(jax.vmap(lambda x: gru(x)[0])(xs), many[0])  # without jit
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("options", [{}, {"reset_after": True, "layer_norm": True}])
-def test_derivatives_of_many_rows(options):
-    """A directional derivative and a Hessian's product, with numbers from differences."""
+def test_directional_derivatives_and_the_product_of_a_hessian(options):
+    """With the numbers that differences give."""
     gru = model(**options)
-    x, start = numbers(5, 40, 2), numbers(1, 40, 4, seed=1)
-    resets = np.random.default_rng(0).random((5, 40)) < 0.3
+    x, start = numbers(5, 3, 2), numbers(1, 3, 4, seed=1)
+    resets = np.random.default_rng(0).random((5, 3)) < 0.3
     params = dict(gru.params)
     along = {name: numbers(*p.shape, seed=2) for name, p in params.items()}
 

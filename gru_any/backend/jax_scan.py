@@ -17,7 +17,8 @@ from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, kinds_of
 from .reference import Plain
 
 UNROLL = 1  # steps in one turn of the compiled loop
-MANY = 32  # rows from which derivatives multiply the inputs step by step
+MANY = 8192  # numbers in a state from which derivatives multiply the inputs step by step,
+WIDE = 256  # and numbers in an input from which the forward pass does so, too
 PRODUCT = "product"  # the name of the products with U, all that is kept for the gradient
 
 
@@ -168,7 +169,8 @@ class Scan(Plain):
     ) -> tuple[Array, Sequence[Array] | None]:
         xp, (U, *vectors) = self.xp, recurrent
         inputs: Inputs | Array = a
-        T, B, _ = inputs.x.shape if isinstance(inputs, Inputs) else inputs.shape
+        T = inputs.x.shape[0] if isinstance(inputs, Inputs) else inputs.shape[0]
+        B, H = h.shape
         program = forward_program(step, len(vectors), keep, kinds_of(extra))
         cut = extra is not None and extra.cut
         run = restarted(step, extra.start) if extra is not None and cut else step
@@ -210,23 +212,23 @@ class Scan(Plain):
                 )
         mask = None if alive is None else alive.block
         given = inputs, U, tuple(vectors), h, mask, () if extra is None else extra.arrays
-        many = B >= MANY and isinstance(inputs, Inputs)
+        width = inputs.x.shape[-1] if isinstance(inputs, Inputs) and B * H >= MANY else 0
         try:
-            states, saved = self._scanned(partial(precise, True), many)(*given)
+            states, saved = self._scanned(partial(precise, True), width)(*given)
         except (TypeError, AttributeError):  # a step that reads all gates at once
-            states, saved = self._scanned(partial(precise, False), many)(*given)
+            states, saved = self._scanned(partial(precise, False), width)(*given)
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
         return xp.concat(ends), saved or None
 
-    def _scanned(self, scan: Callable[..., Any], many: bool) -> Callable[..., Any]:
-        """Return the scan that multiplies the inputs by W at once.
+    def _scanned(self, scan: Callable[..., Any], width: int) -> Callable[..., Any]:
+        """Return the scan, which multiplies the inputs by W at once or step by step.
 
-        many: of so many rows JAX's derivatives do so step by step. They would keep the products of
-        all steps, and fresh memory takes more time than small products do.
+        At once takes less time as such, but memory for the products of all steps, which takes time
+        as well. width: of the inputs where the states are large, else 0.
         """
         at_once, inside = partial(scan, False), partial(scan, True)
-        if not many:
-            return at_once
+        if width == 0 or width >= WIDE:
+            return inside if width else at_once
         found: Any = self._custom_jvp(at_once)
         found.defjvp(partial(self._jvp, inside))
         return cast(Callable[..., Any], found)
