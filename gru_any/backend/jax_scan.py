@@ -1,7 +1,7 @@
 """The runner inside of functions that JAX transforms: `jax.jit`, `jax.grad`, `jax.vmap`.
 
 All steps are one `lax.scan` over the step of the equations, so compiling takes as long for 10,000
-steps as for 10. The gradient is JAX's own, of that scan.
+steps as for 10; up to 8 are unrolled. The gradient is JAX's own, of that scan.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from ..typing import Array, Device, Namespace, Step
 from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, kinds_of
 from .reference import Plain
 
-UNROLL = 1  # steps in one turn of the compiled loop
+SHORT = 8  # steps up to which the compiled loop is unrolled
 MANY = 8192  # numbers in a state from which derivatives multiply the inputs step by step,
 WIDE = 256  # and numbers in an input from which the forward pass does so, too
 PRODUCT = "product"  # the name of the products with U, all that is kept for the gradient
@@ -197,7 +197,8 @@ class Scan(Plain):
             # the rest of a step is computed again for the gradient: cheaper than to keep it
             one = self._kept(one)
             steps = a, mask, _entries(of)
-            return self._scan(one, h, steps, reverse=reverse, unroll=UNROLL)[1]
+            unroll = T if T <= SHORT else 2 if inside else 1
+            return self._scan(one, h, steps, reverse=reverse, unroll=unroll)[1]
 
         def precise(*given: Any) -> Any:
             with self._precision(self._products):
@@ -264,7 +265,8 @@ class Scan(Plain):
         mask = None if alive is None else alive.block
         steps = dy, previous, tuple(saved), mask, _entries(extra)
         with self._precision(self._products):
-            dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=UNROLL)
+            short = previous.shape[0] <= SHORT
+            dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=short)
         return parts, dh, gs
 
 
