@@ -1,7 +1,7 @@
 """The runner inside of functions that JAX transforms: `jax.jit`, `jax.grad`, `jax.vmap`.
 
 All steps are one `lax.scan` over the step of the equations, so compiling takes as long for 10,000
-steps as for 10; up to 8 are unrolled. The gradient is JAX's own, of that scan.
+steps as for 10; up to 4 are unrolled. The gradient is JAX's own, of that scan.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from ..typing import Array, Device, Namespace, Step
 from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, kinds_of
 from .reference import Plain
 
-SHORT = 8  # steps up to which the compiled loop is unrolled
+SHORT = 4  # steps up to which the loop is unrolled; more would take long to compile
 MANY = 8192  # numbers in a state from which derivatives multiply the inputs step by step,
 WIDE = 256  # and numbers in an input from which the forward pass does so, too
 PRODUCT = "product"  # the name of the products with U, all that is kept for the gradient
