@@ -17,8 +17,8 @@ from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, kinds_of
 from .reference import Plain
 
 SHORT = 4  # steps up to which the loop is unrolled; more would take long to compile
-MANY = 8192  # numbers in a state from which derivatives multiply the inputs step by step,
-WIDE = 256  # and numbers in an input from which the forward pass does so, too
+MANY = 8192  # elements of a state (B, H) from which derivatives multiply the inputs step by step,
+WIDE = 256  # and features of an input from which the forward pass does so, too
 PRODUCT = "product"  # the name of the products with U, all that is kept for the gradient
 
 
@@ -39,7 +39,7 @@ class Operand:
         named: Callable[[Array], Array] | None = None,
     ) -> None:
         H = U.shape[-1]
-        self.U, self.shape, self.dtype = U, U.shape, U.dtype
+        self.shape, self.dtype = U.shape, U.dtype
         self.made: dict[tuple[int, int, bool], Callable[[Array], Array | Gates]] = {}
         for op in program.ops:
             if isinstance(op, Product):
@@ -116,6 +116,11 @@ class Inputs(NamedTuple):
     W: Matrix
     b: Array | None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a, (T, B, N)."""
+        return (*self.x.shape[:2], self.W.shape[0])
+
 
 class Scan(Plain):
     """Runs all steps as one scan that JAX compiles."""
@@ -134,7 +139,9 @@ class Scan(Plain):
         self._jvp: Callable[..., Any] = jax.jvp
         self._named: Callable[[Array], Array] = partial(checkpoint_name, name=PRODUCT)
         policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-        self._kept: Callable[..., Any] = partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        self._checkpointed: Callable[..., Any] = partial(
+            jax.checkpoint, policy=policy, prevent_cse=False
+        )
         self._products = "highest" if precision == "full" else "default"
 
     def product(self, left: Array, right: Matrix) -> Array:
@@ -147,7 +154,7 @@ class Scan(Plain):
     def _at_once(self, a: "Inputs | Array") -> Array:
         if not isinstance(a, Inputs):
             return a
-        if a.x.shape[:2] != (1, 1):
+        if a.shape[:2] != (1, 1):
             return super().affine(*a)
         product = self._by_rows(a.W, a.x[0, :, :])[None, :, :]
         return product if a.b is None else product + a.b
@@ -169,9 +176,13 @@ class Scan(Plain):
     ) -> tuple[Array, Sequence[Array] | None]:
         xp, (U, *vectors) = self.xp, recurrent
         inputs: Inputs | Array = a
-        T = inputs.x.shape[0] if isinstance(inputs, Inputs) else inputs.shape[0]
-        B, H = h.shape
+        T, (B, H) = inputs.shape[0], h.shape
         program = forward_program(step, len(vectors), keep, kinds_of(extra))
+        if T == 1:
+            with self._precision(self._products):
+                M = Operand(U, program, self._by_rows if B == 1 else None)
+                a = self._at_once(inputs)
+                return super().forward(step, a, h, (M, *vectors), alive, reverse, keep, extra)
         cut = extra is not None and extra.cut
         run = restarted(step, extra.start) if extra is not None and cut else step
 
@@ -179,9 +190,6 @@ class Scan(Plain):
             """Run the steps. apart: with the gates apart. inside: x is multiplied in the scan."""
             inputs, U, vectors, h, mask, arrays = given
             of = None if extra is None else extra._replace(arrays=arrays)
-            M = Operand(U, program, apart=xp if apart else None, named=self._named)
-            right = inputs.W.T if inside else None
-            a = inputs.x if inside else _gates(xp, self._at_once(inputs))
 
             def one(h: Array, at: tuple[Any, ...]) -> tuple[Array, Any]:
                 a, mask, entries = at
@@ -195,29 +203,25 @@ class Scan(Plain):
                 return h, (h, saved if keep else saved[len(saved) - cut :])
 
             # the rest of a step is computed again for the gradient: cheaper than to keep it
-            one = self._kept(one)
-            steps = a, mask, _entries(of)
+            one = self._checkpointed(one)
             unroll = T if T <= SHORT else 2 if inside else 1
-            return self._scan(one, h, steps, reverse=reverse, unroll=unroll)[1]
-
-        def precise(*given: Any) -> Any:
-            with self._precision(self._products):
-                return scan(*given)
-
-        if T == 1:
-            with self._precision(self._products):
-                M = Operand(U, program, self._by_rows if B == 1 else None)
-                products = self._at_once(inputs)
-                return super().forward(
-                    step, products, h, (M, *vectors), alive, reverse, keep, extra
+            with self._precision(self._products):  # here, since JAX may call this later
+                M = Operand(U, program, apart=xp if apart else None, named=self._named)
+                right = inputs.W.T if inside else None
+                steps = (
+                    inputs.x if inside else _gates(xp, self._at_once(inputs)),
+                    mask,
+                    _entries(of),
                 )
+                return self._scan(one, h, steps, reverse=reverse, unroll=unroll)[1]
+
         mask = None if alive is None else alive.block
         given = inputs, U, tuple(vectors), h, mask, () if extra is None else extra.arrays
         width = inputs.x.shape[-1] if isinstance(inputs, Inputs) and B * H >= MANY else 0
         try:
-            states, saved = self._scanned(partial(precise, True), width)(*given)
+            states, saved = self._scanned(partial(scan, True), width)(*given)
         except (TypeError, AttributeError):  # a step that reads all gates at once
-            states, saved = self._scanned(partial(precise, False), width)(*given)
+            states, saved = self._scanned(partial(scan, False), width)(*given)
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
         return xp.concat(ends), saved or None
 
@@ -228,8 +232,10 @@ class Scan(Plain):
         as well. width: of the inputs where the states are large, else 0.
         """
         at_once, inside = partial(scan, False), partial(scan, True)
-        if width == 0 or width >= WIDE:
-            return inside if width else at_once
+        if width == 0:
+            return at_once
+        if width >= WIDE:
+            return inside
         found: Any = self._custom_jvp(at_once)
         found.defjvp(partial(self._jvp, inside))
         return cast(Callable[..., Any], found)
