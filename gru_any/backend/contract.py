@@ -307,6 +307,7 @@ class Schedules(Protocol):
         arrays: Pytree,
         steps: int | None = None,
         tape: object = None,
+        gradients: Callable[..., Pytree] | None = None,
     ) -> tuple[Pytree, object]:
         """Return function(owner.on(runner), *static, arrays[, tape])."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .contract import Mode, Runner
 from .cpu import buffers as memory
 from .cpu.jit_cache import problem, trial
-from .libraries import Backend
+from .libraries import NUMPY, Backend
 from .reference import Plain
 from .transfer import Neighbour, neighbour
 
@@ -61,7 +61,8 @@ _asked_once, _asked_once_on_cuda = cache(_asked), cache(_asked_on_cuda)
 def _allowed(backend: Backend) -> Mode:
     """Return the fastest mode that the user allows this backend."""
     if backend.traced:
-        return Mode.PLAIN if (chosen or _asked_once()) == Mode.PLAIN else Mode.SCAN
+        asked = chosen or _asked_once()
+        return Mode.SCAN if asked == Mode.TRACED else asked
     if backend.host:
         return chosen or _asked_once()
     return (chosen_on_cuda or _asked_once_on_cuda()) if backend.cuda else Mode.PLAIN
@@ -92,7 +93,7 @@ def runner(backend: Backend, precision: str = "full", dtype: str = "float32") ->
     """
     mode = Mode.PLAIN if dtype == COMPLEX else _allowed(backend)
     if mode == Mode.COMPILED and problem():
-        mode = Mode.TRACED
+        mode = Mode.SCAN if backend.traced else Mode.TRACED
     return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
 
 
@@ -110,6 +111,10 @@ def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
         from .jax_scan import Scan
 
         return Scan(backend.xp, backend.device, precision)
+    if backend.traced:
+        from .jax_host import OnHost
+
+        return OnHost(backend.xp, backend.device, precision, _runner(NUMPY, mode, "full"))
     if mode == Mode.TRACED:
         from .cpu.numpy_runner import NumPy
 

@@ -165,11 +165,14 @@ class Plain:
         arrays: Pytree,
         steps: int | None = None,
         tape: object = None,
+        gradients: Callable[..., Pytree] | None = None,
     ) -> tuple[Pytree, object]:
         """Return function(owner.on(runner), *static, arrays[, tape]): its results, and a tape.
 
         A device may capture the call and replay it, since nothing but `owner`, `static` and the
         arrays enters it. steps: how many it has, all layers counted; None: it must not be captured.
+        gradients: of a call that another library may differentiate, a function of the same and of
+        the results' cotangents, of which None is 0. It returns the gradients to the arrays.
         """
         return function(owner.on(self), *static, arrays, *(() if tape is None else (tape,)))
 

@@ -180,6 +180,29 @@ class Stack(NamedTuple):
         dstart = self.run.stacked(starts, self.storage) if starts else None
         return (grads, dx, self.run.stacked(states, self.storage), dstart), None
 
+    def gradients(
+        self,
+        unmasked: int,
+        keep: bool,
+        segment: int | None,
+        outputs: bool,
+        given: ForwardInputs,
+        cotangents: tuple[Any, Array | None],
+    ) -> ForwardInputs:
+        """Return the gradients to the arrays of `forward`, of those to its results, y and h_n.
+
+        Of cotangents None is 0. The residuals are not kept: the forward pass is run once more.
+        """
+        dy, dh_n = cotangents
+        if dh_n is None:
+            h0 = given.h0
+            dh_n = self.run.xp.zeros(h0.shape, dtype=h0.dtype, device=self.run.device)
+        wanted = outputs and self.merge == "mul"
+        _, residuals = self.forward(unmasked, True, segment, wanted, given)
+        back = BackwardInputs(dy, dh_n)
+        (grads, dx, dh0, dstart), _ = self.backward(None, False, back, residuals)
+        return ForwardInputs(dx, dh0, grads, None, None, None, None, dstart)
+
     def steps(self, x: Array) -> int:
         """Return how many steps a call on x (T, B, I) runs, all layers and directions counted."""
         return int(x.shape[0]) * self.layers * len(self.suffixes)

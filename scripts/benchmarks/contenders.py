@@ -256,7 +256,7 @@ MAKERS: dict[str, Callable[..., Call | None]] = {
 }
 
 
-NUMBA = ("numba", "frozen", "torch-arrays", "jax-arrays")  # who runs on Numba's loops
+NUMBA = ("numba", "frozen", "torch-arrays", "jax", "jax-arrays")  # who runs on Numba's loops
 
 
 def threads_of(name: str) -> int:

@@ -195,6 +195,7 @@ class Calls(Plain):
         arrays: Pytree,
         steps: int | None = None,
         tape: object = None,
+        gradients: Callable[..., Pytree] | None = None,
     ) -> tuple[Pytree, object]:
         """Run the call; from the second call with the same shapes on, as a captured graph."""
         lease = tape if isinstance(tape, Lease) else None

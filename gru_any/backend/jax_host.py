@@ -1,0 +1,257 @@
+"""Calls inside of functions that JAX compiles for the processor, run by NumPy's compiled runner.
+
+The memory is the host's, so the runner reads it in place. To JAX such a call is a primitive, and so
+are its derivatives, forward and backward. Each is defined by a function of JAX's arrays, in which
+all steps are a scan: this gives `jax.vmap`, further derivatives, and what to compile for other
+devices. On the processor, the call and its backward pass run on the host.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ..typing import Array, Device, HostArray, Namespace, Pytree, Shape
+from .contract import Movable, Runner
+from .cpu.packed import writable
+from .jax_scan import Scan
+
+FEW = 16  # steps up to which JAX's own program is as fast: to enter the host takes 60 microseconds
+Types = Iterable[tuple[Shape, Any]]  # shapes and dtypes
+
+
+class Call(NamedTuple):
+    """A call, as of `Runner.run_graph`, as a function of a flat list of arrays."""
+
+    function: Callable[..., tuple[Pytree, object]]
+    gradients: Callable[..., Pytree]
+    owner: Movable
+    static: tuple[Any, ...]
+    entered: Any  # the structure of the arrays
+    left: Any  # the structure of the results
+    types: Types  # of the results
+    host: Runner
+
+    def results(self, owner: Movable, arrays: Sequence[Array]) -> list[Array]:
+        """Return the results."""
+        given = jax.tree.unflatten(self.entered, arrays)
+        return jax.tree.leaves(self.function(owner, *self.static, given)[0])
+
+    def pullback(
+        self, owner: Movable, arrays: Sequence[Array], cotangents: Sequence[Array | None]
+    ) -> list[Array]:
+        """Return the gradients to the real arrays, of cotangents, of which None is 0."""
+        given = jax.tree.unflatten(self.entered, arrays)
+        dots = jax.tree.unflatten(self.left, cotangents)
+        return jax.tree.leaves(self.gradients(owner, *self.static, given, dots))
+
+    def of_reals(self, arrays: Sequence[Array]) -> tuple[Callable[..., list[Array]], list[Array]]:
+        """Return the scan as a function of the real arrays, and these."""
+
+        def function(*reals: Array) -> list[Array]:
+            following = iter(reals)
+            given = [next(following) if _is_real(v) else v for v in arrays]
+            return self.results(self.owner, given)
+
+        return function, list(filter(_is_real, arrays))
+
+
+@lru_cache(maxsize=256)
+def _call(
+    function: Callable[..., Any],
+    gradients: Callable[..., Any],
+    owner: Movable,
+    static: tuple[Any, ...],
+    entered: Any,
+    types: Types,
+    host: Runner,
+) -> Call:
+    """Return the call on arrays of these types."""
+    given = jax.tree.unflatten(entered, [jax.ShapeDtypeStruct(*v) for v in types])
+    results = jax.eval_shape(lambda arrays: function(owner, *static, arrays)[0], given)
+    leaves, left = jax.tree.flatten(results)
+    return Call(function, gradients, owner, static, entered, left, _types(leaves), host)
+
+
+def _types(arrays: Iterable[Any]) -> Types:
+    return tuple([(v.shape, v.dtype) for v in arrays])
+
+
+def _is_real(v: Any) -> bool:
+    return bool(np.issubdtype(v.dtype, np.floating))
+
+
+# the primitives as functions of JAX's arrays, and on the host -------------------------------------
+
+
+def _results(*arrays: Array, call: Call) -> list[Array]:
+    """Return the results of a call."""
+    return call.results(call.owner, arrays)
+
+
+def _results_on_host(*arrays: HostArray, call: Call) -> list[HostArray]:
+    return call.results(call.owner.on(call.host), arrays)
+
+
+def _tangents(*arrays: Array, call: Call) -> list[Array]:
+    """Return the derivatives of the results along a direction, which follows the arrays."""
+    count = call.entered.num_leaves
+    function, reals = call.of_reals(arrays[:count])
+    return list(jax.jvp(function, reals, list(arrays[count:]))[1])
+
+
+def _pullback(*arrays: Array, call: Call, given: tuple[bool, ...]) -> list[Array]:
+    """Return the gradients to the real arrays; the given cotangents follow the arrays."""
+    count = call.entered.num_leaves
+    function, reals = call.of_reals(arrays[:count])
+    results, back = jax.vjp(function, *reals)
+    following = iter(arrays[count:])
+    pairs = zip(given, results, strict=True)
+    return list(back([next(following) if there else jax.numpy.zeros_like(v) for there, v in pairs]))
+
+
+def _pullback_on_host(
+    *arrays: HostArray, call: Call, given: tuple[bool, ...]
+) -> list[HostArray]:
+    count = call.entered.num_leaves
+    following = iter(arrays[count:])
+    cotangents = [next(following) if there else None for there in given]
+    return call.pullback(call.owner.on(call.host), arrays[:count], cotangents)
+
+
+# what JAX needs to know of a primitive ------------------------------------------------------------
+
+
+def _primitive(name: str, function: Callable[..., list[Array]], types: Callable[..., Types]) -> Any:
+    """Return a primitive that a function defines; types: returns those of its results."""
+    new = Primitive(f"gru_any_{name}")
+    new.multiple_results = True
+
+    @lru_cache(maxsize=256)
+    def compiled(**params: Any) -> Callable[..., list[Array]]:
+        found: Callable[..., list[Array]] = jax.jit(partial(new.bind, **params))
+        return found
+
+    def jvp(arrays: Sequence[Array], dots: Sequence[Any], **params: Any) -> Any:
+        moving = [n for n, dot in enumerate(dots) if type(dot) is not ad.Zero]
+
+        def of_moving(*moved: Array) -> list[Array]:
+            given = dict(zip(moving, moved, strict=True))
+            return function(*(given.get(n, v) for n, v in enumerate(arrays)), **params)
+
+        return jax.jvp(of_moving, [arrays[n] for n in moving], [dots[n] for n in moving])
+
+    def batched(arrays: Sequence[Array], axes: Sequence[Any], **params: Any) -> Any:
+        found = jax.vmap(partial(function, **params), tuple(axes))(*arrays)
+        return found, [0] * len(found)
+
+    def abstract(*arrays: Any, **params: Any) -> list[Any]:
+        return [jax.core.ShapedArray(*v) for v in types(*arrays, **params)]
+
+    new.def_impl(lambda *arrays, **params: compiled(**params)(*arrays))
+    new.def_abstract_eval(abstract)
+    ad.primitive_jvps[new] = jvp
+    batching.primitive_batchers[new] = batched
+    mlir.register_lowering(new, mlir.lower_fun(function, multiple_results=True))
+    return new
+
+
+def _runs_on_host(
+    primitive: Any,
+    function: Callable[..., list[Array]],
+    on_host: Callable[..., list[HostArray]],
+    types: Callable[..., Types],
+) -> None:
+    """Let a primitive run a function of NumPy's arrays where it is compiled for the processor."""
+
+    def called(*arrays: Array, **params: Any) -> list[Array]:
+        def run(_: object, results: Sequence[Any], *arrays: Any) -> None:
+            found = on_host(*map(writable, map(np.asarray, arrays)), **params)
+            for there, v in zip(results, found, strict=True):
+                np.asarray(there)[...] = v
+
+        shapes = [jax.ShapeDtypeStruct(*v) for v in types(*arrays, **params)]
+        return list(buffer_callback(run, shapes)(*arrays))
+
+    def lowered(context: Any, *arrays: Any, **params: Any) -> Any:
+        module = context.module_context
+        elsewhere = module.lowering_parameters.for_export or len(module.platforms) > 1
+        made = function if elsewhere else called
+        return mlir.lower_fun(made, multiple_results=True)(context, *arrays, **params)
+
+    mlir.register_lowering(primitive, lowered, platform="cpu")
+
+
+def _types_of_results(*_: Any, call: Call) -> Types:
+    return call.types
+
+
+def _types_of_gradients(*arrays: Any, call: Call, given: tuple[bool, ...]) -> Types:
+    return _types(filter(_is_real, arrays[: call.entered.num_leaves]))
+
+
+results_p = _primitive("results", _results, _types_of_results)
+tangents_p = _primitive("tangents", _tangents, _types_of_results)
+pullback_p = _primitive("pullback", _pullback, _types_of_gradients)
+_runs_on_host(results_p, _results, _results_on_host, _types_of_results)
+_runs_on_host(pullback_p, _pullback, _pullback_on_host, _types_of_gradients)
+
+
+def _jvp(arrays: Sequence[Array], dots: Sequence[Any], call: Call) -> Any:
+    pairs = zip(arrays, dots, strict=True)
+    direction = [ad.instantiate_zeros(dot) for v, dot in pairs if _is_real(v)]
+    found = results_p.bind(*arrays, call=call)
+    return found, tangents_p.bind(*arrays, *direction, call=call)
+
+
+def _transpose(cotangents: Sequence[Any], *arrays: Any, call: Call) -> list[Array | None]:
+    count = call.entered.num_leaves
+    given = tuple([type(ct) is not ad.Zero for ct in cotangents])
+    ours = [ct for ct, there in zip(cotangents, given, strict=True) if there]
+    found = pullback_p.bind(*arrays[:count], *ours, call=call, given=given)
+    wanted = map(ad.is_undefined_primal, arrays[count:])
+    pairs = zip(found, wanted, strict=True)
+    return [*[None] * count, *[v if there else None for v, there in pairs]]
+
+
+ad.primitive_jvps[results_p] = _jvp
+ad.primitive_transposes[tangents_p] = _transpose
+
+
+# the runner ---------------------------------------------------------------------------------------
+
+
+class OnHost(Scan):
+    """Runs whole calls of many steps on the host, and others as a scan that JAX compiles."""
+
+    def __init__(self, xp: Namespace, device: Device, precision: str, host: Runner) -> None:
+        super().__init__(xp, device, precision)
+        self.host = host
+
+    def run_graph(
+        self,
+        function: Callable[..., tuple[Pytree, object]],
+        owner: Movable,
+        static: tuple[Any, ...],
+        arrays: Pytree,
+        steps: int | None = None,
+        tape: object = None,
+        gradients: Callable[..., Pytree] | None = None,
+    ) -> tuple[Pytree, object]:
+        flat, entered = jax.tree.flatten(arrays)
+        if gradients is None or steps is None or steps <= FEW or not all(map(_suits, flat)):
+            return super().run_graph(function, owner, static, arrays, steps, tape)
+        call = _call(function, gradients, owner, static, entered, _types(flat), self.host)
+        return jax.tree.unflatten(call.left, results_p.bind(*flat, call=call)), []
+
+
+def _suits(v: Array) -> bool:
+    """Return whether the host can take an array: it is whole, and of a dtype that NumPy has."""
+    seen: Any = jax.typeof(v)
+    spread = getattr(seen, "vma", None) or any(seen.sharding.spec)
+    return v.size > 0 and not spread and (not _is_real(v) or v.dtype.itemsize >= 4)
