@@ -100,7 +100,7 @@ LAYERS = [
     {"backend/__init__"},
     {"backend/bridge"},
     {"backend/modes"},
-    {"testing", "backend/cuda"},
+    {"testing", "backend/cuda", "backend/jax_host"},
     {"backend/cpu", "backend/jax_scan"},
     {"backend/reductions", "backend/rounding", "backend/transfer"},
     {"backend/dual_backend", "backend/dual_runner"},

@@ -1,15 +1,19 @@
 """Models inside of jax.jit, jax.grad and jax.vmap; their gradient by JAX against the pullback."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import require, running
+from conftest import at_once, require, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear
-from gru_any.backend import Mode, jax_scan
+from gru_any.backend import Mode
 
 jax = require("jax")
+from gru_any.backend import jax_host, jax_scan  # noqa: E402
+
 jnp = jax.numpy
 SIZES = {"T": 6, "B": 3, "I": 2, "H": 4}
 KINDS = {
@@ -56,11 +60,23 @@ def cases():
     return list(zip(KINDS, [None, "traced", "known", "traced", None], strict=True))
 
 
-@pytest.fixture(params=["at once", "in the scan", "for derivatives in the scan"])
+PLACES = ["at once", "in the scan", "for derivatives in the scan", "on the host"]
+
+
+@pytest.fixture(params=PLACES)
 def products(request, monkeypatch):
-    """When the inputs are multiplied: each way, for a batch of any size."""
+    """Where calls of any size run: in a scan, which multiplies the inputs or not; on the host."""
+    on_host = request.param == "on the host"
+    monkeypatch.setattr(jax_host, "FEW", 0 if on_host else 10**9)
+    monkeypatch.setattr(jax_host, "LITTLE", 0)
     monkeypatch.setattr(jax_scan, "MANY", 10**9 if request.param == "at once" else 1)
     monkeypatch.setattr(jax_scan, "WIDE", 1 if request.param == "in the scan" else 10**9)
+
+
+def places(*few):
+    """Run a test in a few of these places, or with GRU_ANY_THOROUGH=1 in all."""
+    chosen = PLACES if os.environ.get("GRU_ANY_THOROUGH") else few
+    return pytest.mark.parametrize("products", chosen, indirect=True)
 
 
 @pytest.mark.usefixtures("products")
@@ -82,6 +98,7 @@ def test_outputs_and_gradients_are_those_of_the_pullback(kind, lengths):
     close(gradient, pullback(dy, dh))
 
 
+@places("at once", "on the host")
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", ["one layer", "both ways"])
 def test_skipped_steps_and_resets_inside_of_jit(kind):
@@ -107,6 +124,7 @@ def test_skipped_steps_and_resets_inside_of_jit(kind):
         jax.jit(lambda x, resets: gru(x, resets=resets)[0])(x, flags["resets"])
 
 
+@places("in the scan", "on the host")
 @pytest.mark.usefixtures("products")
 def test_a_checkpoint_and_our_own_pullback_inside_of_jit():
     gru = model(bidirectional=True, reset_after=True)
@@ -129,6 +147,7 @@ def test_a_checkpoint_and_our_own_pullback_inside_of_jit():
     close(taps, pullback.taps(dy, dh))
 
 
+@places("at once", "on the host")
 @pytest.mark.usefixtures("products")
 def test_vmap_over_calls_and_for_gradients_of_each_example():
     gru = model(num_layers=2)
@@ -154,8 +173,16 @@ def test_vmap_over_calls_and_for_gradients_of_each_example():
     close(jax.vmap(lambda x: gru(x)[0])(xs), many[0])  # without jit
 
 
+@pytest.mark.parametrize(
+    ("products", "options"),
+    [
+        ("in the scan", {"reset_after": True, "layer_norm": True}),
+        ("for derivatives in the scan", {}),
+        ("on the host", {"reset_after": True, "layer_norm": True}),
+    ],
+    indirect=["products"],
+)
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("options", [{}, {"reset_after": True, "layer_norm": True}])
 def test_directional_derivatives_and_the_product_of_a_hessian(options):
     """With the numbers that differences give."""
     gru = model(**options)
@@ -185,6 +212,115 @@ def test_directional_derivatives_and_the_product_of_a_hessian(options):
     close(product, differences, 1e-5)
 
 
+@pytest.fixture
+def on_the_host(monkeypatch):
+    """Calls of any size run on the host."""
+    monkeypatch.setattr(jax_host, "FEW", 0)
+    monkeypatch.setattr(jax_host, "LITTLE", 0)
+
+
+def test_what_runs_on_the_host():
+    """Large calls, with the bits of a call outside of jit; small ones and half precision do not."""
+    gru = GRU(64, 64, backend="jax.numpy", dtype="float64", seed=0, reset_after=True)
+    x, params = numbers(40, 8, 64), dict(gru.params)
+
+    def loss(params, x):
+        return (gru.apply(params, x)[0] ** 2).sum()
+
+    gradient = jax.grad(loss, (0, 1))
+    (y, _), pullback = gru.vjp(x)
+    grads, dx, _ = pullback(2 * y)
+    for found in (jax.jit(gradient)(params, x), gradient(params, x)):
+        jax.tree.map(np.testing.assert_array_equal, found, (grads, dx))
+    with jax.disable_jit():
+        jax.tree.map(np.testing.assert_array_equal, gradient(params, x), (grads, dx))
+    program = str(jax.make_jaxpr(gradient)(params, x))
+    assert "gru_any_pullback[" in program
+    assert "scan[" not in program
+    half = gru.to(dtype="float16")
+    for other, v in ((gru, x[:16]), (gru, x[:, :1]), (half, x.astype("float16"))):
+        assert "gru_any" not in str(jax.make_jaxpr(other.apply)(dict(other.params), v))
+    with running(Mode.TRACED):  # without Numba
+        assert "gru_any" not in str(jax.make_jaxpr(gru.apply)(params, x))
+
+
+def test_calls_on_the_host_in_threads(on_the_host):
+    gru = model(num_layers=2, bidirectional=True)
+    x, params = numbers(6, 3, 2), dict(gru.params)
+    gradient = jax.jit(jax.grad(lambda p, x: (gru.apply(p, x)[0] ** 2).sum()))
+    expected = gradient(params, x)
+
+    def work(_):
+        for _ in range(20):
+            jax.tree.map(np.testing.assert_array_equal, gradient(params, x), expected)
+
+    at_once(work, 4)
+
+
+def test_jacobians_and_linear_maps_on_the_host(on_the_host):
+    gru = model()
+    x, h0, *_ = inputs(gru)
+
+    def last(x):
+        return gru(x, h0)[1]
+
+    backward, forward = jax.jit(jax.jacrev(last))(x), jax.jit(jax.jacfwd(last))(x)
+    close(backward, forward)
+    close(jax.linearize(last, x)[1](x), jnp.tensordot(backward, x, 3))
+
+    @jax.jit
+    def squares(x):
+        return (jax.grad(lambda x: (last(x) ** 3).sum())(x) ** 2).sum()
+
+    step = 1e-5 * numbers(*x.shape, seed=5)
+    twice = jax.jit(jax.grad(squares))(x)  # backward through the backward pass
+    close((twice * step).sum(), (squares(x + step) - squares(x - step)) / 2, 1e-6)
+
+
+def test_an_exported_function_does_not_need_the_host(on_the_host):
+    from jax import export
+
+    gru = model()
+    x, params = numbers(6, 3, 2), dict(gru.params)
+    exported = export.export(jax.jit(lambda p, x: gru.apply(p, x)[0]))(params, x)
+    assert "callback" not in exported.mlir_module()
+    close(export.deserialize(exported.serialize()).call(params, x), gru(x)[0])
+
+
+def test_several_devices():
+    """A batch over two devices, by jit and by shard_map: each gradient once, in whole."""
+    program = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from gru_any import GRU
+from gru_any.backend import jax_host
+jax.config.update("jax_enable_x64", True)
+jax_host.FEW = jax_host.LITTLE = 0
+gru = GRU(2, 4, num_layers=2, backend="jax.numpy", dtype="float64", seed=0)
+mesh, split = Mesh(np.array(jax.devices()), "d"), P(None, "d")
+x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((6, 4, 2)))
+def loss(params, x):
+    y, h = gru.apply(params, x)
+    return (y**2).sum() + (h**3).sum()
+def total(params, x):
+    return jax.lax.psum(loss(params, x), "d")
+params = dict(gru.params)
+expected = jax.grad(loss, (0, 1))(params, x)
+there = [jax.device_put(v, NamedSharding(mesh, p)) for v, p in ((params, P()), (x, split))]
+for checked in (True, False):
+    specs = {"mesh": mesh, "in_specs": (P(), split), "out_specs": P()}
+    spread = jax.shard_map(total, **specs, check_vma=checked)
+    for f in (loss, spread)[: 2 if checked else 1]:
+        found = jax.jit(jax.grad(f, (0, 1)))(*there)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            assert len(a.devices()) == 2
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(float(jax.jit(spread)(*there)), float(loss(params, x)), rtol=1e-12)
+"""
+    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", program], env=flags, check=True, timeout=300)
+
+
 def test_compiling_takes_as_long_for_many_steps_as_for_few():
     gru = model(num_layers=2, bidirectional=True)
     x = numbers(2, 3, 2)
@@ -197,6 +333,8 @@ def test_compiling_takes_as_long_for_many_steps_as_for_few():
     assert exact == program.count("dot_general[") > 0
 
 
+@places("at once", "on the host")
+@pytest.mark.usefixtures("products")
 def test_other_calls_of_a_model_inside_of_jit():
     gru = model(num_layers=2, reset_after=True)
     x, h0, *_ = inputs(gru)

@@ -8,7 +8,7 @@ devices. On the processor, the call and its backward pass run on the host.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -18,11 +18,12 @@ from jax.interpreters import ad, batching, mlir
 
 from ..typing import Array, Device, HostArray, Namespace, Pytree, Shape
 from .contract import Movable, Runner
-from .cpu.packed import writable
-from .jax_scan import Scan
+from .jax_scan import Scan, manual_axes
 
-FEW = 16  # steps up to which JAX's own program is as fast: to enter the host takes 60 microseconds
-Types = Iterable[tuple[Shape, Any]]  # shapes and dtypes
+FEW = 16  # steps up to which JAX's own program is as fast, since to enter the host takes 0.1 ms,
+LITTLE = 1 << 22  # and multiplications below which it is
+Types: TypeAlias = tuple[tuple[Shape, Any], ...]  # shapes and dtypes
+Shaped: Any = jax.ShapeDtypeStruct
 
 
 class Call(NamedTuple):
@@ -72,7 +73,7 @@ def _call(
     host: Runner,
 ) -> Call:
     """Return the call on arrays of these types."""
-    given = jax.tree.unflatten(entered, [jax.ShapeDtypeStruct(*v) for v in types])
+    given = jax.tree.unflatten(entered, [Shaped(*v) for v in types])
     results = jax.eval_shape(lambda arrays: function(owner, *static, arrays)[0], given)
     leaves, left = jax.tree.flatten(results)
     return Call(function, gradients, owner, static, entered, left, _types(leaves), host)
@@ -115,9 +116,7 @@ def _pullback(*arrays: Array, call: Call, given: tuple[bool, ...]) -> list[Array
     return list(back([next(following) if there else jax.numpy.zeros_like(v) for there, v in pairs]))
 
 
-def _pullback_on_host(
-    *arrays: HostArray, call: Call, given: tuple[bool, ...]
-) -> list[HostArray]:
+def _pullback_on_host(*arrays: HostArray, call: Call, given: tuple[bool, ...]) -> list[HostArray]:
     count = call.entered.num_leaves
     following = iter(arrays[count:])
     cotangents = [next(following) if there else None for there in given]
@@ -129,7 +128,7 @@ def _pullback_on_host(
 
 def _primitive(name: str, function: Callable[..., list[Array]], types: Callable[..., Types]) -> Any:
     """Return a primitive that a function defines; types: returns those of its results."""
-    new = Primitive(f"gru_any_{name}")
+    new: Any = Primitive(f"gru_any_{name}")
     new.multiple_results = True
 
     @lru_cache(maxsize=256)
@@ -153,7 +152,11 @@ def _primitive(name: str, function: Callable[..., list[Array]], types: Callable[
     def abstract(*arrays: Any, **params: Any) -> list[Any]:
         return [jax.core.ShapedArray(*v) for v in types(*arrays, **params)]
 
-    new.def_impl(lambda *arrays, **params: compiled(**params)(*arrays))
+    def run(*arrays: Array, **params: Any) -> list[Array]:
+        with jax.disable_jit(False):  # else this would be called again
+            return compiled(**params)(*arrays)
+
+    new.def_impl(run)
     new.def_abstract_eval(abstract)
     ad.primitive_jvps[new] = jvp
     batching.primitive_batchers[new] = batched
@@ -171,11 +174,11 @@ def _runs_on_host(
 
     def called(*arrays: Array, **params: Any) -> list[Array]:
         def run(_: object, results: Sequence[Any], *arrays: Any) -> None:
-            found = on_host(*map(writable, map(np.asarray, arrays)), **params)
+            found = on_host(*map(np.asarray, arrays), **params)
             for there, v in zip(results, found, strict=True):
                 np.asarray(there)[...] = v
 
-        shapes = [jax.ShapeDtypeStruct(*v) for v in types(*arrays, **params)]
+        shapes = [Shaped(*v) for v in types(*arrays, **params)]
         return list(buffer_callback(run, shapes)(*arrays))
 
     def lowered(context: Any, *arrays: Any, **params: Any) -> Any:
@@ -204,7 +207,8 @@ _runs_on_host(pullback_p, _pullback, _pullback_on_host, _types_of_gradients)
 
 def _jvp(arrays: Sequence[Array], dots: Sequence[Any], call: Call) -> Any:
     pairs = zip(arrays, dots, strict=True)
-    direction = [ad.instantiate_zeros(dot) for v, dot in pairs if _is_real(v)]
+    zeros: Any = ad.instantiate_zeros
+    direction = [zeros(dot) for v, dot in pairs if _is_real(v)]
     found = results_p.bind(*arrays, call=call)
     return found, tangents_p.bind(*arrays, *direction, call=call)
 
@@ -244,14 +248,21 @@ class OnHost(Scan):
         gradients: Callable[..., Pytree] | None = None,
     ) -> tuple[Pytree, object]:
         flat, entered = jax.tree.flatten(arrays)
-        if gradients is None or steps is None or steps <= FEW or not all(map(_suits, flat)):
+        whole = not manual_axes() and all(map(_suits, flat))
+        if gradients is None or not (whole and _pays(flat)):
             return super().run_graph(function, owner, static, arrays, steps, tape)
-        call = _call(function, gradients, owner, static, entered, _types(flat), self.host)
+        key: Any = function, gradients, owner, static, entered, _types(flat), self.host
+        call = _call(*key)
         return jax.tree.unflatten(call.left, results_p.bind(*flat, call=call)), []
+
+
+def _pays(arrays: Sequence[Array]) -> bool:
+    """Return whether a call is large; its first array is x (T, B, I), its weights are matrices."""
+    T, B, _ = arrays[0].shape
+    return bool(T > FEW and T * B * sum([v.size for v in arrays if v.ndim == 2]) >= LITTLE)
 
 
 def _suits(v: Array) -> bool:
     """Return whether the host can take an array: it is whole, and of a dtype that NumPy has."""
-    seen: Any = jax.typeof(v)
-    spread = getattr(seen, "vma", None) or any(seen.sharding.spec)
-    return v.size > 0 and not spread and (not _is_real(v) or v.dtype.itemsize >= 4)
+    spread = any(jax.typeof(v).sharding.spec)
+    return bool(v.size and not spread and (not _is_real(v) or v.dtype.itemsize >= 4))

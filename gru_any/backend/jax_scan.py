@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 from ..codegen.restart import restarted, restarted_backward
 from ..codegen.schedule import backward_program, forward_program
 from ..codegen.trace import Product, Program
-from ..typing import Array, Device, Namespace, Step
-from .contract import Alive, Extra, InputProducts, Matrix, Recurrent, kinds_of
+from ..typing import Array, Device, Namespace, Pytree, Step
+from .contract import Alive, Extra, InputProducts, Matrix, Movable, Recurrent, kinds_of
 from .reference import Plain
 
 SHORT = 4  # steps up to which the loop is unrolled; more would take long to compile
@@ -143,6 +143,20 @@ class Scan(Plain):
             jax.checkpoint, policy=policy, prevent_cse=False
         )
         self._products = "highest" if precision == "full" else "default"
+
+    def run_graph(
+        self,
+        function: Callable[..., tuple[Pytree, object]],
+        owner: Movable,
+        static: tuple[Any, ...],
+        arrays: Pytree,
+        steps: int | None = None,
+        tape: object = None,
+        gradients: Callable[..., Pytree] | None = None,
+    ) -> tuple[Pytree, object]:
+        if axes := manual_axes():
+            arrays = _varying(arrays, axes)
+        return super().run_graph(function, owner, static, arrays, steps, tape)
 
     def product(self, left: Array, right: Matrix) -> Array:
         with self._precision(self._products):
@@ -274,6 +288,29 @@ class Scan(Plain):
             short = previous.shape[0] <= SHORT
             dh, (parts, gs) = self._scan(one, dh, steps, reverse=not reverse, unroll=short)
         return parts, dh, gs
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Return the axes of the mesh that an enclosing `jax.shard_map` splits arrays over."""
+    import jax
+
+    return tuple(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
+
+
+def _varying(arrays: Pytree, axes: tuple[str, ...]) -> Pytree:
+    """Let all arrays vary over these axes, as a scan wants it, whose state would otherwise not."""
+    import jax
+
+    if not hasattr(jax.lax, "pcast"):  # an older JAX, which refuses in its own words
+        return arrays
+
+    def cast_missing(v: Array) -> Array:
+        seen: Any = jax.typeof(v)
+        varying = seen.vma if hasattr(seen, "vma") else seen.mat.varying
+        missing = tuple([axis for axis in axes if axis not in varying])
+        return jax.lax.pcast(v, missing, to="varying") if missing else v
+
+    return jax.tree.map(cast_missing, arrays)
 
 
 def _gates(xp: Namespace, a: Array) -> Sequence[Array]:

@@ -105,7 +105,7 @@ class Backend:
                 raise ValueError(f"dtype is {name!r}, which {self.name} does not have")
             if self.name == "jax.numpy" and name in ("float64", "complex128", "int64"):
                 self._require_x64(name)
-            self._dtypes[name] = np.dtype(name) if self.host else found
+            self._dtypes[name] = np.dtype(found) if self.host or self.traceable else found
         return self._dtypes[name]
 
     def _require_x64(self, name: str) -> None:

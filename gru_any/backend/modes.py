@@ -107,14 +107,8 @@ def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
         return DualRunner(backend.xp, backend.device, _runner(backend.constants, mode, precision))
     if backend.cuda:
         return _on_cuda(backend, mode, precision)
-    if mode == Mode.SCAN:
-        from .jax_scan import Scan
-
-        return Scan(backend.xp, backend.device, precision)
     if backend.traced:
-        from .jax_host import OnHost
-
-        return OnHost(backend.xp, backend.device, precision, _runner(NUMPY, mode, "full"))
+        return _inside_of_jax(backend, mode, precision)
     if mode == Mode.TRACED:
         from .cpu.numpy_runner import NumPy
 
@@ -122,6 +116,19 @@ def _runner(backend: Backend, mode: Mode, precision: str) -> Runner:
     from .cpu.fallback import Numba
 
     return Numba(backend.xp, backend.device)
+
+
+def _inside_of_jax(backend: Backend, mode: Mode, precision: str) -> Runner:
+    from .jax_scan import Scan
+
+    if mode == Mode.COMPILED:
+        try:
+            from .jax_host import OnHost
+        except ImportError:  # a JAX without its `buffer_callback`
+            pass
+        else:
+            return OnHost(backend.xp, backend.device, precision, _runner(NUMPY, mode, "full"))
+    return Scan(backend.xp, backend.device, precision)
 
 
 @cache

@@ -699,9 +699,7 @@ class GRU(Layer):
             segment = max(1, math.isqrt(call.x.shape[0]))
         static, steps = (unmasked, keep, segment, outputs), stack.steps(call.x)
         gradients = None if keep else Stack.gradients
-        return stack.run.run_graph(
-            Stack.forward, stack, static, given, steps, gradients=gradients
-        )
+        return stack.run.run_graph(Stack.forward, stack, static, given, steps, gradients=gradients)
 
     def _inputs(self, stack: Stack, call: Call, masks: Masks) -> tuple[int, ForwardInputs]:
         """Return the first step at which a mask is needed, and the arrays of a forward pass."""
