@@ -248,7 +248,7 @@ class OnHost(Scan):
         gradients: Callable[..., Pytree] | None = None,
     ) -> tuple[Pytree, object]:
         flat, entered = jax.tree.flatten(arrays)
-        whole = not manual_axes() and all(map(_suits, flat))
+        whole = jax.default_backend() == "cpu" and not manual_axes() and all(map(_suits, flat))
         if gradients is None or not (whole and _pays(flat)):
             return super().run_graph(function, owner, static, arrays, steps, tape)
         key: Any = function, gradients, owner, static, entered, _types(flat), self.host

@@ -13,7 +13,7 @@ from ..codegen.restart import restarted, restarted_backward
 from ..codegen.schedule import backward_program, forward_program
 from ..codegen.trace import Product, Program
 from ..typing import Array, Device, Namespace, Pytree, Step
-from .contract import Alive, Extra, InputProducts, Matrix, Movable, Recurrent, kinds_of
+from .contract import Alive, Extra, InputProducts, Matrix, Movable, Recurrent, Result, kinds_of
 from .reference import Plain
 
 SHORT = 4  # steps up to which the loop is unrolled; more would take long to compile
@@ -193,10 +193,8 @@ class Scan(Plain):
         T, (B, H) = inputs.shape[0], h.shape
         program = forward_program(step, len(vectors), keep, kinds_of(extra))
         if T == 1:
-            with self._precision(self._products):
-                M = Operand(U, program, self._by_rows if B == 1 else None)
-                a = self._at_once(inputs)
-                return super().forward(step, a, h, (M, *vectors), alive, reverse, keep, extra)
+            given = step, program, inputs, h, recurrent, alive, reverse, keep, extra
+            return _apart_or_whole(lambda apart: self._single(apart, *given))
         cut = extra is not None and extra.cut
         run = restarted(step, extra.start) if extra is not None and cut else step
 
@@ -230,14 +228,31 @@ class Scan(Plain):
                 return self._scan(one, h, steps, reverse=reverse, unroll=unroll)[1]
 
         mask = None if alive is None else alive.block
-        given = inputs, U, tuple(vectors), h, mask, () if extra is None else extra.arrays
+        arrays = inputs, U, tuple(vectors), h, mask, () if extra is None else extra.arrays
         width = inputs.x.shape[-1] if isinstance(inputs, Inputs) and B * H >= MANY else 0
-        try:
-            states, saved = self._scanned(partial(scan, True), width)(*given)
-        except (TypeError, AttributeError):  # a step that reads all gates at once
-            states, saved = self._scanned(partial(scan, False), width)(*given)
+        states, saved = _apart_or_whole(
+            lambda apart: self._scanned(partial(scan, apart), width)(*arrays)
+        )
         ends = (states, h[None, :, :]) if reverse else (h[None, :, :], states)
         return xp.concat(ends), saved or None
+
+    def _single(
+        self,
+        apart: bool,
+        step: Step,
+        program: Program,
+        inputs: Inputs | Array,
+        h: Array,
+        recurrent: Recurrent,
+        *others: Any,
+    ) -> tuple[Array, Sequence[Array] | None]:
+        """Run a single step. apart: with the gates apart."""
+        U, *vectors = recurrent
+        with self._precision(self._products):
+            by_rows = self._by_rows if h.shape[0] == 1 else None
+            M = Operand(U, program, by_rows, self.xp if apart else None)
+            run = partial(_step_apart, step) if apart else step
+            return super().forward(run, self._at_once(inputs), h, (M, *vectors), *others)
 
     def _scanned(self, scan: Callable[..., Any], width: int) -> Callable[..., Any]:
         """Return the scan, which multiplies the inputs by W at once or step by step.
@@ -311,6 +326,18 @@ def _varying(arrays: Pytree, axes: tuple[str, ...]) -> Pytree:
         return jax.lax.pcast(v, missing, to="varying") if missing else v
 
     return jax.tree.map(cast_missing, arrays)
+
+
+def _apart_or_whole(run: Callable[[bool], Result]) -> Result:
+    """Run with the gates apart, or whole for a step that reads all gates at once."""
+    try:
+        return run(True)
+    except (TypeError, AttributeError):
+        return run(False)
+
+
+def _step_apart(step: Step, xp: Namespace, a: Array, *others: Any) -> Any:
+    return step(xp, Gates(_gates(xp, a)), *others)
 
 
 def _gates(xp: Namespace, a: Array) -> Sequence[Array]:
