@@ -268,6 +268,9 @@ def test_jacobians_and_linear_maps_on_the_host(on_the_host):
     close(backward, forward)
     close(jax.linearize(last, x)[1](x), jnp.tensordot(backward, x, 3))
 
+    y, pullback = jax.vjp(last, x)
+    close(jax.linear_transpose(lambda c: pullback(c)[0], y)(x)[0], jnp.tensordot(backward, x, 3))
+
     @jax.jit
     def squares(x):
         return (jax.grad(lambda x: (last(x) ** 3).sum())(x) ** 2).sum()

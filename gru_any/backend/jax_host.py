@@ -8,7 +8,7 @@ devices. On the processor, the call and its backward pass run on the host.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ from ..typing import Array, Device, HostArray, Namespace, Pytree, Shape
 from .contract import Movable, Runner
 from .jax_scan import Scan, manual_axes
 
-FEW = 16  # steps up to which JAX's own program is as fast, since to enter the host takes 0.1 ms,
-LITTLE = 1 << 22  # and multiplications below which it is
+# JAX's own program is as fast for calls of so many steps, or of fewer multiplications than this,
+FEW, LITTLE = 16, 1 << 22  # since to enter the host takes 0.1 ms
 Types: TypeAlias = tuple[tuple[Shape, Any], ...]  # shapes and dtypes
 Shaped: Any = jax.ShapeDtypeStruct
 
@@ -33,22 +33,22 @@ class Call(NamedTuple):
     gradients: Callable[..., Pytree]
     owner: Movable
     static: tuple[Any, ...]
-    entered: Any  # the structure of the arrays
-    left: Any  # the structure of the results
+    tree: Any  # the structure of the arrays
+    result_tree: Any  # the structure of the results
     types: Types  # of the results
     host: Runner
 
     def results(self, owner: Movable, arrays: Sequence[Array]) -> list[Array]:
         """Return the results."""
-        given = jax.tree.unflatten(self.entered, arrays)
+        given = jax.tree.unflatten(self.tree, arrays)
         return jax.tree.leaves(self.function(owner, *self.static, given)[0])
 
     def pullback(
         self, owner: Movable, arrays: Sequence[Array], cotangents: Sequence[Array | None]
     ) -> list[Array]:
         """Return the gradients to the real arrays, of cotangents, of which None is 0."""
-        given = jax.tree.unflatten(self.entered, arrays)
-        dots = jax.tree.unflatten(self.left, cotangents)
+        given = jax.tree.unflatten(self.tree, arrays)
+        dots = jax.tree.unflatten(self.result_tree, cotangents)
         return jax.tree.leaves(self.gradients(owner, *self.static, given, dots))
 
     def of_reals(self, arrays: Sequence[Array]) -> tuple[Callable[..., list[Array]], list[Array]]:
@@ -68,15 +68,15 @@ def _call(
     gradients: Callable[..., Any],
     owner: Movable,
     static: tuple[Any, ...],
-    entered: Any,
+    tree: Any,
     types: Types,
     host: Runner,
 ) -> Call:
     """Return the call on arrays of these types."""
-    given = jax.tree.unflatten(entered, [Shaped(*v) for v in types])
+    given = jax.tree.unflatten(tree, [Shaped(*v) for v in types])
     results = jax.eval_shape(lambda arrays: function(owner, *static, arrays)[0], given)
-    leaves, left = jax.tree.flatten(results)
-    return Call(function, gradients, owner, static, entered, left, _types(leaves), host)
+    leaves, result_tree = jax.tree.flatten(results)
+    return Call(function, gradients, owner, static, tree, result_tree, _types(leaves), host)
 
 
 def _types(arrays: Iterable[Any]) -> Types:
@@ -101,25 +101,25 @@ def _results_on_host(*arrays: HostArray, call: Call) -> list[HostArray]:
 
 def _tangents(*arrays: Array, call: Call) -> list[Array]:
     """Return the derivatives of the results along a direction, which follows the arrays."""
-    count = call.entered.num_leaves
+    count = call.tree.num_leaves
     function, reals = call.of_reals(arrays[:count])
     return list(jax.jvp(function, reals, list(arrays[count:]))[1])
 
 
-def _pullback(*arrays: Array, call: Call, given: tuple[bool, ...]) -> list[Array]:
-    """Return the gradients to the real arrays; the given cotangents follow the arrays."""
-    count = call.entered.num_leaves
+def _pullback(*arrays: Array, call: Call, present: tuple[bool, ...]) -> list[Array]:
+    """Return the gradients to the real arrays; the present cotangents follow the arrays."""
+    count = call.tree.num_leaves
     function, reals = call.of_reals(arrays[:count])
     results, back = jax.vjp(function, *reals)
     following = iter(arrays[count:])
-    pairs = zip(given, results, strict=True)
+    pairs = zip(present, results, strict=True)
     return list(back([next(following) if there else jax.numpy.zeros_like(v) for there, v in pairs]))
 
 
-def _pullback_on_host(*arrays: HostArray, call: Call, given: tuple[bool, ...]) -> list[HostArray]:
-    count = call.entered.num_leaves
+def _pullback_on_host(*arrays: HostArray, call: Call, present: tuple[bool, ...]) -> list[HostArray]:
+    count = call.tree.num_leaves
     following = iter(arrays[count:])
-    cotangents = [next(following) if there else None for there in given]
+    cotangents = [next(following) if there else None for there in present]
     return call.pullback(call.owner.on(call.host), arrays[:count], cotangents)
 
 
@@ -194,8 +194,8 @@ def _types_of_results(*_: Any, call: Call) -> Types:
     return call.types
 
 
-def _types_of_gradients(*arrays: Any, call: Call, given: tuple[bool, ...]) -> Types:
-    return _types(filter(_is_real, arrays[: call.entered.num_leaves]))
+def _types_of_gradients(*arrays: Any, call: Call, present: tuple[bool, ...]) -> Types:
+    return _types(filter(_is_real, arrays[: call.tree.num_leaves]))
 
 
 results_p = _primitive("results", _results, _types_of_results)
@@ -207,24 +207,40 @@ _runs_on_host(pullback_p, _pullback, _pullback_on_host, _types_of_gradients)
 
 def _jvp(arrays: Sequence[Array], dots: Sequence[Any], call: Call) -> Any:
     pairs = zip(arrays, dots, strict=True)
-    zeros: Any = ad.instantiate_zeros
+    zeros = cast(Any, ad.instantiate_zeros)
     direction = [zeros(dot) for v, dot in pairs if _is_real(v)]
     found = results_p.bind(*arrays, call=call)
     return found, tangents_p.bind(*arrays, *direction, call=call)
 
 
 def _transpose(cotangents: Sequence[Any], *arrays: Any, call: Call) -> list[Array | None]:
-    count = call.entered.num_leaves
-    given = tuple([type(ct) is not ad.Zero for ct in cotangents])
-    ours = [ct for ct, there in zip(cotangents, given, strict=True) if there]
-    found = pullback_p.bind(*arrays[:count], *ours, call=call, given=given)
-    wanted = map(ad.is_undefined_primal, arrays[count:])
-    pairs = zip(found, wanted, strict=True)
-    return [*[None] * count, *[v if there else None for v, there in pairs]]
+    """Transpose `tangents_p`; directions that are known are the zeros of `_jvp`."""
+    count = call.tree.num_leaves
+    present = tuple([type(ct) is not ad.Zero for ct in cotangents])
+    ours = [ct for ct, there in zip(cotangents, present, strict=True) if there]
+    found = pullback_p.bind(*arrays[:count], *ours, call=call, present=present)
+    return [*[None] * count, *_unknown(found, arrays[count:])]
+
+
+def _transpose_again(
+    directions: Sequence[Any], *arrays: Any, call: Call, present: tuple[bool, ...]
+) -> list[Array | None]:
+    """Transpose `pullback_p`, whose transpose is the derivative along a direction."""
+    count, zeros = call.tree.num_leaves, cast(Any, ad.instantiate_zeros)
+    found = tangents_p.bind(*arrays[:count], *map(zeros, directions), call=call)
+    ours = [v for v, there in zip(found, present, strict=True) if there]
+    return [*[None] * count, *_unknown(ours, arrays[count:])]
+
+
+def _unknown(found: Sequence[Array], arrays: Sequence[Any]) -> list[Array | None]:
+    """Return what was found for the arrays that are unknown, else None."""
+    is_unknown = cast(Any, ad.is_undefined_primal)
+    return [v if is_unknown(x) else None for v, x in zip(found, arrays, strict=True)]
 
 
 ad.primitive_jvps[results_p] = _jvp
 ad.primitive_transposes[tangents_p] = _transpose
+ad.primitive_transposes[pullback_p] = _transpose_again
 
 
 # the runner ---------------------------------------------------------------------------------------
@@ -247,13 +263,13 @@ class OnHost(Scan):
         tape: object = None,
         gradients: Callable[..., Pytree] | None = None,
     ) -> tuple[Pytree, object]:
-        flat, entered = jax.tree.flatten(arrays)
-        whole = jax.default_backend() == "cpu" and not manual_axes() and all(map(_suits, flat))
-        if gradients is None or not (whole and _pays(flat)):
+        flat, tree = jax.tree.flatten(arrays)
+        here = jax.default_backend() == "cpu" and not manual_axes()
+        if gradients is None or not (here and all(map(_suits, flat)) and _pays(flat)):
             return super().run_graph(function, owner, static, arrays, steps, tape)
-        key: Any = function, gradients, owner, static, entered, _types(flat), self.host
+        key: Any = function, gradients, owner, static, tree, _types(flat), self.host
         call = _call(*key)
-        return jax.tree.unflatten(call.left, results_p.bind(*flat, call=call)), []
+        return jax.tree.unflatten(call.result_tree, results_p.bind(*flat, call=call)), []
 
 
 def _pays(arrays: Sequence[Array]) -> bool:
