@@ -76,7 +76,8 @@ def products(request, monkeypatch):
 def places(*few):
     """Run a test in a few of these places, or with GRU_ANY_THOROUGH=1 in all."""
     chosen = PLACES if os.environ.get("GRU_ANY_THOROUGH") else few
-    return pytest.mark.parametrize("products", chosen, indirect=True)
+    mark = pytest.mark.parametrize("products", chosen, indirect=True)
+    return lambda test: pytest.mark.usefixtures("products")(mark(test))
 
 
 @pytest.mark.usefixtures("products")
@@ -99,7 +100,6 @@ def test_outputs_and_gradients_are_those_of_the_pullback(kind, lengths):
 
 
 @places("at once", "on the host")
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", ["one layer", "both ways"])
 def test_skipped_steps_and_resets_inside_of_jit(kind):
     gru = model(**KINDS[kind])
@@ -125,7 +125,6 @@ def test_skipped_steps_and_resets_inside_of_jit(kind):
 
 
 @places("in the scan", "on the host")
-@pytest.mark.usefixtures("products")
 def test_a_checkpoint_and_our_own_pullback_inside_of_jit():
     gru = model(bidirectional=True, reset_after=True)
     x, h0, dy, dh = inputs(gru)
@@ -148,7 +147,6 @@ def test_a_checkpoint_and_our_own_pullback_inside_of_jit():
 
 
 @places("at once", "on the host")
-@pytest.mark.usefixtures("products")
 def test_vmap_over_calls_and_for_gradients_of_each_example():
     gru = model(num_layers=2)
     xs, params = numbers(2, 6, 3, 2), dict(gru.params)
@@ -212,13 +210,6 @@ def test_directional_derivatives_and_the_product_of_a_hessian(options):
     close(product, differences, 1e-5)
 
 
-@pytest.fixture
-def on_the_host(monkeypatch):
-    """Calls of any size run on the host."""
-    monkeypatch.setattr(jax_host, "FEW", 0)
-    monkeypatch.setattr(jax_host, "LITTLE", 0)
-
-
 def test_what_runs_on_the_host():
     """Large calls, with the bits of a call outside of jit; small ones and half precision do not."""
     gru = GRU(64, 64, backend="jax.numpy", dtype="float64", seed=0, reset_after=True)
@@ -244,7 +235,8 @@ def test_what_runs_on_the_host():
         assert "gru_any" not in str(jax.make_jaxpr(gru.apply)(params, x))
 
 
-def test_calls_on_the_host_in_threads(on_the_host):
+@places("on the host")
+def test_calls_on_the_host_in_threads():
     gru = model(num_layers=2, bidirectional=True)
     x, params = numbers(6, 3, 2), dict(gru.params)
     gradient = jax.jit(jax.grad(lambda p, x: (gru.apply(p, x)[0] ** 2).sum()))
@@ -257,7 +249,8 @@ def test_calls_on_the_host_in_threads(on_the_host):
     at_once(work, 4)
 
 
-def test_jacobians_and_linear_maps_on_the_host(on_the_host):
+@places("on the host")
+def test_jacobians_and_linear_maps_on_the_host():
     gru = model()
     x, h0, *_ = inputs(gru)
 
@@ -280,7 +273,8 @@ def test_jacobians_and_linear_maps_on_the_host(on_the_host):
     close((twice * step).sum(), (squares(x + step) - squares(x - step)) / 2, 1e-6)
 
 
-def test_an_exported_function_does_not_need_the_host(on_the_host):
+@places("on the host")
+def test_an_exported_function_does_not_need_the_host():
     from jax import export
 
     gru = model()
@@ -337,7 +331,6 @@ def test_compiling_takes_as_long_for_many_steps_as_for_few():
 
 
 @places("at once", "on the host")
-@pytest.mark.usefixtures("products")
 def test_other_calls_of_a_model_inside_of_jit():
     gru = model(num_layers=2, reset_after=True)
     x, h0, *_ = inputs(gru)

@@ -51,16 +51,6 @@ class Call(NamedTuple):
         dots = jax.tree.unflatten(self.result_tree, cotangents)
         return jax.tree.leaves(self.gradients(owner, *self.static, given, dots))
 
-    def of_reals(self, arrays: Sequence[Array]) -> tuple[Callable[..., list[Array]], list[Array]]:
-        """Return the scan as a function of the real arrays, and these."""
-
-        def function(*reals: Array) -> list[Array]:
-            following = iter(reals)
-            given = [next(following) if _is_real(v) else v for v in arrays]
-            return self.results(self.owner, given)
-
-        return function, list(filter(_is_real, arrays))
-
 
 @lru_cache(maxsize=256)
 def _call(
@@ -87,6 +77,32 @@ def _is_real(v: Any) -> bool:
     return bool(np.issubdtype(v.dtype, np.floating))
 
 
+def _of_some(
+    function: Callable[..., list[Array]], arrays: Sequence[Array], chosen: Sequence[int]
+) -> tuple[Callable[..., list[Array]], list[Array]]:
+    """Return a function of all arrays as one of those with the chosen numbers, and these."""
+
+    def of_some(*some: Array) -> list[Array]:
+        given = dict(zip(chosen, some, strict=True))
+        return function(*(given.get(n, v) for n, v in enumerate(arrays)))
+
+    return of_some, [arrays[n] for n in chosen]
+
+
+def _of_reals(
+    call: Call, arrays: Sequence[Array]
+) -> tuple[Callable[..., list[Array]], list[Array]]:
+    """Return the results of a call as a function of its real arrays, and these."""
+    chosen = [n for n, v in enumerate(arrays) if _is_real(v)]
+    return _of_some(partial(_results, call=call), arrays, chosen)
+
+
+def _absent_as_none(present: Sequence[bool], cotangents: Sequence[Array]) -> list[Array | None]:
+    """Return the cotangents of all results, of which those present are given."""
+    following = iter(cotangents)
+    return [next(following) if there else None for there in present]
+
+
 # the primitives as functions of JAX's arrays, and on the host -------------------------------------
 
 
@@ -102,32 +118,38 @@ def _results_on_host(*arrays: HostArray, call: Call) -> list[HostArray]:
 def _tangents(*arrays: Array, call: Call) -> list[Array]:
     """Return the derivatives of the results along a direction, which follows the arrays."""
     count = call.tree.num_leaves
-    function, reals = call.of_reals(arrays[:count])
+    function, reals = _of_reals(call, arrays[:count])
     return list(jax.jvp(function, reals, list(arrays[count:]))[1])
 
 
 def _pullback(*arrays: Array, call: Call, present: tuple[bool, ...]) -> list[Array]:
     """Return the gradients to the real arrays; the present cotangents follow the arrays."""
     count = call.tree.num_leaves
-    function, reals = call.of_reals(arrays[:count])
+    function, reals = _of_reals(call, arrays[:count])
     results, back = jax.vjp(function, *reals)
-    following = iter(arrays[count:])
-    pairs = zip(present, results, strict=True)
-    return list(back([next(following) if there else jax.numpy.zeros_like(v) for there, v in pairs]))
+    pairs = zip(_absent_as_none(present, arrays[count:]), results, strict=True)
+    return list(back([jax.numpy.zeros_like(v) if ct is None else ct for ct, v in pairs]))
 
 
 def _pullback_on_host(*arrays: HostArray, call: Call, present: tuple[bool, ...]) -> list[HostArray]:
     count = call.tree.num_leaves
-    following = iter(arrays[count:])
-    cotangents = [next(following) if there else None for there in present]
+    cotangents = _absent_as_none(present, arrays[count:])
     return call.pullback(call.owner.on(call.host), arrays[:count], cotangents)
 
 
 # what JAX needs to know of a primitive ------------------------------------------------------------
 
 
-def _primitive(name: str, function: Callable[..., list[Array]], types: Callable[..., Types]) -> Any:
-    """Return a primitive that a function defines; types: returns those of its results."""
+def _primitive(
+    name: str,
+    function: Callable[..., list[Array]],
+    types: Callable[..., Types],
+    on_host: Callable[..., list[HostArray]] | None = None,
+) -> Any:
+    """Return a primitive that a function defines.
+
+    types: returns those of its results. on_host: the same as a function of NumPy's arrays.
+    """
     new: Any = Primitive(f"gru_any_{name}")
     new.multiple_results = True
 
@@ -138,12 +160,8 @@ def _primitive(name: str, function: Callable[..., list[Array]], types: Callable[
 
     def jvp(arrays: Sequence[Array], dots: Sequence[Any], **params: Any) -> Any:
         moving = [n for n, dot in enumerate(dots) if type(dot) is not ad.Zero]
-
-        def of_moving(*moved: Array) -> list[Array]:
-            given = dict(zip(moving, moved, strict=True))
-            return function(*(given.get(n, v) for n, v in enumerate(arrays)), **params)
-
-        return jax.jvp(of_moving, [arrays[n] for n in moving], [dots[n] for n in moving])
+        of_moving, moved = _of_some(partial(function, **params), arrays, moving)
+        return jax.jvp(of_moving, moved, [dots[n] for n in moving])
 
     def batched(arrays: Sequence[Array], axes: Sequence[Any], **params: Any) -> Any:
         found = jax.vmap(partial(function, **params), tuple(axes))(*arrays)
@@ -161,16 +179,17 @@ def _primitive(name: str, function: Callable[..., list[Array]], types: Callable[
     ad.primitive_jvps[new] = jvp
     batching.primitive_batchers[new] = batched
     mlir.register_lowering(new, mlir.lower_fun(function, multiple_results=True))
+    if on_host is not None:
+        mlir.register_lowering(new, _lowering(function, types, on_host), platform="cpu")
     return new
 
 
-def _runs_on_host(
-    primitive: Any,
+def _lowering(
     function: Callable[..., list[Array]],
-    on_host: Callable[..., list[HostArray]],
     types: Callable[..., Types],
-) -> None:
-    """Let a primitive run a function of NumPy's arrays where it is compiled for the processor."""
+    on_host: Callable[..., list[HostArray]],
+) -> Any:
+    """Return what compiles a primitive for the processor: it runs `on_host`, unless exported."""
 
     def called(*arrays: Array, **params: Any) -> list[Array]:
         def run(_: object, results: Sequence[Any], *arrays: Any) -> None:
@@ -187,7 +206,7 @@ def _runs_on_host(
         made = function if elsewhere else called
         return mlir.lower_fun(made, multiple_results=True)(context, *arrays, **params)
 
-    mlir.register_lowering(primitive, lowered, platform="cpu")
+    return lowered
 
 
 def _types_of_results(*_: Any, call: Call) -> Types:
@@ -198,11 +217,9 @@ def _types_of_gradients(*arrays: Any, call: Call, present: tuple[bool, ...]) -> 
     return _types(filter(_is_real, arrays[: call.tree.num_leaves]))
 
 
-results_p = _primitive("results", _results, _types_of_results)
+results_p = _primitive("results", _results, _types_of_results, _results_on_host)
 tangents_p = _primitive("tangents", _tangents, _types_of_results)
-pullback_p = _primitive("pullback", _pullback, _types_of_gradients)
-_runs_on_host(results_p, _results, _results_on_host, _types_of_results)
-_runs_on_host(pullback_p, _pullback, _pullback_on_host, _types_of_gradients)
+pullback_p = _primitive("pullback", _pullback, _types_of_gradients, _pullback_on_host)
 
 
 def _jvp(arrays: Sequence[Array], dots: Sequence[Any], call: Call) -> Any:

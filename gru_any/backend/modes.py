@@ -60,10 +60,7 @@ _asked_once, _asked_once_on_cuda = cache(_asked), cache(_asked_on_cuda)
 
 def _allowed(backend: Backend) -> Mode:
     """Return the fastest mode that the user allows this backend."""
-    if backend.traced:
-        asked = chosen or _asked_once()
-        return Mode.SCAN if asked == Mode.TRACED else asked
-    if backend.host:
+    if backend.host or backend.traced:
         return chosen or _asked_once()
     return (chosen_on_cuda or _asked_once_on_cuda()) if backend.cuda else Mode.PLAIN
 
@@ -93,7 +90,9 @@ def runner(backend: Backend, precision: str = "full", dtype: str = "float32") ->
     """
     mode = Mode.PLAIN if dtype == COMPLEX else _allowed(backend)
     if mode == Mode.COMPILED and problem():
-        mode = Mode.SCAN if backend.traced else Mode.TRACED
+        mode = Mode.TRACED
+    if mode == Mode.TRACED and backend.traced:
+        mode = Mode.SCAN
     return _runner(backend, mode, precision if backend.cuda or backend.traced else "full")
 
 
