@@ -22,7 +22,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.deployed import COMPILED, LIBRARIES, MAKERS, NEEDS, STEPS, MissingError, write
+from benchmarks.deployed import (
+    COMPILED,
+    IMPORTS,
+    LIBRARIES,
+    MAKERS,
+    NEEDS,
+    STEPS,
+    MissingError,
+    write,
+)
 
 SIZES = [64, 256, 512, 1024]
 FIRST = 256  # H of the first answer
@@ -42,7 +51,7 @@ def work(name: str, folder: str) -> None:
     """First the seconds of import and first answer and the memory; then calls on demand."""
     start = time.perf_counter()
     try:
-        __import__(LIBRARIES.get(name, "gru_any.stream"))
+        __import__(IMPORTS.get(name, "gru_any.stream"))
         imported = time.perf_counter()
         step = MAKERS[name](folder, FIRST).step
         first = step()
@@ -79,10 +88,11 @@ def memory() -> int:
 
 
 def installed(names: Iterable[str]) -> int:
-    """Bytes of these distributions and of all they require."""
+    """Bytes of these distributions, and of all they require that is here."""
     from packaging.requirements import Requirement
 
-    todo, seen, total = list(names), set(), 0
+    named = [name.lower().replace("_", "-") for name in names]
+    todo, seen, total = [*named], set(), 0
     while todo:
         name = todo.pop().lower().replace("_", "-")
         if name in seen:
@@ -91,6 +101,8 @@ def installed(names: Iterable[str]) -> int:
         try:
             distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:
+            if name in named:
+                raise
             continue
         paths = {Path(str(file.locate())) for file in distribution.files or []}
         total += sum(p.stat().st_size for p in paths if p.is_file() and p.suffix != ".pyc")

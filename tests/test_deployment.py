@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,6 @@ def test_what_is_installed_is_counted():
     pytest.importorskip("packaging")
     one, two = deployment.installed(["numpy"]), deployment.installed(["numpy", "safetensors"])
     assert 10e6 < one < two
+    assert deployment.size("C") == deployment.size("NumPy") > two
+    with pytest.raises(PackageNotFoundError):
+        deployment.installed(["gru_any.deploy.c"])

@@ -195,11 +195,13 @@ MAKERS: dict[str, Callable[[str, int], Deployed]] = {
     "onnxruntime": onnxruntime,
     "OpenVINO": openvino,
 }
-# what each imports first, where it is not ours, whose names are imported at their first use
+# the distributions and first imports of those that are not ours
 LIBRARIES = {
-    "C": "gru_any.deploy.c", "C int8": "gru_any.deploy.c", "PyTorch": "torch",
-    "PyTorch int8": "torch", "onnxruntime": "onnxruntime", "OpenVINO": "openvino",
+    "PyTorch": "torch", "PyTorch int8": "torch",
+    "onnxruntime": "onnxruntime", "OpenVINO": "openvino",
 }  # fmt: skip
+# of ours, whose names are imported at their first use
+IMPORTS = {"C": "gru_any.deploy.c", "C int8": "gru_any.deploy.c", **LIBRARIES}
 NEEDS = ["numpy", "array-api-compat", "safetensors"]
 COMPILED = ("Numba", "frozen", "frozen bfloat16", "frozen int8")  # with Numba
 
