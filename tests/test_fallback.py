@@ -232,8 +232,10 @@ def test_each_method_that_fails_to_compile(monkeypatch, unbroken, method):
 
 
 @NUMBA
-def test_what_is_not_numbas_fault_is_raised(unbroken):
+def test_what_is_not_numbas_fault_is_raised(unbroken, tmp_path, monkeypatch):
     from gru_any.backend.cpu.fallback import rescued
+
+    monkeypatch.setenv("GRU_ANY_CACHE", str(tmp_path))  # whose machine code is discarded
 
     def attempt(call, instead):
         try:
