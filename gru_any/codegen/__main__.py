@@ -105,7 +105,7 @@ def page() -> str:
         host=_box("text", str(host)),
         device=_box("text", str(scan.schedule)),
         numpy=_box("py", NumPySource(host).source()),
-        numba=_box("py", numba[numba.index("@njit(**flags)\ndef fused") :]),
+        numba=_box("py", numba[numba.index("@inner\ndef fused") :]),
         cuda=_box("cpp", cuda[cuda.index('extern "C"') : cuda.index("\n\nextern")]),
         c=_box("c", CSource(in_place, "gru0", int8=False).function(64, 128, bias=True)),
         javascript=_box("js", javascript(host)),

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from typing import NamedTuple
 
-import numpy as np
-
 from .numba_functions import functions
 from .schedule import CUT, ArrayRef, Gemm, Group, Kind, Loop, Place, Schedule
 from .trace import Op
@@ -32,7 +30,7 @@ HEAD = '''\
 import math
 import numpy as np
 from numba import njit
-from gru_any.backend.cpu.barrier import barrier_wait, join_team, share_of
+from gru_any.backend.cpu.barrier import barrier_wait, inner, join_team, share_of
 from gru_any.backend.cpu.gemm import UNIT_BYTES, gemm, pack_units
 from gru_any.backend.cpu.handoff import entry_of, share
 from gru_any.backend.cpu.stored import multiply
@@ -42,7 +40,7 @@ UNIT = UNIT_BYTES // f(0).itemsize
 flags = dict(nogil=True, error_model="numpy")  # no fastmath: the same bits whatever is stored
 
 
-@njit(**flags)
+@inner
 def part(v, start, shape):
     """The next numbers of v, as an array of this shape, and where they end."""
     size = 1
@@ -51,7 +49,7 @@ def part(v, start, shape):
     return v[start : start + size].reshape(shape), start + size
 
 
-@njit(**flags)
+@inner
 def of_units(functions, transposed, x, column, M, y, first, last, gates, H, left, right):
     """y = x[:, column : column + K] M or M^T, in some rows, and in some units of all gates."""
     if right - left == H:
@@ -61,7 +59,7 @@ def of_units(functions, transposed, x, column, M, y, first, last, gates, H, left
         multiply(functions, transposed, x, column, M, y, first, last, g + left, g + right)
 
 
-@njit(**flags)
+@inner
 def affine(functions, transposed, x, M, b, a, H, left, right):
     """a = x M or x M^T, and b, in some units."""
     of_units(functions, transposed, x, 0, M, a, 0, len(x), 3, H, left, right)
@@ -166,14 +164,14 @@ class NumbaSource:
         names += ["x", "bias"] if forward else []
         names += [*(array.name for array in self.schedule.buffers), *sources]
         (first, last), (left, right) = SCAN.rows, SCAN.units
-        fill = f"pack_units({8 * np.dtype(self.dtype).itemsize}, {{}}, {{}}, {{}}, {left}, {right})"
+        fill = f"pack_units(functions[4], {{}}, {{}}, {{}}, {left}, {right})"
         given = f"ts, ins, outs, ended, zeros, fresh, functions, {', '.join(names)}"
         packs = [fill.format(*of) for of in zip(sources, matrices, gates, strict=False)]
         packed = ", ".join([*matrices, *sources])
         return "\n".join([
             *self._head(),
-            "@njit(**flags)",
-            f"def pack({first}, {last}, me, H, count, {packed}):",
+            "@inner",
+            f"def pack({first}, {last}, me, H, count, functions, {packed}):",
             f"    {left}, {right} = share_of(H, UNIT, me, count)",
             *(f"    {line}" for line in packs),
             "",
@@ -188,7 +186,7 @@ class NumbaSource:
             f"def shared(boxes, hired, edges, sync, polls, {given}):",
             f"    H, count = {self.state.name}.shape[2], len(hired) + 1",
             "    if fresh and len(sync) == 0:",
-            f"        call = pack_entry((H, count, {packed}))",
+            f"        call = pack_entry((H, count, functions, {packed}))",
             "        share(boxes, hired, edges, sync, polls, *call)",
             f"    return share(boxes, hired, edges, sync, polls, *scan_entry((sync, {given})))",
             "",
@@ -290,7 +288,7 @@ class NumbaSource:
         """Print the first lines of a function `scan`, where members of a team share the units."""
         (first, last), (left, right) = SCAN.rows, SCAN.units
         return [
-            "@njit(**flags)",
+            "@inner",
             f"def scan({first}, {last}, me, sync, {given}):",
             "    me, count = join_team(sync, me)",
             f"    H, times = {self.state.name}.shape[2], np.intp(2)",
@@ -430,7 +428,7 @@ def _fused(n: int, group: Group) -> list[str]:
     bodies = [line for loop in loops if loop.stores for line in body(loop)]
     return [
         *(line for function, _ in means for line in function),
-        "@njit(**flags)",
+        "@inner",
         f"def fused{n}(first, last, left, right, H, {', '.join(map(_parameter, _arrays(group)))}):",
         "    units = right - left",
         "    for b in range(first, last):",

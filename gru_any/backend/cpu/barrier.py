@@ -9,13 +9,14 @@ waiting thread spins for a while, then yields its processor.
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from llvmlite import ir
 from numba import extending, njit, types
 
 from ...typing import HostArray
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Lowering: TypeAlias = tuple[Any, Callable[..., ir.Value]]  # Numba's signature and what emits code
 
 LINE = 8  # elements of int64 in a cache line
@@ -30,6 +31,13 @@ def intrinsic(function: Callable[..., Lowering | None]) -> Callable[..., Any]:
     """
     found: Callable[..., Any] = extending.intrinsic(function)
     return found
+
+
+def inner(function: Function) -> Function:
+    """Compile a function for compiled code alone, without the wrappers by which Python calls."""
+    unwrapped: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    compiled: Function = njit(nogil=True, error_model="numpy", **unwrapped)(function)
+    return compiled
 
 
 @intrinsic
@@ -100,7 +108,7 @@ def _pointer(
     return builder.gep(data, [args[1]])
 
 
-@njit(nogil=True)
+@inner
 def wait_for(sync: HostArray, i: int, least: int) -> None:
     """Wait until sync[i] >= least, or until the team is given up."""
     spins = 0
@@ -110,7 +118,7 @@ def wait_for(sync: HostArray, i: int, least: int) -> None:
             yield_processor()
 
 
-@njit(nogil=True)
+@inner
 def count_members(sync: HostArray, most: int, polls: int) -> int:
     """Return how many members have joined, the caller included, after at most `polls` polls."""
     there = 1
@@ -122,7 +130,7 @@ def count_members(sync: HostArray, most: int, polls: int) -> int:
     return there
 
 
-@njit(nogil=True)
+@inner
 def join_team(sync: HostArray, me: int) -> tuple[int, int]:
     """Join the team; return the member's number and the size of the team, once it is known.
 
@@ -139,7 +147,7 @@ def join_team(sync: HostArray, me: int) -> tuple[int, int]:
     return me, max(1, team)
 
 
-@njit(nogil=True)
+@inner
 def barrier_wait(sync: HostArray, me: int, team: int, number: int) -> int:
     """Wait at the barrier of this number for the whole team, and return the next number."""
     if team > 1:
@@ -149,7 +157,7 @@ def barrier_wait(sync: HostArray, me: int, team: int, number: int) -> int:
     return number + 1
 
 
-@njit(nogil=True)
+@inner
 def share_of(H: int, unit: int, me: int, team: int) -> tuple[int, int]:
     """Return the range of units of one member, first and past the last, in multiples of `unit`."""
     pieces = -(-H // unit)

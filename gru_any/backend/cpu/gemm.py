@@ -35,11 +35,11 @@ from typing import Any, NamedTuple, TypeAlias
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils as untyped_cgutils
 
 from ...typing import HostArray
-from .barrier import Lowering, intrinsic
+from .barrier import Lowering, inner, intrinsic
 
 cgutils: Any = untyped_cgutils
 Function: TypeAlias = Callable[..., Any]  # compiled
@@ -81,6 +81,21 @@ class Gemm(NamedTuple):
     last: int  # row, not included
     left: int  # unit
     right: int  # unit, not included
+
+
+class Pack(NamedTuple):
+    """The operands of a packing of M^T into some panels; the compiled interface."""
+
+    M: int  # address of M (gates H, K)
+    down: int  # elements from a row of M to the next
+    across: int  # elements from a column of M to the next
+    panels: int  # address
+    K: int
+    width: int  # elements of a row of a panel
+    gates: int
+    H: int
+    low: int  # panel
+    high: int  # panel, not included
 
 
 class Operands(NamedTuple):
@@ -376,7 +391,7 @@ def tiles(rows: int, panels: int, gates: int, stored: str) -> Function:
 
     # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
     fill.__qualname__ = f"fill_{rows}x{panels}x{gates}x{stored}"
-    compiled: Function = njit(nogil=True, error_model="numpy")(fill)
+    compiled: Function = inner(fill)
     return compiled
 
 
@@ -418,7 +433,7 @@ def macro_kernel(gates: int, stored: str) -> Function:
                 before, stride = y, gates * H
 
     product.__qualname__ = f"product_{gates}x{stored}"
-    compiled: Function = njit(nogil=True, error_model="numpy")(product)
+    compiled: Function = inner(product)
     return compiled
 
 
@@ -437,7 +452,7 @@ def call(typing: object, function: Type, operands: Any) -> Lowering:
     return types.void(types.intp, operands), generate
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def gemm(
     function: int,
     gates: int,
@@ -482,7 +497,7 @@ def copy_vector(
     return types.void(bits, count, source, i, target, j), generate
 
 
-@njit(nogil=True)
+@inner
 def pack_rows(
     bits: int,
     tall: int,
@@ -534,16 +549,13 @@ def transpose_square(
     return types.void(bits, source, apart, target, width), generate
 
 
-@njit(nogil=True, error_model="numpy")
-def pack(bits: int, M: HostArray, P: HostArray, gates: int, low: int, high: int) -> None:
-    """Pack M^T, given M (N, K), into panels low to high, padding the last units with zeros."""
-    (_, K, width), H, square, size = P.shape, len(M) // gates, VECTOR_BYTES * 8 // bits, bits // 8
-    units, down, across = width // gates, M.strides[0] // size, M.strides[1] // size
-    source, target = intp(M.ctypes.data), intp(P.ctypes.data)
+@inner
+def pack(bits: int, of: Pack) -> None:
+    """Pack M^T into panels low to high, all but the padding of the last."""
+    M, down, across, P, K, width, gates, H, low, high = of
+    units, square, size = width // gates, VECTOR_BYTES * 8 // bits, bits // 8
     for p in range(low, high):
         count = min(units, H - p * units)
-        if count < units:
-            P[p] = 0
         for g in range(gates):
             first, start, done = g * H + p * units, p * K * width + g * units, 0
             if count == units and across == 1:
@@ -551,22 +563,25 @@ def pack(bits: int, M: HostArray, P: HostArray, gates: int, low: int, high: int)
                 for i in range(0, units, square):
                     for k in range(0, done, square):
                         a, b = (first + i) * down + k, start + k * width + i
-                        transpose_square(bits, source + a * size, down, target + b * size, width)
+                        transpose_square(bits, M + a * size, down, P + b * size, width)
             elif count == units and down == 1:
                 done = K
                 for k in range(K):
                     for i in range(0, units, MR):
-                        copy_vector(
-                            bits, MR, source, first + i + k * across, target, start + k * width + i
-                        )
-            rows, columns = M[first:][:count], P[p, :, g * units :]
+                        copy_vector(bits, MR, M, first + i + k * across, P, start + k * width + i)
             for k in range(done, K):
                 for i in range(count):
-                    columns[k, i] = rows[i, k]
+                    a = (first + i) * down + k * across
+                    copy_vector(bits, 1, M, a, P, start + k * width + i)
 
 
-@njit(nogil=True, error_model="numpy")
-def pack_units(bits: int, M: HostArray, P: HostArray, gates: int, left: int, right: int) -> None:
-    """Pack M^T into the panels of the units from left to right."""
-    units = P.shape[2] // gates
-    pack(bits, M, P, gates, left // units, -(-right // units))
+@inner
+def pack_units(
+    function: int, M: HostArray, P: HostArray, gates: int, left: int, right: int
+) -> None:
+    """Pack M^T into the panels of the units from left to right; function: the address of `pack`."""
+    (_, K, width), H, size = P.shape, len(M) // gates, M.itemsize
+    units, down, across = width // gates, M.strides[0] // size, M.strides[1] // size
+    low, high = left // units, -(-right // units)
+    given = Pack(M.ctypes.data, down, across, P.ctypes.data, K, width, gates, H, low, high)
+    call(function, given)

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils as untyped_cgutils
 
 from ...typing import HostArray
@@ -33,6 +33,7 @@ from .barrier import (
     compare_and_swap,
     count_members,
     fetch_add,
+    inner,
     intrinsic,
     load_acquire,
     store_release,
@@ -146,7 +147,7 @@ def processor(typing: object) -> Lowering:
     return types.int64(), generate
 
 
-@njit(nogil=True)
+@inner
 def lost(wall: int, own: int) -> int:
     """Return the nanoseconds that a job waited for its processor; 0 if no more than is usual.
 
@@ -157,7 +158,7 @@ def lost(wall: int, own: int) -> int:
     return waited if waited > max(USUAL, passed // 4) else 0
 
 
-@njit(nogil=True)
+@inner
 def work(box: HostArray) -> bool:
     """Run the job in a box, unless it was begun already; return whether it ran."""
     ticket = load_acquire(box, TICKET)
@@ -172,7 +173,7 @@ def work(box: HostArray) -> bool:
     return True
 
 
-@njit(nogil=True)
+@inner
 def serve(box: HostArray, yields: int) -> None:
     """Run the jobs that come into a box, until none has come for `yields` yields."""
     store_release(box, AWAKE, 1)
@@ -187,7 +188,7 @@ def serve(box: HostArray, yields: int) -> None:
     store_release(box, AWAKE, 0)
 
 
-@njit(nogil=True)
+@inner
 def lead(
     boxes: HostArray,
     hired: HostArray,
@@ -217,7 +218,7 @@ def lead(
     return most
 
 
-@njit(nogil=True)
+@inner
 def member(
     boxes: HostArray,
     hired: HostArray,
@@ -242,7 +243,7 @@ def member(
 member_entry = entry_of(member, MEMBER_TYPE)
 
 
-@njit(nogil=True)
+@inner
 def share(
     boxes: HostArray,
     hired: HostArray,

@@ -18,11 +18,11 @@ import llvmlite.binding
 import numba as untyped_numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils as untyped_cgutils
 
 from ...typing import HostArray
-from .barrier import Lowering, intrinsic
+from .barrier import Lowering, inner, intrinsic
 from .gemm import (
     AHEAD_BYTES,
     AVX512,
@@ -125,7 +125,7 @@ def pointer_to(typing: object, address: Type) -> Lowering:
     return numba.types.CPointer(types.float32)(address), generate
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def fill_rounded(x: HostArray, q: HostArray) -> np.float32:
     """Fill q with x / s rounded to integers, and zeros after these; return s.
 
@@ -170,5 +170,5 @@ def single_row(gates: int, usual: Function) -> Function:
             before = y
 
     product.__qualname__ = f"single_row_{gates}"
-    compiled: Function = njit(nogil=True, error_model="numpy")(product)
+    compiled: Function = inner(product)
     return compiled

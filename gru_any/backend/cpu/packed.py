@@ -21,24 +21,14 @@ from gru_any.backend.cpu import barrier, gemm, handoff
 kernel1, kernel2, kernel3 = (gemm.macro_kernel(gates, "{stored}") for gates in (1, 2, 3))
 
 
-@njit(nogil=True, error_model="numpy")
-def some_panels(low, high, me, M, P, gates):
-    gemm.pack({bits}, M, P, gates, low, high)
-
-
-@njit(cache=CACHE, nogil=True, error_model="numpy")
-def pack(boxes, hired, edges, sync, polls, M, P, gates):
-    return handoff.share(boxes, hired, edges, sync, polls, *panels_entry((M, P, gates)))
-
-
-@njit(nogil=True)
+@barrier.inner
 def some_rows(first, last, me, function, x, x_row, x_column, K, P, base, y, N):
     gemm.call(
         function, gemm.Gemm(x, x_row, x_column, P, K, base, y, N, first, last, np.intp(0), N)
     )
 
 
-panels_entry, rows_entry = handoff.entry_of(some_panels), handoff.entry_of(some_rows)
+rows_entry = handoff.entry_of(some_rows)
 vector, matrix, panels = float{bits}[::1], float{bits}[:, ::1], {stored}[:, :, ::1]
 line = int64[::1]
 hands, pair = (int64[:, ::1], line, line, line, int64), types.UniTuple(int64, 2)
@@ -50,6 +40,25 @@ def product(boxes, hired, edges, sync, polls, function, x, x_row, x_column, K, P
     P, base, y = np.intp(P.ctypes.data), np.intp(base.ctypes.data), np.intp(y.ctypes.data)
     entry = rows_entry((function, x, x_row, x_column, K, P, base, y, N))
     return handoff.share(boxes, hired, edges, sync, polls, *entry)
+"""
+PACK = """
+
+@cfunc("void({types})", cache=CACHE)
+def pack_panels({names}):
+    gemm.pack({bits}, gemm.Pack({names}))
+
+
+@barrier.inner
+def some_panels(low, high, me, function, M, down, across, P, K, width, gates, H):
+    gemm.call(function, gemm.Pack(M, down, across, P, K, width, gates, H, low, high))
+
+
+panels_entry = handoff.entry_of(some_panels)
+
+
+@njit(cache=CACHE, nogil=True)
+def pack(boxes, hired, edges, sync, polls, *given):
+    return handoff.share(boxes, hired, edges, sync, polls, *panels_entry(given))
 """
 KERNEL = """
 
@@ -70,13 +79,19 @@ SINGLE_KERNEL = KERNEL.replace("product", "row").replace("kernel", "single")
 @lru_cache(maxsize=8)
 def _compiled(stored: DType) -> Any:
     """Return the functions for panels of this dtype."""
-    from .gemm import BITS, Gemm
+    from .gemm import BITS, Gemm, Pack
 
-    fields = {"names": ", ".join(Gemm._fields), "types": ", ".join(["intp"] * len(Gemm._fields))}
-    integers = ", ".join(["intp"] * 5)
-    source = SOURCE.format(bits=BITS[stored.name], stored=stored.name, integers=integers)
+    fields, bits, integers = _named(Gemm), BITS[stored.name], ", ".join(["intp"] * 5)
+    source = SOURCE.format(bits=bits, stored=stored.name, integers=integers)
+    pack = PACK.format(bits=bits, **_named(Pack)) if stored.kind == "f" else ""
     single = SINGLE + _for_gates(SINGLE_KERNEL, fields) if _has_single(stored) else ""
-    return compiled(source + _for_gates(KERNEL, fields) + single)
+    return compiled(source + pack + _for_gates(KERNEL, fields) + single)
+
+
+def _named(operands: Any) -> dict[str, str]:
+    """Return the names of integers, and their types, as the arguments of a compiled function."""
+    fields = operands._fields
+    return {"names": ", ".join(fields), "types": ", ".join(["intp"] * len(fields))}
 
 
 def _for_gates(kernel: str, fields: Mapping[str, str]) -> str:
@@ -100,12 +115,13 @@ def _addresses(stored: DType, single: bool) -> list[int]:
 
 @lru_cache(maxsize=8)
 def kernel_addresses(stored: DType, single: bool, single_input: bool) -> HostArray:
-    """Return the macro-kernels for 1, 2 and 3 gates, and for the product of x with 3.
+    """Return the macro-kernels for 1, 2 and 3 gates, and for the product of x with 3; then `pack`.
 
     stored: dtype of panels. single, single_input: whether the products with U, and that of x, have
     one row and may be computed in integers; see `tuning.integers`.
     """
-    return np.array([*_addresses(stored, single), _addresses(stored, single_input)[2]])
+    pack = _compiled(stored).pack_panels.address if stored.kind == "f" else 0
+    return np.array([*_addresses(stored, single), _addresses(stored, single_input)[2], pack])
 
 
 COPIED = 1 << 16  # bytes of a read-only array, up to which a copy is quicker than an alias
@@ -147,8 +163,12 @@ class PackedMatrix:
         key = rows.start, rows.stop, transposed, gates
         if key not in self.packed:
             source, P = self.source(rows, transposed), self.empty_panels(rows, transposed, gates)
-            pack, work = _compiled(P.dtype).pack, tuning.current.copy_work * P.size
-            parallel_for(lambda hands: pack(*hands, source, P, gates), len(P), work)
+            code, (_, K, width) = _compiled(P.dtype), P.shape
+            down, across = (stride // P.itemsize for stride in source.strides)
+            left = code.pack_panels.address, source.ctypes.data, down, across, P.ctypes.data
+            right = K, width, gates, len(source) // gates
+            work = tuning.current.copy_work * P.size
+            parallel_for(lambda hands: code.pack(*hands, *left, *right), len(P), work)
             self.packed[key] = P
         return self.packed[key]
 
@@ -157,7 +177,7 @@ class PackedMatrix:
         return self.matrix[rows] if transposed else self.matrix[rows].T
 
     def empty_panels(self, rows: slice, transposed: bool, gates: int) -> HostArray:
-        """Return uninitialised panels, aligned to a cache line."""
+        """Return panels, aligned to a cache line, of which the padding alone is initialised."""
         from .gemm import LINE_BYTES, VECTOR_BYTES, VECTORS
 
         K, dtype = self.shape[1], self.matrix.dtype
@@ -167,7 +187,10 @@ class PackedMatrix:
         size, line = math.prod(shape), LINE_BYTES // dtype.itemsize
         room = empty((size + line,), dtype)
         start = -room.ctypes.data % LINE_BYTES // dtype.itemsize
-        return room[start : start + size].reshape(shape)
+        panels = room[start : start + size].reshape(shape)
+        if N // gates % width:
+            panels[-1] = 0
+        return panels
 
 
 def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> None:

@@ -14,11 +14,11 @@ from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils as untyped_cgutils
 
 from ...typing import HostArray
-from .barrier import Lowering, intrinsic
+from .barrier import Lowering, inner, intrinsic
 from .gemm import AVX512, BITS, INDEX, INDEX32, VECTOR_BYTES, Emitter, call
 
 cgutils: Any = untyped_cgutils
@@ -221,11 +221,11 @@ def products(dtype: str) -> tuple[Function, Function]:
 def _compiled(function: Function, name: str) -> Function:
     # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
     function.__qualname__ = name
-    compiled: Function = njit(nogil=True, error_model="numpy")(function)
+    compiled: Function = inner(function)
     return compiled
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def multiply(
     functions: HostArray,
     transposed: bool,

@@ -29,7 +29,7 @@ def strips({names}):
     plain(stored.Stored({names}))
 
 
-@njit(nogil=True)
+@barrier.inner
 def some_rows(first, last, me, functions, transposed, x, M, y):
     if x.shape[1] != 1:
         stored.multiply(functions, transposed, x, 0, M, y, first, last, 0, y.shape[1])
