@@ -44,6 +44,19 @@ def test_the_public_names_have_examples():
     assert without <= ALIKE
 
 
+def test_the_reference_lists_the_public_names():
+    page = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    folder = ROOT / "gru_any" / "convert"
+    converters = {
+        f"convert.{path.parent.name if path.stem == '__init__' else path.stem}"
+        for path in (*folder.glob("*.py"), *folder.glob("*/__init__.py"))
+        if re.search(r"^def (save|to_arrays)\(|^__all__", path.read_text("utf-8"), re.M)
+    }
+    assert len(converters) > 8
+    named = set(re.findall(r"^::: gru_any\.(\S+)", page, re.M))
+    assert not {*gru_any.__all__, *converters, "deploy.freeze", "inspect", "train"} - named
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
