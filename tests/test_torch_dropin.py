@@ -61,15 +61,15 @@ def left(monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_few_steps_are_left_to_pytorch(packed, left):
-    """Up to seven, with the same bits in training or not."""
+    """Up to three, with the same bits in training or not."""
     module = convert.torch.GRU(I, H, batch_first=True)
-    for steps in (1, 7, 8):
+    for steps in (1, 3, 4):
         x = torch.randn(2, steps, I)
         x = RNN.pack_padded_sequence(x, [steps] * 2, True) if packed else x
         y = module(x)[1]
         with torch.no_grad():
             assert torch.equal(module(x)[1], y)
-    assert left["module" if packed else "operator"] == [1, 1, 7, 7]
+    assert left["module" if packed else "operator"] == [1, 1, 3, 3]
     assert left["operator" if packed else "module"] == []
 
 

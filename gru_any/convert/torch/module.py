@@ -16,7 +16,7 @@ from .call import is_of_torch, over, template
 from .check import DTYPES, check, check_tensor
 from .evaluate import evaluate
 
-FEW = 8  # below so many steps PyTorch's own operator is as fast, for large batches in training too
+FEW = 4  # below so many steps PyTorch's own operator is about as fast
 _forward_of_torch: Callable[..., Any] = torch.nn.GRU.forward
 _operator: Callable[..., Any] = torch._VF.gru  # which is what takes the time in it
 _transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -27,7 +27,7 @@ class GRU(torch.nn.RNNBase):
     """A GRU that is made, called, saved, loaded and moved like `torch.nn.GRU`.
 
     It has the same parameters, drawn from the same random numbers, under the same names. On the
-    CPU it computes with this library, forward and backward; on other devices, and for up to seven
+    CPU it computes with this library, forward and backward; on other devices, and for up to three
     steps, with PyTorch's own operator. Its base is `torch.nn.RNNBase`: it is no instance of
     `torch.nn.GRU`, at which `torch.compile` would break the graph.
 
