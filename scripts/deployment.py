@@ -91,8 +91,9 @@ def installed(names: Iterable[str]) -> int:
     """Bytes of these distributions, and of all they require that is here."""
     from packaging.requirements import Requirement
 
-    named = [name.lower().replace("_", "-") for name in names]
-    todo, seen, total = [*named], set(), 0
+    todo, seen, total = list(names), set(), 0
+    for name in todo:
+        metadata.distribution(name)  # raises where it is not here
     while todo:
         name = todo.pop().lower().replace("_", "-")
         if name in seen:
@@ -101,8 +102,6 @@ def installed(names: Iterable[str]) -> int:
         try:
             distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            if name in named:
-                raise
             continue
         paths = {Path(str(file.locate())) for file in distribution.files or []}
         total += sum(p.stat().st_size for p in paths if p.is_file() and p.suffix != ".pyc")

@@ -33,8 +33,13 @@ def intrinsic(function: Callable[..., Lowering | None]) -> Callable[..., Any]:
     return found
 
 
-def inner(function: Function) -> Function:
-    """Compile a function for compiled code alone, without the wrappers by which Python calls."""
+def inner(function: Function, name: str = "") -> Function:
+    """Compile a function for compiled code alone, without the wrappers by which Python calls.
+
+    name: of one of several functions that are made by the same lines. Numba makes symbols of the
+    name and a count, and code cached by two processes must not be mixed up.
+    """
+    function.__qualname__ = name or function.__qualname__
     unwrapped: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     compiled: Function = njit(nogil=True, error_model="numpy", **unwrapped)(function)
     return compiled

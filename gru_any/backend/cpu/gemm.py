@@ -389,10 +389,7 @@ def tiles(rows: int, panels: int, gates: int, stored: str) -> Function:
                 edge(operands, r, p, operands.H - p * NR, start, stop)
         return end
 
-    # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
-    fill.__qualname__ = f"fill_{rows}x{panels}x{gates}x{stored}"
-    compiled: Function = inner(fill)
-    return compiled
+    return inner(fill, f"fill_{rows}x{panels}x{gates}x{stored}")
 
 
 def macro_kernel(gates: int, stored: str) -> Function:
@@ -432,9 +429,7 @@ def macro_kernel(gates: int, stored: str) -> Function:
                 one(direct, r, end, low, high, start, stop)
                 before, stride = y, gates * H
 
-    product.__qualname__ = f"product_{gates}x{stored}"
-    compiled: Function = inner(product)
-    return compiled
+    return inner(product, f"product_{gates}x{stored}")
 
 
 @intrinsic

@@ -169,6 +169,4 @@ def single_row(gates: int, usual: Function) -> Function:
                 edge(of, s, p, H - p * NR, start, stop)
             before = y
 
-    product.__qualname__ = f"single_row_{gates}"
-    compiled: Function = inner(product)
-    return compiled
+    return inner(product, f"single_row_{gates}")

@@ -81,14 +81,14 @@ def _compiled(stored: DType) -> Any:
     """Return the functions for panels of this dtype."""
     from .gemm import BITS, Gemm, Pack
 
-    fields, bits, integers = _named(Gemm), BITS[stored.name], ", ".join(["intp"] * 5)
+    fields, bits, integers = as_arguments(Gemm), BITS[stored.name], ", ".join(["intp"] * 5)
     source = SOURCE.format(bits=bits, stored=stored.name, integers=integers)
-    pack = PACK.format(bits=bits, **_named(Pack)) if stored.kind == "f" else ""
+    pack = PACK.format(bits=bits, **as_arguments(Pack)) if stored.kind == "f" else ""
     single = SINGLE + _for_gates(SINGLE_KERNEL, fields) if _has_single(stored) else ""
     return compiled(source + pack + _for_gates(KERNEL, fields) + single)
 
 
-def _named(operands: Any) -> dict[str, str]:
+def as_arguments(operands: Any) -> dict[str, str]:
     """Return the names of integers, and their types, as the arguments of a compiled function."""
     fields = operands._fields
     return {"names": ", ".join(fields), "types": ", ".join(["intp"] * len(fields))}
@@ -163,6 +163,7 @@ class PackedMatrix:
         key = rows.start, rows.stop, transposed, gates
         if key not in self.packed:
             source, P = self.source(rows, transposed), self.empty_panels(rows, transposed, gates)
+            # numbers, so that one machine code serves every layout of a matrix
             code, (_, K, width) = _compiled(P.dtype), P.shape
             down, across = (stride // P.itemsize for stride in source.strides)
             left = code.pack_panels.address, source.ctypes.data, down, across, P.ctypes.data

@@ -171,7 +171,7 @@ def _by_strips(rows: int, vectors: int, bits: int) -> Function:
                 for r in range(start, stop, rows):
                     one(of, r, c, high - c)
 
-    return _compiled(fill, f"strips_{rows}x{vectors}x{bits}")
+    return inner(fill, f"strips_{rows}x{vectors}x{bits}")
 
 
 def _by_dots(rows: int, columns: int, bits: int) -> Function:
@@ -186,7 +186,7 @@ def _by_dots(rows: int, columns: int, bits: int) -> Function:
             for c in range(end, high):
                 one(of, r, c)
 
-    return _compiled(fill, f"dots_{rows}x{columns}x{bits}")
+    return inner(fill, f"dots_{rows}x{columns}x{bits}")
 
 
 @cache
@@ -215,14 +215,7 @@ def products(dtype: str) -> tuple[Function, Function]:
         strips_2(of, fours, twos, low, high)
         strips_1(of, twos, last, low, high)
 
-    return _compiled(transposed, f"transposed_{bits}"), _compiled(plain, f"plain_{bits}")
-
-
-def _compiled(function: Function, name: str) -> Function:
-    # Numba makes symbols of this and a count; code cached by two processes must not be mixed up
-    function.__qualname__ = name
-    compiled: Function = inner(function)
-    return compiled
+    return inner(transposed, f"transposed_{bits}"), inner(plain, f"plain_{bits}")
 
 
 @inner

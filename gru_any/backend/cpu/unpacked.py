@@ -8,7 +8,7 @@ import numpy as np
 from ...typing import DType, HostArray
 from . import tuning
 from .jit_cache import compiled
-from .packed import ascarray
+from .packed import as_arguments, ascarray
 from .threads import parallel_for
 
 SOURCE = """\
@@ -61,11 +61,7 @@ def shared(boxes, hired, edges, sync, polls, functions, transposed, x, M, y):
 def _compiled(dtype: DType) -> tuple[Any, HostArray]:
     from .stored import Stored
 
-    fields = {
-        "names": ", ".join(Stored._fields),
-        "types": ", ".join(["intp"] * len(Stored._fields)),
-    }
-    code = compiled(SOURCE.format(dtype=dtype, **fields))
+    code = compiled(SOURCE.format(dtype=dtype, **as_arguments(Stored)))
     return code, np.array([code.strips.address, code.dots.address])
 
 
