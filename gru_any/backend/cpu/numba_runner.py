@@ -232,6 +232,7 @@ class Scan:
     def __init__(self, schedule: Schedule, dtype: str) -> None:
         self.schedule, self.source = schedule, NumbaSource(schedule, dtype)
         self.widths = [array.columns for array in schedule.extras]
+        self.gates = frozenset(gemm.out.columns for gemm in schedule.gemms)  # of each product
 
     @cached_property
     def scan(self) -> Callable[..., tuple[int, int]]:
@@ -252,7 +253,9 @@ class Scan:
     @cached_property
     def functions(self) -> HostArray:
         """The addresses of products by matrices as they are stored; see `stored.multiply`."""
-        return unpacked.addresses(np.dtype(self.source.dtype))
+        used = {gemm.product.transposed for gemm in self.schedule.gemms}
+        used |= {True} if self.schedule.forward else set()  # of x W^T
+        return unpacked.addresses(np.dtype(self.source.dtype), frozenset(used))
 
     @cached_property
     def step(self) -> Callable[..., None]:
@@ -303,7 +306,7 @@ class Scan:
 
         def block(x: HostArray, h: HostArray) -> tuple[HostArray, HostArray]:
             K, B, _ = x.shape
-            functions = _kernels(stored, K, B, size)
+            functions = self._kernels(stored, K, B, size)
             if K == 1 and not tuning.step_shared(B * size, has_512_bits(), count):
                 y, new = np.empty((B, H), dtype), np.empty((B, H), dtype)
                 self.step_of_panels(functions, ascarray(x[0]), ascarray(h), y, new, *given)
@@ -358,7 +361,7 @@ class Scan:
 
         A call with small sizes costs less than one of `stored_block`.
         """
-        few, functions = self.step, self.functions
+        few, functions = self.step, unpacked.addresses(W.dtype, frozenset((False,)))
         b = np.zeros(len(W), W.dtype) if b is None else b
         weights = np.concat([v.ravel() for v in (W.T, *self.read(U), b, *vectors)])
 
@@ -387,6 +390,11 @@ class Scan:
         buffers = [np.empty((B, v.columns * H), arrays[0].dtype) for v in self.schedule.buffers]
         shared, given = self._stored.shared, (*steps, ended, *arrays, *buffers)
         run_team(lambda hands: shared(*hands, self.functions, *given), B, members)
+
+    def _kernels(self, stored: DType, K: int, B: int, size: int) -> HostArray:
+        """Return the macro-kernels for K steps of B rows; size: elements of the weights."""
+        single, single_input = (tuning.integers(rows, size) for rows in (B, K * B))
+        return kernel_addresses(stored, self.gates, single, single_input)
 
     def _parts(
         self, U: PackedMatrix, W: PackedMatrix | None
@@ -427,7 +435,7 @@ class Scan:
         buffers = [np.empty((B, v.columns * H), dtype) for v in self.schedule.buffers]
         arrays = [*panels, *arrays, *buffers, *sources]
         zeros, scan = np.zeros(3 * H, dtype), self.scan
-        functions = _kernels(panels[0].dtype, K, B, size)
+        functions = self._kernels(panels[0].dtype, K, B, size)
 
         def call(hands: Hands) -> tuple[int, int]:
             return scan(*hands, *steps, ended, zeros, fresh, functions, *arrays)
@@ -439,12 +447,6 @@ class Scan:
             parallel_for(call, B, K * B * size + packing)
         for (M, part, transposed, gates), P in zip(wanted, panels, strict=True):
             M.packed[part.start, part.stop, transposed, gates] = P  # now that it is filled
-
-
-def _kernels(stored: DType, K: int, B: int, size: int) -> HostArray:
-    """Return the macro-kernels for K steps of B rows; size: elements of the weights."""
-    single, single_input = (tuning.integers(rows, size) for rows in (B, K * B))
-    return kernel_addresses(stored, single, single_input)
 
 
 def _after(path: HostArray, reverse: bool) -> tuple[HostArray, HostArray]:

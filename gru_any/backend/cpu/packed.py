@@ -1,8 +1,8 @@
 """Weight matrices packed into panels for the compiled products, and a product with such panels."""
 
 import math
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,6 @@ SOURCE = """\
 import numpy as np
 from numba import cfunc, float{bits}, int8, int64, intp, njit, types, uint16, void
 from gru_any.backend.cpu import barrier, gemm, handoff
-
-kernel1, kernel2, kernel3 = (gemm.macro_kernel(gates, "{stored}") for gates in (1, 2, 3))
 
 
 @barrier.inner
@@ -60,43 +58,47 @@ panels_entry = handoff.entry_of(some_panels)
 def pack(boxes, hired, edges, sync, polls, *given):
     return handoff.share(boxes, hired, edges, sync, polls, *panels_entry(given))
 """
-KERNEL = """
+KERNEL = """\
+from numba import cfunc
+from gru_any.backend.cpu import gemm
+
+kernel = gemm.macro_kernel({gates}, "{stored}")
+
 
 @cfunc("void({types})", cache=CACHE)
 def product{gates}({names}):
-    kernel{gates}(gemm.Gemm({names}))
+    kernel(gemm.Gemm({names}))
 """
 SINGLE = """
 from gru_any.backend.cpu import integers
 
-single1 = integers.single_row(1, kernel1)
-single2 = integers.single_row(2, kernel2)
-single3 = integers.single_row(3, kernel3)
+single = integers.single_row({gates}, kernel)
+
+
+@cfunc("void({types})", cache=CACHE)
+def row{gates}({names}):
+    single(gemm.Gemm({names}))
 """
-SINGLE_KERNEL = KERNEL.replace("product", "row").replace("kernel", "single")
 
 
 @lru_cache(maxsize=8)
 def _compiled(stored: DType) -> Any:
-    """Return the functions for panels of this dtype."""
-    from .gemm import BITS, Gemm, Pack
+    """Return the functions for panels of this dtype, except the kernels."""
+    from .gemm import BITS, Pack
 
-    fields, bits, integers = as_arguments(Gemm), BITS[stored.name], ", ".join(["intp"] * 5)
+    bits, integers = BITS[stored.name], ", ".join(["intp"] * 5)
     source = SOURCE.format(bits=bits, stored=stored.name, integers=integers)
     pack = PACK.format(bits=bits, **as_arguments(Pack)) if stored.kind == "f" else ""
-    single = SINGLE + _for_gates(SINGLE_KERNEL, fields) if _has_single(stored) else ""
-    return compiled(source + pack + _for_gates(KERNEL, fields) + single)
+    return compiled(source + pack)
 
 
-def as_arguments(operands: Any) -> dict[str, str]:
-    """Return the names of integers, and their types, as the arguments of a compiled function."""
-    fields = operands._fields
-    return {"names": ", ".join(fields), "types": ", ".join(["intp"] * len(fields))}
+@cache  # addresses of its functions are kept elsewhere
+def _kernel(stored: DType, gates: int) -> Any:
+    """Return the macro-kernel for panels of this dtype; with int8 that of a single row, too."""
+    from .gemm import Gemm
 
-
-def _for_gates(kernel: str, fields: Mapping[str, str]) -> str:
-    """Return the source of a kernel for 1, 2 and 3 gates."""
-    return "".join(kernel.format(gates=gates, **fields) for gates in (1, 2, 3))
+    source = KERNEL + SINGLE if _has_single(stored) else KERNEL
+    return compiled(source.format(gates=gates, stored=stored.name, **as_arguments(Gemm)))
 
 
 def _has_single(stored: DType) -> bool:
@@ -106,22 +108,32 @@ def _has_single(stored: DType) -> bool:
     return stored == np.int8 and SUPPORTED
 
 
-@lru_cache(maxsize=8)
-def _addresses(stored: DType, single: bool) -> list[int]:
-    """Return the addresses of the macro-kernels for 1, 2 and 3 gates; stored: dtype of panels."""
+@cache
+def _address(stored: DType, gates: int, single: bool) -> int:
+    """Return the address of a macro-kernel; stored: dtype of panels."""
     name = "row" if single and _has_single(stored) else "product"
-    return [getattr(_compiled(stored), f"{name}{gates}").address for gates in (1, 2, 3)]
+    return int(getattr(_kernel(stored, gates), f"{name}{gates}").address)
 
 
-@lru_cache(maxsize=8)
-def kernel_addresses(stored: DType, single: bool, single_input: bool) -> HostArray:
+def as_arguments(operands: Any) -> dict[str, str]:
+    """Return the names of integers, and their types, as the arguments of a compiled function."""
+    fields = operands._fields
+    return {"names": ", ".join(fields), "types": ", ".join(["intp"] * len(fields))}
+
+
+@lru_cache(maxsize=32)
+def kernel_addresses(
+    stored: DType, used: frozenset[int], single: bool, single_input: bool
+) -> HostArray:
     """Return the macro-kernels for 1, 2 and 3 gates, and for the product of x with 3; then `pack`.
 
-    stored: dtype of panels. single, single_input: whether the products with U, and that of x, have
+    stored: dtype of panels. used: the gates of products with U; the kernels for others are 0, and
+    take no time to compile. single, single_input: whether the products with U, and that of x, have
     one row and may be computed in integers; see `tuning.integers`.
     """
+    found = [_address(stored, gates, single) if gates in used else 0 for gates in (1, 2, 3)]
     pack = _compiled(stored).pack_panels.address if stored.kind == "f" else 0
-    return np.array([*_addresses(stored, single), _addresses(stored, single_input)[2], pack])
+    return np.array([*found, _address(stored, 3, single_input), pack])
 
 
 COPIED = 1 << 16  # bytes of a read-only array, up to which a copy is quicker than an alias
@@ -204,7 +216,7 @@ def gemm(x: HostArray, P: HostArray, base: HostArray | None, y: HostArray) -> No
     if integers:
         x = ascarray(x)
     x_row, x_column = (stride // x.itemsize for stride in x.strides)
-    left, function = (x.ctypes.data, x_row, x_column, K), _addresses(P.dtype, integers)[0]
+    left, function = (x.ctypes.data, x_row, x_column, K), _address(P.dtype, 1, integers)
 
     parallel_for(lambda hands: code.product(*hands, function, *left, P, base, y), R, R * K * N)
 

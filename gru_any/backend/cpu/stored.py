@@ -9,7 +9,6 @@ number of k alone: its bits depend neither on the other rows nor on the threads.
 """
 
 from collections.abc import Callable
-from functools import cache
 from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias
 
@@ -189,33 +188,23 @@ def _by_dots(rows: int, columns: int, bits: int) -> Function:
     return inner(fill, f"dots_{rows}x{columns}x{bits}")
 
 
-@cache
-def products(dtype: str) -> tuple[Function, Function]:
-    """Return functions that fill y with x M^T, and with x M, given a `Stored`."""
-    bits = BITS[dtype]
-    dots_4, dots_2, dots_1 = (_by_dots(*shape, bits) for shape in DOTS)
-    strips_4, strips_2, strips_1 = (_by_strips(*shape, bits) for shape in STRIPS)
+def product(dtype: str, transposed: bool) -> Function:
+    """Return a function that fills y with x M or x M^T, given a `Stored`."""
+    made, shapes = (_by_dots, DOTS) if transposed else (_by_strips, STRIPS)
+    four, two, one = (made(*shape, BITS[dtype]) for shape in shapes)
 
-    def transposed(of: Stored) -> None:
+    def fill(of: Stored) -> None:
         first, last, low, high = of.first, of.last, of.low, of.high
         fours = last - (last - first) % 4
         twos = last - (last - fours) % 2
-        block = BLOCK if last - first > 4 else high - low
-        for c in range(low, high, block):
+        block = BLOCK if transposed and last - first > 4 else high - low
+        for c in range(low, high, max(1, block)):
             end = min(c + block, high)
-            dots_4(of, first, fours, c, end)
-            dots_2(of, fours, twos, c, end)
-            dots_1(of, twos, last, c, end)
+            four(of, first, fours, c, end)
+            two(of, fours, twos, c, end)
+            one(of, twos, last, c, end)
 
-    def plain(of: Stored) -> None:
-        first, last, low, high = of.first, of.last, of.low, of.high
-        fours = last - (last - first) % 4
-        twos = last - (last - fours) % 2
-        strips_4(of, first, fours, low, high)
-        strips_2(of, fours, twos, low, high)
-        strips_1(of, twos, last, low, high)
-
-    return inner(transposed, f"transposed_{bits}"), inner(plain, f"plain_{bits}")
+    return inner(fill, f"{'dots' if transposed else 'strips'}_{dtype}")
 
 
 @inner

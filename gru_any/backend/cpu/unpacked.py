@@ -1,6 +1,6 @@
 """A compiled product of unpacked matrices, whose rows are split over threads."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,8 @@ from .threads import parallel_for
 
 SOURCE = """\
 import numpy as np
-from numba import boolean, cfunc, {dtype}, int64, njit, types
+from numba import boolean, {dtype}, int64, njit, types
 from gru_any.backend.cpu import barrier, gemm, handoff, stored
-
-transposed, plain = stored.products("{dtype}")
-
-
-@cfunc("void({types})", cache=CACHE)
-def dots({names}):
-    transposed(stored.Stored({names}))
-
-
-@cfunc("void({types})", cache=CACHE)
-def strips({names}):
-    plain(stored.Stored({names}))
 
 
 @barrier.inner
@@ -57,23 +45,48 @@ def shared(boxes, hired, edges, sync, polls, functions, transposed, x, M, y):
 """
 
 
+KERNEL = """\
+from numba import cfunc
+from gru_any.backend.cpu import stored
+
+fill = stored.product("{dtype}", {transposed})
+
+
+@cfunc("void({types})", cache=CACHE)
+def product({names}):
+    fill(stored.Stored({names}))
+"""
+
+
 @lru_cache(maxsize=4)
-def _compiled(dtype: DType) -> tuple[Any, HostArray]:
+def _compiled(dtype: DType) -> Any:
+    """Return the functions of a product that is called from Python, except the kernels."""
+    return compiled(SOURCE.format(dtype=dtype))
+
+
+@cache  # addresses of its functions are kept elsewhere
+def _kernel(dtype: DType, transposed: bool) -> Any:
     from .stored import Stored
 
-    code = compiled(SOURCE.format(dtype=dtype, **as_arguments(Stored)))
-    return code, np.array([code.strips.address, code.dots.address])
+    return compiled(KERNEL.format(dtype=dtype, transposed=transposed, **as_arguments(Stored)))
 
 
-def addresses(dtype: DType) -> HostArray:
-    """Return the addresses of the products by an unpacked matrix, and by its transpose."""
-    return _compiled(dtype)[1]
+@lru_cache(maxsize=16)
+def addresses(dtype: DType, used: frozenset[bool]) -> HostArray:
+    """Return the addresses of the products by an unpacked matrix, and by its transpose.
+
+    used: whether matrices are transposed; an address that is not used is 0, and takes no time to
+    compile.
+    """
+    ways = (False, True)
+    return np.array([_kernel(dtype, way).product.address if way in used else 0 for way in ways])
 
 
 def gemm(x: HostArray, M: HostArray, y: HostArray) -> None:
     """Fill y (R, N) with x (R, K) M (K, N), of which x and M may be transposes."""
-    (R, K), N, (code, functions) = x.shape, y.shape[1], _compiled(y.dtype)
+    (R, K), N, code = x.shape, y.shape[1], _compiled(y.dtype)
     transposed = not M.flags.c_contiguous
+    functions = addresses(y.dtype, frozenset((transposed,)))
     M = M.T if transposed else M
     M = M if M.flags.carray else ascarray(M)
     x = ascarray(x) if transposed or not x.flags.behaved else x  # dots read rows of x
