@@ -88,7 +88,8 @@ def wait() -> None:
     if capturing() is not None:
         raise RuntimeError("the host waits while launches are recorded")
     count["waits"] += 1
-    learn("host", CLOCKS.get(current_stream(), {}))
+    with LOCK:
+        learn("host", CLOCKS.get(current_stream(), {}))
 
 
 def access(read: Sequence["Allocation"], written: Sequence["Allocation"]) -> None:
@@ -244,8 +245,9 @@ def allocate(shape: Shape, dtype: DType) -> HostArray:
 
 def allocation_at(address: int) -> Allocation | None:
     """Return the allocation that an address lies in."""
-    n = bisect_right(_addresses, address)
-    found = _allocations[_addresses[n - 1]] if n else None
+    with LOCK:  # other threads insert
+        n = bisect_right(_addresses, address)
+        found = _allocations[_addresses[n - 1]] if n else None
     return found if found and address < found.address + found.size else None
 
 
