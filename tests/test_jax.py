@@ -176,7 +176,7 @@ def test_vmap_over_calls_and_for_gradients_of_each_example():
     [
         ("in the scan", {"reset_after": True, "layer_norm": True}),
         ("for derivatives in the scan", {}),
-        ("on the host", {"reset_after": True, "layer_norm": True}),
+        ("on the host", {"reset_after": True}),
     ],
     indirect=["products"],
 )

@@ -28,6 +28,7 @@ VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", 
 WAYS = [*PATHS[1:], *(["packed"] if "compiled" in PATHS else [])]
 FAST = pytest.mark.parametrize("path", WAYS)
 EVERY = pytest.mark.parametrize("path", PATHS)
+FROM_PROGRAMS = pytest.mark.parametrize("path", PATHS[1:])  # whose memory is planned
 ROWS = pytest.mark.parametrize("B", [1, 5, 100])  # compiled whole, and step by step
 
 
@@ -467,12 +468,12 @@ def test_the_layout_of_what_comes_in_changes_nothing(path, B, layout):
     assert all(map(is_rounding, found, usual, exact))
 
 
-@EVERY
+@FROM_PROGRAMS
 @VARIANTS
 def test_inference_needs_no_more_memory_for_a_longer_sequence(path, reset_after):
     gru, peaks = GRU(4, 32, reset_after=reset_after, seed=0), []
     with running(path):
-        for T in (1000, 10_000):
+        for T in (500, 5000):
             x = np.zeros((T, 2, 4), "float32")
             gru(x)
             forget(NUMPY)
@@ -480,7 +481,7 @@ def test_inference_needs_no_more_memory_for_a_longer_sequence(path, reset_after)
             y, _ = gru(x)
             peaks.append(tracemalloc.get_traced_memory()[1] - y.nbytes)
             tracemalloc.stop()
-    assert path == "plain" or peaks[1] <= 1.05 * peaks[0] + 4096
+    assert peaks[1] <= 1.05 * peaks[0] + 4096
 
 
 @EVERY
@@ -498,9 +499,9 @@ def test_inference_needs_no_more_memory_for_more_layers(path):
     assert peaks[1] - peaks[0] < x.nbytes  # as many as the outputs of one
 
 
-@EVERY
+@FROM_PROGRAMS
 def test_recomputing_needs_less_memory(path):
-    x, dy = np.zeros((10_000, 2, 4), "float32"), np.zeros((10_000, 2, 32), "float32")
+    x, dy = np.zeros((5000, 2, 4), "float32"), np.zeros((5000, 2, 32), "float32")
     peaks = []
     with running(path):
         for recompute in (None, "sqrt"):
@@ -512,7 +513,7 @@ def test_recomputing_needs_less_memory(path):
             dx = pullback(dy)[1]
             peaks.append(tracemalloc.get_traced_memory()[1] - y.nbytes - dx.nbytes)
             tracemalloc.stop()
-    assert path == "plain" or peaks[1] < 0.15 * peaks[0]
+    assert peaks[1] < 0.15 * peaks[0]
 
 
 @EVERY

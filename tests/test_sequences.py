@@ -227,6 +227,8 @@ def test_either_cotangent_may_be_none(reset_after):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @VARIANTS
 def test_every_backend_gives_the_numbers_of_numpy(backend, reset_after, dtype):
+    if "jax" in backend.name and reset_after != (dtype == "float32"):
+        pytest.skip("JAX compiles each operation for each shape: half of the pairs will do")
     options = {"bidirectional": True, "dropout": 0.4, "dtype": dtype}
     here = make(reset_after, **options)
     there = make(reset_after, backend=backend.name, device=backend.device, **options)

@@ -795,7 +795,7 @@ def run_killed(folder, steps, kills, rng):
 
 def test_killed_at_random_moments(tmp_path):
     """GRU_ANY_KILLS=20 does it twenty times."""
-    kills = int(os.environ.get("GRU_ANY_KILLS", "3"))
+    kills = int(os.environ.get("GRU_ANY_KILLS", "2"))
     steps = 100 + 300 * kills
     run_killed(tmp_path / "whole", steps, 0, random)
     run_killed(tmp_path / "killed", steps, kills, random.Random(time.time()))
