@@ -362,8 +362,8 @@ def test_the_expectation_of_zoneout(path, after):
                 y_t, state = model.step(x[t], state)
                 assert np.allclose(y_t, y[t], rtol=0, atol=1e-14)
             assert np.allclose(state, h_n, rtol=0, atol=1e-14)
-    if path == "plain":  # as complex numbers always run
-        gradcheck(gru, x, h0, method="complex", directions=1)
+        if path == "plain":  # as complex numbers always run
+            gradcheck(gru, x, h0, method="complex", directions=1)
 
 
 def test_a_team_of_threads(monkeypatch):

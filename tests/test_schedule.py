@@ -175,7 +175,7 @@ def test_numba_does_what_the_step_does(step):
     steps = (np.array([n]) for n in (0, 0, 1))
     none = np.zeros((0, 0), bool), np.zeros((1, B, 0)), np.zeros((3 * H, 0)), np.zeros(3 * H)
     few = compiled(NumbaSource(schedule, "float64").stored()).few
-    functions = unpacked.addresses(np.dtype("float64"))
+    functions = unpacked.addresses(np.dtype("float64"), frozenset((False, True)))
     path, kept = np.stack((h, h)), [np.empty((1, *v.shape)) for v in extras]
     few(functions, *steps, none[0], U, a[None], c, *none[1:], path, *kept)
     for ours, value in zip((path[1], *(v[0] for v in kept)), (result, *extras), strict=True):

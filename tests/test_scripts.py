@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -242,12 +243,12 @@ def test_the_cost_of_options(monkeypatch):
 
 
 def test_mutation(monkeypatch):
-    """All changes can be made; one is tried with GRU_ANY_THOROUGH=1. The whole takes minutes."""
+    """Changes can be made; one is tried with GRU_ANY_THOROUGH=1. The whole takes minutes."""
     monkeypatch.syspath_prepend(SCRIPTS / "maintenance")
     from mutate import mutants
 
-    texts = [ast.parse(text) for _, _, text, _ in mutants()]
-    assert len(texts) > 100
+    for _, file, text, _ in islice(mutants(), 20):
+        assert ast.dump(ast.parse(text)) != ast.dump(ast.parse((SCRIPTS.parent / file).read_text()))
     if os.environ.get("GRU_ANY_THOROUGH"):
         assert "1 of 1 changes noticed" in run("maintenance/mutate.py", "--only", "1")
 

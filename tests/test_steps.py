@@ -115,8 +115,8 @@ def test_gradients_are_slopes(path, after):
         for skipped in ("zero", "repeat"):
             options = {"mask": mask, "resets": resets, "skipped": skipped}
             gradcheck(gru, x, h0, directions=1, **options)
-    if path == "plain":  # as complex numbers always run
-        gradcheck(gru, x, h0, method="complex", directions=1, **options)
+        if path == "plain":  # as complex numbers always run
+            gradcheck(gru, x, h0, method="complex", directions=1, **options)
 
 
 @EVERY
