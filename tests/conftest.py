@@ -22,6 +22,7 @@ from hypothesis import Phase, settings
 from gru_any.backend import Mode
 from gru_any.backend.cpu import tuning
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each of pytest's workers, which inherit it
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "torch")
