@@ -35,6 +35,8 @@ BACKENDS += ["torch:plain", "jax.numpy:plain"]  # by themselves, not by NumPy in
 HOST = "gru_any.testing.fake_cuda.array"  # a CUDA device that the host emulates
 BACKENDS.append(HOST)
 REQUIRED = set(filter(None, os.environ.get("GRU_ANY_REQUIRE", "").split(",")))
+# whether the long variants run too, most of which must be compiled
+THOROUGH = os.environ.get("GRU_ANY_THOROUGH", "") not in ("", "0", "false")
 
 # the modes in which a block runs on NumPy
 PATHS = [Mode.PLAIN, Mode.TRACED, *([Mode.COMPILED] if find_spec("numba") else [])]

@@ -1,11 +1,10 @@
 """Other functions than sigmoid and tanh, and the clip of what goes into them."""
 
 import math
-import os
 
 import numpy as np
 import pytest
-from conftest import PATHS, require, running
+from conftest import PATHS, THOROUGH, require, running
 
 from gru_any import GRU, GRUCell, equations, explain, gradcheck, load, save
 from gru_any.activations import DEFINITIONS, USUAL, Activation, Activations
@@ -17,7 +16,6 @@ FUNCTIONS = [
 ]  # fmt: skip
 MADE = [Activation(*([f] if isinstance(f, str) else [f[0], f[1:]])) for f in FUNCTIONS]
 CLIPPED = [f._replace(clip=0.6) for f in MADE]
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 FASTEST = PATHS[-1] if THOROUGH else "traced"
 EACH = pytest.mark.parametrize("f", MADE, ids=[f.name for f in MADE])
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

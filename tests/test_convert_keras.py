@@ -2,12 +2,11 @@
 
 import io
 import json
-import os
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import PATHS, require, running
+from conftest import PATHS, THOROUGH, require, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, Last, Linear, gradcheck
 from gru_any.convert import keras as convert
@@ -21,7 +20,6 @@ X = RNG.standard_normal((B, T, I))
 WORDS = RNG.integers(0, 7, (B, T))
 EXACT = 1e-6  # keras.ops.matmul on PyTorch rounds to float32, whatever the dtype
 ENDINGS = ["keras", "h5"]
-THOROUGH = os.environ.get("GRU_ANY_THOROUGH")
 
 
 @pytest.fixture(scope="module")

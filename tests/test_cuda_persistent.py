@@ -1,10 +1,8 @@
 """The kernels that go through all steps: compiled by NVRTC, and run by threads under sanitizers."""
 
-import os
-
 import numpy as np
 import pytest
-from conftest import require
+from conftest import THOROUGH, require
 from cuda_tools import ARCHITECTURES, compiled, problem, run_program
 
 from gru_any import equations
@@ -20,7 +18,6 @@ from gru_any.testing.fake_cuda.memory import count
 from gru_any.testing.fake_cuda.ops import Ops
 
 pytestmark = pytest.mark.usefixtures("compiler")
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 SPILLED = 64  # bytes that a thread of the largest may have to keep in memory
 EVERY = [False, True]
 NUMBERS = (None, "float16", "bfloat16")  # how those of a half model are stored; None: as float32

@@ -1,12 +1,11 @@
 """Whole GRUs on a device that the host emulates: recorded, replayed, and stricter than a device."""
 
-import os
 import warnings
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import at_once, require, running
+from conftest import THOROUGH, at_once, require, running
 from replaced import replaced
 
 import gru_any
@@ -26,7 +25,6 @@ from gru_any.train.optim import clip_by_global_norm
 
 pytestmark = pytest.mark.usefixtures("compiler")
 HOST = fake.__name__
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 LIMIT = {"float32": 2e-6, "float64": 1e-13}
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}

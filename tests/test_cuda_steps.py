@@ -1,10 +1,10 @@
 """The kernels of single steps: compiled by NVRTC, and run on the host against the equations."""
 
 import ctypes
-import os
 
 import numpy as np
 import pytest
+from conftest import THOROUGH
 from cuda_tools import ARCHITECTURES, compiled, problem, run_program
 from numpy.testing import assert_array_equal
 
@@ -20,7 +20,6 @@ from gru_any.testing.fake_cuda import shim
 from gru_any.testing.fake_cuda.ops import Ops, gemm
 
 pytestmark = pytest.mark.usefixtures("compiler")
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 HALVES = ("a", "path", "dy", "previous", *(f"s{n}" for n in range(4)), "p0", "p1")
 STORAGE = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import finished, refuse, running
+from conftest import THOROUGH, finished, refuse, running
 from replaced import replaced
 from test_schedule import EVERY_STEP, H, problem
 
@@ -322,7 +322,7 @@ def test_many_steps_take_no_memory(gru_library):
     """A million where GRU_ANY_THOROUGH is set."""
     resource = pytest.importorskip("resource")
     stream, x = c.load(gru_library[0]), np.ones(3, "float32")
-    count = 1_000_000 if os.environ.get("GRU_ANY_THOROUGH") else 50_000
+    count = 1_000_000 if THOROUGH else 50_000
     peaks = []  # what something else in this process needs, it needs once
     for _ in range(4):
         for _ in range(count // 4):

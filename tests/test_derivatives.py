@@ -1,10 +1,8 @@
 """Forward mode and products with the Hessian: the complex step, JAX, differences, and laws."""
 
-import os
-
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, Home, require, running
+from conftest import HOST, PATHS, THOROUGH, Home, require, running
 from hypothesis import given
 from hypothesis import strategies as st
 from replaced import replaced
@@ -27,7 +25,6 @@ from gru_any import (
     to_numpy,
 )
 
-THOROUGH = os.environ.get("GRU_ANY_THOROUGH")
 STEP = 1e-30
 
 

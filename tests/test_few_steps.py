@@ -1,10 +1,8 @@
 """A few steps of a batch, by weights as they are stored: the same numbers as the reference."""
 
-import os
-
 import numpy as np
 import pytest
-from conftest import is_rounding, require, running, tuned
+from conftest import THOROUGH, is_rounding, require, running, tuned
 from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
@@ -12,7 +10,6 @@ from gru_any.backend.cpu import cores, threads, tuning, unpacked
 from gru_any.backend.cpu import numba_runner as module
 from gru_any.deploy import freeze
 
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # with all that takes long to compile
 TEAM = {"team_step_work": 1, "team_units": 1, "thread_work": 1}
 H = 40  # more than one vector's share, and not a whole number of them
 

@@ -1,10 +1,8 @@
 """Every gradient against differences of the forward call, in float64."""
 
-import os
-
 import numpy as np
 import pytest
-from conftest import running, tuned
+from conftest import THOROUGH, running, tuned
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,7 +111,7 @@ def test_on_every_backend(backend, reset_after):
     gru = GRU(3, 4, 2, bidirectional=True, reset_after=reset_after, dtype="float64", **home)
     x, h = problem(randomise(gru), 5, 3, 2, True)
     methods = ("central", "complex")
-    if backend.name == "jax.numpy" and not os.environ.get("GRU_ANY_THOROUGH"):
+    if backend.name == "jax.numpy" and not THOROUGH:
         methods = methods[reset_after:][:1]  # it compiles each operation for each shape
     for method in methods:
         gradcheck(gru, x, h, lengths=[2, 5, 0], method=method, directions=1)

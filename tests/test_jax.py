@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import at_once, require, running
+from conftest import THOROUGH, at_once, require, running
 
 from gru_any import GRU, Chain, Dropout, Embedding, GRUCell, Linear
 from gru_any.backend import Mode
@@ -55,7 +55,7 @@ def close(found, expected, error=1e-10):
 
 def cases():
     """Each kind of GRU with one kind of lengths, or GRU_ANY_THOROUGH=1 with all."""
-    if os.environ.get("GRU_ANY_THOROUGH"):
+    if THOROUGH:
         return [(kind, lengths) for kind in KINDS for lengths in (None, "known", "traced")]
     return list(zip(KINDS, [None, "traced", "known", "traced", None], strict=True))
 
@@ -75,7 +75,7 @@ def products(request, monkeypatch):
 
 def places(*few):
     """Run a test in a few of these places, or with GRU_ANY_THOROUGH=1 in all."""
-    chosen = PLACES if os.environ.get("GRU_ANY_THOROUGH") else few
+    chosen = PLACES if THOROUGH else few
     mark = pytest.mark.parametrize("products", chosen, indirect=True)
     return lambda test: pytest.mark.usefixtures("products")(mark(test))
 

@@ -1,11 +1,10 @@
 """Layer normalisation inside the gates, against haste's formulas in PyTorch's own functions."""
 
 import importlib
-import os
 
 import numpy as np
 import pytest
-from conftest import PATHS, require, running
+from conftest import PATHS, THOROUGH, require, running
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
 from gru_any import (
@@ -31,7 +30,6 @@ from gru_any.train.loop import fit
 
 T, B, I, H = 6, 3, 3, 4
 WAYS = [*PATHS[1:], *(["packed"] if "compiled" in PATHS else [])]
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # with all that must be compiled for it
 LIBRARIES = "flax", "equinox", "haiku", "mlx", "chainer", "haste", "keras", "torch"
 
 

@@ -1,11 +1,10 @@
 """Calls of one block of steps, which go around the layers between: the bits of any other call."""
 
-import os
 import sys
 
 import numpy as np
 import pytest
-from conftest import PATHS, at_once, running
+from conftest import PATHS, THOROUGH, at_once, running
 
 from gru_any import GRU
 from gru_any.nn import sweep
@@ -13,7 +12,6 @@ from gru_any.nn.pullback import BlockPullback
 
 EVERY = pytest.mark.parametrize("path", PATHS)
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 I, H = 5, 7
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, at_once, finished, is_rounding, running, tuned
+from conftest import PATHS, THOROUGH, at_once, finished, is_rounding, running, tuned
 from replaced import replaced
 
 from gru_any import GRU, equations, gradcheck
@@ -23,7 +23,6 @@ from gru_any.codegen.schedule import HOST, forward_schedule
 from gru_any.nn.sweep import StepMask
 from gru_any.stream import Stream
 
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # all that takes long to compile, too
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 WAYS = [*PATHS[1:], *(["packed"] if "compiled" in PATHS else [])]
 FAST = pytest.mark.parametrize("path", WAYS)

@@ -22,9 +22,9 @@ def gone(pid):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what runs")
 def test_a_command_that_hangs_is_killed_with_its_child():
     with pytest.raises(subprocess.TimeoutExpired) as caught:
-        finished(HANGS, timeout=1)
+        finished(HANGS, timeout=2)
     pids = [int(caught.value.output)]
-    with started(HANGS, stdout=subprocess.PIPE, timeout=1) as process:
+    with started(HANGS, stdout=subprocess.PIPE, timeout=2) as process:
         pids.append(int(process.stdout.readline()))
         assert process.stdout.readline() == ""  # the end of its output: it has been killed
     assert process.returncode == -9

@@ -1,11 +1,10 @@
 """Dropout of weights and of states, against models and loops that are given the same masks."""
 
-import os
 import shutil
 
 import numpy as np
 import pytest
-from conftest import HOST, PATHS, require, running
+from conftest import HOST, PATHS, THOROUGH, require, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
@@ -32,7 +31,6 @@ from gru_any.train.loop import fit
 from gru_any.train.share import Share, SharedGenerator
 
 VARIANTS = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # all on the paths that compile, too
 WAYS = [*PATHS, *(["packed"] if "compiled" in PATHS else [])]
 EVERY = pytest.mark.parametrize("path", WAYS)
 # compiled with one of the variants, as that takes long

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import finished, require, running, started
+from conftest import THOROUGH, finished, require, running, started
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = ["--steps", "30", "--hidden", "16", "--batch", "8", "--chunk", "16", "--backend", "numpy"]
@@ -249,7 +249,7 @@ def test_mutation(monkeypatch):
 
     for _, file, text, _ in islice(mutants(), 20):
         assert ast.dump(ast.parse(text)) != ast.dump(ast.parse((SCRIPTS.parent / file).read_text()))
-    if os.environ.get("GRU_ANY_THOROUGH"):
+    if THOROUGH:
         assert "1 of 1 changes noticed" in run("maintenance/mutate.py", "--only", "1")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATHS, at_once, finished, require, running
+from conftest import PATHS, THOROUGH, at_once, finished, require, running
 
 from gru_any import GRU, Chain, Embedding, Linear
 from gru_any.backend.rounding import restore, round_weights
@@ -19,7 +19,6 @@ from gru_any.stream import Stream
 SMALL = pytest.mark.parametrize("small", ["bfloat16", "int8"])
 VARIANTS = pytest.mark.parametrize("reset_after", [False, True], ids=["before", "after"])
 COMPILED = pytest.mark.skipif("compiled" not in PATHS, reason="numba: only it keeps small weights")
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))
 STEPS = 1_000_000 if THOROUGH else 3_000
 RNG = np.random.default_rng(0)
 

@@ -3,11 +3,9 @@
 `test_rows_are_their_episodes` of test_steps.py compares each path with a loop over the episodes.
 """
 
-import os
-
 import numpy as np
 import pytest
-from conftest import PATHS, require, running
+from conftest import PATHS, THOROUGH, require, running
 from test_steps import DIRECTIONS, EVERY, ON_CUDA, VARIANTS, check_on_cuda, flags, make
 from vjp_calls import assert_same, drawn, results, short_blocks  # noqa: F401
 
@@ -16,7 +14,6 @@ from gru_any.deploy import freeze
 from gru_any.inspect.gradcheck import GradientError
 from gru_any.stream import Stream
 
-THOROUGH = bool(os.environ.get("GRU_ANY_THOROUGH"))  # with all that must be compiled for it
 OPTIONS = {
     "no biases": {"bias": False},
     "zoneout": {"zoneout": 0.3},

@@ -7,11 +7,10 @@ Gradients are checked for a few of the samples; for all with GRU_ANY_THOROUGH=1.
 
 import copy
 import io
-import os
 import pickle
 
 import pytest
-from conftest import require
+from conftest import THOROUGH, require
 
 torch = require("torch")
 require("expecttest")  # which PyTorch's package for tests needs
@@ -22,7 +21,6 @@ from gru_any.convert.torch import module as ours  # noqa: E402
 
 KINDS = {torch.nn.GRU: GRU, torch.nn.GRUCell: GRUCell}
 INFO = {info.module_cls: info for info in database.module_db if info.module_cls in KINDS}
-ALL = os.environ.get("GRU_ANY_THOROUGH", "") not in ("", "0", "false")
 CPU = torch.device("cpu")
 
 
@@ -87,7 +85,7 @@ def test_forward(kind, number, given, dtype, training):
         same(found, expected)
 
 
-@pytest.mark.parametrize(("kind", "number", "given"), list(samples())[:: None if ALL else 9])
+@pytest.mark.parametrize(("kind", "number", "given"), list(samples())[:: None if THOROUGH else 9])
 def test_gradients(kind, number, given):
     """Of the inputs and the parameters, once and twice, against differences."""
     module, _, args = drawn(kind, number, given, grad=True)
